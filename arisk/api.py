@@ -1,0 +1,209 @@
+"""The Python API: assess the planned fine-tuning of any torch model, from loaders and loss functions.
+
+Works in memory and a temporary folder; the command line works on the same stages with a run
+directory. The caller's model, gradients and random state are left as found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arisk.config import PipelineConfig
+from arisk.configfile import validate_mapping
+from arisk.gradients import GradientStore, layout_of
+from arisk.models.selection import select_parameters
+from arisk.progress import Progress, silent
+from arisk.results import (
+    CollectResult,
+    ForecastResult,
+    OverlapNulls,
+    ScoreResult,
+    SubspaceResult,
+    Verdict,
+)
+from arisk.stages.collect import GRADIENTS_FOLDER, collect
+from arisk.stages.forecast import forecast
+from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
+from arisk.stages.score import planned_steps, score
+from arisk.stages.subspace import subspace
+from arisk.task import Batch, LossFn, SampleSet, Task
+
+__all__ = ["AlignmentRiskPipeline", "RiskReport", "assess"]
+
+
+@dataclass(frozen=True, repr=False)
+class RiskReport:
+    """What was found: the records of every stage, with the peer package's names beside them.
+
+    Attributes:
+        collected: per-sample safety gradients through their inner products.
+        subspace: the safety subspace.
+        scored: how the planned update meets it.
+        forecast: curves and verdict; `forecast.collapse_step`, `forecast.forecasters["local"]`.
+    """
+
+    collected: CollectResult
+    subspace: SubspaceResult
+    scored: ScoreResult
+    forecast: ForecastResult
+
+    @property
+    def verdict(self) -> Verdict:
+        """Level, sentence and reasons."""
+        return self.forecast.verdict
+
+    @property
+    def warning(self) -> str:
+        """The verdict in one line, level first."""
+        return f"{self.verdict.level}: {self.verdict.sentence}"
+
+    @property
+    def initial_risk(self) -> OverlapNulls:
+        """Overlap of the update with the safety subspace, with its nulls."""
+        return self.scored.overlap
+
+    @property
+    def curvature(self) -> Mapping[str, float]:
+        """γ̂ and ε̂ of the Alignment Instability Condition."""
+        return {"gamma_hat": self.scored.gamma_hat, "epsilon_hat": self.scored.epsilon_hat}
+
+    def html(self, *, title: str = "arisk", show_text: bool = True) -> str:
+        """The report as one self-contained HTML page."""
+        from arisk.report import render_report
+
+        return render_report(
+            self.collected,
+            self.subspace,
+            self.scored,
+            self.forecast,
+            title=title,
+            provenance={"source": "Python API"},
+            show_text=show_text,
+            max_examples=25,
+        )
+
+    def __repr__(self) -> str:
+        return f"RiskReport({self.warning!r})"
+
+
+class AlignmentRiskPipeline:
+    """Assess planned fine-tunes of torch models.
+
+    Args:
+        config: a `PipelineConfig`, or a mapping validated like the YAML; default full mode.
+    """
+
+    def __init__(self, config: PipelineConfig | Mapping[str, Any] | None = None) -> None:
+        if config is None:
+            config = PipelineConfig()
+        elif not isinstance(config, PipelineConfig):
+            config = validate_mapping(PipelineConfig, dict(config), "PipelineConfig")
+        self.config = config
+
+    def run(
+        self,
+        *,
+        model: nn.Module,
+        safety_dataloader: Iterable[Batch],
+        safety_loss_fn: LossFn,
+        fine_tune_dataloader: Iterable[Batch],
+        fine_tune_loss_fn: LossFn,
+        control_dataloader: Iterable[Batch] | None = None,
+        control_loss_fn: LossFn | None = None,
+        progress: Progress = silent,
+    ) -> RiskReport:
+        """Measure, forecast and judge the planned fine-tune of `model`.
+
+        Args:
+            model: the aligned model.
+            safety_dataloader: batches of safety samples; every one is used.
+            safety_loss_fn: `(model, batch)` → per-sample losses (B,), or their mean as a scalar.
+            fine_tune_dataloader: batches in training order; the first `score.batches` are used.
+            fine_tune_loss_fn: the fine-tuning loss, as above.
+            control_dataloader: ordinary data, the null of the overlap; optional.
+            control_loss_fn: its loss; default the fine-tuning loss.
+            progress: told of finished parts.
+
+        Raises:
+            AriskError: what is wrong, where, and how to fix it.
+        """
+        needed = max(self.config.score.batches, self.config.score.hvp_batches)
+        safety = SampleSet("safety", _take(safety_dataloader, None), safety_loss_fn)
+        finetune = SampleSet("finetune", _take(fine_tune_dataloader, needed), fine_tune_loss_fn)
+        control = None
+        if control_dataloader is not None:
+            loss_fn = control_loss_fn or fine_tune_loss_fn
+            control = SampleSet("control", _take(control_dataloader, needed), loss_fn)
+        task = Task(
+            model=model,
+            safety=safety,
+            finetune=finetune,
+            control=control,
+            parameter_names=select_parameters(model, self.config.mode),
+            description={"model": type(model).__name__, "mode": self.config.mode},
+        )
+        return assess(task, self.config, progress=progress)
+
+
+def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:
+    """Run collect, subspace, score and forecast on a task, in a temporary folder.
+
+    Args:
+        task: the model with its data.
+        config: settings of every stage.
+        progress: told of finished parts.
+    """
+    with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
+        collected = collect(task, config.collect, Path(folder), progress=progress)
+        side, dots, dense = _safety_side(task, config, collected, Path(folder))
+        space = subspace(collected, config.subspace, seed=config.seed, gradients=dense)
+        scored = score(
+            task,
+            collected,
+            space,
+            side,
+            config=config.score,
+            training=config.training,
+            seed=config.seed,
+            progress=progress,
+        )
+        result = forecast(
+            scored.record,
+            config=config.forecast,
+            training=config.training,
+            steps=planned_steps(task, config.training),
+            directions=scored.directions,
+            dots=dots,
+            seed=config.seed,
+        )
+    return RiskReport(collected, space, scored.record, result)
+
+
+def _safety_side(
+    task: Task, config: PipelineConfig, collected: CollectResult, folder: Path
+) -> tuple[SafetySide, Callable[[Tensor], Tensor] | None, Callable[[], Tensor] | None]:
+    """Products with G, their store-only form for the forecast, and dense G where it was stored."""
+    layout = layout_of(task.model, task.parameter_names)
+    if collected.store == "gram":
+        side = recomputed_side(task, layout, collected.engine["name"], config.collect.chunk_size)
+        return side, side.dots, None
+    side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout)
+
+    def dense() -> Tensor:
+        return torch.cat([side.columns(name) for name in layout.names], dim=1)
+
+    return side, side.dots, dense
+
+
+def _take(loader: Iterable[Batch], count: int | None) -> list[Batch]:
+    """The first batches of a loader, read once, without consuming the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        return list(itertools.islice(iter(loader), count))

@@ -1,0 +1,187 @@
+"""The planned optimizer run on the local quadratic model of the fine-tuning loss.
+
+The model is g(δ) ≈ g + R T Rᵀ δ with R (P, J) from a Krylov space: R = Q for SGD, R = D^{−½}Q when
+the space was built in the metric of a preconditioner D. Two roads:
+
+* `krylov_path`: δ_k = D^½ Q z_k, a recursion of J numbers. Exact for SGD without weight decay, and
+  for a preconditioner frozen at the start.
+* `optimizer_path`: the true recursion of torch's SGD or AdamW on P-sized vectors, no model calls.
+
+Every road is signed and additive: nothing is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["LocalModel", "Recipe", "krylov_path", "optimizer_path", "recorded_steps"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The planned optimizer, as torch.optim defines it.
+
+    Attributes:
+        rates: (T,) learning rates, one per step.
+        optimizer: "sgd" (momentum) or "adamw" (betas, eps).
+        max_grad_norm: clipping by the global gradient norm, None for none.
+        noise_divisor: micro-batches averaged per step; gradient noise variance is divided by it.
+    """
+
+    rates: Tensor
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    noise_divisor: int = 1
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """Quadratic model of the fine-tuning loss at θ*.
+
+    Attributes:
+        gradient: (P,) g.
+        curvature_basis: (P, J) R.
+        curvature: (J, J) float64 T, so that H ≈ R T Rᵀ.
+        noise_variance: (P,) variance of one micro-batch gradient about g.
+        theta: (P,) θ*, needed for weight decay only; None otherwise.
+    """
+
+    gradient: Tensor
+    curvature_basis: Tensor
+    curvature: Tensor
+    noise_variance: Tensor
+    theta: Tensor | None = None
+
+
+def recorded_steps(horizon: int, limit: int) -> list[int]:
+    """Steps 0 … horizon, thinned to about `limit` points that grow geometrically from the start.
+
+    Every step is kept while that fits; beyond, neighbours differ by at most a constant factor, so a
+    crossing between two recorded steps is known to that factor.
+
+    Args:
+        horizon: last step, ≥ 1.
+        limit: points wanted, ≥ 2.
+
+    Returns:
+        Ascending distinct steps with first 0 and last `horizon`.
+    """
+    if horizon + 1 <= limit:
+        return list(range(horizon + 1))
+    ratio = math.log(horizon) / (limit - 2)
+    points = {0, horizon} | {round(math.exp(ratio * i)) for i in range(limit - 1)}
+    return sorted(points)
+
+
+def krylov_path(curvature: Tensor, beta: float, rates: Tensor, *, momentum: float = 0.0) -> Tensor:
+    """z_{k+1} = z_k − η_k w_k with w_k = μ w_{k−1} + β e₁ + T z_k (heavy ball), z₀ = 0.
+
+    The displacement is δ_k = D^½ Q z_k, and G δ_k = C z_k with C = G D^½ Q.
+
+    Args:
+        curvature: (J, J) T.
+        beta: ‖D^½ g‖.
+        rates: (T,) learning rates.
+        momentum: μ in [0, 1).
+
+    Returns:
+        (T + 1, J) float64; infinite or NaN rows once the recursion diverges.
+    """
+    curvature = curvature.to(torch.float64)
+    gradient = torch.zeros(curvature.shape[0], dtype=torch.float64)
+    gradient[0] = beta
+    position, velocity = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    path = [position]
+    for rate in rates.tolist():
+        velocity = momentum * velocity + gradient + curvature @ position
+        position = position - rate * velocity
+        path.append(position)
+    return torch.stack(path)
+
+
+def optimizer_path(model: LocalModel, recipe: Recipe, steps: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Displacements δ_k = θ_k − θ* of the true optimizer recursion on the local model.
+
+    The second moment of AdamW sees g(δ)² plus the batch-noise variance, which is what the squared
+    mini-batch gradients average to; without it AdamW moves too far on noisy data.
+
+    Args:
+        model: the quadratic model.
+        recipe: the planned optimizer.
+        steps: ascending steps to record; 0 gives δ = 0.
+
+    Yields:
+        (step, δ) with δ (P,) in the gradient's dtype; the tensor is a copy.
+    """
+    update = _adamw_update if recipe.optimizer == "adamw" else _sgd_update
+    delta = torch.zeros_like(model.gradient)
+    state = {"m": torch.zeros_like(delta), "v": torch.zeros_like(delta)}
+    wanted = set(steps)
+    curvature = model.curvature.to(model.gradient)
+    if 0 in wanted:
+        yield 0, delta.clone()
+    for k, rate in enumerate(recipe.rates[: max(wanted)].tolist(), start=1):
+        z = curvature @ (model.curvature_basis.T @ delta)
+        gradient = torch.addmv(model.gradient, model.curvature_basis, z)
+        scale = _clip_factor(gradient, model, recipe)
+        update(delta, gradient, scale, rate, k, state, model, recipe)
+        if k in wanted:
+            yield k, delta.clone()
+
+
+def _clip_factor(gradient: Tensor, model: LocalModel, recipe: Recipe) -> float:
+    """min(1, c/‖g_b‖) with ‖g_b‖² = ‖g‖² + tr(noise)/divisor, the mean squared batch norm."""
+    if recipe.max_grad_norm is None:
+        return 1.0
+    noise = float(model.noise_variance.sum()) / recipe.noise_divisor
+    norm = math.sqrt(float(gradient.square().sum()) + noise)
+    return min(1.0, recipe.max_grad_norm / norm) if norm > 0 else 1.0
+
+
+def _sgd_update(
+    delta: Tensor,
+    gradient: Tensor,
+    scale: float,
+    rate: float,
+    k: int,  # noqa: ARG001 - same call as the AdamW update
+    state: dict[str, Tensor],
+    model: LocalModel,
+    recipe: Recipe,
+) -> None:
+    """One step of torch.optim.SGD: weight decay joins the gradient, then momentum."""
+    gradient = gradient * scale
+    if recipe.weight_decay and model.theta is not None:
+        gradient = gradient + recipe.weight_decay * (model.theta + delta)
+    state["m"].mul_(recipe.momentum).add_(gradient)
+    delta.add_(state["m"], alpha=-rate)
+
+
+def _adamw_update(
+    delta: Tensor,
+    gradient: Tensor,
+    scale: float,
+    rate: float,
+    k: int,
+    state: dict[str, Tensor],
+    model: LocalModel,
+    recipe: Recipe,
+) -> None:
+    """One step of torch.optim.AdamW: decoupled decay, bias-corrected moments."""
+    beta1, beta2 = recipe.betas
+    second = gradient.square().add_(model.noise_variance, alpha=1 / recipe.noise_divisor)
+    state["m"].mul_(beta1).add_(gradient, alpha=(1 - beta1) * scale)
+    state["v"].mul_(beta2).add_(second, alpha=(1 - beta2) * scale**2)
+    if recipe.weight_decay and model.theta is not None:
+        delta.add_(model.theta + delta, alpha=-rate * recipe.weight_decay)
+    denominator = (state["v"] / (1 - beta2**k)).sqrt_().add_(recipe.eps)
+    delta.addcdiv_(state["m"], denominator, value=-rate / (1 - beta1**k))

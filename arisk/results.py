@@ -1,0 +1,302 @@
+"""What each stage hands on: frozen records of tensors and plain values.
+
+`arisk.artifacts` writes any of these records to a directory (tensor fields to safetensors, all else
+to JSON) and reads it back. Symbols: N safety samples, P selected parameters, L modules, k rank,
+J Krylov vectors, B fine-tuning batches; θ* the aligned point; losses in nats per response token.
+"Not measured" is None, or NaN inside a tensor; never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+__all__ = [
+    "CollectResult",
+    "Curve",
+    "ForecastResult",
+    "OverlapNulls",
+    "ScoreResult",
+    "SubspaceResult",
+    "Verdict",
+]
+
+
+@dataclass(frozen=True)
+class CollectResult:
+    """Per-sample safety gradients G (N, P) at θ*, kept through their inner products.
+
+    Attributes:
+        parameter_names: selected parameters in flattening order; `parameter_shapes` beside them.
+        modules: L module names; `module_of_parameter[i]` is the index into it of parameter i.
+        gram: (L, N, N) float64, K^(l)_ij = ⟨G_i, G_j⟩ over module l, not divided by N.
+        mean_gradient: (P,) ḡ_s = mean of the rows of G.
+        fisher_diagonal: (P,) mean of squared entries, the diagonal of F = GᵀG/N.
+        losses: (N,) float64 ℓ_i(θ*).
+        gradient_norms: (N,) float64 ‖G_i‖.
+        rows: per sample `prompt`, `response`, `tokens`, `line` (what the loader knew).
+        dropped_duplicates: samples left out because their gradient equals an earlier one.
+        store: "gradients" (shards beside this artifact) or "gram" (none).
+        fisher: "empirical" or "sampled".
+        engine: engine used, `parity` its relative error against `loop` on two samples, reasons
+            for engines not taken.
+        batch_invariance: smallest cosine between a sample's gradient alone and in its batch.
+        coverage: shares of parameters and of squared gradient norm that the engine covers.
+        task: provenance of model and data as the loader described it.
+        warnings: sentences for the report.
+    """
+
+    parameter_names: Sequence[str]
+    parameter_shapes: Sequence[Sequence[int]]
+    modules: Sequence[str]
+    module_of_parameter: Sequence[int]
+    gram: Tensor
+    mean_gradient: Tensor
+    fisher_diagonal: Tensor
+    losses: Tensor
+    gradient_norms: Tensor
+    rows: Sequence[Mapping[str, Any]]
+    dropped_duplicates: int
+    store: Literal["gradients", "gram"]
+    fisher: Literal["empirical", "sampled"]
+    engine: Mapping[str, Any]
+    batch_invariance: float | None
+    coverage: Mapping[str, float]
+    task: Mapping[str, Any]
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class SubspaceResult:
+    """The safety subspace: leading eigenpairs of F, in the dual K/N = U Λ Uᵀ (K = Σ_l K^(l)).
+
+    Attributes:
+        method: how the eigenpairs were found.
+        eigenvalues: (k,) float64, descending, of the retained directions.
+        spectrum: (≤ N,) float64, every eigenvalue above the numerical floor.
+        dual_vectors: (N, k) float64 U; basis b_j = Gᵀu_j/√(Nλ_j). Empty for `diag_topk`.
+        coordinates: (k,) int64 indices into θ for `diag_topk`, else empty.
+        rank: k, the smallest with Σ_{j≤k} λ_j ≥ target · tr F, at most the limit.
+        trace: tr F, the whole trace (nats² per unit θ²).
+        explained: Σ_{j≤k} λ_j / tr F, in [0, 1]. `tail_energy` is tr F minus the retained sum.
+        effective_rank: exp of the entropy of λ/tr F.
+        heldout_energy: share of held-out safety gradient energy inside a subspace of the same rank
+            fitted on the other half: mean over random splits; `heldout_energy_std` their spread.
+            None when N < 4.
+        module_traces: (L,) tr F^(l); they add up to the trace.
+        module_spectra: (L, m) leading eigenvalues of each F^(l), NaN padded.
+        top_weights: largest entries of the Fisher diagonal: name, index (list), value.
+        warnings: sentences for the report.
+    """
+
+    method: str
+    eigenvalues: Tensor
+    spectrum: Tensor
+    dual_vectors: Tensor
+    coordinates: Tensor
+    rank: int
+    trace: float
+    explained: float
+    tail_energy: float
+    effective_rank: float
+    heldout_energy: float | None
+    heldout_energy_std: float | None
+    module_traces: Tensor
+    module_spectra: Tensor
+    top_weights: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True)
+class OverlapNulls:
+    """The overlap ‖Pu‖/‖u‖ of the update direction u with the safety subspace, and its nulls.
+
+    Attributes:
+        ratio: in [0, 1].
+        random: √(k/P), what a random direction has; `ratio_to_random` = ratio / random.
+        control: overlap of the control data's update direction; None when there is none.
+        permuted_mean, permuted_max: overlaps of u with its entries permuted inside each tensor.
+        p_value: (1 + #{permuted ≥ ratio}) / (1 + permutations); None with no permutations.
+        delta_w: the same ratio in ΔW = (α/r)BA space (adapters); None when it does not apply.
+        delta_w_random: √(k/q) with q the dimension of that tangent space.
+        conflict_cosine: cos(ḡ_s, u): negative means the first step lowers the safety loss.
+    """
+
+    ratio: float
+    random: float
+    ratio_to_random: float
+    control: float | None
+    permutations: int
+    permuted_mean: float | None
+    permuted_max: float | None
+    p_value: float | None
+    delta_w: float | None
+    delta_w_random: float | None
+    conflict_cosine: float | None
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """How the planned update meets the safety subspace, at θ*.
+
+    With g the mean fine-tuning gradient, D the optimizer's preconditioner (identity for SGD,
+    1/(√v̂ + ε) for AdamW) and H the fine-tuning Hessian: u = −D g is the direction of the flow.
+
+    Attributes:
+        optimizer: "sgd" or "adamw"; preconditioned by D where adamw.
+        finetune_loss: mean loss of the measured batches (nats per token).
+        gradient_norm, update_norm: ‖g‖ and ‖D g‖; batch_gradient_norms (B,) of single batches.
+        overlap: the overlap and its nulls.
+        gamma_hat: ‖F^½ P D H D g‖; epsilon_hat: ‖F^½ P D g‖ (both carry F^½ once).
+        aic_conditions: the three conditions of the Alignment Instability Condition, each with
+            `name`, `holds` (true, false or null = not measured) and `evidence` (a sentence).
+        c_update: (N,) G u. c_batches: (N, B) G D g_b negated, one column per batch.
+        c_krylov: (N, J) G D^½ Q.  krylov_t: (J, J) T = Qᵀ D^½ H D^½ Q.
+        krylov_beta: ‖D^½ g‖, so that D^½ g = beta · q₁; krylov_residual: the last off-diagonal.
+        hvp_method: "autograd" or "finite_difference"; hvp_error: its relative error by Richardson
+            extrapolation (or symmetry check), None when not measured.
+        module_first_order: (L,) ⟨ḡ_s, u⟩ by module. module_second_order: (L,) ⟨F u, u⟩ by module,
+            adding up to uᵀFu.
+        examples: fine-tuning rows with `index`, `prompt`, `response`, `tokens`, `loss`,
+            `gradient_norm`, `first_order` (−⟨ḡ_s, D g_j⟩, nats per unit learning rate) and
+            `second_order` (⟨F u, −D g_j⟩): positive means harmful.
+        steps_planned: optimizer steps T of the plan (epochs resolved).
+        baselines: plain numbers a user could compute, by name.
+        has_directions: whether P-sized vectors (g, batch variance, Q) lie beside this artifact.
+        probe_times: (M,) flow times t of a straight virtual move θ* + t u, ascending from 0.
+        probe_safety: (N, M) measured change of each safety sample's loss there (nats).
+        probe_finetune: (M,) measured change of the mean fine-tuning loss there (nats).
+        probe_control: (M,) measured change of the mean control loss; None without control data.
+        warnings: sentences for the report.
+    """
+
+    optimizer: Literal["sgd", "adamw"]
+    finetune_loss: float
+    gradient_norm: float
+    update_norm: float
+    batch_gradient_norms: Tensor
+    overlap: OverlapNulls
+    gamma_hat: float
+    epsilon_hat: float
+    aic_conditions: Sequence[Mapping[str, Any]]
+    c_update: Tensor
+    c_batches: Tensor
+    c_krylov: Tensor
+    krylov_t: Tensor
+    krylov_beta: float
+    krylov_residual: float
+    hvp_method: str
+    hvp_error: float | None
+    module_first_order: Tensor
+    module_second_order: Tensor
+    examples: Sequence[Mapping[str, Any]]
+    steps_planned: int
+    baselines: Mapping[str, float]
+    has_directions: bool
+    warnings: Sequence[str]
+    probe_times: Tensor | None = None
+    probe_safety: Tensor | None = None
+    probe_finetune: Tensor | None = None
+    probe_control: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One forecaster's safety-loss change over optimizer steps.
+
+    Attributes:
+        status: "measured", "skipped" or "not_measured"; with `reason` when not measured.
+        kind: "forecast" or "bound" (a lower bound is never a forecast).
+        steps: optimizer steps, from 0 to the horizon.
+        median, lower, upper: ΔL_s in nats per response token at those steps, with the interval at
+            the configured confidence.
+        collapse_step: first step whose median reaches the threshold; None = not within `horizon`.
+        collapse_interval: (earliest, latest) collapse step over the draws at the confidence, each
+            None when not within the horizon.
+        probability: share of draws that collapse within the horizon; None for bounds.
+        horizon: last step looked at.
+        trusted_until: last step up to which the forecaster may be trusted; None when not measured.
+        notes: sentences on how it was computed.
+    """
+
+    name: str
+    status: Literal["measured", "skipped", "not_measured"]
+    reason: str | None
+    kind: Literal["forecast", "bound"]
+    steps: Sequence[int]
+    median: Sequence[float]
+    lower: Sequence[float]
+    upper: Sequence[float]
+    collapse_step: int | None
+    collapse_interval: Sequence[int | None] | None
+    probability: float | None
+    horizon: int
+    trusted_until: int | None
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer: will the planned fine-tune break safety.
+
+    Attributes:
+        level: low, elevated, high or inconclusive.
+        sentence: the verdict in one sentence.
+        reasons: the rules that fired, as sentences with numbers.
+        basis: name of the forecaster it rests on.
+        probability: P(collapse within the planned steps), None when not measured.
+        collapse_step: of the basis; None = not within `horizon`.
+        safe_steps: largest number of optimizer steps whose upper interval stays below the
+            threshold; None when not measured.
+        caveats: what is known about when this verdict is wrong.
+    """
+
+    level: Literal["low", "elevated", "high", "inconclusive"]
+    sentence: str
+    reasons: Sequence[str]
+    basis: str
+    probability: float | None
+    collapse_step: int | None
+    safe_steps: int | None
+    horizon: int
+    caveats: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ForecastResult:
+    """Every forecaster's curve, and the verdict.
+
+    Attributes:
+        threshold: rise of the mean safety loss that counts as collapse (nats per response token).
+        confidence: nominal coverage of the intervals.
+        forecasters: curves by name: `bound`, `local`, `ray` (measured losses along the first update
+            direction) and, where measured, `rollout`, `pilot`, `combined`.
+        diffusion: rise by mini-batch noise at the horizon (nats), None when not measured.
+        learning_rate_grid: multiples of the planned learning rate of the what-if grid.
+        what_if_steps: steps of its columns.
+        what_if: rows by learning rate, ΔL_s at the end of a run of that length (the schedule stretched
+            to it); None where it diverges.
+        what_if_collapse: shortest run of the grid that collapses per learning rate, None = none.
+        what_if_basis: forecaster that filled the grid.
+    """
+
+    threshold: float
+    confidence: float
+    training: Mapping[str, Any]
+    verdict: Verdict
+    forecasters: Mapping[str, Curve]
+    diffusion: float | None
+    learning_rate_grid: Sequence[float]
+    what_if_steps: Sequence[int]
+    what_if: Sequence[Sequence[float | None]]
+    what_if_collapse: Sequence[int | None]
+    warnings: Sequence[str]
+    what_if_basis: str = "local"
+
+    @property
+    def collapse_step(self) -> int | None:
+        """Collapse step of the forecaster the verdict rests on; None = not within its horizon."""
+        return self.verdict.collapse_step

@@ -1,0 +1,352 @@
+"""The forecasters: each turns artifacts into one curve of safety loss over optimizer steps.
+
+* `bound`: the lower bound of the Alignment Instability Condition. Never a forecast.
+* `local`: the quadratic model at θ* under the planned optimizer. Exact on quadratics.
+* `ray`: measured losses along the first update direction, with the speed at which the measured
+  fine-tuning loss still pays off. Knows cliffs that no quadratic sees, not later turns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.config import ForecastConfig, TrainingConfig
+from arisk.geometry.dynamics import LocalModel, Recipe, krylov_path, optimizer_path, recorded_steps
+from arisk.geometry.forecast import (
+    aic_lower_bound,
+    first_crossing,
+    interpolated_crossing,
+    local_change,
+)
+from arisk.geometry.ray import interpolate_rows, ray_positions
+from arisk.geometry.schedule import flow_times, learning_rates
+from arisk.results import Curve, ScoreResult
+
+__all__ = [
+    "Plan",
+    "bound_curve",
+    "local_curve",
+    "not_measured",
+    "planned",
+    "ray_curve",
+    "trusted_time",
+]
+
+#: Points of a curve that are kept, drawn and resampled.
+CURVE_POINTS = 240
+#: Points at which the true optimizer recursion is projected on the safety gradients.
+PATH_POINTS = 64
+#: Floating-point operations above which that recursion gives way to the frozen preconditioner.
+PATH_BUDGET = 2e11
+#: The local model is trusted while it is this close to the measured loss (share, and share of the
+#: threshold for changes that are small themselves).
+TRUST_SHARE, TRUST_FLOOR = 0.2, 0.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planned run: T learning rates and flow times (T + 1), with the optimizer's settings."""
+
+    rates: Tensor
+    times: Tensor
+    training: TrainingConfig
+
+    @property
+    def horizon(self) -> int:
+        """Planned optimizer steps T."""
+        return len(self.rates)
+
+
+def planned(training: TrainingConfig, steps: int, *, scale: float = 1.0) -> Plan:
+    """The plan with `steps` steps and `scale` times its peak learning rate."""
+    rates = learning_rates(
+        training.learning_rate * scale,
+        steps,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+    )
+    return Plan(rates, flow_times(rates, momentum=training.momentum), training)
+
+
+def not_measured(name: str, reason: str, horizon: int) -> Curve:
+    """A forecaster that has no curve, with the reason."""
+    return Curve(
+        name=name,
+        status="not_measured",
+        reason=reason,
+        kind="forecast",
+        steps=[],
+        median=[],
+        lower=[],
+        upper=[],
+        collapse_step=None,
+        collapse_interval=None,
+        probability=None,
+        horizon=horizon,
+        trusted_until=None,
+        notes=[],
+    )
+
+
+def bound_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig) -> Curve:
+    """½ max(½γ̂t² − ε̂t, 0)² over the flow time t of the plan."""
+    steps = recorded_steps(plan.horizon, CURVE_POINTS)
+    values = aic_lower_bound(plan.times, scored.gamma_hat, scored.epsilon_hat)
+    shown = _plain(values[steps])
+    return Curve(
+        name="bound",
+        status="measured",
+        reason=None,
+        kind="bound",
+        steps=steps,
+        median=shown,
+        lower=shown,
+        upper=shown,
+        collapse_step=first_crossing(list(range(plan.horizon + 1)), values, config.collapse_threshold),
+        collapse_interval=None,
+        probability=None,
+        horizon=plan.horizon,
+        trusted_until=None,
+        notes=["A lower bound to leading order: it may say 0 where safety collapses. Not a forecast."],
+    )
+
+
+def local_curve(
+    scored: ScoreResult,
+    plan: Plan,
+    config: ForecastConfig,
+    *,
+    directions: dict[str, Tensor],
+    dots: Callable[[Tensor], Tensor] | None,
+    generator: torch.Generator,
+) -> Curve:
+    """⟨ḡ_s, δ_k⟩ + ½ δ_kᵀFδ_k along the planned optimizer on the quadratic model of the loss.
+
+    Args:
+        scored: Krylov model and c-vectors.
+        plan: the planned run.
+        config: threshold, confidence and draws.
+        directions: P-sized vectors of the local model; empty to use the Krylov recursion.
+        dots: G V from the gradient store; None without one.
+        generator: source of the bootstrap.
+    """
+    steps, c, notes = _local_path(scored, plan, directions, dots)
+    values = local_change(c).mean(0)
+    shown = recorded_steps(len(steps) - 1, CURVE_POINTS)
+    draws = _resampled_local(scored, plan, steps, c, shown, config, generator)
+    kept = [steps[i] for i in shown]
+    trusted = trusted_time(scored, config.collapse_threshold)
+    return _curve(
+        "local",
+        kept,
+        values[shown],
+        draws,
+        config,
+        collapse=interpolated_crossing(steps, values, config.collapse_threshold),
+        horizon=plan.horizon,
+        trusted_until=_steps_within(plan, trusted),
+        notes=notes,
+    )
+
+
+def ray_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig, generator: torch.Generator) -> Curve:
+    """Measured safety loss at the position the planned run reaches along its first direction."""
+    if scored.probe_times is None or scored.probe_safety is None or scored.probe_finetune is None:
+        return not_measured("ray", "score.probe_points is 0", plan.horizon)
+    if not bool(torch.isfinite(scored.probe_safety[:, 1]).all()):
+        return not_measured("ray", "the first point of the virtual move has no finite loss", plan.horizon)
+    positions = ray_positions(
+        scored.probe_times, scored.probe_finetune, torch.diff(plan.times), slope=scored.krylov_beta**2
+    )
+    steps = recorded_steps(plan.horizon, CURVE_POINTS)
+    all_values = interpolate_rows(scored.probe_times, scored.probe_safety.mean(0)[None], positions)[0]
+    rows = interpolate_rows(scored.probe_times, scored.probe_safety, positions[steps])
+    draws = _resample_rows(rows, config.bootstrap_samples, generator)
+    far = float(scored.probe_times[-1])
+    outside = positions >= far
+    beyond = int(outside.to(torch.int64).argmax()) if bool(outside.any()) else None
+    return _curve(
+        "ray",
+        steps,
+        all_values[steps],
+        draws,
+        config,
+        collapse=first_crossing(list(range(plan.horizon + 1)), all_values, config.collapse_threshold),
+        horizon=plan.horizon,
+        trusted_until=plan.horizon if beyond is None else beyond,
+        notes=[] if beyond is None else [f"The measured range ends at step {beyond}; held from there."],
+    )
+
+
+def trusted_time(scored: ScoreResult, threshold: float) -> float | None:
+    """Flow time up to which the quadratic safety model follows the measured loss along u.
+
+    Args:
+        scored: probe and c-vector of the update direction.
+        threshold: collapse threshold (nats), the scale of a change that matters.
+
+    Returns:
+        The last probed time before the model leaves the measurement by more than 20 %; infinite
+        when it never does; None without a probe.
+    """
+    if scored.probe_times is None or scored.probe_safety is None:
+        return None
+    times = scored.probe_times
+    predicted = local_change(scored.c_update[:, None] * times[None]).mean(0)
+    measured = scored.probe_safety.mean(0)
+    allowed = TRUST_SHARE * measured.abs() + TRUST_FLOOR * threshold
+    bad = ~((predicted - measured).abs() <= allowed)
+    if not bool(bad.any()):
+        return math.inf
+    return float(times[max(0, int(bad.to(torch.int64).argmax()) - 1)])
+
+
+def _local_path(
+    scored: ScoreResult,
+    plan: Plan,
+    directions: dict[str, Tensor],
+    dots: Callable[[Tensor], Tensor] | None,
+) -> tuple[list[int], Tensor, list[str]]:
+    """Steps, c-vectors (N, M) of the displacements there, and how they were got."""
+    training = plan.training
+    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
+    if not plain and dots is not None and directions:
+        parameters, krylov = directions["curvature_basis"].shape
+        if parameters * plan.horizon * (4 * krylov + 20) <= PATH_BUDGET:
+            return _vector_path(plan, scored, directions, dots)
+    path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=training.momentum)
+    notes: list[str] = []
+    if not plain:
+        why = "no gradient store" if dots is None else "the exact recursion is too long for this plan"
+        notes.append(
+            f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
+            "and clipping are left out."
+        )
+    steps = recorded_steps(plan.horizon, 20 * CURVE_POINTS)
+    return steps, scored.c_krylov @ path[steps].T, notes
+
+
+def _vector_path(
+    plan: Plan, scored: ScoreResult, directions: dict[str, Tensor], dots: Callable[[Tensor], Tensor]
+) -> tuple[list[int], Tensor, list[str]]:
+    """The true optimizer recursion on P-sized vectors, projected on G in chunks."""
+    training = plan.training
+    model = LocalModel(
+        gradient=directions["gradient"],
+        curvature_basis=directions["curvature_basis"],
+        curvature=scored.krylov_t,
+        noise_variance=directions["noise_variance"],
+        theta=directions.get("theta"),
+    )
+    recipe = Recipe(
+        rates=plan.rates,
+        optimizer=training.optimizer,
+        momentum=training.momentum,
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        noise_divisor=training.gradient_accumulation,
+    )
+    small = len(model.gradient) <= 4096
+    steps = recorded_steps(plan.horizon, 20 * CURVE_POINTS if small else PATH_POINTS)
+    chunk = max(1, int(1e8 / len(model.gradient)))
+    columns: list[Tensor] = []
+    pending: list[Tensor] = []
+    for step, delta in optimizer_path(model, recipe, steps):
+        pending.append(delta)
+        if len(pending) == chunk or step == steps[-1]:
+            columns.append(dots(torch.stack(pending, dim=1)))
+            pending = []
+    return steps, torch.cat(columns, dim=1), []
+
+
+def _resampled_local(
+    scored: ScoreResult,
+    plan: Plan,
+    steps: Sequence[int],
+    c: Tensor,
+    shown: Sequence[int],
+    config: ForecastConfig,
+    generator: torch.Generator,
+) -> Tensor:
+    """(draws, M) mean changes with safety samples and fine-tuning batches drawn anew.
+
+    A redrawn set of batches changes the mean gradient; to first order it shifts the c-vectors by
+    s_k (mean of the drawn c_b − mean c_b), with s_k the flow time the path has used along u.
+    """
+    c = c[:, list(shown)]
+    n, batches = c.shape[0], scored.c_batches.shape[1]
+    base = scored.c_update
+    used = (base @ c) / (base @ base).clamp(min=1e-300)
+    used = torch.minimum(used.clamp(min=0), plan.times[[steps[i] for i in shown]])
+    draws: list[Tensor] = []
+    for _ in range(config.bootstrap_samples):
+        moved = c
+        if batches > 1:
+            picked = torch.randint(batches, (batches,), generator=generator)
+            shift = scored.c_batches[:, picked].mean(1) - scored.c_batches.mean(1)
+            moved = c + shift[:, None] * used[None]
+        rows = torch.randint(n, (n,), generator=generator)
+        draws.append(local_change(moved).index_select(0, rows).mean(0))
+    return torch.stack(draws)
+
+
+def _resample_rows(values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    n = values.shape[0]
+    rows = [torch.randint(n, (n,), generator=generator) for _ in range(draws)]
+    return torch.stack([values[row].mean(0) for row in rows])
+
+
+def _curve(
+    name: str,
+    steps: Sequence[int],
+    values: Tensor,
+    draws: Tensor,
+    config: ForecastConfig,
+    *,
+    collapse: int | None,
+    horizon: int,
+    trusted_until: int | None,
+    notes: Sequence[str],
+) -> Curve:
+    """A measured curve with the quantiles of its draws."""
+    tail = (1 - config.confidence) / 2
+    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    lower, upper = torch.quantile(torch.nan_to_num(draws, nan=math.inf, posinf=1e300), quantiles, dim=0)
+    crossings = [interpolated_crossing(list(steps), draw, config.collapse_threshold) for draw in draws]
+    reached = sorted(math.inf if step is None else float(step) for step in crossings)
+    ends = [reached[min(len(reached) - 1, int(q * len(reached)))] for q in (tail, 1 - tail)]
+    return Curve(
+        name=name,
+        status="measured",
+        reason=None,
+        kind="forecast",
+        steps=list(steps),
+        median=_plain(values),
+        lower=_plain(lower),
+        upper=_plain(upper),
+        collapse_step=collapse,
+        collapse_interval=[None if math.isinf(end) else int(end) for end in ends],
+        probability=sum(step is not None for step in crossings) / len(crossings),
+        horizon=horizon,
+        trusted_until=trusted_until,
+        notes=list(notes),
+    )
+
+
+def _steps_within(plan: Plan, time: float | None) -> int | None:
+    """Last step whose flow time is at most `time`; None when the time was not measured."""
+    if time is None:
+        return None
+    return int((plan.times <= time).sum()) - 1
+
+
+def _plain(values: Tensor) -> list[float]:
+    """Plain floats; a diverged value stays infinite."""
+    return [float(v) for v in torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)]

@@ -1,0 +1,119 @@
+"""Products with the per-sample safety gradients G, from the store or by running the model again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.gradients import (
+    GradientStore,
+    ParameterLayout,
+    batch_size,
+    measuring,
+    move_batch,
+    per_sample_gradients,
+)
+from arisk.task import Task
+
+__all__ = ["SafetySide", "recomputed_side", "stored_side"]
+
+
+@dataclass(frozen=True)
+class SafetySide:
+    """The two products later stages need.
+
+    Attributes:
+        dots: directions (P, m) → G V (N, m) float64.
+        weighted_sum: weights (N,) → Gᵀw (P,).
+        columns: parameter name → (N, p) its columns of G.
+    """
+
+    dots: Callable[[Tensor], Tensor]
+    weighted_sum: Callable[[Tensor], Tensor]
+    columns: Callable[[str], Tensor]
+
+
+def stored_side(store: GradientStore, layout: ParameterLayout) -> SafetySide:
+    """Read the shards that collect wrote."""
+
+    def columns(name: str) -> Tensor:
+        where = layout.slice_of(name)
+        return store.rows(name, 0, where.stop - where.start)
+
+    return SafetySide(
+        dots=lambda directions: store.dots(layout, directions),
+        weighted_sum=lambda weights: store.weighted_sum(layout, weights),
+        columns=columns,
+    )
+
+
+def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size: int) -> SafetySide:
+    """Run the safety samples again for every product; for runs that keep no gradient store.
+
+    Args:
+        task: model and safety samples, as collected.
+        layout: the selected parameters.
+        engine: engine chosen by collect.
+        chunk_size: samples per pass.
+
+    Returns:
+        The products; each call costs one pass over the safety samples.
+    """
+    from arisk.gradients import slice_batch
+
+    device = next(task.model.parameters()).device
+
+    def run(sink: Callable[[int, str, Tensor], None], names: ParameterLayout) -> None:
+        offset = 0
+        with measuring(task.model, layout):
+            for batch in task.safety.batches:
+                for start in range(0, batch_size(batch), chunk_size):
+                    chunk = move_batch(
+                        slice_batch(batch, start, min(start + chunk_size, batch_size(batch))), device
+                    )
+                    at = offset
+                    per_sample_gradients(
+                        task.model,
+                        chunk,
+                        task.safety.loss_fn,
+                        names,
+                        lambda name, block, at=at: sink(at, name, block),
+                        engine=engine,
+                        offset=at,
+                    )
+                    offset += batch_size(chunk)
+
+    samples = sum(batch_size(batch) for batch in task.safety.batches)
+
+    def dots(directions: Tensor) -> Tensor:
+        out = torch.zeros(samples, directions.shape[1], dtype=torch.float64)
+
+        def sink(at: int, name: str, block: Tensor) -> None:
+            flat = block.flatten(1).cpu()
+            part = flat @ directions[layout.slice_of(name)].to(flat.dtype)
+            out[at : at + len(flat)] += part.to(torch.float64)
+
+        run(sink, layout)
+        return out
+
+    def weighted_sum(weights: Tensor) -> Tensor:
+        out = torch.zeros(layout.numel, dtype=torch.float64)
+
+        def sink(at: int, name: str, block: Tensor) -> None:
+            flat = block.flatten(1).cpu()
+            out[layout.slice_of(name)] += weights[at : at + len(flat)].to(flat.dtype) @ flat
+
+        run(sink, layout)
+        return out
+
+    def columns(name: str) -> Tensor:
+        from arisk.gradients import layout_of
+
+        parts: list[Tensor] = []
+        run(lambda _at, _name, block: parts.append(block.flatten(1).cpu()), layout_of(task.model, [name]))
+        return torch.cat(parts)
+
+    return SafetySide(dots=dots, weighted_sum=weighted_sum, columns=columns)

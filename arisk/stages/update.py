@@ -1,0 +1,122 @@
+"""The direction in which the planned optimizer starts, and how noisy it is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.config import TrainingConfig
+from arisk.errors import InputError, NumericsError
+from arisk.gradients import ParameterLayout, mean_gradient, move_batch
+from arisk.progress import Progress
+from arisk.task import Batch, SampleSet, Task
+
+__all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
+
+#: The metric of the Krylov space must stay invertible where a coordinate has had no gradient yet
+#: (the A side of a fresh adapter): √v̂ counts as at least this share of its root mean square.
+RELATIVE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Update:
+    """Mini-batch gradients of the fine-tuning loss at θ*, and the step they give.
+
+    Attributes:
+        loss: mean loss over the batches.
+        gradient: (P,) g, mean over the batches.
+        noise_variance: (P,) unbiased variance of one micro-batch gradient; 0 with one batch.
+        preconditioner: (P,) D: ones for SGD, 1/(√v̂ + ε) for AdamW with v̂ = g² + noise/accumulation.
+        direction: (P,) u = −D g.
+        batch_directions: (P, B) −D g_b.
+        batch_norms: (B,) ‖g_b‖.
+        batch_losses: (B,).
+    """
+
+    loss: float
+    gradient: Tensor
+    noise_variance: Tensor
+    preconditioner: Tensor
+    direction: Tensor
+    batch_directions: Tensor
+    batch_norms: Tensor
+    batch_losses: Tensor
+
+
+def first_batches(samples: SampleSet, count: int, device: torch.device) -> list[Batch]:
+    """The first `count` batches in planned order (fewer when the data set is finite and shorter)."""
+    batches = [move_batch(batch, device) for batch in itertools.islice(iter(samples.batches), count)]
+    if not batches:
+        raise InputError(
+            "the data set gives no batch",
+            where=f"data set {samples.name!r}",
+            fix="give at least one row",
+        )
+    return batches
+
+
+def preconditioner(gradient: Tensor, noise_variance: Tensor, training: TrainingConfig) -> Tensor:
+    """D of the planned optimizer at the start: 1 for SGD, 1/(√v̂ + ε) for AdamW, v̂ ≈ E[g_b²]."""
+    if training.optimizer == "sgd":
+        return torch.ones_like(gradient)
+    second = (gradient.square() + noise_variance / training.gradient_accumulation).sqrt()
+    floor = RELATIVE_FLOOR * float(second.square().mean().sqrt())
+    return 1 / (second.clamp(min=floor) + training.eps)
+
+
+def measure_update(
+    task: Task,
+    samples: SampleSet,
+    layout: ParameterLayout,
+    training: TrainingConfig,
+    batches: Sequence[Batch],
+    progress: Progress,
+) -> Update:
+    """Average the first batches' gradients and precondition them as the optimizer would.
+
+    Args:
+        task: the model, inside `measuring`.
+        samples: the data set the batches come from.
+        layout: the selected parameters.
+        training: the planned optimizer.
+        batches: micro-batches on the model's device.
+        progress: told of finished batches.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite, or the mean gradient is exactly zero.
+    """
+    losses: list[float] = []
+    gradients: list[Tensor] = []
+    for index, batch in enumerate(batches):
+        progress(f"{samples.name} gradients", index, len(batches))
+        loss, gradient = mean_gradient(task.model, batch, samples.loss_fn, layout)
+        losses.append(loss)
+        gradients.append(gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu())
+    progress(f"{samples.name} gradients", len(batches), len(batches))
+    stacked = torch.stack(gradients, dim=1)
+    del gradients
+    mean = stacked.mean(1)
+    noise = stacked.var(1) if len(batches) > 1 else torch.zeros_like(mean)
+    if float(mean.norm()) == 0:
+        raise NumericsError(
+            f"the update of the {samples.name} data is exactly zero",
+            where=f"score: gradient of data set {samples.name!r}",
+            fix="check that its loss depends on the selected parameters, and that its rows are not "
+            "already fitted perfectly",
+        )
+    d = preconditioner(mean, noise, training)
+    norms = stacked.to(torch.float64).norm(dim=0)
+    return Update(
+        loss=sum(losses) / len(losses),
+        gradient=mean,
+        noise_variance=noise,
+        preconditioner=d,
+        direction=-d * mean,
+        batch_directions=stacked.mul_(-d[:, None]),
+        batch_norms=norms,
+        batch_losses=torch.tensor(losses, dtype=torch.float64),
+    )

@@ -1,0 +1,76 @@
+"""What arisk looks at: a model, the data sets with their losses, and the parameters that train.
+
+Everything after loading works on these records alone, so a Hugging Face model and any other torch
+model take the same road. This module holds data only; it loads nothing and runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Batch", "LoraPair", "LossFn", "SampleSet", "Task"]
+
+#: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
+Batch = Any
+
+#: ``loss_fn(model, batch)``: per-sample losses of shape (B,), or their mean as a scalar.
+LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """A data set cut into batches, with its loss.
+
+    Attributes:
+        name: ``safety``, ``finetune`` or ``control``; used in messages and artifacts.
+        batches: iterable of batches; each iteration starts anew and gives the same batches.
+        loss_fn: ``(model, batch) -> (B,)`` mean negative log-likelihood per response token of each
+            sample (nats), or for a foreign loss its scalar mean over the batch.
+        rows: one mapping per sample in batch order (``prompt``, ``response``, ``tokens``, ``line``,
+            …), for display and provenance; empty for foreign data.
+        statistics: counts made while loading (rows read, duplicates, truncated, tokens).
+    """
+
+    name: str
+    batches: Iterable[Batch]
+    loss_fn: LossFn
+    rows: Sequence[Mapping[str, Any]] = ()
+    statistics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One LoRA adapter: ΔW = scaling · B A, with A (r, in) and B (out, r) named as parameters."""
+
+    name_a: str
+    name_b: str
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its safety, fine-tuning and (optional) control data.
+
+    Attributes:
+        model: the aligned model, as it would be before the first optimizer step.
+        safety: prompts with safe responses.
+        finetune: the planned fine-tuning batches in the order they would be trained on; a batch is
+            one optimizer step's micro-batch.
+        control: ordinary (utility) data, the null against which safety drift is judged.
+        parameter_names: the selected parameters, in the model's order; they need not all have
+            ``requires_grad`` set.
+        lora_pairs: adapters among the selected parameters.
+        description: provenance for the report (model id, adapter, dtype, counts).
+    """
+
+    model: nn.Module
+    safety: SampleSet
+    finetune: SampleSet
+    parameter_names: Sequence[str]
+    control: SampleSet | None = None
+    lora_pairs: Sequence[LoraPair] = ()
+    description: Mapping[str, Any] = field(default_factory=dict[str, Any])
