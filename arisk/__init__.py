@@ -1,1 +1,44 @@
-"""x."""
+"""arisk: will this fine-tune break the model's safety, when, and because of which data and layers?
+
+The public names load torch when they are first used; `import arisk` does not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = [
+    "AlignmentRiskPipeline",
+    "AriskError",
+    "Config",
+    "LoraPair",
+    "PipelineConfig",
+    "RiskReport",
+    "SampleSet",
+    "Task",
+    "assess",
+]
+
+_HOME = {
+    "AlignmentRiskPipeline": "arisk.api",
+    "AriskError": "arisk.errors",
+    "Config": "arisk.config",
+    "LoraPair": "arisk.task",
+    "PipelineConfig": "arisk.config",
+    "RiskReport": "arisk.api",
+    "SampleSet": "arisk.task",
+    "Task": "arisk.task",
+    "assess": "arisk.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'arisk' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

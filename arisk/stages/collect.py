@@ -75,9 +75,7 @@ def store_bytes(samples: int, parameters: int, itemsize: int = 4) -> int:
     return samples * parameters * itemsize
 
 
-def collect(
-    task: Task, config: CollectConfig, folder: Path, *, progress: Progress = silent
-) -> CollectResult:
+def collect(task: Task, config: CollectConfig, folder: Path, *, progress: Progress = silent) -> CollectResult:
     """Measure G at θ* and keep K^(l) = G^(l) G^(l)ᵀ per module, ḡ_s, diag F and the losses.
 
     Args:
@@ -320,9 +318,7 @@ def _warnings(result: CollectResult) -> list[str]:
             "statistics in the model."
         )
     if len(result.losses) < 64:
-        found.append(
-            f"Only {len(result.losses)} safety samples: bootstrap intervals are calibrated from 64."
-        )
+        found.append(f"Only {len(result.losses)} safety samples: bootstrap intervals are calibrated from 64.")
     zero = int((result.gradient_norms == 0).sum())
     if zero:
         found.append(f"{zero} safety samples have a gradient of exactly zero.")

@@ -84,9 +84,7 @@ def _batch_scores(
         scores.add_(part.to(torch.float64))
         squares.add_(flat.square().sum(1).to(torch.float64))
 
-    losses = per_sample_gradients(
-        task.model, batch, task.finetune.loss_fn, layout, sink, engine=engine
-    )
+    losses = per_sample_gradients(task.model, batch, task.finetune.loss_fn, layout, sink, engine=engine)
     return scores, squares.sqrt(), losses
 
 

@@ -14,7 +14,8 @@ from arisk.geometry.forecast import diffusion, first_crossing, local_change
 from arisk.geometry.ray import interpolate_rows, ray_positions
 from arisk.geometry.schedule import flow_times
 from arisk.results import Curve, ForecastResult, ScoreResult
-from arisk.stages.forecasters import Plan, bound_curve, local_curve, not_measured, planned, ray_curve
+from arisk.stages.forecasters import bound_curve, local_curve, not_measured, ray_curve
+from arisk.stages.plan_path import Plan, planned
 from arisk.stages.verdict import decide
 
 __all__ = ["forecast"]
@@ -51,9 +52,7 @@ def forecast(
     generator = torch.Generator().manual_seed(seed)
     curves = {
         "bound": bound_curve(scored, plan, config),
-        "local": local_curve(
-            scored, plan, config, directions=directions, dots=dots, generator=generator
-        ),
+        "local": local_curve(scored, plan, config, directions=directions, dots=dots, generator=generator),
         "ray": ray_curve(scored, plan, config, generator),
         "rollout": not_measured("rollout", "this version has no rollout stage", steps),
     }

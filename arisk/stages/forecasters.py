@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from arisk.config import ForecastConfig, TrainingConfig
-from arisk.geometry.dynamics import LocalModel, Recipe, krylov_path, optimizer_path, recorded_steps
+from arisk.config import ForecastConfig
+from arisk.geometry.dynamics import recorded_steps
 from arisk.geometry.forecast import (
     aic_lower_bound,
     first_crossing,
@@ -24,53 +23,22 @@ from arisk.geometry.forecast import (
     local_change,
 )
 from arisk.geometry.ray import interpolate_rows, ray_positions
-from arisk.geometry.schedule import flow_times, learning_rates
 from arisk.results import Curve, ScoreResult
+from arisk.stages.plan_path import Plan, local_path
 
 __all__ = [
-    "Plan",
     "bound_curve",
     "local_curve",
     "not_measured",
-    "planned",
     "ray_curve",
     "trusted_time",
 ]
 
 #: Points of a curve that are kept, drawn and resampled.
 CURVE_POINTS = 240
-#: Points at which the true optimizer recursion is projected on the safety gradients.
-PATH_POINTS = 64
-#: Floating-point operations above which that recursion gives way to the frozen preconditioner.
-PATH_BUDGET = 2e11
 #: The local model is trusted while it is this close to the measured loss (share, and share of the
 #: threshold for changes that are small themselves).
 TRUST_SHARE, TRUST_FLOOR = 0.2, 0.1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The planned run: T learning rates and flow times (T + 1), with the optimizer's settings."""
-
-    rates: Tensor
-    times: Tensor
-    training: TrainingConfig
-
-    @property
-    def horizon(self) -> int:
-        """Planned optimizer steps T."""
-        return len(self.rates)
-
-
-def planned(training: TrainingConfig, steps: int, *, scale: float = 1.0) -> Plan:
-    """The plan with `steps` steps and `scale` times its peak learning rate."""
-    rates = learning_rates(
-        training.learning_rate * scale,
-        steps,
-        schedule=training.schedule,
-        warmup_steps=training.warmup_steps,
-    )
-    return Plan(rates, flow_times(rates, momentum=training.momentum), training)
 
 
 def not_measured(name: str, reason: str, horizon: int) -> Curve:
@@ -135,7 +103,7 @@ def local_curve(
         dots: G V from the gradient store; None without one.
         generator: source of the bootstrap.
     """
-    steps, c, notes = _local_path(scored, plan, directions, dots)
+    steps, c, notes = local_path(scored, plan, directions, dots)
     values = local_change(c).mean(0)
     shown = recorded_steps(len(steps) - 1, CURVE_POINTS)
     draws = _resampled_local(scored, plan, steps, c, shown, config, generator)
@@ -204,66 +172,6 @@ def trusted_time(scored: ScoreResult, threshold: float) -> float | None:
     if not bool(bad.any()):
         return math.inf
     return float(times[max(0, int(bad.to(torch.int64).argmax()) - 1)])
-
-
-def _local_path(
-    scored: ScoreResult,
-    plan: Plan,
-    directions: dict[str, Tensor],
-    dots: Callable[[Tensor], Tensor] | None,
-) -> tuple[list[int], Tensor, list[str]]:
-    """Steps, c-vectors (N, M) of the displacements there, and how they were got."""
-    training = plan.training
-    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    if not plain and dots is not None and directions:
-        parameters, krylov = directions["curvature_basis"].shape
-        if parameters * plan.horizon * (4 * krylov + 20) <= PATH_BUDGET:
-            return _vector_path(plan, scored, directions, dots)
-    path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=training.momentum)
-    notes: list[str] = []
-    if not plain:
-        why = "no gradient store" if dots is None else "the exact recursion is too long for this plan"
-        notes.append(
-            f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
-            "and clipping are left out."
-        )
-    steps = recorded_steps(plan.horizon, 20 * CURVE_POINTS)
-    return steps, scored.c_krylov @ path[steps].T, notes
-
-
-def _vector_path(
-    plan: Plan, scored: ScoreResult, directions: dict[str, Tensor], dots: Callable[[Tensor], Tensor]
-) -> tuple[list[int], Tensor, list[str]]:
-    """The true optimizer recursion on P-sized vectors, projected on G in chunks."""
-    training = plan.training
-    model = LocalModel(
-        gradient=directions["gradient"],
-        curvature_basis=directions["curvature_basis"],
-        curvature=scored.krylov_t,
-        noise_variance=directions["noise_variance"],
-        theta=directions.get("theta"),
-    )
-    recipe = Recipe(
-        rates=plan.rates,
-        optimizer=training.optimizer,
-        momentum=training.momentum,
-        betas=training.betas,
-        eps=training.eps,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        noise_divisor=training.gradient_accumulation,
-    )
-    small = len(model.gradient) <= 4096
-    steps = recorded_steps(plan.horizon, 20 * CURVE_POINTS if small else PATH_POINTS)
-    chunk = max(1, int(1e8 / len(model.gradient)))
-    columns: list[Tensor] = []
-    pending: list[Tensor] = []
-    for step, delta in optimizer_path(model, recipe, steps):
-        pending.append(delta)
-        if len(pending) == chunk or step == steps[-1]:
-            columns.append(dots(torch.stack(pending, dim=1)))
-            pending = []
-    return steps, torch.cat(columns, dim=1), []
 
 
 def _resampled_local(

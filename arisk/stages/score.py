@@ -18,17 +18,15 @@ from arisk.config import ScoreConfig, TrainingConfig
 from arisk.errors import ConfigError
 from arisk.geometry.lanczos import Krylov, lanczos
 from arisk.geometry.overlap import (
-    dual_coefficients,
     fisher_norm_in_subspace,
-    permutation_p_value,
     projection_ratio,
     random_overlap,
 )
 from arisk.gradients import HvpPlan, ParameterLayout, choose_hvp, hvp, layout_of, measuring, move_batch
 from arisk.progress import Progress, silent
 from arisk.results import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
-from arisk.stages.delta_w import delta_w_overlap
 from arisk.stages.examples import score_examples
+from arisk.stages.overlaps import Scene, measure_overlap
 from arisk.stages.probe import Probe, probe_along
 from arisk.stages.safety_side import SafetySide
 from arisk.stages.update import Update, first_batches, measure_update
@@ -41,8 +39,6 @@ DIRECTION_NAMES = ("gradient", "noise_variance", "curvature_basis", "theta")
 
 #: Largest P for which `krylov_dim: auto` takes the whole space, and its dimension above that.
 SMALL_PROBLEM, KRYLOV_DEFAULT = 64, 12
-#: Permuted directions multiplied at a time.
-PERMUTATION_CHUNK = 16
 #: Condition 3 of the AIC holds where curvature turns the update into the subspace this many times
 #: more than a random direction would be.
 COUPLING_RATIO = 2.0
@@ -54,24 +50,6 @@ class ScoreOutput:
 
     record: ScoreResult
     directions: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Scene:
-    """What every part of the stage looks at."""
-
-    task: Task
-    layout: ParameterLayout
-    collected: CollectResult
-    space: SubspaceResult
-    side: SafetySide
-    progress: Progress
-
-    def coefficients(self, c: Tensor, directions: Tensor) -> Tensor:
-        """Coordinates in the safety basis, of directions (P,) or (P, m) with c-vectors c."""
-        if self.space.method == "diag_topk":
-            return directions[self.space.coordinates].to(torch.float64)
-        return dual_coefficients(c, self.space.eigenvalues, self.space.dual_vectors)
 
 
 def score(
@@ -102,7 +80,7 @@ def score(
         ConfigError: `hvp: autograd` on a model that does not allow double backward.
     """
     layout = layout_of(task.model, task.parameter_names)
-    scene = _Scene(task, layout, collected, space, side, progress)
+    scene = Scene(task, layout, collected, space, side, progress)
     with measuring(task.model, layout):
         device = next(task.model.parameters()).device
         batches = first_batches(task.finetune, config.batches, device)
@@ -113,7 +91,7 @@ def score(
         c_batches = side.dots(update.batch_directions)
         c_krylov = side.dots(root[:, None] * krylov.basis)
         pull = side.weighted_sum(c_update / len(c_update))
-        overlap = _overlap(scene, update, c_update, config, training, seed)
+        overlap = measure_overlap(scene, update, c_update, config, training, seed)
         examples = score_examples(
             task, layout, update, collected.mean_gradient, pull, limit=config.examples, batches=batches
         )
@@ -178,7 +156,7 @@ def planned_steps(task: Task, training: TrainingConfig) -> int:
 
 
 def _krylov(
-    scene: _Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig
+    scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig
 ) -> tuple[Krylov, HvpPlan]:
     """Krylov space of (D^½HD^½, D^½g) by Hessian-vector products on a few batches."""
     loss_fn, model, layout = scene.task.finetune.loss_fn, scene.task.model, scene.layout
@@ -202,7 +180,7 @@ def _krylov(
 
 
 def _coupling(
-    scene: _Scene, update: Update, krylov: Krylov, c_update: Tensor, c_krylov: Tensor
+    scene: Scene, update: Update, krylov: Krylov, c_update: Tensor, c_krylov: Tensor
 ) -> tuple[float, float, float]:
     """γ̂ = ‖F^½ P D H D g‖, ε̂ = ‖F^½ P D g‖, and ‖P D H D g‖/‖D H D g‖ over its random value.
 
@@ -218,65 +196,7 @@ def _coupling(
     return fisher_norm_in_subspace(turned, values), epsilon, ratio / random
 
 
-def _overlap(
-    scene: _Scene, update: Update, c_update: Tensor, config: ScoreConfig, training: TrainingConfig, seed: int
-) -> OverlapNulls:
-    """‖Pu‖/‖u‖ with its random, permutation, control and ΔW companions."""
-    u = update.direction
-    norm = float(u.to(torch.float64).norm())
-    ratio = projection_ratio(scene.coefficients(c_update, u), norm)
-    random = random_overlap(scene.space.rank, scene.layout.numel)
-    permuted = _permuted_overlaps(scene, u, norm, config.nulls, seed)
-    delta_w, dimension = delta_w_overlap(scene.task, scene.layout, scene.side, scene.space.rank, u)
-    mean = scene.collected.mean_gradient
-    length = float(mean.norm()) * norm
-    return OverlapNulls(
-        ratio=ratio,
-        random=random,
-        ratio_to_random=ratio / random,
-        control=_control_overlap(scene, config, training),
-        permutations=len(permuted),
-        permuted_mean=float(permuted.mean()) if len(permuted) else None,
-        permuted_max=float(permuted.max()) if len(permuted) else None,
-        p_value=permutation_p_value(ratio, permuted),
-        delta_w=delta_w,
-        delta_w_random=random_overlap(scene.space.rank, dimension) if dimension else None,
-        conflict_cosine=float(mean @ u.to(mean)) / length if length > 0 else None,
-    )
-
-
-def _permuted_overlaps(scene: _Scene, u: Tensor, norm: float, count: int, seed: int) -> Tensor:
-    """Overlaps of u with its entries permuted inside each parameter tensor."""
-    generator = torch.Generator().manual_seed(seed)
-    overlaps: list[float] = []
-    while len(overlaps) < count:
-        scene.progress("overlap null", len(overlaps), count)
-        width = min(PERMUTATION_CHUNK, count - len(overlaps))
-        shuffled = torch.empty(len(u), width, dtype=u.dtype)
-        for j in range(width):
-            for name in scene.layout.names:
-                where = scene.layout.slice_of(name)
-                order = torch.randperm(where.stop - where.start, generator=generator)
-                shuffled[where, j] = u[where][order]
-        coefficients = scene.coefficients(scene.side.dots(shuffled), shuffled)
-        overlaps += [projection_ratio(coefficients[:, j], norm) for j in range(width)]
-    scene.progress("overlap null", count, count)
-    return torch.tensor(overlaps, dtype=torch.float64)
-
-
-def _control_overlap(scene: _Scene, config: ScoreConfig, training: TrainingConfig) -> float | None:
-    """The overlap an ordinary data set's update has; None without control data."""
-    control = scene.task.control
-    if control is None:
-        return None
-    device = next(scene.task.model.parameters()).device
-    batches = first_batches(control, config.batches, device)
-    update = measure_update(scene.task, control, scene.layout, training, batches, scene.progress)
-    c = scene.side.dots(update.direction[:, None])[:, 0]
-    return projection_ratio(scene.coefficients(c, update.direction), float(update.direction.norm()))
-
-
-def _probe(scene: _Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig) -> Probe | None:
+def _probe(scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig) -> Probe | None:
     """Measured losses along u; None when switched off."""
     if config.probe_points == 0:
         return None
@@ -331,9 +251,7 @@ def _conditions(
     ]
 
 
-def _directions(
-    scene: _Scene, update: Update, krylov: Krylov, training: TrainingConfig
-) -> dict[str, Tensor]:
+def _directions(scene: Scene, update: Update, krylov: Krylov, training: TrainingConfig) -> dict[str, Tensor]:
     """P-sized vectors of the local model: g, noise variance, R = D^{−½}Q, and θ* under weight decay."""
     directions = {
         "gradient": update.gradient,

@@ -1,0 +1,35 @@
+"""Running the model: per-sample gradients, mean gradients, Hessian-vector products, and their store."""
+
+from arisk.gradients.batches import batch_size, map_tensors, move_batch, slice_batch
+from arisk.gradients.hvp import HvpPlan, choose_hvp, hvp
+from arisk.gradients.layout import ParameterLayout, layout_of, module_of, parameters_of
+from arisk.gradients.mean import mean_gradient
+from arisk.gradients.per_sample import ENGINES, per_sample_gradients
+from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine, coverage
+from arisk.gradients.sink import Sink
+from arisk.gradients.state import measuring
+from arisk.gradients.store import GradientStore
+
+__all__ = [
+    "ENGINES",
+    "EngineChoice",
+    "GradientStore",
+    "HvpPlan",
+    "ParameterLayout",
+    "Sink",
+    "batch_invariance",
+    "batch_size",
+    "choose_engine",
+    "choose_hvp",
+    "coverage",
+    "hvp",
+    "layout_of",
+    "map_tensors",
+    "mean_gradient",
+    "measuring",
+    "module_of",
+    "move_batch",
+    "parameters_of",
+    "per_sample_gradients",
+    "slice_batch",
+]

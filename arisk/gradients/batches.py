@@ -1,0 +1,77 @@
+"""Batches of any shape people use: tensors, tuples, lists, mappings and dataclasses of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arisk.errors import ShapeError
+from arisk.task import Batch
+
+__all__ = ["batch_size", "map_tensors", "move_batch", "slice_batch"]
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
+    """The same structure with every tensor changed; other leaves are kept as they are."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        changed = {key: map_tensors(value, change) for key, value in batch.items()}
+        if type(batch) is dict:
+            return changed
+        try:
+            return type(batch)(changed)  # BatchEncoding and other dict-likes keep their type
+        except TypeError:
+            return changed
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: map_tensors(getattr(batch, f.name), change) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **fields)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, change) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(value, change) for value in batch)
+    return batch
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(batch, keep)
+    return iter(found)
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples: the common size of dimension 0 of all tensors with a dimension.
+
+    Raises:
+        ShapeError: there is no tensor, or the tensors disagree.
+    """
+    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0}
+    if len(sizes) != 1:
+        what = (
+            f"tensors of a batch disagree on dimension 0: {sorted(sizes)}" if sizes else "no tensor in batch"
+        )
+        raise ShapeError(
+            what,
+            where=f"batch of type {type(batch).__name__}",
+            fix="let dimension 0 of every tensor be the sample, and keep other values out of the batch",
+        )
+    return sizes.pop()
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Samples start … stop − 1, keeping dimension 0; scalars and non-tensors are shared."""
+    return map_tensors(batch, lambda tensor: tensor[start:stop] if tensor.ndim > 0 else tensor)
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on a device."""
+    return map_tensors(batch, lambda tensor: tensor.to(device))

@@ -1,0 +1,243 @@
+"""Per-sample gradients from one batched forward and backward, by hooks on the modules that train.
+
+A module y = f(x; w) has ∂ℓ_i/∂w = (∂y_i/∂w)ᵀ ∂ℓ_i/∂y_i: inputs are caught in the forward pass,
+output gradients in the backward pass, and no ordinary weight gradient is computed. Linear, Conv1D
+and Embedding have closed forms; any other leaf module (norms, for one) is asked for its own
+vector-Jacobian product, sample by sample, through torch.func. Each block is handed on as soon as
+its last contribution is in, so memory holds about one module's block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from arisk.errors import ShapeError
+from arisk.gradients.batches import batch_size
+from arisk.gradients.layout import ParameterLayout, parameters_of
+from arisk.gradients.sink import Sink
+from arisk.task import Batch, LossFn
+
+__all__ = ["hook_gradients"]
+
+#: What a module call leaves for the backward pass: output gradient → local name → (B, *shape).
+Backward = Callable[[Tensor], dict[str, Tensor]]
+
+
+class _Contributions:
+    """Sums what every call of every module adds to a parameter, and hands on finished blocks.
+
+    A tied parameter, or a module called twice, has several contributions; the block is finished when
+    as many have come back as went forward.
+    """
+
+    def __init__(self, names: dict[int, str], size: int, sink: Sink) -> None:
+        self.names = names
+        self.size = size
+        self.sink = sink
+        self.waiting: dict[str, int] = dict.fromkeys(names.values(), 0)
+        self.blocks: dict[str, Tensor] = {}
+        self.sent: set[str] = set()
+
+    def expect(self, parameter: nn.Parameter) -> None:
+        self.waiting[self.names[id(parameter)]] += 1
+
+    def add(self, parameter: nn.Parameter, block: Tensor) -> None:
+        name = self.names[id(parameter)]
+        held = self.blocks.pop(name, None)
+        block = block if held is None else held.add_(block)
+        self.waiting[name] -= 1
+        if self.waiting[name]:
+            self.blocks[name] = block
+        else:
+            self.sent.add(name)
+            self.sink(name, block)
+
+    def flush(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Hand on what is left: calls whose output the loss does not use contribute zero."""
+        for name in self.waiting:
+            if name not in self.sent:
+                parameter = parameters[name]
+                zeros = torch.zeros(
+                    self.size, *parameter.shape, dtype=parameter.dtype, device=parameter.device
+                )
+                self.sink(name, self.blocks.pop(name, zeros))
+
+
+def hook_gradients(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, sink: Sink
+) -> Tensor:
+    """G_i = ∇ℓ_i of all samples from one backward pass; see `per_sample_gradients`.
+
+    Raises:
+        ShapeError: a module's dimension 0 is not the batch, so its samples cannot be told apart.
+    """
+    size = batch_size(batch)
+    parameters = dict(zip(layout.names, parameters_of(model, layout), strict=True))
+    sums = _Contributions({id(p): name for name, p in parameters.items()}, size, sink)
+    roots: list[Tensor] = []
+    with _frozen(parameters), _hooked(model, sums, roots, size):
+        losses = loss_fn(model, batch)
+        # A scalar is taken as the mean over samples; the parity self-test catches any other.
+        total = losses * size if losses.ndim == 0 else losses.sum()
+        if roots and total.requires_grad:
+            torch.autograd.grad(total, roots, allow_unused=True)
+    sums.flush(parameters)
+    return (losses if losses.ndim else losses.expand(size)).detach()
+
+
+@contextmanager
+def _frozen(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    """No parameter asks for a gradient: the backward pass goes through activations only."""
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def _hooked(model: nn.Module, sums: _Contributions, roots: list[Tensor], size: int) -> Iterator[None]:
+    """Forward hooks on every module that directly holds a selected parameter."""
+    handles = []
+    try:
+        for module in model.modules():
+            own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) in sums.names}
+            if own:
+                hook = _forward_hook(own, sums, roots, size)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward_hook(
+    own: dict[str, nn.Parameter], sums: _Contributions, roots: list[Tensor], size: int
+) -> Callable[..., Any]:
+    """Hook that remembers a call's input and waits for its output gradient."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != size:
+            raise ShapeError(
+                f"the output of {type(module).__name__} does not have the samples in dimension 0",
+                where=f"module {type(module).__name__} holding {sorted(own)}",
+                fix="use `collect.engine: vmap` or `loop`",
+            )
+        backward = _backward_of(module, own, args, kwargs, size)
+        for parameter in own.values():
+            sums.expect(parameter)
+        if not output.requires_grad:
+            # Nothing before this call needs a gradient: the graph starts here. The clone keeps
+            # later in-place operations off the leaf.
+            leaf = output.detach().requires_grad_()
+            roots.append(leaf)
+            output = leaf.clone()
+
+        def receive(gradient: Tensor) -> None:
+            for local, block in backward(gradient.detach()).items():
+                sums.add(own[local], block)
+
+        output.register_hook(receive)
+        return output
+
+    return hook
+
+
+def _backward_of(
+    module: nn.Module, own: dict[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> Backward:
+    """The closed form for the module's type, or its own vector-Jacobian product."""
+    if len(args) == 1 and not kwargs:
+        given = args[0].detach()
+        if type(module) is nn.Linear:
+            return lambda gradient: _linear(given, gradient, own)
+        if type(module).__name__ == "Conv1D" and {"weight"} <= set(own):
+            return lambda gradient: _conv1d(given, gradient, own)
+        if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+            return lambda gradient: _embedding(given, gradient, own, module.padding_idx)
+    return lambda gradient: _own_vjp(module, own, args, kwargs, gradient, size)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, S, d) view of (B, …, d)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _linear(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """∂ℓ_i/∂W = Σ_s y'_is x_isᵀ (out, in), ∂ℓ_i/∂b = Σ_s y'_is."""
+    x, y = _rows(given), _rows(gradient)
+    blocks = {}
+    if "weight" in own:
+        blocks["weight"] = torch.bmm(y.transpose(1, 2), x)
+    if "bias" in own:
+        blocks["bias"] = y.sum(1)
+    return blocks
+
+
+def _conv1d(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The transposed linear layer of GPT-2: weight (in, out)."""
+    x, y = _rows(given), _rows(gradient)
+    blocks = {"weight": torch.bmm(x.transpose(1, 2), y)}
+    if "bias" in own:
+        blocks["bias"] = y.sum(1)
+    return blocks
+
+
+def _embedding(
+    given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter], padding: int | None
+) -> dict[str, Tensor]:
+    """∂ℓ_i/∂E[v] = Σ_{s: token v} y'_is (vocabulary, d)."""
+    weight = own["weight"]
+    size, width = given.shape[0], weight.shape[1]
+    block = torch.zeros(size * weight.shape[0], width, dtype=gradient.dtype, device=gradient.device)
+    tokens = given.reshape(size, -1)
+    if padding is not None:
+        gradient = gradient.masked_fill((given == padding).unsqueeze(-1), 0)
+    offsets = torch.arange(size, device=tokens.device)[:, None] * weight.shape[0]
+    block.index_add_(0, (tokens + offsets).reshape(-1), gradient.reshape(-1, width))
+    return {"weight": block.view(size, *weight.shape)}
+
+
+def _own_vjp(
+    module: nn.Module,
+    own: dict[str, nn.Parameter],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    gradient: Tensor,
+    size: int,
+) -> dict[str, Tensor]:
+    """(∂f(x_i; w)/∂w)ᵀ y'_i for each sample, through the module's own forward."""
+    leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
+    batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size for leaf in leaves]
+    inputs = [leaf.detach() for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
+    values = {name: parameter.detach() for name, parameter in own.items()}
+
+    def one(sample: list[Tensor], output_gradient: Tensor) -> dict[str, Tensor]:
+        waiting = iter(sample)
+        filled = [next(waiting).unsqueeze(0) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+        own_args, own_kwargs = torch.utils._pytree.tree_unflatten(filled, structure)
+        _, pull = vjp(lambda w: functional_call(module, w, own_args, own_kwargs), values)
+        return pull(output_gradient.unsqueeze(0))[0]
+
+    with torch.enable_grad(), _no_hooks(module):
+        return vmap(one)(inputs, gradient)
+
+
+@contextmanager
+def _no_hooks(module: nn.Module) -> Iterator[None]:
+    """Our own forward hook must not fire again inside the module's vector-Jacobian product."""
+    held = module._forward_hooks.copy()
+    module._forward_hooks.clear()
+    try:
+        yield
+    finally:
+        module._forward_hooks.update(held)

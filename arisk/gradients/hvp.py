@@ -1,0 +1,177 @@
+"""Hessian-vector products of the fine-tuning loss, by double backward or central differences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import ConfigError
+from arisk.gradients.layout import ParameterLayout, parameters_of
+from arisk.gradients.mean import mean_gradient
+from arisk.task import Batch, LossFn
+
+__all__ = ["HvpPlan", "choose_hvp", "hvp"]
+
+#: Relative step lengths tried: ε = share · max(‖θ‖, 1).
+STEP_SHARES = (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class HvpPlan:
+    """How products are computed: method, difference step ‖ε‖ (None for autograd), relative error."""
+
+    method: str
+    step: float | None
+    error: float | None
+
+
+def hvp(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    vector: Tensor,
+    *,
+    method: str,
+    step: float | None = None,
+) -> Tensor:
+    """H v with H the Hessian of the mean loss over the batches, inside `measuring`.
+
+    autograd: ∇⟨∇L, v⟩. finite_difference: (∇L(θ + εv̂) − ∇L(θ − εv̂)) ‖v‖/2ε, parameters restored to
+    the bit.
+
+    Args:
+        model: the model.
+        batches: micro-batches, each with equal weight.
+        loss_fn: per-sample losses or their mean.
+        layout: the selected parameters.
+        vector: (P,) v.
+        method: "autograd" or "finite_difference".
+        step: ε of the differences, in the length of θ.
+
+    Returns:
+        (P,) in the dtype of the parameters (at least float32), on the CPU; zeros for v = 0.
+    """
+    norm = float(vector.norm())
+    if norm == 0:
+        return torch.zeros_like(vector)
+    if method == "autograd":
+        parts = [_double_backward(model, batch, loss_fn, layout, vector) for batch in batches]
+        return torch.stack(parts).mean(0)
+    step = step or STEP_SHARES[1] * _theta_norm(model, layout)
+    ahead = _gradient_at(model, batches, loss_fn, layout, vector, step / norm)
+    behind = _gradient_at(model, batches, loss_fn, layout, vector, -step / norm)
+    return (ahead - behind) * (norm / (2 * step))
+
+
+def choose_hvp(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    vector: Tensor,
+    requested: str,
+) -> HvpPlan:
+    """Method and step for products with vectors like this one, with their measured error.
+
+    autograd is taken where double backward works, and checked once against differences. Otherwise
+    the step is the one whose product changes least when it is doubled; by Richardson, central
+    differences then err by a third of that change.
+
+    Raises:
+        ConfigError: `autograd` was asked for and the model does not allow double backward.
+    """
+    first = batches[:1]
+    products = {s: _difference(model, first, loss_fn, layout, vector, s) for s in _steps(model, layout)}
+    steps = list(products)
+    changes = [_relative(products[a], products[b]) for a, b in itertools.pairwise(steps)]
+    best = min(range(len(changes)), key=changes.__getitem__)
+    differences = HvpPlan("finite_difference", steps[best], changes[best] / 3)
+    if requested == "finite_difference":
+        return differences
+    try:
+        exact = hvp(model, first, loss_fn, layout, vector, method="autograd")
+    except (RuntimeError, NotImplementedError) as err:
+        if requested == "autograd":
+            raise ConfigError(
+                f"double backward does not work on this model: {str(err).splitlines()[0]}",
+                where="score.hvp",
+                fix="use `hvp: auto` or `finite_difference`, or `model.attention: eager`",
+            ) from err
+        return differences
+    return HvpPlan("autograd", None, _relative(products[steps[best]], exact))
+
+
+def _steps(model: nn.Module, layout: ParameterLayout) -> list[float]:
+    length = _theta_norm(model, layout)
+    return [share * length for share in STEP_SHARES]
+
+
+def _theta_norm(model: nn.Module, layout: ParameterLayout) -> float:
+    squares = sum(float(p.detach().float().square().sum()) for p in parameters_of(model, layout))
+    return max(squares**0.5, 1.0)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖/‖b‖; 0 when both vanish."""
+    length = float(b.norm())
+    return float((a - b).norm()) / length if length > 0 else float(a.norm() > 0)
+
+
+def _difference(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    vector: Tensor,
+    step: float,
+) -> Tensor:
+    return hvp(model, batches, loss_fn, layout, vector, method="finite_difference", step=step)
+
+
+def _double_backward(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, vector: Tensor
+) -> Tensor:
+    """∇⟨∇L, v⟩ of one batch; zeros where the gradient does not depend on θ."""
+    _, gradient = mean_gradient(model, batch, loss_fn, layout, create_graph=True)
+    parameters = parameters_of(model, layout)
+    if not gradient.requires_grad:
+        return torch.zeros_like(vector)
+    product = gradient @ vector.to(gradient.device, gradient.dtype)
+    seconds = torch.autograd.grad(product, parameters, allow_unused=True)
+    parts = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, seconds, strict=True)]
+    return torch.cat([part.reshape(-1) for part in parts]).detach().to("cpu", _wide(gradient.dtype))
+
+
+def _gradient_at(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    vector: Tensor,
+    scale: float,
+) -> Tensor:
+    """Mean gradient over the batches at θ + scale · v; θ is restored to the bit."""
+    parameters = parameters_of(model, layout)
+    saved = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p, part in zip(parameters, layout.split(vector).values(), strict=True):
+                p.add_(part.to(p.device, p.dtype), alpha=scale)
+        total = torch.zeros(layout.numel, dtype=_wide(parameters[0].dtype))
+        for batch in batches:
+            total += mean_gradient(model, batch, loss_fn, layout)[1].to("cpu", total.dtype)
+    finally:
+        with torch.no_grad():
+            for p, old in zip(parameters, saved, strict=True):
+                p.copy_(old)
+    return total / len(batches)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; anything narrower becomes float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,136 @@
+"""The selected parameters in a fixed order: names, shapes, modules, and their place in a flat vector."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import ConfigError, ShapeError
+
+__all__ = ["ParameterLayout", "layout_of", "module_of", "parameters_of"]
+
+_LORA = re.compile(r"\.lora_[A-Za-z_]+(\.[^.]+)?(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """θ ∈ R^P: the selected parameters, flattened one after the other.
+
+    Attributes:
+        names: parameter names; a tied parameter stands once, under its first name.
+        shapes: their shapes.
+        modules: L distinct module names, in order of appearance.
+        module_of_parameter: index into `modules` of each parameter.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    modules: tuple[str, ...]
+    module_of_parameter: tuple[int, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Start of each parameter in the flat vector, and P as the last entry."""
+        ends = [0]
+        for shape in self.shapes:
+            ends.append(ends[-1] + math.prod(shape))
+        return tuple(ends)
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    @property
+    def numel(self) -> int:
+        """P, the number of selected parameters."""
+        return self.offsets[-1]
+
+    def slice_of(self, name: str) -> slice:
+        """Where a parameter lies in the flat vector."""
+        i = self._position[name]
+        return slice(self.offsets[i], self.offsets[i + 1])
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(P,) vector of tensors by name; each must have as many entries as its parameter.
+
+        Raises:
+            ShapeError: a tensor is missing or has another size.
+        """
+        parts: list[Tensor] = []
+        for name in self.names:
+            if name not in tensors or tensors[name].numel() != math.prod(self.shapes[self._position[name]]):
+                raise ShapeError(
+                    f"no tensor of the right size for parameter {name!r}",
+                    where=name,
+                    fix="give one tensor per selected parameter, of its shape",
+                )
+            parts.append(tensors[name].reshape(-1))
+        return torch.cat(parts)
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a (P,) vector by name, in the parameters' shapes.
+
+        Raises:
+            ShapeError: the vector does not have P entries.
+        """
+        if flat.shape != (self.numel,):
+            raise ShapeError(
+                f"expected a vector of {self.numel} entries, got shape {tuple(flat.shape)}",
+                where="parameter layout",
+                fix="give a vector over the selected parameters",
+            )
+        return {
+            name: flat[self.offsets[i] : self.offsets[i + 1]].view(self.shapes[i])
+            for i, name in enumerate(self.names)
+        }
+
+
+def module_of(name: str) -> str:
+    """Module a parameter belongs to; for LoRA weights the adapted module.
+
+    >>> module_of("model.layers.0.q_proj.weight")
+    'model.layers.0.q_proj'
+    >>> module_of("model.layers.0.q_proj.lora_A.default.weight")
+    'model.layers.0.q_proj'
+    >>> module_of("theta")
+    'theta'
+    """
+    adapted = _LORA.sub("", name)
+    if adapted != name:
+        return adapted
+    return name.rpartition(".")[0] or name
+
+
+def layout_of(model: nn.Module, names: Sequence[str]) -> ParameterLayout:
+    """Layout of the named parameters, in the order given.
+
+    Raises:
+        ConfigError: a name is unknown, stands twice, or nothing is selected.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in names if name not in parameters]
+    if unknown or not names or len(set(names)) != len(names):
+        close = difflib.get_close_matches(unknown[0], parameters, n=3) if unknown else []
+        what = f"the model has no parameter {unknown[0]!r}" if unknown else "parameter names repeat"
+        raise ConfigError(
+            what if names else "no parameter is selected",
+            where="model.parameters",
+            fix=f"did you mean {close}?" if close else "name each trainable parameter once",
+        )
+    modules: dict[str, int] = {}
+    owner = [modules.setdefault(module_of(name), len(modules)) for name in names]
+    shapes = tuple(tuple(parameters[name].shape) for name in names)
+    return ParameterLayout(tuple(names), shapes, tuple(modules), tuple(owner))
+
+
+def parameters_of(model: nn.Module, layout: ParameterLayout) -> list[nn.Parameter]:
+    """The selected parameters, in layout order."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [parameters[name] for name in layout.names]

@@ -1,0 +1,68 @@
+"""One entry to the engines that compute per-sample gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import NumericsError
+from arisk.gradients.functional import vmap_gradients
+from arisk.gradients.hooks import hook_gradients
+from arisk.gradients.layout import ParameterLayout
+from arisk.gradients.loop import loop_gradients
+from arisk.gradients.sink import Sink
+from arisk.task import Batch, LossFn
+
+__all__ = ["ENGINES", "per_sample_gradients"]
+
+#: Engines by name, fastest first.
+ENGINES = {"hooks": hook_gradients, "vmap": vmap_gradients, "loop": loop_gradients}
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    sink: Sink,
+    *,
+    engine: str,
+    offset: int = 0,
+) -> Tensor:
+    """G_i = ∇_θ ℓ_i(θ) for every sample of a batch, inside `measuring`.
+
+    Args:
+        model: the model.
+        batch: B samples along dimension 0.
+        loss_fn: per-sample losses (B,), or a scalar that is their mean.
+        layout: the selected parameters.
+        sink: called once per parameter with its block (B, *shape), in the parameter's dtype.
+        engine: "hooks", "vmap" or "loop".
+        offset: index of the batch's first sample, for messages.
+
+    Returns:
+        (B,) losses, detached.
+
+    Raises:
+        NumericsError: a loss or gradient is NaN or infinite; names the sample.
+    """
+
+    def checked(name: str, block: Tensor) -> None:
+        # The sum is one read of the block; only a suspicious one is looked at closely.
+        if not bool(torch.isfinite(block.sum())):
+            _require_finite(block.flatten(1).isfinite().all(1), f"gradient of {name!r}", offset)
+        sink(name, block)
+
+    losses = ENGINES[engine](model, batch, loss_fn, layout, checked)
+    _require_finite(torch.isfinite(losses), "loss", offset)
+    return losses
+
+
+def _require_finite(finite: Tensor, what: str, offset: int) -> None:
+    if not bool(finite.all()):
+        sample = int((~finite).to(torch.int64).argmax()) + offset
+        raise NumericsError(
+            f"the {what} of sample {sample} is NaN or infinite",
+            where=f"sample {sample} (counted from 0, in data order)",
+            fix="look at that row (empty response, extreme length), or load the model in float32",
+        )

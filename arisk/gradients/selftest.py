@@ -1,0 +1,138 @@
+"""Which engine fits, whether it agrees with the oracle, and what batching does to a gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import AriskError, ConfigError, NumericsError
+from arisk.gradients.batches import batch_size, slice_batch
+from arisk.gradients.layout import ParameterLayout
+from arisk.gradients.per_sample import ENGINES, per_sample_gradients
+from arisk.task import Batch, LossFn
+
+__all__ = ["EngineChoice", "batch_invariance", "choose_engine", "coverage"]
+
+#: Accepted relative error against `loop` by dtype of the parameters.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+#: Samples of the batch-invariance test.
+INVARIANCE_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine taken, the relative error of each one tried, and why others were refused."""
+
+    engine: str
+    parity: Mapping[str, float] = field(default_factory=dict[str, float])
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def choose_engine(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, requested: str
+) -> EngineChoice:
+    """The requested engine, or for `auto` the first of hooks, vmap, loop that agrees with `loop`.
+
+    The test takes the first two samples of the batch: an engine must work on them and have
+    ‖G − G_loop‖/‖G_loop‖ within the tolerance of the parameters' dtype.
+
+    Raises:
+        ConfigError: the requested engine fails the test.
+        NumericsError: a loss or gradient is not finite.
+    """
+    pair = slice_batch(batch, 0, min(2, batch_size(batch)))
+    oracle = _flat(model, pair, loss_fn, layout, "loop")
+    tolerance = TOLERANCE.get(oracle.dtype, 1e-3)
+    parity: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for engine in ENGINES if requested == "auto" else (requested,):
+        if engine == "loop":
+            return EngineChoice("loop", {**parity, "loop": 0.0}, refused)
+        try:
+            found = _flat(model, pair, loss_fn, layout, engine)
+        except NumericsError:
+            raise
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, AriskError) as err:
+            refused[engine] = str(err).strip().splitlines()[0]
+            continue
+        parity[engine] = _relative(found, oracle)
+        if parity[engine] <= tolerance:
+            return EngineChoice(engine, parity, refused)
+        refused[engine] = f"relative error {parity[engine]:.1e} against loop, accepted {tolerance:.0e}"
+    raise ConfigError(
+        f"engine {requested!r} does not fit this model: {refused[requested]}",
+        where="collect.engine",
+        fix="use `engine: auto`, which falls back to the next engine that agrees",
+    )
+
+
+def batch_invariance(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, engine: str
+) -> float:
+    """Smallest cosine between a sample's gradient alone and inside its batch, over a few samples.
+
+    Padding, batch statistics or masks that leak between samples show up here; 1 is perfect.
+
+    Returns:
+        In [−1, 1]; NaN when a gradient is zero.
+    """
+    count = min(INVARIANCE_SAMPLES, batch_size(batch))
+    # Two passes over the batch would hold B × P; only the first samples' rows are kept.
+    together = _flat(model, batch, loss_fn, layout, engine, keep=count)
+    cosines = []
+    for i in range(count):
+        alone = _flat(model, slice_batch(batch, i, i + 1), loss_fn, layout, engine)[0]
+        lengths = float(alone.norm()) * float(together[i].norm())
+        cosines.append(
+            float((alone / alone.norm()) @ (together[i] / together[i].norm())) if lengths else math.nan
+        )
+    return min(cosines)
+
+
+def coverage(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, engine: str
+) -> dict[str, float]:
+    """Shares of the selection that the engine sees, on the first two samples of the batch.
+
+    `parameters`: share of selected parameters in tensors with a non-zero gradient.
+    `gradient_norm`: ‖G‖² of the engine over ‖G‖² of `loop`. The first is below 1 for a fresh
+    adapter (its A side has no gradient yet); the second must be 1.
+    """
+    pair = slice_batch(batch, 0, min(2, batch_size(batch)))
+    found, oracle = (_flat(model, pair, loss_fn, layout, name) for name in (engine, "loop"))
+    touched = sum(
+        entries.numel() for entries in layout.split(oracle.abs().sum(0)).values() if bool((entries > 0).any())
+    )
+    energy = float(oracle.square().sum())
+    return {
+        "parameters": touched / layout.numel,
+        "gradient_norm": float(found.square().sum()) / energy if energy else math.nan,
+    }
+
+
+def _flat(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    engine: str,
+    *,
+    keep: int | None = None,
+) -> Tensor:
+    """(B, P) gradients of a small batch (its first `keep` samples) on the CPU."""
+    blocks: dict[str, Tensor] = {}
+
+    def sink(name: str, block: Tensor) -> None:
+        blocks[name] = block[:keep].flatten(1).to("cpu", copy=True)
+
+    per_sample_gradients(model, batch, loss_fn, layout, sink, engine=engine)
+    return torch.cat([blocks[name] for name in layout.names], dim=1)
+
+
+def _relative(found: Tensor, oracle: Tensor) -> float:
+    length = float(oracle.norm())
+    return float((found - oracle).norm()) / length if length else float(found.norm() > 0)

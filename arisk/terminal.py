@@ -1,0 +1,181 @@
+"""What the terminal shows: progress on stderr, and results as plain text tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["StageDisplay", "check_text", "outcome_text", "table"]
+
+
+class StageDisplay:
+    """Shows stages and their progress on stderr: bars in a terminal, one line per stage in a pipe.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, highlight=False)
+        self._bars: Progress | None = None
+        self._stage = ""
+        self._task: Any = None
+        self._label = ""
+        self._started = 0.0
+
+    def start(self, stage: str, why: str) -> None:
+        """A stage begins; `why` says what made it stale."""
+        self._stage, self._label, self._started = stage, "", time.monotonic()
+        if self.quiet:
+            return
+        self.console.print(f"[bold]{stage:<9}[/bold] {why}" if why else f"[bold]{stage}[/bold]")
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("          {task.description:<20}"),
+                BarColumn(bar_width=28),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """The `arisk.progress.Progress` callback of the running stage."""
+        if self._bars is None:
+            return
+        if label != self._label:
+            self._label = label
+            self._task = self._bars.add_task(label, total=total, memory="")
+        self._bars.update(self._task, completed=done, total=total, memory=_memory())
+
+    def finish(self, stage: str) -> None:
+        """A stage is committed."""
+        self._stop()
+        if not self.quiet:
+            self.console.print(f"{stage:<9} done in {time.monotonic() - self._started:.1f} s")
+
+    def skip(self, stage: str) -> None:
+        """A stage is fresh."""
+        if not self.quiet:
+            self.console.print(f"{stage:<9} fresh")
+
+    def interrupted(self) -> None:
+        """Ctrl-C: say what is kept and how to go on."""
+        self._stop()
+        self.console.print(
+            f"interrupted in {self._stage or 'planning'}: finished stages and finished parts "
+            "of this one are kept; run the same command again to go on",
+            soft_wrap=True,
+        )
+
+    def failed(self) -> None:
+        """An error ends the stage; the bars must not stay."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def _memory() -> str:
+    """Resident memory of this process, where the system tells it."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - not a stored file
+            pages = int(file.read().split()[1])
+    except OSError:
+        return ""
+    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """A plain aligned table, readable in a pipe and at 80 columns."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def outcome_text(outcome: Any) -> str:
+    """The verdict table at the end of a run, and the path of the report as the last line."""
+    if outcome.summary is None:
+        done = ", ".join(outcome.ran) or "nothing (all fresh)"
+        return f"ran {done}\nrun directory: {outcome.run_dir}"
+    verdict = outcome.summary["verdict"]
+    rows = [[name, *_forecaster(curve)] for name, curve in outcome.summary["forecasters"].items()]
+    lines = [
+        _coloured(f"verdict: {verdict['level']}", verdict["level"]),
+        verdict["sentence"],
+        "",
+        table(rows, ["forecaster", "collapse step", "P(collapse)", "final rise", "trusted until"]),
+        "",
+        f"safe-step budget: {_or(verdict['safe_steps'], 'not measured')} of {verdict['horizon']} planned"
+        f" steps (basis: {verdict['basis']})",
+        *[f"because: {reason}" for reason in verdict["reasons"]],
+        *[f"caveat:  {caveat}" for caveat in verdict["caveats"]],
+        f"report: {outcome.report}",
+    ]
+    return "\n".join(lines)
+
+
+def _forecaster(curve: Mapping[str, Any]) -> list[str]:
+    """Cells of one forecaster's row; what was not measured says so."""
+    if curve["status"] != "measured":
+        return [f"not measured: {curve['reason']}", "", "", ""]
+    label = "bound only" if curve["kind"] == "bound" else ""
+    step = curve["collapse_step"]
+    return [
+        (f"{step}" if step is not None else f"none within {curve['horizon']}"),
+        label or (f"{curve['probability']:.0%}" if curve["probability"] is not None else "not measured"),
+        f"{curve['median'][-1]:+.3g}" if curve["median"] and isinstance(curve["median"][-1], float) else "–",
+        label or _or(curve["trusted_until"], "not measured"),
+    ]
+
+
+def _or(value: Any, fallback: str) -> str:
+    return fallback if value is None else str(value)
+
+
+def _coloured(text: str, level: str) -> str:
+    """Colour on a terminal only, and never as the only sign."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    code = {"low": "32", "elevated": "33", "high": "31"}.get(level, "35")
+    return f"\x1b[1;{code}m{text}\x1b[0m"
+
+
+def check_text(report: Mapping[str, Any]) -> str:
+    """What `arisk check` found, as indented text."""
+    lines: list[str] = []
+    _indent(report, 0, lines)
+    return "\n".join(lines)
+
+
+def _indent(value: Any, depth: int, lines: list[str]) -> None:
+    pad = "  " * depth
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            lines.append(f"{pad}{key}:")
+            _indent(item, depth + 1, lines)
+        elif isinstance(item, (list, tuple)) and item and isinstance(item[0], (str, Mapping)):
+            lines.append(f"{pad}{key}:")
+            for entry in item:
+                if isinstance(entry, Mapping):
+                    _indent(entry, depth + 1, lines)
+                else:
+                    lines.append(f"{pad}  - {entry}")
+        else:
+            lines.append(f"{pad}{key}: {item}")

@@ -1,0 +1,78 @@
+import pytest
+
+from arisk.config import ForecastConfig
+from arisk.results import Curve
+from arisk.stages.verdict import decide
+
+CONFIG = ForecastConfig()
+
+
+def curve(name="local", *, peak=0.0, collapse=None, probability=0.0, trusted=100, kind="forecast", upper=None):
+    return Curve(
+        name=name,
+        status="measured",
+        reason=None,
+        kind=kind,
+        steps=[0, 50, 100],
+        median=[0.0, peak / 2, peak],
+        lower=[0.0, 0.0, 0.0],
+        upper=[0.0, (upper or peak) / 2, upper or peak],
+        collapse_step=collapse,
+        collapse_interval=None,
+        probability=probability,
+        horizon=100,
+        trusted_until=trusted,
+        notes=[],
+    )
+
+
+def verdict(*curves):
+    return decide({c.name: c for c in curves}, CONFIG, 100)
+
+
+def test_low_needs_a_trusted_forecast_and_a_small_peak():
+    assert verdict(curve(peak=0.01)).level == "low"
+    assert verdict(curve(peak=0.01, trusted=20)).level == "inconclusive"
+    assert verdict(curve(peak=0.01, trusted=None)).level == "inconclusive"
+
+
+def test_collapse_is_high_whatever_the_trust():
+    found = verdict(curve(peak=0.3, collapse=60, probability=0.9, trusted=10))
+    assert found.level == "high"
+    assert found.collapse_step == 60
+
+
+def test_alarm_level_and_probability_are_elevated():
+    assert verdict(curve(peak=0.01, upper=0.05)).level == "elevated"
+    assert verdict(curve(peak=0.01, probability=0.2)).level == "elevated"
+    assert verdict(curve(peak=0.01, probability=0.6)).level == "high"
+
+
+def test_untrusted_local_gives_way_to_the_ray():
+    found = verdict(curve(peak=0.001, trusted=10), curve("ray", peak=0.2, collapse=70, probability=1.0))
+    assert found.basis == "ray"
+    assert found.level == "high"
+
+
+def test_another_forecast_above_the_alarm_raises_a_low_one():
+    found = verdict(curve(peak=0.001), curve("ray", peak=0.2, collapse=70, probability=1.0))
+    assert found.basis == "local"
+    assert found.level == "elevated"
+
+
+def test_measured_rollout_is_preferred():
+    found = verdict(curve(peak=0.001), curve("rollout", peak=0.5, collapse=30, probability=1.0))
+    assert found.basis == "rollout"
+
+
+def test_a_bound_decides_nothing():
+    found = verdict(curve("bound", peak=5.0, collapse=3, kind="bound"))
+    assert found.level == "inconclusive"
+    assert found.basis == "none"
+    assert found.safe_steps is None
+    assert found.probability is None
+
+
+@pytest.mark.parametrize(("upper", "safe"), [(0.05, 100), (0.15, 50), (0.3, 0)])
+def test_safe_steps_end_before_the_upper_interval_crosses(upper, safe):
+    assert verdict(curve(peak=0.01, upper=upper)).safe_steps == safe
