@@ -179,7 +179,7 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             scored.record,
             config=config.forecast,
             training=config.training,
-            steps=planned_steps(task, config.training),
+            steps=planned_steps(config.training, len(task.finetune.rows)),
             directions=scored.directions,
             dots=dots,
             seed=config.seed,

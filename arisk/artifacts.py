@@ -87,7 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        save_file(_separate(tensors), partial)
         partial.replace(path)
     except SafetensorError as err:
         partial.unlink(missing_ok=True)
@@ -97,6 +97,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except OSError as err:
         partial.unlink(missing_ok=True)
         raise disk_error(err, path) from err
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as the format demands."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        storage = kept.untyped_storage().data_ptr()
+        own[name] = kept.clone() if storage in seen else kept
+        seen.add(storage)
+    return own
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -84,8 +84,8 @@ def run(
 
     Example: arisk run configs/demo.yaml --set training.learning_rate=1e-4
     """
-    from arisk.configfile import load_config
-    from arisk.pipeline import run_directory, run_stages
+    from arisk.configfile import load_config, run_directory
+    from arisk.pipeline import run_stages
 
     loaded = load_config(config, overrides or [])
     outcome = run_stages(
@@ -116,8 +116,8 @@ def _stage_command(stage: Stage) -> None:
         as_json: JsonOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        from arisk.configfile import load_config
-        from arisk.pipeline import run_directory, run_stages
+        from arisk.configfile import load_config, run_directory
+        from arisk.pipeline import run_stages
 
         loaded = load_config(config, overrides or [])
         outcome = run_stages(
@@ -147,11 +147,11 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show each stage as fresh or stale and why, with size and time; runs nothing."""
-    from arisk.configfile import load_config
+    from arisk.configfile import load_config, run_directory
     from arisk.status import describe, status_rows
 
     loaded = load_config(config, overrides or [])
-    rows = status_rows(loaded, config, run_dir)
+    rows = status_rows(loaded, run_directory(loaded, config, run_dir))
     typer.echo(json.dumps(rows, indent=2) if as_json else describe(rows))
 
 

@@ -163,7 +163,7 @@ class ScoreResult:
         examples: fine-tuning rows with `index`, `prompt`, `response`, `tokens`, `loss`,
             `gradient_norm`, `first_order` (−⟨ḡ_s, D g_j⟩, nats per unit learning rate) and
             `second_order` (⟨F u, −D g_j⟩): positive means harmful.
-        steps_planned: optimizer steps T of the plan (epochs resolved).
+        finetune_rows: rows of the fine-tuning data, 0 when not known; turns epochs into steps.
         baselines: plain numbers a user could compute, by name.
         has_directions: whether P-sized vectors (g, batch variance, Q) lie beside this artifact.
         probe_times: (M,) flow times t of a straight virtual move θ* + t u, ascending from 0.
@@ -193,7 +193,7 @@ class ScoreResult:
     module_first_order: Tensor
     module_second_order: Tensor
     examples: Sequence[Mapping[str, Any]]
-    steps_planned: int
+    finetune_rows: int
     baselines: Mapping[str, float]
     has_directions: bool
     warnings: Sequence[str]

@@ -118,7 +118,7 @@ def score(
         module_first_order=_by_module(layout, collected.mean_gradient * update.direction),
         module_second_order=_by_module(layout, pull * update.direction),
         examples=examples,
-        steps_planned=planned_steps(task, training),
+        finetune_rows=len(task.finetune.rows),
         baselines={
             "initial_finetune_loss": update.loss,
             "gradient_norm": float(update.gradient.norm()),
@@ -134,7 +134,7 @@ def score(
     return ScoreOutput(record, _directions(scene, update, krylov, training))
 
 
-def planned_steps(task: Task, training: TrainingConfig) -> int:
+def planned_steps(training: TrainingConfig, rows: int) -> int:
     """Optimizer steps T of the plan: `max_steps`, or epochs over the known rows, or 200.
 
     Raises:
@@ -144,7 +144,6 @@ def planned_steps(task: Task, training: TrainingConfig) -> int:
         return training.max_steps
     if training.epochs is None:
         return 200
-    rows = len(task.finetune.rows)
     if rows == 0:
         raise ConfigError(
             "`epochs` needs a data set of known size, and the fine-tuning data names no rows",

@@ -1,0 +1,301 @@
+"""YAML files to `Config`: every mistake at once, each with its place, the given value and a remedy.
+
+Relative data and model paths are looked up beside the config file first, then in the working
+directory; a path found in neither is left as it is (it may be a hub id).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from arisk.config import Config, Section
+from arisk.errors import ConfigError
+
+__all__ = [
+    "dump_config",
+    "json_schema",
+    "load_config",
+    "run_directory",
+    "set_value",
+    "starter_config",
+    "validate_mapping",
+]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+#: Config values that are files or folders.
+PATHS = (
+    ("model", "path"),
+    ("model", "adapter"),
+    ("model", "adapter", "path"),
+    ("safety", "path"),
+    ("finetune", "path"),
+    ("control", "path"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML itself would drop the first silently."""
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `--set` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` items; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or keys or values are wrong; all of them are
+            listed, the first with the others in `also`.
+    """
+    mapping = _read_yaml(path)
+    for item in overrides:
+        set_value(mapping, item)
+    for keys in PATHS:
+        _anchor(mapping, keys, path.parent)
+    return validate_mapping(Config, mapping, str(path))
+
+
+def run_directory(config: Config, config_path: Path, given: Path | None) -> Path:
+    """The run directory: `--run-dir`, else `run.dir`, else `runs/<name of the config file>`."""
+    return given or config.run.dir or Path("runs") / config_path.stem
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(
+            "the config file does not exist",
+            where=str(path),
+            fix="check the path, or write one with `arisk init`",
+        ) from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(
+            f"the config file cannot be read: {err}", where=str(path), fix="give a UTF-8 YAML file"
+        ) from err
+    try:
+        mapping = yaml.load(text, Loader=_Loader)  # noqa: TID251 - a SafeLoader
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"this is not valid YAML: {getattr(err, 'problem', None) or err}",
+            where=f"{path}{line}",
+            fix="correct that line; `arisk init` writes a file to compare with",
+        ) from err
+    if not isinstance(mapping, dict):
+        raise ConfigError(
+            "the config is empty" if mapping is None else f"the config is a {type(mapping).__name__}",
+            where=str(path),
+            fix="give sections such as `model:`, `safety:` and `finetune:`; `arisk init` writes them",
+        )
+    return mapping
+
+
+def set_value(mapping: dict[str, Any], item: str) -> None:
+    """Apply one `dotted.key=value` override in place.
+
+    Raises:
+        ConfigError: there is no `=`, the value is not YAML, or the key leads through a value.
+    """
+    key, equals, text = item.partition("=")
+    where = f"--set {item}"
+    if not equals or not key:
+        raise ConfigError(
+            "an override needs the form key=value", where=where, fix="e.g. training.max_steps=100"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"the value is not valid YAML: {err}", where=where, fix="quote it") from err
+    *parents, last = key.split(".")
+    place: Any = mapping
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ConfigError(
+                f"`{parent}` holds a value, not a section", where=where, fix="set the whole section"
+            )
+    place[last] = value
+
+
+def _anchor(mapping: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
+    """Make a relative path absolute where it exists beside the config file."""
+    place: Any = mapping
+    for key in keys[:-1]:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or not isinstance(place.get(keys[-1]), str):
+        return
+    value = Path(place[keys[-1]]).expanduser()
+    if not value.is_absolute() and (folder / value).exists():
+        place[keys[-1]] = str((folder / value).resolve())
+    elif value.exists():
+        place[keys[-1]] = str(value.resolve())
+
+
+def validate_mapping(cls: type[Model], mapping: Mapping[str, Any], where: str) -> Model:
+    """Validate a mapping as a config model, with all errors at once.
+
+    Args:
+        cls: the model.
+        mapping: plain values.
+        where: name of the source for messages.
+
+    Raises:
+        ConfigError: one per mistake; the first is raised and carries the others in `also`.
+    """
+    try:
+        return cls.model_validate(mapping)
+    except ValidationError as err:
+        problems = [_problem(cls, detail, where) for detail in err.errors(include_url=False)]
+    # A union reports every branch it tried; the first is the plainest.
+    unique = list({p.where: p for p in reversed(problems)}.values())[::-1]
+    first = unique[0]
+    raise ConfigError(first.what, where=first.where, fix=first.fix, also=unique[1:])
+
+
+def _problem(cls: type[BaseModel], detail: Any, where: str) -> ConfigError:
+    """One pydantic error as what, where, fix."""
+    location = [part for part in detail["loc"] if not _is_union_branch(part)]
+    dotted = ".".join(str(part) for part in location) or "(top level)"
+    place = f"{where}: {dotted}"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        known = _fields_at(cls, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        fix = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(sorted(known))}"
+        return ConfigError(f"unknown key `{location[-1]}`", where=place, fix=fix)
+    if kind == "missing":
+        return ConfigError(f"`{location[-1]}` is required", where=place, fix=_describe(cls, location))
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = detail.get("input")
+    shown = "" if isinstance(given, (dict, list)) and len(str(given)) > 60 else f" (given: {given!r})"
+    return ConfigError(f"{message}{shown}", where=place, fix=_describe(cls, location))
+
+
+def _is_union_branch(part: Any) -> bool:
+    """Pydantic names the branch of a union in the location; people did not write that."""
+    return isinstance(part, str) and (
+        part
+        in ("function-before", "bool", "int", "float", "str", "ParameterGlobs", "DataConfig", "AdapterConfig")
+        or part.startswith(("literal[", "constrained", "list[", "function-"))
+    )
+
+
+def _section_at(cls: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
+    """The config model at a dotted location, where there is one."""
+    here: type[BaseModel] | None = cls
+    for part in location:
+        if here is None or part not in here.model_fields:
+            return None
+        here = next(iter(_models_in(here.model_fields[part].annotation)), None)
+    return here
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _fields_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    section = _section_at(cls, location)
+    return list(section.model_fields) if section else []
+
+
+def _describe(cls: type[BaseModel], location: Sequence[Any]) -> str:
+    """What a field takes: its documentation and allowed values."""
+    section = _section_at(cls, location[:-1]) if location else None
+    field = section.model_fields.get(str(location[-1])) if section and location else None
+    if field is None:
+        return "see `arisk schema` or `arisk init` for what is allowed"
+    allowed = [repr(value) for value in _literals(field.annotation)]
+    values = f"; one of {', '.join(allowed)}" if allowed else ""
+    return f"{field.description or 'see `arisk schema`'}{values}"
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from typing.get_args(annotation)
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _literals(inner)
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the config, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def starter_config(model: str, safety: str, finetune: str) -> str:
+    """A YAML file with every key, its default and its documentation; loads back as it is."""
+    given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
+    lines = [
+        "# arisk check THIS_FILE && arisk run THIS_FILE",
+        "# Keys that are commented out show their defaults.",
+        "",
+    ]
+    for name, field in Config.model_fields.items():
+        section = next(_models_in(field.annotation))
+        lines.append(f"# {field.description}")
+        active = given.get(name, {})
+        lines.append(f"{name}:" if active else f"# {name}:")
+        lines += _section_lines(section, active)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _section_lines(section: type[BaseModel], given: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of one section: documented keys, those not given commented out."""
+    for name, field in section.model_fields.items():
+        doc = (field.description or "").replace("\n", " ")
+        if name in given:
+            yield f"  {name}: {_scalar(given[name])}  # {doc}"
+        else:
+            default = field.default
+            if isinstance(default, Section):
+                default = default.model_dump(mode="json")
+            shown = "…" if default is PydanticUndefined else _scalar(default)
+            yield f"  # {name}: {shown}  # {doc}"
+
+
+def _scalar(value: Any) -> str:
+    """One YAML scalar or flow value on one line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
