@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ __all__ = ["HvpPlan", "choose_hvp", "hvp"]
 
 #: Relative step lengths tried: ε = share · max(‖θ‖, 1).
 STEP_SHARES = (3e-4, 1e-3, 3e-3)
+#: Double backward is believed when it is this close to finite differences.
+AGREEMENT = 0.1
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ def choose_hvp(
     """Method and step for products with vectors like this one, with their measured error.
 
     autograd is taken where double backward works, and checked once against differences. Otherwise
-    the step is the one whose product changes least when it is doubled; by Richardson, central
-    differences then err by a third of that change.
+    the step is the one whose product changes least against the next longer one, and that change is
+    the error given: with a third-order remainder it is an upper estimate (Richardson).
 
     Raises:
         ConfigError: `autograd` was asked for and the model does not allow double backward.
@@ -90,20 +93,25 @@ def choose_hvp(
     steps = list(products)
     changes = [_relative(products[a], products[b]) for a, b in itertools.pairwise(steps)]
     best = min(range(len(changes)), key=changes.__getitem__)
-    differences = HvpPlan("finite_difference", steps[best], changes[best] / 3)
+    differences = HvpPlan("finite_difference", steps[best], changes[best])
     if requested == "finite_difference":
         return differences
     try:
         exact = hvp(model, first, loss_fn, layout, vector, method="autograd")
+        error = _relative(products[steps[best]], exact)
+        why = f"it disagrees with finite differences by {error:.0%}"
     except (RuntimeError, NotImplementedError) as err:
-        if requested == "autograd":
-            raise ConfigError(
-                f"double backward does not work on this model: {str(err).splitlines()[0]}",
-                where="score.hvp",
-                fix="use `hvp: auto` or `finite_difference`, or `model.attention: eager`",
-            ) from err
-        return differences
-    return HvpPlan("autograd", None, _relative(products[steps[best]], exact))
+        error, why = math.inf, str(err).splitlines()[0]
+    # A kernel that cannot be differentiated twice may also pass for a constant, without an error.
+    if error <= AGREEMENT:
+        return HvpPlan("autograd", None, error)
+    if requested == "autograd":
+        raise ConfigError(
+            f"double backward does not work on this model: {why}",
+            where="score.hvp",
+            fix="use `hvp: auto` or `finite_difference`, or `model.attention: eager`",
+        )
+    return differences
 
 
 def _steps(model: nn.Module, layout: ParameterLayout) -> list[float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,20 @@ __all__ = ["GradientStore"]
 
 #: Entries of one block read at a time (N × columns); bounds memory at 4 bytes each.
 BLOCK_ENTRIES = 32_000_000
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard open for reading, with its many errors as one."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except (SafetensorError, OSError) as err:
+        raise ArtifactError(
+            f"a gradient shard cannot be read: {err}",
+            where=str(path),
+            fix="run `arisk collect` with --force to measure it again",
+        ) from err
 
 
 class GradientStore:
@@ -68,15 +84,8 @@ class GradientStore:
         parts: list[Tensor] = []
         for path in self._require_shards():
             # Opened anew each time: a map that stays open would count every page it has touched.
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    parts.append(shard.get_slice(name)[:, start:stop].clone())
-            except (SafetensorError, OSError) as err:
-                raise ArtifactError(
-                    f"a gradient shard cannot be read: {err}",
-                    where=str(path),
-                    fix="run `arisk collect` with --force to measure it again",
-                ) from err
+            with _opened(path) as shard:
+                parts.append(shard.get_slice(name)[:, start:stop].clone())
         return torch.cat(parts)
 
     def _require_shards(self) -> list[Path]:
@@ -103,7 +112,7 @@ class GradientStore:
         """N, the samples in all shards."""
         total = 0
         for path in self._require_shards():
-            with safe_open(path, framework="pt") as shard:
+            with _opened(path) as shard:
                 total += shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
         return total
 

@@ -17,8 +17,7 @@ from arisk.task import Batch, SampleSet, Task
 
 __all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
 
-#: The metric of the Krylov space must stay invertible where a coordinate has had no gradient yet
-#: (the A side of a fresh adapter): √v̂ counts as at least this share of its root mean square.
+#: √v̂ counts as at least this share of its root mean square, so that D stays invertible.
 RELATIVE_FLOOR = 1e-3
 
 
@@ -60,12 +59,17 @@ def first_batches(samples: SampleSet, count: int, device: torch.device) -> list[
 
 
 def preconditioner(gradient: Tensor, noise_variance: Tensor, training: TrainingConfig) -> Tensor:
-    """D of the planned optimizer at the start: 1 for SGD, 1/(√v̂ + ε) for AdamW, v̂ ≈ E[g_b²]."""
+    """D of the planned optimizer at the start: 1 for SGD, 1/(√v̂ + ε) for AdamW, v̂ ≈ E[g_b²].
+
+    A coordinate that has had no gradient at all (the A side of a fresh adapter) has no scale of its
+    own; it gets that of the root mean square, which keeps it from dominating every D-norm.
+    """
     if training.optimizer == "sgd":
         return torch.ones_like(gradient)
     second = (gradient.square() + noise_variance / training.gradient_accumulation).sqrt()
-    floor = RELATIVE_FLOOR * float(second.square().mean().sqrt())
-    return 1 / (second.clamp(min=floor) + training.eps)
+    typical = float(second.square().mean().sqrt())
+    second = second.masked_fill(second == 0, typical)
+    return 1 / (second.clamp(min=RELATIVE_FLOOR * typical) + training.eps)
 
 
 def measure_update(
