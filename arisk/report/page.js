@@ -1,0 +1,58 @@
+"use strict";
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const root = document.documentElement;
+const plain = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+
+function layoutOf(figure) {
+  const style = getComputedStyle(root);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const narrow = window.innerWidth < 600;
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
+  const layout = structuredClone(figure.layout);
+  for (const key of ["xaxis", "yaxis", "yaxis2"]) {
+    if (layout[key] || key !== "yaxis2") { layout[key] = { ...axis, ...layout[key] }; }
+  }
+  if (narrow) { for (const note of layout.annotations || []) { note.font = { size: 9 }; } }
+  return {
+    ...layout,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: "system-ui, sans-serif", size: narrow ? 11 : 13, color: colour("--ink") },
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
+    margin: { l: narrow ? 46 : 64, r: narrow ? 10 : 24, t: 16, b: narrow ? 44 : 56 },
+    dragmode: narrow ? false : "zoom",
+  };
+}
+
+function draw() {
+  for (const figure of figures) {
+    Plotly.react(figure.id, structuredClone(figure.data), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 });
+  }
+}
+
+function setTheme(name) {
+  root.dataset.theme = name;
+  const button = document.getElementById("theme");
+  button.textContent = name === "dark" ? "Light" : "Dark";
+  button.setAttribute("aria-label", "switch to " + (name === "dark" ? "light" : "dark") + " colours");
+  draw();
+}
+
+const preferred = new URLSearchParams(location.search).get("theme")
+  || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+setTheme(preferred);
+document.getElementById("theme").addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
+
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const header = button.parentElement;
+    const body = header.closest("table").tBodies[0];
+    const column = [...header.parentElement.children].indexOf(header);
+    const down = header.getAttribute("aria-sort") !== "descending";
+    for (const other of header.parentElement.children) { other.removeAttribute("aria-sort"); }
+    header.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = (row) => { const v = row.children[column].dataset.value; return v === "" || v === undefined ? -Infinity : Number(v); };
+    const rows = [...body.rows].sort((a, b) => (down ? key(b) - key(a) : key(a) - key(b)));
+    body.append(...rows);
+  });
+}
+root.dataset.ready = "true";

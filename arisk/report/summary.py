@@ -1,0 +1,80 @@
+"""The verdict for machines and for pull requests."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
+from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
+
+__all__ = ["summary_json", "summary_markdown"]
+
+
+def summary_json(
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    *,
+    title: str,
+) -> dict[str, Any]:
+    """Plain values: verdict, forecasters, overlap, subspace, findings. None is not measured."""
+    return {
+        "title": title,
+        "verdict": dataclasses.asdict(forecast.verdict),
+        "threshold": forecast.threshold,
+        "confidence": forecast.confidence,
+        "training": dict(forecast.training),
+        "forecasters": {name: dataclasses.asdict(curve) for name, curve in forecast.forecasters.items()},
+        "overlap": dataclasses.asdict(scored.overlap),
+        "gamma_hat": scored.gamma_hat,
+        "epsilon_hat": scored.epsilon_hat,
+        "subspace": {
+            "rank": space.rank,
+            "explained": space.explained,
+            "trace": space.trace,
+            "heldout_energy": space.heldout_energy,
+        },
+        "samples": len(collected.losses),
+        "findings": findings(collected, space, scored, forecast),
+        "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
+    }
+
+
+def summary_markdown(
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    *,
+    title: str,
+) -> str:
+    """A short Markdown text, fit for a pull-request comment."""
+    v = forecast.verdict
+    safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon} steps"
+    rows = [
+        f"| {name}{' (lower bound)' if curve.kind == 'bound' else ''} | {collapse_text(curve)} | "
+        f"{percent(curve.probability)} | {number(curve.median[-1] if curve.median else None)} |"
+        for name, curve in forecast.forecasters.items()
+    ]
+    lines = [
+        f"### arisk: {v.level} – {_cell(title)}",
+        "",
+        v.sentence,
+        "",
+        f"Safe-step budget: **{safe}** · P(collapse): **{percent(v.probability)}** · basis: {v.basis}",
+        "",
+        "| forecaster | collapse | P(collapse) | rise at the end (nats/token) |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+        *[f"- {sentence}" for sentence in (*v.reasons, *findings(collected, space, scored, forecast))],
+        *[f"- caveat: {sentence}" for sentence in v.caveats],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
