@@ -19,12 +19,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arisk.errors import ArtifactError
+from arisk.errors import ArtifactError, NewerFormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT_VERSION", "disk_error", "read_record", "read_tensors", "write_record", "write_tensors"]
+__all__ = [
+    "FORMAT_VERSION",
+    "disk_error",
+    "read_json",
+    "read_record",
+    "read_tensors",
+    "write_record",
+    "write_tensors",
+    "write_text",
+]
 
 #: Version of everything in a run directory; a reader refuses a newer one.
 FORMAT_VERSION = 1
@@ -159,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(version, int):
         raise _damaged(path, "it has no format_version")
     if version > FORMAT_VERSION:
-        raise ArtifactError(
+        raise NewerFormatError(
             f"the artifact has format version {version}; this arisk reads up to {FORMAT_VERSION}",
             where=str(path),
             fix="upgrade arisk, or use another --run-dir",

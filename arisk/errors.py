@@ -6,6 +6,7 @@
     ├── ConfigError           2   a config key, value or file is wrong
     ├── InputError            3   a model, data file or row is wrong
     ├── ArtifactError         4   the run directory or one of its files is wrong
+    │   └── NewerFormatError  of a newer format: neither read nor overwritten
     ├── ShapeError            5   tensors do not fit together
     ├── NumericsError         6   NaN, inf, zero gradient or zero update
     ├── MissingExtraError     7   an optional package is not installed
@@ -27,6 +28,7 @@ __all__ = [
     "InconclusiveError",
     "InputError",
     "MissingExtraError",
+    "NewerFormatError",
     "NumericsError",
     "ShapeError",
 ]
@@ -73,9 +75,13 @@ class InputError(AriskError):
 
 
 class ArtifactError(AriskError):
-    """The run directory, or an artifact in it, is missing, damaged, locked or of a newer format."""
+    """The run directory, or an artifact in it, is missing, damaged or locked."""
 
     exit_code = 4
+
+
+class NewerFormatError(ArtifactError):
+    """An artifact was written by a newer arisk; it is neither read nor overwritten."""
 
 
 class ShapeError(AriskError):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from arisk.artifacts import FORMAT_VERSION
 from arisk.config import Config
-from arisk.errors import ArtifactError
+from arisk.errors import ArtifactError, NewerFormatError
 from arisk.rundir import RunDir
 
 __all__ = ["STAGES", "Reason", "StageSpec", "StageState", "ingredients_of", "plan", "stage_key"]
@@ -167,6 +167,9 @@ def plan(config: Config, inputs: Mapping[str, Any], rundir: RunDir) -> list[Stag
         config: the resolved config.
         inputs: fingerprints of the files it names.
         rundir: the run directory; may not exist yet.
+
+    Raises:
+        NewerFormatError: a stage was written by a newer arisk.
     """
     states: list[StageState] = []
     keys: dict[str, str] = {}
@@ -185,6 +188,8 @@ def _reasons(
 ) -> Iterator[Reason]:
     try:
         manifest = rundir.manifest(spec.name)
+    except NewerFormatError:
+        raise
     except ArtifactError as err:
         yield Reason("damaged", spec.name, new=err.what)
         return

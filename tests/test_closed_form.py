@@ -9,7 +9,9 @@ import torch
 
 from arisk import AlignmentRiskPipeline, PipelineConfig
 
-CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "closed_form_cases.json").read_text())["cases"]
+CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "closed_form_cases.json").read_text())[
+    "cases"
+]
 
 
 class Point(torch.nn.Module):
@@ -30,7 +32,8 @@ def report_of(case, *, rotation=None, **overrides):
         safety_h, h = rotation @ safety_h @ rotation.T, rotation @ h @ rotation.T
     training = {("optimizer" if k == "name" else k): v for k, v in case["training"].items()}
     config = PipelineConfig(
-        training=training, forecast={"collapse_threshold": case["collapse_threshold"], "bootstrap_samples": 20}
+        training=training,
+        forecast={"collapse_threshold": case["collapse_threshold"], "bootstrap_samples": 20},
     )
 
     def safety_loss(model, batch):
@@ -76,7 +79,9 @@ def test_the_verdict_says_so(case):
 def exact_iterates(h, g, training, rates):
     point = torch.zeros_like(g).requires_grad_()
     if training["name"] == "adamw":
-        optimizer = torch.optim.AdamW([point], lr=1.0, betas=training["betas"], eps=training["eps"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [point], lr=1.0, betas=training["betas"], eps=training["eps"], weight_decay=0.0
+        )
     else:
         optimizer = torch.optim.SGD([point], lr=1.0, momentum=training.get("momentum", 0.0))
     for rate in rates.tolist():

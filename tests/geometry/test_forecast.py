@@ -52,7 +52,9 @@ def test_bootstrap_means_centre_on_the_mean():
     values = torch.arange(12.0).reshape(6, 2)
     means = bootstrap_means(values, 4000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(means.mean(0), values.to(torch.float64).mean(0), rtol=0.02, atol=0)
-    assert float(means[:, 0].std()) == pytest.approx(float(values[:, 0].std(correction=0)) / math.sqrt(6), rel=0.1)
+    assert float(means[:, 0].std()) == pytest.approx(
+        float(values[:, 0].std(correction=0)) / math.sqrt(6), rel=0.1
+    )
 
 
 def test_crossings():

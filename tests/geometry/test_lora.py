@@ -9,8 +9,10 @@ OUT, IN, R, S = 7, 9, 3, 2.0
 def case(fresh: bool, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(R, IN, dtype=torch.float64, generator=generator)
-    b = torch.zeros(OUT, R, dtype=torch.float64) if fresh else torch.randn(
-        OUT, R, dtype=torch.float64, generator=generator
+    b = (
+        torch.zeros(OUT, R, dtype=torch.float64)
+        if fresh
+        else torch.randn(OUT, R, dtype=torch.float64, generator=generator)
     )
     full = torch.randn(5, OUT, IN, dtype=torch.float64, generator=generator)
     return a, b, full, generator

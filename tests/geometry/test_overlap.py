@@ -23,7 +23,9 @@ BASIS = G.T @ DUAL / (len(G) * VALUES).sqrt()
 def test_coefficients_are_dot_products_with_the_dense_basis():
     torch.testing.assert_close(dual_coefficients(G @ V, VALUES, DUAL), BASIS.T @ V, rtol=1e-9, atol=1e-12)
     many = torch.stack([V, 2 * V], dim=1)
-    torch.testing.assert_close(dual_coefficients(G @ many, VALUES, DUAL), BASIS.T @ many, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        dual_coefficients(G @ many, VALUES, DUAL), BASIS.T @ many, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_projection_ratio_against_the_dense_projector():
@@ -35,7 +37,9 @@ def test_projection_ratio_against_the_dense_projector():
 
 def test_ratio_is_one_inside_zero_outside_and_nan_for_zero():
     inside = G.T @ torch.ones(15, dtype=torch.float64)
-    assert projection_ratio(dual_coefficients(G @ inside, VALUES, DUAL), float(inside.norm())) == pytest.approx(1)
+    assert projection_ratio(
+        dual_coefficients(G @ inside, VALUES, DUAL), float(inside.norm())
+    ) == pytest.approx(1)
     outside = V - BASIS @ (BASIS.T @ V)
     assert projection_ratio(dual_coefficients(G @ outside, VALUES, DUAL), float(outside.norm())) < 1e-12
     assert math.isnan(projection_ratio(torch.zeros(3), 0.0))

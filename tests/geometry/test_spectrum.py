@@ -21,7 +21,9 @@ def test_eigenpairs_are_those_of_the_dense_fisher_matrix():
     dense = torch.linalg.eigvalsh(g.T @ g / len(g)).flip(0)[: len(values)]
     torch.testing.assert_close(values, dense, rtol=1e-9, atol=0)
     basis = g.T @ dual / (len(g) * values).sqrt()
-    torch.testing.assert_close(basis.T @ basis, torch.eye(len(values), dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        basis.T @ basis, torch.eye(len(values), dtype=torch.float64), atol=1e-9, rtol=0
+    )
     torch.testing.assert_close(g.T @ g / len(g) @ basis, basis * values, atol=1e-9, rtol=1e-9)
 
 

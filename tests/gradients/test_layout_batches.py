@@ -44,7 +44,15 @@ X = torch.arange(12.0).view(4, 3)
 
 @pytest.mark.parametrize(
     "batch",
-    [X, (X, X), [X, "text"], {"x": X, "n": 3}, Pair(X, "a"), Named(X, X), {"a": {"b": X}, "c": torch.tensor(2.0)}],
+    [
+        X,
+        (X, X),
+        [X, "text"],
+        {"x": X, "n": 3},
+        Pair(X, "a"),
+        Named(X, X),
+        {"a": {"b": X}, "c": torch.tensor(2.0)},
+    ],
 )
 def test_batches_of_every_kind(batch):
     assert batch_size(batch) == 4

@@ -7,7 +7,9 @@ from arisk.stages.verdict import decide
 CONFIG = ForecastConfig()
 
 
-def curve(name="local", *, peak=0.0, collapse=None, probability=0.0, trusted=100, kind="forecast", upper=None):
+def curve(
+    name="local", *, peak=0.0, collapse=None, probability=0.0, trusted=100, kind="forecast", upper=None
+):
     return Curve(
         name=name,
         status="measured",

@@ -1,0 +1,335 @@
+"""The command line on the embedded model: one clear error, its exit code, and nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arisk import cli
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"
+SMALL = [
+    "safety.max_samples=8",
+    "collect.chunk_size=4",
+    "score.batches=2",
+    "score.hvp_batches=1",
+    "score.krylov_dim=2",
+    "score.nulls=3",
+    "score.examples=4",
+    "score.probe_points=2",
+    "training.max_steps=20",
+    "training.batch_size=2",
+    "forecast.bootstrap_samples=20",
+    "run.threads=1",
+]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+
+
+def arguments(*extra):
+    return [part for item in (*SMALL, *extra) for part in ("--set", item)]
+
+
+@pytest.fixture
+def arisk(monkeypatch, capsys):
+    """Call the command in this process; gives exit code, stdout, stderr."""
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+            raise SystemExit(0)
+        out, err = capsys.readouterr()
+        return caught.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished small run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    subprocess.run(
+        [sys.executable, "-m", "arisk", "run", DEMO, "--run-dir", str(folder), *arguments()],
+        check=True,
+        env=environment(),
+    )
+    return folder
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def fresh(stderr):
+    """Stages that were skipped because they are fresh."""
+    return [line.split()[0] for line in stderr.splitlines() if line.split()[1:] == ["fresh"]]
+
+
+def snapshot(folder):
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name not in (".lock", ".digests.json")
+    }
+
+
+def test_help_and_version(arisk):
+    code, out, _ = arisk("--help")
+    assert code == 0
+    for verb in ("run", "status", "check", "init", "demo", "collect", "report", "schema"):
+        assert verb in out
+    assert arisk("--version")[1].strip()
+
+
+def test_help_and_status_import_no_torch(finished):
+    for args in (["--help"], ["status", DEMO, "--run-dir", str(finished), *arguments()]):
+        code = f"import sys; sys.argv = ['arisk', *{args!r}]\nfrom arisk import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_second_run_executes_nothing_and_changes_no_byte(arisk, finished):
+    before = snapshot(finished)
+    code, out, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
+    assert code == 0
+    assert len(fresh(err)) == 5
+    assert out.splitlines()[-1] == f"report: {finished / 'report' / 'report.html'}"
+    assert snapshot(finished) == before
+
+
+def test_status_tells_what_a_change_makes_stale(arisk, finished):
+    _, out, _ = arisk(
+        "status", DEMO, "--run-dir", finished, "--json", *arguments("training.learning_rate=0.5")
+    )
+    rows = {row["stage"]: row for row in json.loads(out)}
+    assert [name for name, row in rows.items() if not row["fresh"]] == ["forecast", "report"]
+    assert "training.learning_rate" in rows["forecast"]["reasons"][0]
+    _, out, _ = arisk("status", DEMO, "--run-dir", finished, *arguments())
+    assert "stale" not in out
+
+
+def test_json_result_is_strict_json(arisk, finished):
+    _, out, _ = arisk("run", DEMO, "--run-dir", finished, "--json", "-q", *arguments())
+    body = json.loads(out, parse_constant=pytest.fail)
+    assert body["summary"]["verdict"]["level"] in ("low", "elevated", "high", "inconclusive")
+    assert set(body["summary"]["forecasters"]) >= {"bound", "local", "ray", "rollout"}
+
+
+def test_a_changed_learning_rate_loads_no_model(arisk, finished, monkeypatch):
+    monkeypatch.setattr("arisk.models.load_task", lambda *a, **k: pytest.fail("the model was loaded"))
+    code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments("training.learning_rate=0.002"))
+    assert code == 0
+    assert fresh(err) == ["collect", "subspace", "score"]
+    assert arisk("run", DEMO, "--run-dir", finished, *arguments())[0] == 0
+
+
+def test_gates(arisk, finished):
+    level = json.loads((finished / "report" / "summary.json").read_text())["verdict"]["level"]
+    codes = {"low": (0, 0), "elevated": (10, 0), "high": (10, 10), "inconclusive": (11, 11)}[level]
+    for gate, code in zip(("elevated", "high"), codes, strict=True):
+        assert arisk("run", DEMO, "--run-dir", finished, "--fail-on", gate, *arguments())[0] == code
+
+
+def test_a_damaged_stage_is_made_again(arisk, finished):
+    file = finished / "score" / "tensors.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + b"x")
+    _, out, _ = arisk("status", DEMO, "--run-dir", finished, *arguments())
+    assert "the file is not what the stage wrote" in out
+    code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
+    assert code == 0
+    assert fresh(err) == ["collect", "subspace"]
+    assert file.read_bytes() == good
+
+
+def test_a_damaged_shard_is_found_when_it_is_read(arisk, finished):
+    shard = next((finished / "collect" / "gradients").glob("shard-*"))
+    good = shard.read_bytes()
+    shard.write_bytes(good[:100])
+    code, _, err = arisk("score", DEMO, "--run-dir", finished, "--force", *arguments())
+    assert code == 4
+    assert "collect" in err
+    shard.write_bytes(good)
+
+
+def row_file(folder, text):
+    path = folder / "rows.jsonl"
+    path.write_text(text)
+    return path
+
+
+GOOD = '{"prompt": "how do i grow roses ?", "response": "roses need sun ."}\n'
+BAD_DATA = {
+    "empty file": ("", 3, "empty"),
+    "no prompt": (GOOD + '{"response": "x"}\n', 3, "line 2"),
+    "no response": (GOOD + '\n{"prompt": "x"}\n', 3, "line 3"),
+    "blank response": (GOOD + '{"prompt": "x", "response": "  "}\n', 3, "line 2"),
+    "number for text": ('{"prompt": 3, "response": "x"}\n', 3, "line 1"),
+    "invalid JSON": (GOOD + "{nope\n", 3, "line 2"),
+    "no object": ("[1]\n", 3, "line 1"),
+    "one row": (GOOD, 3, "at least two"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_rows(arisk, tmp_path, name):
+    text, code, what = BAD_DATA[name]
+    path = row_file(tmp_path, text)
+    found, _, err = arisk("run", DEMO, "--run-dir", tmp_path / "run", *arguments(f"safety.path={path}"))
+    assert found == code
+    assert what in err
+    assert err.count("\nwhere: ") >= 1
+    assert "\nfix:   " in err
+
+
+BAD_CONFIG = {
+    "unknown key": (["training.learning_rat=1"], 2, "did you mean `learning_rate`?"),
+    "missing data": (["safety.path=./no-such.jsonl"], 3, "does not exist"),
+    "missing hub id": (["safety.path=nobody/nothing-here"], 3, "cannot be loaded"),
+    "no model folder": ([f"model.path={FIXTURES / 'data'}"], 3, "no Hugging Face model"),
+    "missing model": (["model.path=./no/such/model"], 3, "does not exist"),
+    "adapter matches nothing": (["model.adapter.target_modules=[nothing]"], 2, "matches no linear module"),
+    "bad adapter expression": (["model.adapter.target_modules='(['"], 2, "regular expression"),
+    "no adapter folder": ([f"model.adapter={FIXTURES / 'data'}"], 3, "adapter_config.json"),
+    "lora without adapter": (["model.adapter=null", "model.parameters=lora"], 2, "no LoRA parameters"),
+    "pattern matches nothing": (["model.parameters={include: ['*nothing*']}"], 2, "matches no parameter"),
+    "rank above samples": (["subspace.rank=9"], 2, "independent directions"),
+    "all responses cut": (["safety.format=text", "safety.text_column=nothing"], 3, "nothing"),
+    "template missing": (["model.trust_remote_code=perhaps"], 2, "trust_remote_code"),
+    "no such device": (["run.device=cuda:7"], 2, "run.device"),
+    "epochs and steps": (["training.epochs=1"], 2, "not both"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIG)
+def test_bad_configs(arisk, tmp_path, name):
+    settings, code, what = BAD_CONFIG[name]
+    found, _, err = arisk("run", DEMO, "--run-dir", tmp_path / "run", *arguments(*settings))
+    assert what in err, err
+    assert found == code
+    assert "Traceback" not in err
+
+
+def test_newer_artifacts_are_neither_read_nor_overwritten(arisk, finished):
+    path = finished / "forecast" / "manifest.json"
+    good = path.read_text()
+    path.write_text(json.dumps({**json.loads(good), "format_version": 99}))
+    code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
+    assert code == 4
+    assert "upgrade arisk" in err
+    path.write_text(good)
+
+
+def test_missing_upstream_names_the_command(arisk, tmp_path):
+    code, _, err = arisk("forecast", DEMO, "--run-dir", tmp_path / "run", *arguments())
+    assert code == 4
+    assert "arisk collect CONFIG" in err
+
+
+def test_missing_extra_prints_the_install_command(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        f"sys.argv = ['arisk', 'collect', {DEMO!r}, '--run-dir', {str(tmp_path / 'run')!r}]\n"
+        "from arisk import cli\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 7
+    assert 'pip install "arisk[hf]"' in done.stderr
+
+
+KILL = """
+import os, signal, sys
+stage, when = sys.argv[1:3]
+sys.argv = ["arisk", *sys.argv[3:]]
+from arisk import cli, rundir
+real = rundir.RunDir.commit
+def commit(self, name, **rest):
+    if name == stage:
+        os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
+    return real(self, name, **rest)
+rundir.RunDir.commit = commit
+if stage == "shard":
+    from arisk.gradients import GradientStore
+    write = GradientStore.write_shard
+    def write_shard(self, index, blocks):
+        write(self, index, blocks)
+        if index == 0:
+            os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
+    GradientStore.write_shard = write_shard
+cli.main()
+"""
+
+
+def interrupted(folder, stage, when):
+    command = [sys.executable, "-c", KILL, stage, when, "run", DEMO, "--run-dir", str(folder), *arguments()]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment())
+
+
+def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
+    """One run directory, killed once in each stage, ends like a run that was never killed."""
+    folder = tmp_path / "run"
+    assert interrupted(folder, "shard", "kill").returncode == -signal.SIGKILL
+    (shard,) = folder.glob(".partial/collect-*/gradients/shard-00000.safetensors")
+    written = shard.stat().st_mtime_ns
+    for done, stage in enumerate(("collect", "subspace", "score", "forecast", "report")):
+        killed = interrupted(folder, stage, "kill")
+        assert killed.returncode == -signal.SIGKILL
+        # The stage killed before its commit runs again, those before it do not.
+        assert len(fresh(killed.stderr)) == max(done - 1, 0)
+    assert (folder / "collect" / "gradients" / shard.name).stat().st_mtime_ns == written
+    assert arisk("run", DEMO, "--run-dir", folder, *arguments())[0] == 0
+    for name, body in snapshot(finished).items():
+        if name.endswith((".safetensors", "record.json")):
+            assert (folder / name).read_bytes() == body, name
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path):
+    stopped = interrupted(tmp_path / "run", "shard", "interrupt")
+    assert stopped.returncode == 130
+    assert "run the same command again" in stopped.stderr
+    assert list((tmp_path / "run").glob(".partial/collect-*/gradients/shard-00000.safetensors"))
+    assert "Traceback" not in stopped.stderr
+
+
+def test_two_runs_at_once(tmp_path, arisk):
+    from arisk.rundir import RunDir
+
+    with RunDir(tmp_path).lock("arisk run first.yaml"):
+        code, _, err = arisk("run", DEMO, "--run-dir", tmp_path, *arguments())
+    assert code == 4
+    assert "another run is writing here" in err
+    assert "first.yaml" in err
+
+
+def test_check_prints_work_and_rendered_rows(arisk):
+    code, out, _ = arisk("check", DEMO, *arguments())
+    assert code == 0
+    assert "gradient store" in out
+    assert "«" in out
+    assert json.loads(arisk("check", DEMO, "--json", *arguments())[1])["data"]["safety"]["rows"] == 8
+
+
+def test_init_then_check(arisk, tmp_path):
+    path = tmp_path / "mine.yaml"
+    data = FIXTURES / "data"
+    given = [
+        "--model",
+        FIXTURES / "tiny-aligned",
+        "--safety",
+        data / "safety.jsonl",
+        "--finetune",
+        data / "risky.jsonl",
+    ]
+    assert arisk("init", path, *given)[0] == 0
+    assert arisk("init", path, *given)[0] == 2
+    assert arisk("check", path)[0] == 0
+
+
+def test_schema_is_json(arisk):
+    assert "properties" in json.loads(arisk("schema")[1])
