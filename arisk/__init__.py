@@ -6,7 +6,13 @@ The public names load torch when they are first used; `import arisk` does not.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arisk.api import AlignmentRiskPipeline, RiskReport, assess
+    from arisk.config import Config, PipelineConfig
+    from arisk.errors import AriskError
+    from arisk.task import LoraPair, SampleSet, Task
 
 __all__ = [
     "AlignmentRiskPipeline",

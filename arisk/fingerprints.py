@@ -22,18 +22,10 @@ _CHUNK = 1 << 20
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _read(file)
-        )
-
-
-def _read(file: Any) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -88,7 +88,13 @@ def test_help_and_version(arisk):
 
 def test_help_and_status_import_no_torch(finished):
     for args in (["--help"], ["status", DEMO, "--run-dir", str(finished), *arguments()]):
-        code = f"import sys; sys.argv = ['arisk', *{args!r}]\nfrom arisk import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        code = (
+            f"import sys; sys.argv = ['arisk', *{args!r}]\n"
+            "from arisk import cli\n"
+            "try: cli.main()\n"
+            "except SystemExit: pass\n"
+            "print('torch' in sys.modules)"
+        )
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == "False"
 

@@ -24,7 +24,7 @@ def map_tensors(batch: Batch, change: Callable[[Tensor], Any]) -> Batch:
         if type(batch) is dict:
             return changed
         try:
-            return type(batch)(changed)  # BatchEncoding and other dict-likes keep their type
+            return type(batch)(changed)  # pyright: ignore[reportCallIssue] - BatchEncoding and other dict-likes keep their type
         except TypeError:
             return changed
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):

@@ -9,7 +9,7 @@ its last contribution is in, so memory holds about one module's block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from arisk.errors import ShapeError
-from arisk.gradients.batches import batch_size
+from arisk.gradients.batches import batch_size, map_tensors
 from arisk.gradients.layout import ParameterLayout, parameters_of
 from arisk.gradients.sink import Sink
 from arisk.task import Batch, LossFn
@@ -43,6 +43,7 @@ class _Contributions:
         self.waiting: dict[str, int] = dict.fromkeys(names.values(), 0)
         self.blocks: dict[str, Tensor] = {}
         self.sent: set[str] = set()
+        self.muted = False
 
     def expect(self, parameter: nn.Parameter) -> None:
         self.waiting[self.names[id(parameter)]] += 1
@@ -92,7 +93,7 @@ def hook_gradients(
 
 
 @contextmanager
-def _frozen(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+def _frozen(parameters: dict[str, nn.Parameter]) -> Generator[None]:
     """No parameter asks for a gradient: the backward pass goes through activations only."""
     flags = {name: p.requires_grad for name, p in parameters.items()}
     try:
@@ -105,7 +106,7 @@ def _frozen(parameters: dict[str, nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(model: nn.Module, sums: _Contributions, roots: list[Tensor], size: int) -> Iterator[None]:
+def _hooked(model: nn.Module, sums: _Contributions, roots: list[Tensor], size: int) -> Generator[None]:
     """Forward hooks on every module that directly holds a selected parameter."""
     handles = []
     try:
@@ -126,6 +127,8 @@ def _forward_hook(
     """Hook that remembers a call's input and waits for its output gradient."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if sums.muted:
+            return output
         if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != size:
             raise ShapeError(
                 f"the output of {type(module).__name__} does not have the samples in dimension 0",
@@ -143,7 +146,11 @@ def _forward_hook(
             output = leaf.clone()
 
         def receive(gradient: Tensor) -> None:
-            for local, block in backward(gradient.detach()).items():
+            # A module asked for its own vector-Jacobian product runs its forward again.
+            sums.muted = True
+            blocks = backward(gradient.detach())
+            sums.muted = False
+            for local, block in blocks.items():
                 sums.add(own[local], block)
 
         output.register_hook(receive)
@@ -216,28 +223,28 @@ def _own_vjp(
     size: int,
 ) -> dict[str, Tensor]:
     """(∂f(x_i; w)/∂w)ᵀ y'_i for each sample, through the module's own forward."""
-    leaves, structure = torch.utils._pytree.tree_flatten((args, kwargs))
-    batched = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size for leaf in leaves]
-    inputs = [leaf.detach() for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
+    inputs: list[Tensor] = []
+
+    def is_batched(tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and tensor.shape[0] == size
+
+    def collect(tensor: Tensor) -> Tensor:
+        if is_batched(tensor):
+            inputs.append(tensor.detach())
+        return tensor
+
+    map_tensors((args, kwargs), collect)
     values = {name: parameter.detach() for name, parameter in own.items()}
 
     def one(sample: list[Tensor], output_gradient: Tensor) -> dict[str, Tensor]:
         waiting = iter(sample)
-        filled = [next(waiting).unsqueeze(0) if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
-        own_args, own_kwargs = torch.utils._pytree.tree_unflatten(filled, structure)
-        _, pull = vjp(lambda w: functional_call(module, w, own_args, own_kwargs), values)
+
+        def put(tensor: Tensor) -> Tensor:
+            return next(waiting).unsqueeze(0) if is_batched(tensor) else tensor
+
+        own_args, own_kwargs = map_tensors((args, kwargs), put)
+        pull: Any = vjp(lambda w: functional_call(module, w, own_args, own_kwargs), values)[1]
         return pull(output_gradient.unsqueeze(0))[0]
 
-    with torch.enable_grad(), _no_hooks(module):
+    with torch.enable_grad():
         return vmap(one)(inputs, gradient)
-
-
-@contextmanager
-def _no_hooks(module: nn.Module) -> Iterator[None]:
-    """Our own forward hook must not fire again inside the module's vector-Jacobian product."""
-    held = module._forward_hooks.copy()
-    module._forward_hooks.clear()
-    try:
-        yield
-    finally:
-        module._forward_hooks.update(held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ["measuring"]
 
 
 @contextmanager
-def measuring(model: nn.Module, layout: ParameterLayout) -> Iterator[None]:
+def measuring(model: nn.Module, layout: ParameterLayout) -> Generator[None]:
     """Inside: evaluation mode (no dropout) and gradients for exactly the selected parameters.
 
     Afterwards, also after an error, the model has its modes, `requires_grad` flags and `.grad` back,

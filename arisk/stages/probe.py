@@ -8,7 +8,7 @@ schedule reads the same curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Probe:
 
 
 @contextmanager
-def displaced(model: nn.Module, layout: ParameterLayout, delta: Tensor) -> Iterator[None]:
+def displaced(model: nn.Module, layout: ParameterLayout, delta: Tensor) -> Generator[None]:
     """Move the selected parameters by δ (P,) inside the block; restored to the bit afterwards."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     saved = {name: parameters[name].detach().clone() for name in layout.names}

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 from arisk.config import ForecastConfig
 from arisk.results import Curve, Verdict
 
 __all__ = ["decide"]
+
+#: Risk levels of a verdict.
+Level = Literal["low", "elevated", "high", "inconclusive"]
 
 PREFERRED = ("combined", "rollout")
 
@@ -69,7 +73,7 @@ def _trusted(curve: Curve, horizon: int) -> bool:
 
 def _level(
     basis: Curve, forecasts: Mapping[str, Curve], config: ForecastConfig, horizon: int, reasons: list[str]
-) -> str:
+) -> Level:
     """Level by the rules; appends the sentences of those that fired."""
     threshold, probability = config.collapse_threshold, basis.probability or 0.0
     if basis.collapse_step is not None or probability >= config.high_probability:
