@@ -82,7 +82,7 @@ def hook_gradients(
     parameters = dict(zip(layout.names, parameters_of(model, layout), strict=True))
     sums = _Contributions({id(p): name for name, p in parameters.items()}, size, sink)
     roots: list[Tensor] = []
-    with _frozen(parameters), _hooked(model, sums, roots, size):
+    with _frozen(model), _hooked(model, sums, roots, size):
         losses = loss_fn(model, batch)
         # A scalar is taken as the mean over samples; the parity self-test catches any other.
         total = losses * size if losses.ndim == 0 else losses.sum()
@@ -93,16 +93,19 @@ def hook_gradients(
 
 
 @contextmanager
-def _frozen(parameters: dict[str, nn.Parameter]) -> Generator[None]:
-    """No parameter asks for a gradient: the backward pass goes through activations only."""
-    flags = {name: p.requires_grad for name, p in parameters.items()}
+def _frozen(model: nn.Module) -> Generator[None]:
+    """No parameter asks for a gradient: the backward pass goes through activations only.
+
+    All of them, not only the layout's: one that stayed live would start the graph in its place.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter in parameters.values():
+        for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 @contextmanager

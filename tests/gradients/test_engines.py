@@ -159,6 +159,21 @@ def test_padding_does_not_change_a_sample():
         assert batch_invariance(model, batch, loss_fn, layout, "hooks") > 1 - 1e-9
 
 
+def test_a_part_of_the_selection_while_the_rest_stays_live():
+    """Collecting group by group: parameters outside the group still require a gradient."""
+    model, batch, loss_fn, names, oracle = cases.case("lora")
+    full = layout_of(model, names)
+    part = layout_of(model, [n for n in names if "layers.1" in n])
+    blocks = {}
+    with measuring(model, full):
+        per_sample_gradients(
+            model, batch, loss_fn, part, lambda n, b: blocks.setdefault(n, b.flatten(1)), engine="hooks"
+        )
+    for name in part.names:
+        # transformers normalises in float32 inside a float64 model.
+        torch.testing.assert_close(blocks[name], oracle[:, full.slice_of(name)], rtol=1e-5, atol=1e-8)
+
+
 def test_frozen_parameters_before_the_selection_are_left_out():
     model, batch, loss_fn, names, oracle = cases.case("llama")
     kept = [n for n in names if "layers.1.mlp" in n]

@@ -1,0 +1,23 @@
+"""`just bench [NAME …]`: run benchmarks and print their tables; default all that need no download."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.bench import gradients, smollm2, store
+
+BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.main}
+
+
+def main() -> None:
+    """Run the named benchmarks."""
+    names = [name for name in sys.argv[1:] if not name.startswith("-")] or ["gradients", "store"]
+    unknown = [name for name in names if name not in BENCHES]
+    if unknown:
+        sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
+    for name in names:
+        BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The stages on a small adapter: both stores agree, and attribution adds up to what it explains."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from arisk import AlignmentRiskPipeline, PipelineConfig, assess
+from arisk.config import CollectConfig, Config, ScoreConfig, SubspaceConfig, TrainingConfig
+from arisk.errors import ConfigError, InputError, NumericsError
+from arisk.gradients import GradientStore, layout_of
+from arisk.models import load_task
+from arisk.stages.collect import GRADIENTS_FOLDER, collect
+from arisk.stages.safety_side import recomputed_side, stored_side
+from arisk.stages.score import score
+from arisk.stages.subspace import subspace
+from arisk.task import SampleSet
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def task():
+    data = {name: {"path": str(FIXTURES / "data" / f"{name}.jsonl")} for name in ("safety", "control")}
+    data["safety"]["max_samples"] = 12
+    config = Config.model_validate(
+        {
+            "model": {
+                "path": str(FIXTURES / "tiny-aligned"),
+                "dtype": "float64",
+                "adapter": {"r": 2, "target_modules": ["q_proj", "down_proj"]},
+            },
+            "finetune": {"path": str(FIXTURES / "data" / "mixed.jsonl")},
+            "collect": {"chunk_size": 5},
+            "training": {"batch_size": 4},
+            **data,
+        }
+    )
+    return load_task(config, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def measured(task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collect")
+    collected = collect(task, CollectConfig(chunk_size=5), folder)
+    layout = layout_of(task.model, task.parameter_names)
+    side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout)
+    return collected, subspace(collected, SubspaceConfig(), seed=0), side
+
+
+CONFIG = ScoreConfig(batches=3, hvp_batches=2, krylov_dim=3, nulls=9, examples=10, probe_points=14)
+
+
+@pytest.fixture(scope="module")
+def scored(task, measured):
+    collected, space, side = measured
+    return score(task, collected, space, side, config=CONFIG, training=TrainingConfig(), seed=0)
+
+
+def test_gram_store_gives_the_same_record(task, measured, tmp_path):
+    collected, _, _ = measured
+    groups = collect(task, CollectConfig(store="gram", chunk_size=5, memory_budget_gb=1e-4), tmp_path)
+    assert len(list(tmp_path.glob("group-*"))) > 3
+    assert groups.store == "gram"
+    for name in ("gram", "mean_gradient", "fisher_diagonal", "losses", "gradient_norms"):
+        torch.testing.assert_close(getattr(groups, name), getattr(collected, name), rtol=1e-9, atol=1e-14)
+
+
+def test_recomputed_products_equal_stored_ones(task, measured):
+    _, _, stored = measured
+    layout = layout_of(task.model, task.parameter_names)
+    again = recomputed_side(task, layout, "hooks", 5)
+    v = torch.randn(layout.numel, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.dots(v), stored.dots(v), rtol=1e-9, atol=1e-14)
+    w = torch.arange(12, dtype=torch.float64)
+    torch.testing.assert_close(again.weighted_sum(w), stored.weighted_sum(w), rtol=1e-9, atol=1e-14)
+    name = layout.names[1]
+    torch.testing.assert_close(again.columns(name), stored.columns(name), rtol=1e-9, atol=1e-14)
+
+
+def test_module_grams_add_up_and_traces_with_them(measured):
+    collected, space, side = measured
+    g = torch.cat([side.columns(n) for n in collected.parameter_names], 1)
+    torch.testing.assert_close(collected.gram.sum(0), g @ g.T, rtol=1e-9, atol=1e-15)
+    assert float(space.module_traces.sum()) == pytest.approx(space.trace)
+    assert float(collected.fisher_diagonal.sum()) == pytest.approx(space.trace)
+    top = space.top_weights[0]
+    parameter = collected.parameter_names.index(top["name"])
+    flat = torch.tensor(0)
+    for size, index in zip(collected.parameter_shapes[parameter], top["index"], strict=True):
+        flat = flat * size + index
+    where = sum(torch.tensor(s).prod() for s in collected.parameter_shapes[:parameter]) + flat
+    assert (
+        float(collected.fisher_diagonal[int(where)]) == top["value"] == float(collected.fisher_diagonal.max())
+    )
+
+
+@pytest.mark.parametrize("method", ["svd", "randomized_svd"])
+def test_subspace_methods_agree(measured, method):
+    collected, space, side = measured
+
+    def dense():
+        return torch.cat([side.columns(n) for n in collected.parameter_names], 1)
+
+    other = subspace(collected, SubspaceConfig(method=method, max_rank=12), seed=0, gradients=dense)
+    k = min(space.rank, other.rank)
+    torch.testing.assert_close(other.eigenvalues[:k], space.eigenvalues[:k], rtol=1e-9, atol=0)
+    overlap = (other.dual_vectors[:, :k].T @ space.dual_vectors[:, :k]).abs()
+    torch.testing.assert_close(overlap, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_diag_topk_is_the_largest_coordinates(measured):
+    collected, _, _ = measured
+    space = subspace(collected, SubspaceConfig(method="diag_topk", rank=5), seed=0)
+    torch.testing.assert_close(space.eigenvalues, torch.topk(collected.fisher_diagonal, 5).values)
+    assert space.explained == pytest.approx(float(space.eigenvalues.sum()) / space.trace)
+
+
+def test_svd_needs_gradients_and_ranks_have_limits(measured):
+    collected, _, _ = measured
+    with pytest.raises(ConfigError, match="svd"):
+        subspace(collected, SubspaceConfig(method="svd"), seed=0)
+    with pytest.raises(ConfigError, match="13"):
+        subspace(collected, SubspaceConfig(rank=13), seed=0)
+
+
+def test_contributions_add_up(scored):
+    record = scored.record
+    c = record.c_update
+    assert float(record.module_first_order.sum()) == pytest.approx(float(c.mean()))
+    assert float(record.module_second_order.sum()) == pytest.approx(float(c.square().mean()))
+    torch.testing.assert_close(record.c_batches.mean(1), c, rtol=1e-9, atol=1e-12)
+
+
+def test_krylov_starts_along_the_update(scored):
+    record = scored.record
+    torch.testing.assert_close(
+        -record.krylov_beta * record.c_krylov[:, 0], record.c_update, rtol=1e-8, atol=1e-12
+    )
+    torch.testing.assert_close(record.krylov_t, record.krylov_t.T)
+
+
+def test_overlap_against_a_dense_projector(task, measured, scored):
+    collected, space, side = measured
+    g = torch.cat([side.columns(n) for n in collected.parameter_names], 1)
+    basis = g.T @ space.dual_vectors / (len(g) * space.eigenvalues).sqrt()
+    u = -scored.directions["gradient"] / (
+        scored.directions["gradient"].square() + scored.directions["noise_variance"]
+    ).sqrt().clamp(min=1e-30)
+    # The A side of the fresh adapter has no gradient, so its preconditioner does not matter.
+    ratio = float((basis.T @ u).norm() / u.norm())
+    assert scored.record.overlap.ratio == pytest.approx(ratio, rel=1e-3)
+    assert 0 < scored.record.overlap.random < scored.record.overlap.ratio <= 1
+    assert scored.record.overlap.delta_w is not None
+    assert scored.record.overlap.control is not None
+
+
+def test_probe_starts_at_zero_and_measures_the_first_order_change(task, scored):
+    record = scored.record
+    assert record.probe_times is not None
+    assert record.probe_safety is not None
+    assert float(record.probe_safety[:, 0].abs().max()) == 0
+    t = float(record.probe_times[1])
+    predicted = record.c_update * t
+    assert float((record.probe_safety[:, 1] - predicted).norm()) < 0.05 * float(predicted.norm())
+
+
+def test_examples_are_the_rows_they_name(task, scored):
+    for row in scored.record.examples:
+        assert task.finetune.rows[row["index"]]["prompt"] == row["prompt"]
+    assert len(scored.record.examples) == 10
+
+
+def test_score_leaves_the_model_as_found(task, measured):
+    collected, space, side = measured
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    state = torch.get_rng_state()
+    training = task.model.training
+    score(task, collected, space, side, config=CONFIG, training=TrainingConfig(optimizer="sgd"), seed=0)
+    assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert task.model.training == training
+
+
+def test_without_a_store_the_forecast_says_what_it_left_out(task):
+    config = PipelineConfig.model_validate(
+        {
+            "collect": {"store": "gram", "chunk_size": 5},
+            "score": CONFIG.model_dump(),
+            "training": {"max_steps": 10, "weight_decay": 0.1},
+            "forecast": {"bootstrap_samples": 10},
+        }
+    )
+    report = assess(replace(task, control=None), config)
+    assert report.collected.store == "gram"
+    assert report.scored.overlap.control is None
+    assert any("control" in warning for warning in report.scored.warnings)
+    assert report.forecast.forecasters["local"].status == "measured"
+
+
+def linear(n=4, safety=None, finetune=None):
+    model = torch.nn.Linear(3, 1).double()
+    x = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(m, b):
+        return (m(b) - 1).square().sum(1)
+
+    return {
+        "model": model,
+        "safety_dataloader": [x],
+        "safety_loss_fn": safety or loss,
+        "fine_tune_dataloader": [x + 1, x - 1],
+        "fine_tune_loss_fn": finetune or loss,
+    }
+
+
+def test_any_torch_model_through_the_api():
+    report = AlignmentRiskPipeline().run(**linear())
+    assert report.warning.split(":")[0] in ("low", "elevated", "high", "inconclusive")
+    assert "RiskReport(" in repr(report)
+    assert "<!doctype html>" in report.html()[:20]
+    assert report.curvature["gamma_hat"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "what"),
+    [
+        ({"safety_loss_fn": lambda m, b: m(b).sum(1) * 0}, NumericsError, "exactly zero"),
+        ({"fine_tune_loss_fn": lambda m, b: m(b).sum(1) * 0}, NumericsError, "update of the finetune data"),
+        ({"safety_loss_fn": lambda m, b: (m(b) / 0).sum(1)}, NumericsError, "sample 0"),
+        ({"fine_tune_loss_fn": lambda m, b: (m(b) / 0).sum(1)}, NumericsError, "loss of a batch"),
+        ({"safety_dataloader": [torch.ones(1, 3, dtype=torch.float64)]}, InputError, "two safety samples"),
+        ({"fine_tune_dataloader": []}, InputError, "gives no batch"),
+    ],
+)
+def test_bad_input_through_the_api(changes, error, what):
+    with pytest.raises(error, match=what):
+        AlignmentRiskPipeline().run(**{**linear(), **changes})
+
+
+def test_lora_mode_without_lora_parameters():
+    with pytest.raises(ConfigError, match="no LoRA parameters"):
+        AlignmentRiskPipeline({"mode": "lora"}).run(**linear())
+
+
+def test_epochs_need_a_known_size():
+    with pytest.raises(ConfigError, match="known size"):
+        AlignmentRiskPipeline({"training": {"epochs": 1}}).run(**linear())
+
+
+def test_shuffled_loaders_do_not_touch_the_global_random_state():
+    x = torch.randn(8, 3, dtype=torch.float64)
+    loader = torch.utils.data.DataLoader(x, batch_size=4, shuffle=True)
+    given = linear()
+    state = torch.get_rng_state()
+    AlignmentRiskPipeline().run(**{**given, "safety_dataloader": loader, "fine_tune_dataloader": loader})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_empty_task_set_is_named():
+    empty = SampleSet("safety", [], lambda m, b: b)
+    with pytest.raises(InputError, match="two safety samples"):
+        AlignmentRiskPipeline().run(**{**linear(), "safety_dataloader": empty.batches})
