@@ -8,8 +8,8 @@ from torch import Tensor
 __all__ = ["COLUMNS", "gram"]
 
 #: Columns multiplied at a time: float32 products of this width summed in float64 cost what float32
-#: costs, with a hundredth of its error.
-COLUMNS = 16384
+#: costs, with less than a hundredth of its error; at N = 128 a block of them stays in the cache.
+COLUMNS = 4096
 
 
 def gram(rows: Tensor) -> Tensor:

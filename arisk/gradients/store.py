@@ -47,6 +47,7 @@ class GradientStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._known: tuple[list[Path], list[int]] | None = None
 
     def _path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.safetensors"
@@ -81,12 +82,19 @@ class GradientStore:
         Raises:
             ArtifactError: a shard is missing, damaged or lacks the parameter.
         """
-        parts: list[Tensor] = []
-        for path in self._require_shards():
-            # Opened anew each time: a map that stays open would count every page it has touched.
+        block: Tensor | None = None
+        row = 0
+        for path, size in zip(self._require_shards(), self._sizes(), strict=True):
+            # Opened anew each time: a map that stays open would count every page it has touched. The
+            # whole tensor is a view of the map; only the columns copied out of it are read.
             with _opened(path) as shard:
-                parts.append(shard.get_slice(name)[:, start:stop].clone())
-        return torch.cat(parts)
+                part = shard.get_tensor(name)[:, start:stop]
+                if block is None:
+                    block = torch.empty(sum(self._sizes()), part.shape[1], dtype=part.dtype)
+                block[row : row + size] = part
+                row += size
+        assert block is not None
+        return block
 
     def _require_shards(self) -> list[Path]:
         shards = self._shards()
@@ -110,11 +118,18 @@ class GradientStore:
 
     def samples(self) -> int:
         """N, the samples in all shards."""
-        total = 0
-        for path in self._require_shards():
-            with _opened(path) as shard:
-                total += shard.get_slice(next(iter(shard.keys()))).get_shape()[0]
-        return total
+        return sum(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """Samples in each shard, read from the headers once per set of shards."""
+        paths = self._require_shards()
+        if self._known is None or self._known[0] != paths:
+            sizes: list[int] = []
+            for path in paths:
+                with _opened(path) as shard:
+                    sizes.append(int(shard.get_slice(next(iter(shard.keys()))).get_shape()[0]))
+            self._known = (paths, sizes)
+        return self._known[1]
 
     def sweep(self, layout: ParameterLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Gram by module, mean and mean square in one read of the store.
@@ -124,17 +139,20 @@ class GradientStore:
 
         Returns:
             K (L, N, N) float64 with K^(l) = G^(l) G^(l)ᵀ, ḡ (P,) and diag F (P,), both in the
-            store's dtype and accumulated in float64.
+            store's dtype.
         """
         samples = self.samples()
         grams = torch.zeros(len(layout.modules), samples, samples, dtype=torch.float64)
         means: list[Tensor] = []
         diagonals: list[Tensor] = []
+        weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
         for i, _, block in self._blocks(layout):
-            grams[layout.module_of_parameter[i]] += gram(block)
-            # One product in place of a float64 copy: ones @ block adds up to N numbers per column.
-            means.append(block.mean(0))
-            diagonals.append(torch.linalg.vector_norm(block, dim=0).square_().div_(samples))
+            # Three results from one visit of the cache.
+            for start in range(0, block.shape[1], COLUMNS):
+                part = block[:, start : start + COLUMNS]
+                grams[layout.module_of_parameter[i]] += gram(part)
+                means.append(weights.to(part.dtype) @ part)
+                diagonals.append(weights.to(part.dtype) @ part.square())
         return grams, torch.cat(means), torch.cat(diagonals)
 
     def dots(self, layout: ParameterLayout, directions: Tensor) -> Tensor:

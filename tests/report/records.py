@@ -1,0 +1,204 @@
+"""Synthetic records for the report: ordinary, hostile, tiny and full of holes."""
+
+import dataclasses
+import math
+
+import torch
+
+from arisk.results import (
+    CollectResult,
+    Curve,
+    ForecastResult,
+    OverlapNulls,
+    ScoreResult,
+    SubspaceResult,
+    Verdict,
+)
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \u2028 \u202eevil 🧨 \"'&"
+)
+
+
+def curve(name, **changes):
+    values = {
+        "name": name,
+        "status": "measured",
+        "reason": None,
+        "kind": "bound" if name == "bound" else "forecast",
+        "steps": [0, 50, 100],
+        "median": [0.0, 0.04, 0.2],
+        "lower": [0.0, 0.02, 0.1],
+        "upper": [0.0, 0.08, 0.4],
+        "collapse_step": 70,
+        "collapse_interval": [60, None],
+        "probability": None if name == "bound" else 0.9,
+        "horizon": 100,
+        "trusted_until": None if name == "bound" else 30,
+        "notes": [],
+    }
+    return Curve(**{**values, **changes})
+
+
+def missing(name):
+    holes = {"steps": [], "median": [], "lower": [], "upper": [], "collapse_step": None, "probability": None}
+    return curve(name, status="not_measured", reason="switched off", trusted_until=None, **holes)
+
+
+def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False):
+    """The four records the page is made of."""
+    torch.manual_seed(0)
+    modules = [
+        f"model.layers.{i}.{kind}" for i in range(layers) for kind in ("self_attn.q_proj", "mlp.up_proj")
+    ]
+    count = len(modules)
+    g = torch.rand(count, n, 2 * n, dtype=torch.float64)
+    gram = g @ g.transpose(1, 2)
+    spectrum = torch.linalg.eigvalsh(gram.sum(0) / n).flip(0)
+    none = math.nan if holes else 0.5
+    collected = CollectResult(
+        parameter_names=[f"{m}.weight" for m in modules],
+        parameter_shapes=[[2, 2]] * count,
+        modules=modules,
+        module_of_parameter=list(range(count)),
+        gram=gram,
+        mean_gradient=torch.rand(4 * count),
+        fisher_diagonal=torch.rand(4 * count),
+        losses=torch.rand(n, dtype=torch.float64),
+        gradient_norms=torch.rand(n, dtype=torch.float64),
+        rows=[],
+        dropped_duplicates=0,
+        store="gradients",
+        fisher="empirical",
+        engine={"name": "hooks", "parity": {"hooks": 1e-7}, "refused": {}},
+        batch_invariance=None if holes else 1.0,
+        coverage={"parameters": none, "gradient_norm": none},
+        task={"model": text, "data": {"safety": {"rows": n}}},
+        warnings=[text],
+    )
+    traces = gram.diagonal(dim1=1, dim2=2).sum(1) / n
+    space = SubspaceResult(
+        method="gram",
+        eigenvalues=spectrum[:2],
+        spectrum=spectrum.clamp(min=1e-9),
+        dual_vectors=torch.eye(n, 2, dtype=torch.float64),
+        coordinates=torch.zeros(0, dtype=torch.int64),
+        rank=2,
+        trace=float(traces.sum()),
+        explained=0.8,
+        tail_energy=0.1,
+        effective_rank=2.5,
+        heldout_energy=None if holes else 0.7,
+        heldout_energy_std=None if holes else 0.1,
+        module_traces=traces if not holes else torch.full_like(traces, math.nan),
+        module_spectra=torch.rand(count, 3, dtype=torch.float64),
+        top_weights=[],
+        warnings=[],
+    )
+    rows = [
+        {
+            "index": i,
+            "line": i + 1,
+            "prompt": text,
+            "response": text * 3,
+            "tokens": 5,
+            "loss": none,
+            "gradient_norm": 1.0,
+            "first_order": -0.1,
+            "second_order": math.nan if holes else float(examples - i),
+        }
+        for i in range(examples)
+    ]
+    nulls = OverlapNulls(
+        ratio=math.nan if holes else 0.2,
+        random=0.01,
+        ratio_to_random=20.0,
+        control=None if holes else 0.1,
+        permutations=0 if holes else 9,
+        permuted_mean=None if holes else 0.02,
+        permuted_max=None if holes else 0.03,
+        p_value=None if holes else 0.1,
+        delta_w=None,
+        delta_w_random=None,
+        conflict_cosine=None if holes else 0.1,
+    )
+    times = torch.tensor([0.0, 0.1, 0.2, 0.4], dtype=torch.float64)
+    scored = ScoreResult(
+        optimizer="adamw",
+        finetune_loss=1.0,
+        gradient_norm=1.0,
+        update_norm=2.0,
+        batch_gradient_norms=torch.ones(2, dtype=torch.float64),
+        overlap=nulls,
+        gamma_hat=math.nan if holes else 3.0,
+        epsilon_hat=0.1,
+        aic_conditions=[{"name": "1", "holds": None if holes else True, "evidence": text}],
+        c_update=torch.rand(n, dtype=torch.float64),
+        c_batches=torch.rand(n, 2, dtype=torch.float64),
+        c_krylov=torch.rand(n, 2, dtype=torch.float64),
+        krylov_t=torch.eye(2, dtype=torch.float64),
+        krylov_beta=1.0,
+        krylov_residual=0.1,
+        hvp_method="autograd",
+        hvp_error=None if holes else 1e-3,
+        module_first_order=torch.rand(count, dtype=torch.float64),
+        module_second_order=torch.rand(count, dtype=torch.float64),
+        examples=rows,
+        finetune_rows=examples,
+        baselines={},
+        has_directions=True,
+        warnings=[],
+        probe_times=None if holes else times,
+        probe_safety=None if holes else torch.rand(n, 4, dtype=torch.float64).cumsum(1),
+        probe_finetune=None if holes else -times,
+        probe_control=None if holes else times * 0.1,
+    )
+    curves = {
+        "bound": curve("bound"),
+        "local": curve("local"),
+        "ray": missing("ray") if holes else curve("ray"),
+    }
+    verdict = Verdict(
+        level="inconclusive" if holes else "high",
+        sentence=text if text == HOSTILE else "Safety is forecast to collapse at step 70 of 100.",
+        reasons=[text],
+        basis="local",
+        probability=None if holes else 0.9,
+        collapse_step=None if holes else 70,
+        safe_steps=None if holes else 40,
+        horizon=100,
+        caveats=[text],
+    )
+    forecast = ForecastResult(
+        threshold=0.1,
+        confidence=0.8,
+        training={"learning_rate": 1e-3, "steps": 100},
+        verdict=verdict,
+        forecasters={**curves, "rollout": missing("rollout")},
+        diffusion=None if holes else 1e-4,
+        learning_rate_grid=[0.5, 1.0, 2.0],
+        what_if_steps=[50, 100],
+        what_if=[[0.01, 0.02], [0.05, 0.2], [0.3, None]],
+        what_if_collapse=[None, 100, 50],
+        warnings=[],
+    )
+    return collected, space, scored, forecast
+
+
+def page(title="a run", show_text=True, max_examples=25, **settings):
+    from arisk.report import render_report
+
+    provenance = {
+        "command": "arisk run x.yaml",
+        "versions": {"arisk": "0.1.0"},
+        "stages": {"collect": {"key": "abc", "seconds": 1.0, "bytes": 10, "finished": "now"}},
+        "config": "model: {}",
+    }
+    made = records(**settings)
+    return render_report(
+        *made, title=title, provenance=provenance, show_text=show_text, max_examples=max_examples
+    )
+
+
+def replaced(record, **changes):
+    return dataclasses.replace(record, **changes)
