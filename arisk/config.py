@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
+
+from arisk.problems import config_error
 
 __all__ = [
     "AdapterConfig",
@@ -271,7 +273,7 @@ class ReportConfig(Section):
 
     title: str | None = None
     """Title of the page; default: the run's name."""
-    max_examples: PositiveInt = 25
+    max_examples: PositiveInt = 12
     """Riskiest fine-tuning rows shown."""
     show_text: bool = True
     """Show prompts and responses; off: only their numbers (for confidential data)."""
@@ -313,6 +315,17 @@ class Config(Section):
 
 class PipelineConfig(Section):
     """Configuration of `arisk.AlignmentRiskPipeline`, for models and loaders given from Python."""
+
+    def __init__(self, **values: Any) -> None:
+        """Validate like the YAML.
+
+        Raises:
+            ConfigError: with every mistake.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as err:
+            raise config_error(type(self), err, "PipelineConfig") from err
 
     mode: Literal["full", "lora"] = "full"
     """full: every parameter that requires a gradient; lora: those named like LoRA weights."""

@@ -142,6 +142,18 @@ def test_python_dicts_are_validated_like_yaml():
         validate_mapping(PipelineConfig, {"trainin": {}}, "PipelineConfig")
 
 
+def test_pipeline_config_refuses_like_yaml():
+    config = PipelineConfig(
+        training={"betas": [0.9, 0.99], "max_steps": 600}, forecast={"collapse_threshold": 0.2}
+    )
+    assert config.training.betas == (0.9, 0.99)
+    with pytest.raises(ConfigError) as caught:
+        PipelineConfig(training={"learning_rat": 1}, forecast={"confidence": 2}, mod="lora")
+    problems = [caught.value, *caught.value.also]
+    assert len(problems) == 3
+    assert "did you mean `learning_rate`?" in {problem.fix for problem in problems}
+
+
 def test_run_directory_order(config_file, tmp_path):
     config = load_config(config_file)
     assert run_directory(config, config_file, None) == Path("runs/run")

@@ -123,7 +123,12 @@ def local_curve(
 
 
 def ray_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig, generator: torch.Generator) -> Curve:
-    """Measured safety loss at the position the planned run reaches along its first direction."""
+    """Measured safety loss at the position the planned run reaches along its first direction.
+
+    It slows down where the fine-tuning loss along this direction stops falling. A real run turns to
+    new directions there and goes on, so on real fine-tunes this comes late; at full speed instead it
+    raised the same alarm on harmless data as on harmful (both measured on the embedded model).
+    """
     if scored.probe_times is None or scored.probe_safety is None or scored.probe_finetune is None:
         return not_measured("ray", "score.probe_points is 0", plan.horizon)
     if not bool(torch.isfinite(scored.probe_safety[:, 1]).all()):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import gradients, smollm2, store
+from tests.bench import gradients, smollm2, store, truth
 
-BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.main}
+BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.main, "truth": truth.main}
 
 
 def main() -> None:
     """Run the named benchmarks."""
-    names = [name for name in sys.argv[1:] if not name.startswith("-")] or ["gradients", "store"]
+    names = [name for name in sys.argv[1:] if not name.startswith("-")] or ["store", "gradients", "truth"]
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
