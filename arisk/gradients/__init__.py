@@ -5,7 +5,7 @@ from arisk.gradients.hvp import HvpPlan, choose_hvp, hvp
 from arisk.gradients.layout import ParameterLayout, layout_of, module_of, parameters_of
 from arisk.gradients.mean import mean_gradient
 from arisk.gradients.per_sample import ENGINES, per_sample_gradients
-from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine, coverage
+from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine
 from arisk.gradients.sink import Sink
 from arisk.gradients.state import measuring
 from arisk.gradients.store import GradientStore
@@ -21,7 +21,6 @@ __all__ = [
     "batch_size",
     "choose_engine",
     "choose_hvp",
-    "coverage",
     "hvp",
     "layout_of",
     "map_tensors",

@@ -15,7 +15,7 @@ from arisk.gradients.layout import ParameterLayout
 from arisk.gradients.per_sample import ENGINES, per_sample_gradients
 from arisk.task import Batch, LossFn
 
-__all__ = ["EngineChoice", "batch_invariance", "choose_engine", "coverage"]
+__all__ = ["EngineChoice", "batch_invariance", "choose_engine"]
 
 #: Accepted relative error against `loop` by dtype of the parameters.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -25,11 +25,21 @@ INVARIANCE_SAMPLES = 3
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine taken, the relative error of each one tried, and why others were refused."""
+    """The engine taken, and what its test on two samples found.
+
+    Attributes:
+        engine: its name.
+        parity: relative error against `loop` of each engine tried.
+        refused: why others were not taken.
+        coverage: `parameters`, the share of selected parameters in tensors with a non-zero gradient
+            (below 1 for a fresh adapter, whose A side has none yet), and `gradient_norm`, ‖G‖² of
+            the engine over ‖G‖² of `loop` (1 where it sees everything).
+    """
 
     engine: str
     parity: Mapping[str, float] = field(default_factory=dict[str, float])
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    coverage: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def choose_engine(
@@ -51,7 +61,7 @@ def choose_engine(
     refused: dict[str, str] = {}
     for engine in ENGINES if requested == "auto" else (requested,):
         if engine == "loop":
-            return EngineChoice("loop", {**parity, "loop": 0.0}, refused)
+            return EngineChoice("loop", {**parity, "loop": 0.0}, refused, _coverage(oracle, oracle, layout))
         try:
             found = _flat(model, pair, loss_fn, layout, engine)
         except NumericsError:
@@ -61,7 +71,7 @@ def choose_engine(
             continue
         parity[engine] = _relative(found, oracle)
         if parity[engine] <= tolerance:
-            return EngineChoice(engine, parity, refused)
+            return EngineChoice(engine, parity, refused, _coverage(found, oracle, layout))
         refused[engine] = f"relative error {parity[engine]:.1e} against loop, accepted {tolerance:.0e}"
     raise ConfigError(
         f"engine {requested!r} does not fit this model: {refused[requested]}",
@@ -93,17 +103,8 @@ def batch_invariance(
     return min(cosines)
 
 
-def coverage(
-    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, engine: str
-) -> dict[str, float]:
-    """Shares of the selection that the engine sees, on the first two samples of the batch.
-
-    `parameters`: share of selected parameters in tensors with a non-zero gradient.
-    `gradient_norm`: ‖G‖² of the engine over ‖G‖² of `loop`. The first is below 1 for a fresh
-    adapter (its A side has no gradient yet); the second must be 1.
-    """
-    pair = slice_batch(batch, 0, min(2, batch_size(batch)))
-    found, oracle = (_flat(model, pair, loss_fn, layout, name) for name in (engine, "loop"))
+def _coverage(found: Tensor, oracle: Tensor, layout: ParameterLayout) -> dict[str, float]:
+    """Shares of the selection that an engine sees, from (B, P) gradients of it and of `loop`."""
     touched = sum(
         entries.numel() for entries in layout.split(oracle.abs().sum(0)).values() if bool((entries > 0).any())
     )

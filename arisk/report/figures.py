@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from arisk.report.text import collapse_text, layer_and_type, number
+from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.subspace_figures import module_map, overlap, spectrum
+from arisk.report.text import collapse_text, number
 from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
 
-__all__ = ["Figure", "all_figures"]
+__all__ = ["all_figures"]
 
-#: Rows of a table alternative; longer series are thinned.
-TABLE_ROWS = 24
 #: Colours that stay apart for the colour-blind (Okabe and Ito 2008), and dashes beside them.
 STYLE = {
     "bound": ("#999999", "dot"),
@@ -25,31 +21,6 @@ STYLE = {
     "pilot": ("#CC79A7", "dashdot"),
     "combined": ("#E69F00", "solid"),
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of the page.
-
-    Attributes:
-        id: fixed element id.
-        title: heading.
-        data, layout: plotly's two halves; None data for a figure that was not measured.
-        reading: how to read it.
-        equation: the formula behind it.
-        header, rows: the same numbers as a table.
-        missing: why there is nothing to show; None when there is.
-    """
-
-    id: str
-    title: str
-    data: Sequence[dict[str, Any]]
-    layout: dict[str, Any]
-    reading: str
-    equation: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    missing: str | None = None
 
 
 def all_figures(
@@ -74,25 +45,6 @@ def all_figures(
     return {figure.id: figure for figure in made}
 
 
-def _clean(values: Sequence[float | None]) -> list[float | None]:
-    """JSON has no NaN or infinity; plotly leaves a gap at null."""
-    return [v if v is not None and math.isfinite(v) else None for v in values]
-
-
-def _thin(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    step = max(1, math.ceil(len(rows) / TABLE_ROWS))
-    kept = list(rows[::step])
-    return kept if not rows or kept[-1] is rows[-1] else [*kept, rows[-1]]
-
-
-def _axes(x: str, y: str, **extra: Any) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}, "automargin": True},
-        "yaxis": {"title": {"text": y}, "automargin": True},
-        **extra,
-    }
-
-
 def forecast_fan(forecast: ForecastResult) -> Figure:
     """Every forecaster's curve and interval, the threshold, and where it may be trusted."""
     data: list[dict[str, Any]] = []
@@ -102,15 +54,15 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
             data += _fan(name, curve)
     horizon = forecast.verdict.horizon
     lines = [
-        _line(horizon=forecast.threshold, text=f"collapse threshold +{forecast.threshold:g}"),
+        reference_line(horizon=forecast.threshold, text=f"collapse threshold +{forecast.threshold:g}"),
         *[
-            _line(step=curve.trusted_until, text=f"{name} trusted until {curve.trusted_until}")
+            reference_line(step=curve.trusted_until, text=f"{name} trusted until {curve.trusted_until}")
             for name, curve in forecast.forecasters.items()
             if curve.trusted_until is not None and 0 < curve.trusted_until < horizon
         ],
     ]
     tops = [v for c in forecast.forecasters.values() for v in c.median if math.isfinite(v)]
-    layout = _axes(
+    layout = axes(
         "optimizer step",
         "change of safety loss (nats / response token)",
         shapes=[line["shape"] for line in lines],
@@ -148,9 +100,9 @@ def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = []
     if curve.kind == "forecast":
         hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        traces.append({"type": "scatter", "x": steps, "y": _clean(curve.lower), **hidden})
+        traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
         band = {"fill": "tonexty", "fillcolor": f"{colour}2e"}
-        traces.append({"type": "scatter", "x": steps, "y": _clean(curve.upper), **hidden, **band})
+        traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
     line = {"color": colour, "dash": dash, "width": 2.5}
     traces.append(
         {
@@ -158,24 +110,11 @@ def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
             "name": label,
             "mode": "lines",
             "x": steps,
-            "y": _clean(curve.median),
+            "y": clean(curve.median),
             "line": line,
         }
     )
     return traces
-
-
-def _line(*, horizon: float | None = None, step: int | None = None, text: str) -> dict[str, Any]:
-    """A labelled reference line across the plot, horizontal or vertical."""
-    style = {"type": "line", "line": {"color": "#8a8a8a", "width": 1.2, "dash": "dot"}}
-    note = {"text": text, "showarrow": False, "font": {"size": 11}}
-    if horizon is not None:
-        shape = {**style, "xref": "paper", "x0": 0, "x1": 1, "y0": horizon, "y1": horizon}
-        where = {"xref": "paper", "x": 0.01, "xanchor": "left", "y": horizon, "yanchor": "bottom"}
-    else:
-        shape = {**style, "yref": "paper", "y0": 0, "y1": 1, "x0": step, "x1": step}
-        where = {"x": step, "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top"}
-    return {"shape": shape, "annotation": {**note, **where}}
 
 
 def what_if_map(forecast: ForecastResult) -> Figure:
@@ -216,7 +155,7 @@ def what_if_map(forecast: ForecastResult) -> Figure:
                 "showlegend": False,
             }
         )
-    layout = _axes("optimizer steps", "peak learning rate")
+    layout = axes("optimizer steps", "peak learning rate")
     layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
     return Figure(
         "what-if",
@@ -261,13 +200,13 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
             "name": name,
             "mode": "lines+markers",
             "x": times[1:],
-            "y": _clean(values[1:]),
+            "y": clean(values[1:]),
             "line": {"color": colour, "dash": dash},
         }
         for name, (values, colour, dash) in curves.items()
     ]
-    line = _line(horizon=threshold, text=f"collapse threshold +{threshold:g}")
-    layout = _axes(
+    line = reference_line(horizon=threshold, text=f"collapse threshold +{threshold:g}")
+    layout = axes(
         "flow time t = Σ η (log)",
         "change of loss (nats / token)",
         shapes=[line["shape"]],
@@ -290,148 +229,4 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         ]
         for i in range(len(times))
     ]
-    return Figure("move", title, data, layout, reading, equation, header, _thin(rows))
-
-
-def spectrum(space: SubspaceResult) -> Figure:
-    """Eigenvalues of the safety Fisher matrix, and the share of the trace they reach."""
-    values = space.spectrum.tolist()
-    shares = (torch.cumsum(space.spectrum, 0) / space.trace).tolist()
-    index = list(range(1, len(values) + 1))
-    data = [
-        {
-            "type": "bar",
-            "name": "eigenvalue λ_j",
-            "x": index,
-            "y": values,
-            "marker": {"color": ["#0072B2" if i <= space.rank else "#9fb8c8" for i in index]},
-        },
-        {
-            "type": "scatter",
-            "name": "cumulative share of tr F",
-            "x": index,
-            "y": shares,
-            "yaxis": "y2",
-            "mode": "lines",
-            "line": {"color": "#D55E00", "width": 2},
-        },
-    ]
-    layout = _axes(
-        "direction j",
-        "eigenvalue λ_j (nats² / θ²)",
-        yaxis2={
-            "title": {"text": "share of tr F"},
-            "overlaying": "y",
-            "side": "right",
-            "range": [0, 1.02],
-            "showgrid": False,
-            "automargin": True,
-        },
-        legend={"orientation": "h", "y": -0.25},
-    )
-    layout["yaxis"]["type"] = "log"
-    rows = [[str(i), number(v), number(s)] for i, v, s in zip(index, values, shares, strict=True)]
-    return Figure(
-        "spectrum",
-        "Safety subspace",
-        data,
-        layout,
-        f"Dark bars are the {space.rank} directions kept; they hold {space.explained:.0%} of the whole "
-        f"trace (effective rank {space.effective_rank:.1f}). Few tall bars mean that safety hangs on few "
-        "directions; a flat spectrum means that no small subspace protects it.",
-        "F = GᵀG/N, K = GGᵀ = N U Λ Uᵀ; rank: smallest k with Σ_{j≤k} λ_j ≥ target · tr F",
-        ["direction", "eigenvalue", "cumulative share"],
-        _thin(rows),
-    )
-
-
-def module_map(
-    collected: CollectResult, values: torch.Tensor, figure_id: str, title: str, quantity: str
-) -> Figure:
-    """A quantity by module: layers × module types where names tell layers, else bars."""
-    named = [
-        (*layer_and_type(m), m, float(v)) for m, v in zip(collected.modules, values.tolist(), strict=True)
-    ]
-    layered = [entry for entry in named if entry[0] is not None]
-    reading = (
-        f"{quantity.capitalize()}; darker is more. Rows of the map are layers, columns are kinds of "
-        "modules; modules outside the layers are in the table."
-    )
-    rows = [[m, number(v)] for _, _, m, v in sorted(named, key=lambda e: -abs(e[3]))]
-    if len({entry[0] for entry in layered}) >= 2:
-        data, layout = _heat(layered, quantity)
-    else:
-        top = sorted(named, key=lambda e: -abs(e[3]))[:30][::-1]
-        data = [
-            {"type": "bar", "orientation": "h", "x": _clean([e[3] for e in top]), "y": [e[2] for e in top]}
-        ]
-        layout = _axes(quantity, "")
-    return Figure(
-        figure_id,
-        title,
-        data,
-        layout,
-        reading,
-        "tr F^(l) = (1/N) Σ_i ‖G_i^(l)‖²; harm ⟨F u, u⟩ = Σ_l ⟨(F u)^(l), u^(l)⟩",
-        ["module", quantity],
-        rows[: 2 * TABLE_ROWS],
-    )
-
-
-def _heat(
-    layered: Sequence[tuple[int | None, str, str, float]], quantity: str
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Heatmap of layers × module types; an absent module is a gap."""
-    layers = sorted({entry[0] for entry in layered if entry[0] is not None})
-    kinds = list(dict.fromkeys(entry[1] for entry in layered))
-    cells: dict[tuple[int | None, str], float] = {(e[0], e[1]): e[3] for e in layered}
-    heat = {
-        "type": "heatmap",
-        "x": kinds,
-        "y": layers,
-        "z": [_clean([cells.get((layer, kind)) for kind in kinds]) for layer in layers],
-        "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
-        "colorbar": {"title": {"text": quantity}, "thickness": 12},
-        "hovertemplate": "layer %{y}<br>%{x}<br>%{z:.3g}<extra></extra>",
-    }
-    layout = _axes("module", "layer")
-    layout["xaxis"]["type"] = "category"
-    layout["xaxis"]["tickangle"] = -40
-    return [heat], layout
-
-
-def overlap(scored: ScoreResult) -> Figure:
-    """The overlap of the first update with the safety subspace, beside every null it has."""
-    o = scored.overlap
-    bars = [
-        ("this fine-tune", o.ratio, "#D55E00"),
-        ("control data", o.control, "#CC79A7"),
-        ("permuted update, largest", o.permuted_max, "#999999"),
-        ("permuted update, mean", o.permuted_mean, "#bbbbbb"),
-        ("random direction √(k/P)", o.random, "#bbbbbb"),
-        ("this fine-tune in ΔW space", o.delta_w, "#E69F00"),
-        ("random in ΔW space", o.delta_w_random, "#dddddd"),
-    ]
-    shown = [bar for bar in bars if bar[1] is not None and math.isfinite(bar[1])][::-1]
-    data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "x": [bar[1] for bar in shown],
-            "y": [bar[0] for bar in shown],
-            "marker": {"color": [bar[2] for bar in shown]},
-            "hovertemplate": "%{y}: %{x:.3g}<extra></extra>",
-        }
-    ]
-    return Figure(
-        "overlap",
-        "Overlap and its nulls",
-        data,
-        _axes("‖P u‖ / ‖u‖", ""),
-        "Share of the first update that lies in the safety subspace. Alone it says nothing: compare it with "
-        "ordinary data and with the same update shuffled inside each tensor. In the prototype benchmark "
-        "overlap ranked real harm with ρ = .23 only.",
-        "‖P u‖² = Σ_j (u_jᵀ G u)² / (N λ_j); p = (1 + #{permuted ≥ observed}) / (1 + permutations)",
-        ["direction", "overlap"],
-        [[label, number(value)] for label, value, _ in bars] + [["permutation p", number(o.p_value, 2)]],
-    )
+    return Figure("move", title, data, layout, reading, equation, header, thin(rows))

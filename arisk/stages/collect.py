@@ -28,7 +28,6 @@ from arisk.gradients import (
     batch_invariance,
     batch_size,
     choose_engine,
-    coverage,
     layout_of,
     measuring,
     move_batch,
@@ -97,13 +96,13 @@ def collect(task: Task, config: CollectConfig, folder: Path, *, progress: Progre
     with measuring(task.model, layout):
         batches = _batches(task, config.chunk_size)
         sizes = [batch_size(batch) for batch in batches]
-        choice, invariance, covered = _self_test(task, layout, batches, config.engine)
+        choice, invariance = _self_test(task, layout, batches, config.engine)
         run = _Pass(task, layout, batches, sizes, choice.engine, progress)
         store = _choose_store(config, layout, sum(sizes), folder)
         measure = _measure_stored if store == "gradients" else _measure_gram
         products = measure(run, folder, config.memory_budget_gb)
     _require_gradient(products.gram)
-    return _record(run, config, store, choice, invariance, covered, products)
+    return _record(run, config, store, choice, invariance, products)
 
 
 def _batches(task: Task, chunk_size: int) -> list[Batch]:
@@ -130,15 +129,15 @@ def _batches(task: Task, chunk_size: int) -> list[Batch]:
 
 def _self_test(
     task: Task, layout: ParameterLayout, batches: Sequence[Batch], requested: str
-) -> tuple[EngineChoice, float | None, Mapping[str, float]]:
-    """Choose the engine, and measure what batching and coverage do to the gradients."""
+) -> tuple[EngineChoice, float | None]:
+    """Choose the engine, and measure what batching does to the gradients."""
     first = max(batches, key=batch_size)
     loss_fn = task.safety.loss_fn
     choice = choose_engine(task.model, first, loss_fn, layout, requested)
     invariance = None
     if batch_size(first) > 1:
         invariance = batch_invariance(task.model, first, loss_fn, layout, choice.engine)
-    return choice, invariance, coverage(task.model, first, loss_fn, layout, choice.engine)
+    return choice, invariance
 
 
 def _choose_store(
@@ -278,7 +277,6 @@ def _record(
     store: Literal["gradients", "gram"],
     choice: EngineChoice,
     invariance: float | None,
-    covered: Mapping[str, float],
     products: _Products,
 ) -> CollectResult:
     """Put the measurements together with their provenance."""
@@ -300,7 +298,7 @@ def _record(
         fisher=config.fisher,
         engine={"name": choice.engine, "parity": choice.parity, "refused": choice.refused},
         batch_invariance=invariance,
-        coverage=dict(covered),
+        coverage=dict(choice.coverage),
         task=dict(run.task.description),
         warnings=[],
     )

@@ -11,7 +11,8 @@ BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.
 
 def main() -> None:
     """Run the named benchmarks."""
-    names = [name for name in sys.argv[1:] if not name.startswith("-")] or ["store", "gradients", "truth"]
+    given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
+    names = given or ["store", "gradients", "truth"]
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")

@@ -10,7 +10,6 @@ from arisk.gradients import (
     ENGINES,
     batch_invariance,
     choose_engine,
-    coverage,
     layout_of,
     measuring,
     per_sample_gradients,
@@ -88,9 +87,8 @@ def test_auto_takes_hooks_where_they_agree(name):
         choice = choose_engine(model, batch, loss_fn, layout, "auto")
         assert choice.engine == "hooks"
         assert choice.parity["hooks"] < 1e-8
-        covered = coverage(model, batch, loss_fn, layout, "hooks")
-    assert covered["gradient_norm"] == pytest.approx(1.0)
-    assert 0 < covered["parameters"] <= 1
+    assert choice.coverage["gradient_norm"] == pytest.approx(1.0)
+    assert 0 < choice.coverage["parameters"] <= 1
 
 
 class Bare(nn.Module):

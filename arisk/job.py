@@ -1,0 +1,262 @@
+"""One run in progress: its inputs, loaded when first needed, and how each stage runs on them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from arisk.artifacts import FORMAT_VERSION, read_record, read_tensors, write_tensors, write_text
+from arisk.config import Config
+from arisk.configfile import dump_config
+from arisk.errors import ConfigError
+from arisk.plan import STAGES, StageState
+from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
+from arisk.rundir import RunDir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from arisk.gradients import ParameterLayout
+    from arisk.stages.safety_side import SafetySide
+    from arisk.task import Task
+
+__all__ = ["REPORT_FILE", "RUNNERS", "SUMMARY_FILE", "Display", "Job"]
+
+REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
+
+
+class Display(Protocol):
+    """Who shows progress to a person."""
+
+    def start(self, stage: str, why: str) -> None:
+        """A stage begins, for this reason."""
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Part of the running stage is done."""
+
+    def finish(self, stage: str) -> None:
+        """A stage is committed."""
+
+    def skip(self, stage: str) -> None:
+        """A stage is fresh."""
+
+    def interrupted(self) -> None:
+        """Ctrl-C."""
+
+    def failed(self) -> None:
+        """An error ends the run."""
+
+
+@dataclass
+class Job:
+    """One run in progress: inputs loaded when first needed, records kept as they are made."""
+
+    config: Config
+    rundir: RunDir
+    command: str
+    show: Display
+    states: Mapping[str, StageState]
+    records: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def task(self) -> Task:
+        """The model with its data; loading is the slowest part of a short run."""
+        import torch
+
+        from arisk.models import load_task
+
+        if self.config.run.threads:
+            torch.set_num_threads(self.config.run.threads)
+        self.show.progress("loading model", 0, 1)
+        task = load_task(self.config, device=_device(self.config.run.device))
+        self.show.progress("loading model", 1, 1)
+        return task
+
+    def record(self, stage: str, cls: type[Any]) -> Any:
+        """A stage's record, from memory or verified from the disk."""
+        if stage not in self.records:
+            self.rundir.verify(stage, deep=True)
+            self.records[stage] = read_record(self.rundir.stage_dir(stage), cls)
+        return self.records[stage]
+
+    @property
+    def collected(self) -> CollectResult:
+        """The record of stage collect."""
+        return self.record("collect", CollectResult)
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """The selected parameters, from the artifact: needs no model."""
+        from arisk.gradients import ParameterLayout
+
+        held = self.collected
+        return ParameterLayout(
+            tuple(held.parameter_names),
+            tuple(tuple(shape) for shape in held.parameter_shapes),
+            tuple(held.modules),
+            tuple(held.module_of_parameter),
+        )
+
+    def stored(self) -> SafetySide | None:
+        """Products with the stored gradients; None when collect kept none."""
+        from arisk.gradients import GradientStore
+        from arisk.stages.collect import GRADIENTS_FOLDER
+        from arisk.stages.safety_side import stored_side
+
+        if self.collected.store != "gradients":
+            return None
+        return stored_side(GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER), self.layout)
+
+
+def _device(name: str) -> Any:
+    """The torch device; auto takes cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(
+            f"the device {name!r} cannot be used: {str(err).splitlines()[0]}",
+            where="run.device",
+            fix="use `auto`, `cpu`, or a device this machine has",
+        ) from err
+    return device
+
+
+def _collect(job: Job, workspace: Path) -> CollectResult:
+    from arisk.stages.collect import collect
+
+    task = job.task
+    if job.config.collect.fisher == "sampled":
+        from arisk.models.sampled import sample_labels
+
+        task = replace(task, safety=sample_labels(task.model, task.safety, job.config.run.seed))
+    return collect(task, job.config.collect, workspace, progress=job.show.progress)
+
+
+def _subspace(job: Job, workspace: Path) -> SubspaceResult:
+    import torch
+
+    from arisk.stages.subspace import subspace
+
+    del workspace
+    side, layout = job.stored(), job.layout
+    gradients: Callable[[], Tensor] | None = None
+    budget = job.config.collect.memory_budget_gb * 1e9
+    if side is not None and len(job.collected.losses) * layout.numel * 8 <= budget:
+        gradients = lambda: torch.cat([side.columns(name) for name in layout.names], dim=1)  # noqa: E731
+    return subspace(job.collected, job.config.subspace, seed=job.config.run.seed, gradients=gradients)
+
+
+def _score(job: Job, workspace: Path) -> ScoreResult:
+    from arisk.stages.safety_side import recomputed_side
+    from arisk.stages.score import score
+
+    config = job.config
+    side = job.stored()
+    if side is None:
+        engine = job.collected.engine["name"]
+        side = recomputed_side(job.task, job.layout, engine, config.collect.chunk_size)
+    made = score(
+        job.task,
+        job.collected,
+        job.record("subspace", SubspaceResult),
+        side,
+        config=config.score,
+        training=config.training,
+        seed=config.run.seed,
+        progress=job.show.progress,
+    )
+    write_tensors(workspace / "directions.safetensors", made.directions)
+    return made.record
+
+
+def _forecast(job: Job, workspace: Path) -> ForecastResult:
+    from arisk.stages.forecast import forecast
+    from arisk.stages.score import planned_steps
+
+    del workspace
+    scored: ScoreResult = job.record("score", ScoreResult)
+    side = job.stored()
+    return forecast(
+        scored,
+        config=job.config.forecast,
+        training=job.config.training,
+        steps=planned_steps(job.config.training, scored.finetune_rows),
+        directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
+        dots=side.dots if side else None,
+        seed=job.config.run.seed,
+    )
+
+
+def _report(job: Job, workspace: Path) -> None:
+    from arisk.report import render_report, summary_json, summary_markdown
+
+    config = job.config
+    records = (
+        job.collected,
+        job.record("subspace", SubspaceResult),
+        job.record("score", ScoreResult),
+        job.record("forecast", ForecastResult),
+    )
+    title = config.report.title or job.rundir.path.resolve().name
+    page = render_report(
+        *records,
+        title=title,
+        provenance=_provenance(job),
+        show_text=config.report.show_text,
+        max_examples=config.report.max_examples,
+    )
+    write_text(workspace / REPORT_FILE, page)
+    summary = {"format_version": FORMAT_VERSION, **_finite(summary_json(*records, title=title))}
+    write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    write_text(workspace / "summary.md", summary_markdown(*records, title=title))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is none is null, which readers must take as not measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What made the report: command, versions, stage keys and costs."""
+    stages = {}
+    for name in [spec.name for spec in STAGES[:-1]]:
+        manifest = job.rundir.manifest(name) or {}
+        size = sum(output["bytes"] for output in manifest.get("outputs", {}).values())
+        stages[name] = {
+            "key": job.states[name].key[:12],
+            "finished": manifest.get("finished"),
+            "seconds": manifest.get("seconds"),
+            "bytes": size,
+        }
+    versions = {"arisk": version("arisk"), "torch": version("torch")}
+    return {"command": job.command, "versions": versions, "stages": stages, "config": dump_config(job.config)}
+
+
+RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
+    "collect": _collect,
+    "subspace": _subspace,
+    "score": _score,
+    "forecast": _forecast,
+    "report": _report,
+}
