@@ -100,7 +100,9 @@ def _concentrated_modules(modules: Sequence[str], values: Tensor, what: str) -> 
         return None
     top = int(positive.argmax())
     share = float(positive[top] / positive.sum())
-    return f"{modules[top]} carries {percent(share)} of the {what} ({len(modules)} modules)."
+    layer, kind = layer_and_type(modules[top])
+    name = kind if layer is None else f"{kind} of layer {layer}"
+    return f"{name} carries {percent(share)} of the {what} ({len(modules)} modules)."
 
 
 def _overlap(scored: ScoreResult) -> str | None:

@@ -207,6 +207,8 @@ def _gradients(
 
 def _measure_gram(run: _Pass, folder: Path, memory_budget_gb: float) -> _Products:
     """One pass per group of parameters that fits the memory budget; nothing of size N × P is kept."""
+    # A killed run may have found more free disk and begun a store.
+    shutil.rmtree(folder / GRADIENTS_FOLDER, ignore_errors=True)
     samples = sum(run.sizes)
     limit = max(1, int(memory_budget_gb * 1e9 / (samples * 4)))
     groups = list(_groups(run.layout, limit))

@@ -12,9 +12,11 @@ from arisk.gradients import (
     GradientStore,
     ParameterLayout,
     batch_size,
+    layout_of,
     measuring,
     move_batch,
     per_sample_gradients,
+    slice_batch,
 )
 from arisk.task import Task
 
@@ -62,8 +64,6 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
     Returns:
         The products; each call costs one pass over the safety samples.
     """
-    from arisk.gradients import slice_batch
-
     device = next(task.model.parameters()).device
 
     def run(sink: Callable[[int, str, Tensor], None], names: ParameterLayout) -> None:
@@ -110,8 +110,6 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
         return out
 
     def columns(name: str) -> Tensor:
-        from arisk.gradients import layout_of
-
         parts: list[Tensor] = []
         run(lambda _at, _name, block: parts.append(block.flatten(1).cpu()), layout_of(task.model, [name]))
         return torch.cat(parts)

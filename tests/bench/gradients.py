@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from arisk.config import CollectConfig
-from arisk.gradients import layout_of, mean_gradient, measuring, per_sample_gradients, slice_batch
+from arisk.config import AdapterConfig, CollectConfig
+from arisk.gradients import layout_of, mean_gradient, measuring, per_sample_gradients
+from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
+from arisk.models.selection import select_parameters
 from arisk.stages.collect import collect
 from arisk.task import SampleSet, Task
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
@@ -51,11 +53,13 @@ def batches(tokens: int) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def one_length(tokens: int) -> dict[str, float]:
+def one_case(mode: str, tokens: int) -> dict[str, float]:
     """CPU seconds of each way over the same samples; `loop` on an eighth of them, scaled."""
     torch.set_num_threads(1)
     model = llama()
-    names = [name for name, _ in model.named_parameters()]
+    if mode == "lora":
+        model = attach_adapter(model, AdapterConfig(r=8), seed=0)
+    names = select_parameters(model, "auto")
     layout = layout_of(model, names)
     data = batches(tokens)
 
@@ -79,19 +83,18 @@ def one_length(tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = CollectConfig(disk_budget_gb=40)
         times["collect"] = cpu_seconds(lambda: collect(task, config, Path(folder)))
-    alone = slice_batch(data[0], 0, 1)
-    assert alone["input_ids"].shape == (1, tokens)
     return {**times, "parameters": layout.numel}
 
 
 def main() -> None:
     """Print the table."""
     rows = []
-    for tokens in (16, 64, 128):
-        times, memory = in_own_process(one_length, tokens)
+    for mode, tokens in (("full", 16), ("full", 128), ("lora", 16), ("lora", 128)):
+        times, memory = in_own_process(one_case, mode, tokens)
         plain = times["plain"]
         rows.append(
             [
+                f"{mode}, P = {times['parameters'] / 1e6:.1f}M",
                 str(tokens),
                 f"{plain:.1f} s",
                 f"{times['hooks'] / plain:.2f} ×",
@@ -102,6 +105,7 @@ def main() -> None:
             ]
         )
     header = [
+        "selection",
         "tokens per sample",
         "plain forward + backward",
         "hooks",
@@ -110,4 +114,4 @@ def main() -> None:
         "whole stage collect (self-tests, store, Gram)",
         "peak RSS",
     ]
-    print_table(f"Per-sample gradients, {times['parameters'] / 1e6:.0f}M Llama, N = {SAMPLES}", header, rows)
+    print_table(f"Per-sample gradients, 30M Llama, N = {SAMPLES}", header, rows)
