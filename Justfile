@@ -28,7 +28,7 @@ lint: setup
 
 # Check types.
 typecheck: setup
-    {{bin}}/pyright
+    {{bin}}/pyright --project .
 
 # Measure speed, memory and agreement; heavy (see README).
 bench *ARGS: setup
