@@ -1,0 +1,83 @@
+"""Rows to batches: right-padded tensors, and the order in which the planned fine-tune sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from arisk.models.rendering import IGNORED, Rendered
+
+__all__ = ["FixedBatches", "PlannedBatches", "collate"]
+
+
+def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Tensor]:
+    """Right-padded `input_ids`, `attention_mask`, `position_ids` and `labels`, each (B, longest).
+
+    Padding on the right, masks and explicit positions keep a sample the same in any batch.
+    """
+    longest = max(len(row.tokens) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros(len(rows), longest, dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORED)
+    for i, row in enumerate(rows):
+        tokens = torch.tensor(row.tokens)
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+        labels[i, row.response_start : len(tokens)] = tokens[row.response_start :]
+    positions = torch.arange(longest).expand(len(rows), longest).contiguous()
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+
+
+class FixedBatches:
+    """Batches of all rows in file order.
+
+    Args:
+        rows: the rendered rows.
+        size: rows per batch; the last may be smaller.
+        pad: padding token.
+    """
+
+    def __init__(self, rows: Sequence[Rendered], size: int, pad: int) -> None:
+        self.rows = rows
+        self.size = size
+        self.pad = pad
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.rows), self.size):
+            yield collate(self.rows[start : start + self.size], self.pad)
+
+
+class PlannedBatches:
+    """Endless micro-batches in the order of the planned fine-tune: every epoch shuffled anew.
+
+    Epochs follow each other without a break, so a data set smaller than a batch fills one from
+    several epochs.
+
+    Args:
+        rows: the rendered rows.
+        size: rows per micro-batch.
+        pad: padding token.
+        seed: seed of the shuffles.
+    """
+
+    def __init__(self, rows: Sequence[Rendered], size: int, pad: int, seed: int) -> None:
+        self.rows = rows
+        self.size = size
+        self.pad = pad
+        self.seed = seed
+        self._order: list[int] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def indices(self, number: int) -> list[int]:
+        """Rows of the micro-batch with this number, counted from 0."""
+        while len(self._order) < (number + 1) * self.size:
+            self._order += torch.randperm(len(self.rows), generator=self._generator).tolist()
+        return self._order[number * self.size : (number + 1) * self.size]
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        number = 0
+        while True:
+            yield collate([self.rows[i] for i in self.indices(number)], self.pad)
+            number += 1

@@ -1,0 +1,140 @@
+"""What `arisk check` finds: everything a run would meet, without running it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arisk.config import Config
+from arisk.models.adapters import attach_adapter, target_modules
+from arisk.models.batching import collate
+from arisk.models.loading import load_model, load_tokenizer
+from arisk.models.losses import per_sample_nll
+from arisk.models.python_source import task_from_entry
+from arisk.models.rendering import Rendered
+from arisk.models.selection import select_parameters
+from arisk.models.task_loading import load_data, statistics_of
+from arisk.task import Task
+
+__all__ = ["check_task"]
+
+#: Rows of each data set shown as rendered.
+SHOWN = 2
+#: Gradient evaluations of a probe point, as forward passes are a third of one.
+FORWARD = 1 / 3
+
+
+def check_task(config: Config) -> dict[str, Any]:
+    """Validate model, adapter, selection and rows, and estimate the work.
+
+    Args:
+        config: the resolved config.
+
+    Returns:
+        A mapping for display: `model`, `data` (statistics and two rendered rows each) and `work`
+        (parameters, samples, disk and memory in GB, gradient evaluations of one row).
+
+    Raises:
+        AriskError: the first thing that would stop the run.
+    """
+    if config.model.source == "python":
+        return _check_python(task_from_entry(str(config.model.entry)), config)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer)
+    model = load_model(config.model, torch.device("cpu"))
+    adapter = config.model.adapter
+    wrapped = target_modules(model, adapter) if adapter is not None and adapter.path is None else []
+    if adapter is not None:
+        model = attach_adapter(model, adapter, seed=config.run.seed)
+    names = select_parameters(model, config.model.parameters)
+    seconds = _seconds_per_row(model, collate(data["safety"].rendered[:4], int(tokenizer.pad_token_id or 0)))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    selected = sum(parameters[name].numel() for name in names)
+    total = sum(p.numel() for p in model.parameters())
+    shown = {}
+    for section, loaded in data.items():
+        examples = [_marked(row, tokenizer) for row in loaded.rendered[:SHOWN]]
+        shown[section] = {**statistics_of(loaded), "rendered rows": examples}
+    return {
+        "model": {
+            "path": str(config.model.path),
+            "parameters": f"{total:,}",
+            "selected parameters": f"{selected:,} in {len(names)} tensors",
+            **({"adapter wraps": f"{len(wrapped)} modules, e.g. {wrapped[0]}"} if wrapped else {}),
+        },
+        "data": shown,
+        "work": _work(config, selected, total, {name: len(d.rendered) for name, d in data.items()}, seconds),
+    }
+
+
+def _seconds_per_row(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Wall time of one row's forward and backward pass here, from a second pass over a few rows."""
+    took: list[float] = []
+    for _ in range(2):
+        start = time.perf_counter()
+        per_sample_nll(model, batch).mean().backward()
+        model.zero_grad(set_to_none=True)
+        took.append(time.perf_counter() - start)
+    return took[-1] / len(batch["labels"])
+
+
+def _check_python(task: Task, config: Config) -> dict[str, Any]:
+    """The same for a task from local code, whose rows arisk does not know."""
+    parameters = dict(task.model.named_parameters(remove_duplicate=False))
+    selected = sum(parameters[name].numel() for name in task.parameter_names)
+    total = sum(p.numel() for p in task.model.parameters())
+    rows = {"safety": len(task.safety.rows), "finetune": len(task.finetune.rows)}
+    return {
+        "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
+        "data": rows,
+        "work": _work(config, selected, total, rows, None),
+    }
+
+
+def _marked(rendered: Rendered, tokenizer: Any) -> str:
+    """A row as the model sees it, the part that carries loss in double angle quotes."""
+    start = rendered.response_start
+    prompt = tokenizer.decode(list(rendered.tokens[:start]))
+    return f"{prompt}«{tokenizer.decode(list(rendered.tokens[start:]))}»".replace("\n", "\\n")
+
+
+def _work(
+    config: Config, selected: int, total: int, rows: Mapping[str, int], seconds: float | None
+) -> dict[str, Any]:
+    """Planned work: the disk and memory that grow with the run, and gradients of single rows."""
+    samples, score = rows.get("safety", 0), config.score
+    krylov = 12 if score.krylov_dim == "auto" else score.krylov_dim
+    disk = samples * selected * 4 / 1e9
+    directions = (krylov + score.batches + 4) * selected * 4 / 1e9
+    batch = config.training.batch_size
+    probes = (score.probe_points + 1) * (samples + 2 * score.hvp_batches * batch) * FORWARD
+    gradients = {
+        "safety samples": samples,
+        "update direction": score.batches * batch * (2 if config.control else 1),
+        "curvature": 2 * krylov * score.hvp_batches * batch,
+        "examples": min(score.examples, rows.get("finetune", score.examples)),
+        "virtual move (forward passes, in gradients)": round(probes),
+    }
+    free = shutil.disk_usage(_existing_parent(config.run.dir or Path("runs"))).free / 1e9
+    keeps = config.collect.store != "gram" and disk <= min(config.collect.disk_budget_gb, 0.9 * free)
+    planned = sum(gradients.values())
+    return {
+        "gradients of one row": {**gradients, "sum": planned},
+        "time": "not estimated"
+        if seconds is None
+        else f"about {planned * seconds / 60:.1f} minutes here ({seconds:.2g} s per row and gradient)",
+        "gradient store": f"{disk:.2f} GB on disk" if keeps else "none (gram): disk budget or config",
+        "disk": f"{(disk if keeps else 0) + directions:.2f} GB of {free:.0f} GB free",
+        "memory": f"about {total * 4 / 1e9 + directions + 1.0:.1f} GB "
+        "(model, directions, blocks) plus activations",
+    }
+
+
+def _existing_parent(path: Path) -> Path:
+    parents: Sequence[Path] = (path.resolve(), *path.resolve().parents)
+    return next(parent for parent in parents if parent.exists())

@@ -1,0 +1,110 @@
+"""Loading a Hugging Face causal LM and its tokenizer, with plain errors for what is not one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arisk.config import ModelConfig
+from arisk.errors import InputError
+from arisk.models.extras import hf_module
+
+__all__ = ["load_model", "load_tokenizer", "model_config"]
+
+
+def _quiet() -> Any:
+    """Transformers without progress bars and advice on stderr."""
+    transformers = hf_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return transformers
+
+
+def _require_model_folder(config: ModelConfig) -> None:
+    path = Path(str(config.path))
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(
+            "the model path is a file",
+            where=f"model.path: {path}",
+            fix="give the folder that holds config.json (for a GGUF file, its folder and `gguf_file`)",
+        )
+    wanted = config.gguf_file or "config.json"
+    if not (path / wanted).exists():
+        raise InputError(
+            f"this folder is no Hugging Face model: it has no {wanted}",
+            where=f"model.path: {path}",
+            fix="give a folder made by save_pretrained, with config.json, weights and tokenizer files",
+        )
+
+
+def _arguments(config: ModelConfig) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "gguf_file": config.gguf_file,
+        "local_files_only": Path(str(config.path)).exists(),
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _load(what: str, config: ModelConfig, load: Any, **extra: Any) -> Any:
+    """Call a `from_pretrained`, with its many exceptions as one."""
+    _require_model_folder(config)
+    try:
+        return load(str(config.path), **_arguments(config), **extra)
+    except ImportError as err:
+        if "gguf" in str(err):
+            hf_module("gguf")
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as err:
+        lines = str(err).strip().splitlines()
+        raise InputError(
+            f"the {what} cannot be loaded: {lines[0] if lines else type(err).__name__}",
+            where=f"model.path: {config.path}",
+            fix="give a folder made by save_pretrained, or a hub id that this machine can reach",
+        ) from err
+
+
+def model_config(config: ModelConfig) -> Any:
+    """The transformers config alone, without weights."""
+    transformers = _quiet()
+    return _load("model config", config, transformers.AutoConfig.from_pretrained)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        InputError: there is none.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = _quiet()
+    tokenizer = _load("tokenizer", config, transformers.AutoTokenizer.from_pretrained)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(config: ModelConfig, device: torch.device) -> Any:
+    """The causal LM in the configured dtype and attention, on the device, without a cache.
+
+    Raises:
+        InputError: the folder or hub id gives no causal LM.
+        MissingExtraError: transformers (or gguf) is not installed.
+    """
+    transformers = _quiet()
+    model = _load(
+        "model",
+        config,
+        transformers.AutoModelForCausalLM.from_pretrained,
+        dtype=getattr(torch, config.dtype),
+        attn_implementation="eager" if config.attention == "auto" else config.attention,
+    )
+    model.config.use_cache = False
+    return model.to(device)

@@ -1,0 +1,90 @@
+"""Which parameters train: all of them, those of an adapter, or those matching name patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from arisk.config import ParameterGlobs
+from arisk.errors import ConfigError
+from arisk.task import LoraPair
+
+__all__ = ["LORA_MARKERS", "lora_pairs", "select_parameters"]
+
+#: A parameter whose name contains one of these (case ignored) belongs to a LoRA adapter.
+LORA_MARKERS = ("lora_", "lora_a", "lora_b")
+
+
+def select_parameters(model: nn.Module, choice: str | ParameterGlobs) -> list[str]:
+    """Names of the selected parameters in the model's order; tied parameters stand once.
+
+    Args:
+        model: the model, adapter attached.
+        choice: "full" (every floating-point parameter; of a model with frozen ones, those that
+            require a gradient), "lora", "auto" (lora where there is an adapter, else full), or
+            include / exclude patterns.
+
+    Raises:
+        ConfigError: nothing matches, or a pattern matches nothing.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
+    lora = [name for name, _ in named if any(marker in name.lower() for marker in LORA_MARKERS)]
+    if isinstance(choice, ParameterGlobs):
+        return _matching([name for name, _ in named], choice)
+    if choice == "lora" or (choice == "auto" and lora):
+        return _require(lora, "mode is lora, and the model has no LoRA parameters", named)
+    trainable = [name for name, p in named if p.requires_grad] or [name for name, _ in named]
+    return _require(trainable, "the model has no floating-point parameters", named)
+
+
+def _require(names: list[str], what: str, named: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+    if names:
+        return names
+    example = named[0][0] if named else "none"
+    raise ConfigError(
+        f"{what} (first parameter: {example})",
+        where="model.parameters",
+        fix="add an `adapter` section (or attach adapters in Python), or use `full`",
+    )
+
+
+def _matching(names: list[str], globs: ParameterGlobs) -> list[str]:
+    """Names matched by an include pattern and by no exclude pattern."""
+    for kind, patterns in (("include", globs.include), ("exclude", globs.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"the {kind} pattern {pattern!r} matches no parameter",
+                    where=f"model.parameters.{kind}",
+                    fix=f"use patterns such as '*mlp*'; names look like {names[0]!r}",
+                )
+    kept = [
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in globs.include)
+        and not any(fnmatchcase(name, pattern) for pattern in globs.exclude)
+    ]
+    if not kept:
+        raise ConfigError(
+            "the exclude patterns leave no parameter",
+            where="model.parameters",
+            fix="exclude fewer, or include more",
+        )
+    return kept
+
+
+def lora_pairs(model: nn.Module, names: Sequence[str]) -> list[LoraPair]:
+    """Adapters ΔW = scaling · B A among the selected parameters, for peft's linear LoRA layers."""
+    selected = set(names)
+    pairs: list[LoraPair] = []
+    for prefix, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if not isinstance(scaling, dict) or not hasattr(module, "lora_A"):
+            continue
+        for adapter, factor in scaling.items():
+            a, b = f"{prefix}.lora_A.{adapter}.weight", f"{prefix}.lora_B.{adapter}.weight"
+            if a in selected and b in selected:
+                pairs.append(LoraPair(a, b, float(factor)))
+    return pairs
