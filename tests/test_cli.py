@@ -337,5 +337,16 @@ def test_init_then_check(arisk, tmp_path):
     assert arisk("check", path)[0] == 0
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_demo_ends_with_the_verdict_and_the_path(tmp_path, mode):
+    """The whole job as a newcomer meets it: 5 % harmful rows are not called low."""
+    command = [sys.executable, "-m", "arisk", "demo", "--mode", mode, "--output-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] in ("verdict: elevated", "verdict: high")
+    assert lines[-1] == f"report: {tmp_path / 'run' / 'report' / 'report.html'}"
+    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 1e6
+
+
 def test_schema_is_json(arisk):
     assert "properties" in json.loads(arisk("schema")[1])

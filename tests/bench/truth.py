@@ -93,7 +93,8 @@ def collapse(curve: list[tuple[int, float]]) -> int | None:
 
 def forecast_cell(curve: Curve) -> str:
     """Collapse step and final rise as a table cell."""
-    return f"{curve.collapse_step or '–'} ({curve.median[-1]:+.2f})"
+    end = curve.median[-1]
+    return f"{curve.collapse_step or '–'} ({f'{end:+.2f}' if end < 100 else 'diverges'})"
 
 
 def main() -> None:

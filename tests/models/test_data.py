@@ -149,6 +149,28 @@ def test_template_on_a_tokenizer_without_one(tokenizer, monkeypatch):
     render_rows(rows()[:1], tokenizer, SAFETY, section="safety")
 
 
+class Mute:
+    """A tokenizer without words and without an end token."""
+
+    chat_template = None
+    eos_token_id = None
+
+    def __init__(self, known=()):
+        self.known = known
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1] if text in self.known or "###" in text else []}
+
+
+def test_rows_without_a_response_token_are_refused():
+    some = rows()[:3]
+    with pytest.raises(InputError, match="every response"):
+        render_rows(some, Mute(), SAFETY, section="safety")
+    with pytest.raises(InputError, match="2 of 3 rows") as caught:
+        render_rows(some, Mute([some[0].response]), SAFETY, section="safety")
+    assert f"line {some[1].line}" in caught.value.where
+
+
 def test_nll_against_a_loop_over_tokens(tokenizer, model):
     rendered = render_rows(rows()[:4], tokenizer, SAFETY, section="safety")
     batch = collate(rendered, tokenizer.pad_token_id)
