@@ -261,6 +261,8 @@ def _command(config: Path, run_dir: Path | None, overrides: list[str] | None) ->
 
 def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
+    # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except AriskError as err:
