@@ -140,7 +140,7 @@ def _caveats(basis: Curve, forecasts: Mapping[str, Curve]) -> list[str]:
             "This verdict rests on measurements at the aligned point and along its first update "
             "direction. On real fine-tunes such forecasts ranked harm with ρ about .8 (ray) and .3 to "
             ".6 (local) and called 15 % and 6 to 31 % of collapses safe. Read a collapse step as not "
-            "later than: on the embedded model real collapse came 2 to 20 times earlier. Run a short "
+            "later than: on the embedded model real collapse came 2 to 5 times earlier. Run a short "
             "real fine-tune before relying on it."
         )
     local = forecasts.get("local")
