@@ -295,12 +295,17 @@ def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
             assert (folder / name).read_bytes() == body, name
 
 
-def test_ctrl_c_says_what_is_kept(tmp_path):
-    stopped = interrupted(tmp_path / "run", "shard", "interrupt")
-    assert stopped.returncode == 130
-    assert "run the same command again" in stopped.stderr
-    assert list((tmp_path / "run").glob(".partial/collect-*/gradients/shard-00000.safetensors"))
-    assert "Traceback" not in stopped.stderr
+def test_ctrl_c_in_every_stage_says_what_is_kept(tmp_path, arisk):
+    folder = tmp_path / "run"
+    for stage in ("shard", "subspace", "score", "forecast", "report"):
+        stopped = interrupted(folder, stage, "interrupt")
+        assert stopped.returncode == 130
+        assert "run the same command again" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+        name = "collect" if stage == "shard" else stage
+        assert list(folder.glob(f".partial/{name}-*"))
+    assert arisk("run", DEMO, "--run-dir", folder, *arguments())[0] == 0
+    assert not (folder / ".partial").exists()
 
 
 def test_two_runs_at_once(tmp_path, arisk):
