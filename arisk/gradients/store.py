@@ -143,17 +143,20 @@ class GradientStore:
         """
         samples = self.samples()
         grams = torch.zeros(len(layout.modules), samples, samples, dtype=torch.float64)
-        means: list[Tensor] = []
-        diagonals: list[Tensor] = []
-        weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
-        for i, _, block in self._blocks(layout):
+        # Filled in place: small results kept between large temporaries would fragment the heap.
+        mean, diagonal = torch.empty(0), torch.empty(0)
+        for i, where, block in self._blocks(layout):
+            if not mean.numel():
+                mean, diagonal = block.new_empty(layout.numel), block.new_empty(layout.numel)
+                weights = block.new_full((samples,), 1 / samples)
             # Three results from one visit of the cache.
             for start in range(0, block.shape[1], COLUMNS):
                 part = block[:, start : start + COLUMNS]
+                place = slice(where.start + start, where.start + start + part.shape[1])
                 grams[layout.module_of_parameter[i]] += gram(part)
-                means.append(weights.to(part.dtype) @ part)
-                diagonals.append(weights.to(part.dtype) @ part.square())
-        return grams, torch.cat(means), torch.cat(diagonals)
+                mean[place] = weights @ part
+                diagonal[place] = weights @ part.square()
+        return grams, mean, diagonal
 
     def dots(self, layout: ParameterLayout, directions: Tensor) -> Tensor:
         """G V (N, m) float64 for directions V (P, m)."""
