@@ -144,11 +144,10 @@ class GradientStore:
         samples = self.samples()
         grams = torch.zeros(len(layout.modules), samples, samples, dtype=torch.float64)
         # Filled in place: small results kept between large temporaries would fragment the heap.
-        mean, diagonal = torch.empty(0), torch.empty(0)
+        dtype = self.rows(layout.names[0], 0, 1).dtype
+        mean, diagonal = torch.empty(layout.numel, dtype=dtype), torch.empty(layout.numel, dtype=dtype)
+        weights = torch.full((samples,), 1 / samples, dtype=dtype)
         for i, where, block in self._blocks(layout):
-            if not mean.numel():
-                mean, diagonal = block.new_empty(layout.numel), block.new_empty(layout.numel)
-                weights = block.new_full((samples,), 1 / samples)
             # Three results from one visit of the cache.
             for start in range(0, block.shape[1], COLUMNS):
                 part = block[:, start : start + COLUMNS]
