@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,23 @@ from arisk.results import (
     CollectResult,
     ForecastResult,
     OverlapNulls,
+    RolloutResult,
     ScoreResult,
     SubspaceResult,
     Verdict,
 )
 from arisk.stages.collect import GRADIENTS_FOLDER, collect
 from arisk.stages.forecast import forecast
+from arisk.stages.rollout import rollout, skipped_rollout
 from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
 from arisk.stages.score import planned_steps, score
 from arisk.stages.subspace import subspace
 from arisk.task import Batch, LossFn, SampleSet, Task
 
 __all__ = ["AlignmentRiskPipeline", "RiskReport", "assess"]
+
+#: Batches of ordinary data read from a loader.
+CONTROL_BATCHES = 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,12 +52,14 @@ class RiskReport:
         collected: per-sample safety gradients through their inner products.
         subspace: the safety subspace.
         scored: how the planned update meets it.
+        rollout: losses measured along the virtual run.
         forecast: curves and verdict; `forecast.collapse_step`, `forecast.forecasters["local"]`.
     """
 
     collected: CollectResult
     subspace: SubspaceResult
     scored: ScoreResult
+    rollout: RolloutResult
     forecast: ForecastResult
 
     @property
@@ -126,7 +133,8 @@ class AlignmentRiskPipeline:
             model: the aligned model.
             safety_dataloader: batches of safety samples; every one is used.
             safety_loss_fn: `(model, batch)` → per-sample losses (B,), or their mean as a scalar.
-            fine_tune_dataloader: batches in training order; the first `score.batches` are used.
+            fine_tune_dataloader: batches in training order, one micro-batch each, repeated when the
+                plan needs more. A one-shot iterator is read once, as far as the plan goes.
             fine_tune_loss_fn: the fine-tuning loss, as above.
             control_dataloader: ordinary data, the null of the overlap; optional.
             control_loss_fn: its loss; default the fine-tuning loss.
@@ -135,13 +143,13 @@ class AlignmentRiskPipeline:
         Raises:
             AriskError: what is wrong, where, and how to fix it.
         """
-        needed = max(self.config.score.batches, self.config.score.hvp_batches)
+        needed = self._batches_needed()
         safety = SampleSet("safety", _take(safety_dataloader, None), safety_loss_fn)
-        finetune = SampleSet("finetune", _take(fine_tune_dataloader, needed), fine_tune_loss_fn)
+        finetune = SampleSet("finetune", _kept(fine_tune_dataloader, needed), fine_tune_loss_fn)
         control = None
         if control_dataloader is not None:
             loss_fn = control_loss_fn or fine_tune_loss_fn
-            control = SampleSet("control", _take(control_dataloader, needed), loss_fn)
+            control = SampleSet("control", _take(control_dataloader, CONTROL_BATCHES), loss_fn)
         task = Task(
             model=model,
             safety=safety,
@@ -151,6 +159,13 @@ class AlignmentRiskPipeline:
             description={"model": type(model).__name__, "mode": self.config.mode},
         )
         return assess(task, self.config, progress=progress)
+
+    def _batches_needed(self) -> int:
+        """Micro-batches of the whole plan, or those of the scores when they are more."""
+        training = self.config.training
+        steps = planned_steps(training, 0) if training.epochs is None else 0
+        scores = max(self.config.score.batches, self.config.score.hvp_batches)
+        return max(scores, steps * training.gradient_accumulation)
 
 
 def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:
@@ -175,16 +190,23 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             seed=config.seed,
             progress=progress,
         )
+        steps = planned_steps(config.training, len(task.finetune.rows))
+        measured = skipped_rollout("rollout.enabled is off")
+        if config.rollout.enabled:
+            measured = rollout(
+                task, config=config.rollout, training=config.training, steps=steps, progress=progress
+            )
         result = forecast(
             scored.record,
+            measured,
             config=config.forecast,
             training=config.training,
-            steps=planned_steps(config.training, len(task.finetune.rows)),
+            steps=steps,
             directions=scored.directions,
             dots=dots,
             seed=config.seed,
         )
-    return RiskReport(collected, space, scored.record, result)
+    return RiskReport(collected, space, scored.record, measured, result)
 
 
 def _safety_side(
@@ -207,3 +229,8 @@ def _take(loader: Iterable[Batch], count: int | None) -> list[Batch]:
     """The first batches of a loader, read once, without consuming the global random state."""
     with torch.random.fork_rng(devices=[]):
         return list(itertools.islice(iter(loader), count))
+
+
+def _kept(loader: Iterable[Batch], count: int) -> Iterable[Batch]:
+    """The loader itself when it can be read again, else its first `count` batches."""
+    return _take(loader, count) if isinstance(loader, Iterator) else loader

@@ -29,7 +29,7 @@ app = typer.Typer(
     "10 gate failed, 11 inconclusive gate, 130 interrupted.",
 )
 
-Stage = Literal["collect", "subspace", "score", "forecast", "report"]
+Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
 ConfigPath = Annotated[Path, typer.Argument(help="YAML config; `arisk init` writes one.")]
 RunDirOption = Annotated[
     Path | None,
@@ -135,7 +135,7 @@ def _stage_command(stage: Stage) -> None:
     app.command(stage)(command)
 
 
-for _stage in ("collect", "subspace", "score", "forecast", "report"):
+for _stage in ("collect", "subspace", "score", "rollout", "forecast", "report"):
     _stage_command(_stage)
 
 

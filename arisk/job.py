@@ -16,7 +16,7 @@ from arisk.config import Config
 from arisk.configfile import dump_config
 from arisk.errors import ConfigError
 from arisk.plan import STAGES, StageState
-from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -186,6 +186,23 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
     return made.record
 
 
+def _rollout(job: Job, workspace: Path) -> RolloutResult:
+    from arisk.stages.rollout import rollout, skipped_rollout
+    from arisk.stages.score import planned_steps
+
+    config = job.config
+    if not config.rollout.enabled:
+        return skipped_rollout("rollout.enabled is off")
+    return rollout(
+        job.task,
+        config=config.rollout,
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
     from arisk.stages.forecast import forecast
     from arisk.stages.score import planned_steps
@@ -195,6 +212,7 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
     side = job.stored()
     return forecast(
         scored,
+        job.record("rollout", RolloutResult),
         config=job.config.forecast,
         training=job.config.training,
         steps=planned_steps(job.config.training, scored.finetune_rows),
@@ -257,6 +275,7 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "collect": _collect,
     "subspace": _subspace,
     "score": _score,
+    "rollout": _rollout,
     "forecast": _forecast,
     "report": _report,
 }

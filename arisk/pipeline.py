@@ -25,7 +25,10 @@ __all__ = ["Outcome", "run_stages"]
 
 NAMES = tuple(spec.name for spec in STAGES)
 #: Files of a workspace that serve resuming only.
-RESUME_FILES = ("losses-*.safetensors", "group-*.safetensors", "*.partial")
+RESUME_FILES = (
+    *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
+    *("state.json", "state-*.safetensors"),
+)
 
 
 @dataclass(frozen=True)

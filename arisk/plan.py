@@ -44,7 +44,7 @@ class StageSpec:
 #: Settings of collect that change its numbers or files; its budgets do not.
 COLLECT_KEYS = ("engine", "fisher", "store", "chunk_size")
 
-#: The stage graph in order. A measured rollout will stand between score and forecast.
+#: The stage graph in order. The rollout alone depends on the whole planned training.
 STAGES = (
     StageSpec(
         "collect",
@@ -71,8 +71,15 @@ STAGES = (
         ),
         ("finetune", "control"),
     ),
-    StageSpec("forecast", 1, ("collect", "score"), ("training", "forecast")),
-    StageSpec("report", 1, ("collect", "subspace", "score", "forecast"), ("report",)),
+    StageSpec(
+        "rollout",
+        1,
+        (),
+        ("model", "safety", "finetune", "control", "training", "rollout"),
+        ("model", "adapter", "safety", "finetune", "control"),
+    ),
+    StageSpec("forecast", 2, ("collect", "score", "rollout"), ("training", "forecast")),
+    StageSpec("report", 2, ("collect", "subspace", "score", "rollout", "forecast"), ("report",)),
 )
 
 

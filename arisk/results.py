@@ -19,6 +19,7 @@ __all__ = [
     "Curve",
     "ForecastResult",
     "OverlapNulls",
+    "RolloutResult",
     "ScoreResult",
     "SubspaceResult",
     "Verdict",
@@ -204,6 +205,44 @@ class ScoreResult:
 
 
 @dataclass(frozen=True)
+class RolloutResult:
+    """Losses measured along an accelerated virtual run of the planned fine-tune.
+
+    Attributes:
+        status: "measured" or "skipped", with `reason`.
+        horizon: planned optimizer steps T. pilot_steps: real steps at the start.
+        steps: M optimizer steps at which losses were measured, from 0.
+        safety: (N, M) change of each safety sample's loss (nats per response token).
+        control: (N_c, M) the same for control samples; None without control data.
+        finetune_loss: mean training loss of the real steps before each point, NaN at 0.
+        kept_share: share of each leap that speed control kept; 1 where steps were real.
+        flow_time: Σ η up to each point.
+        diverged_at: step before which the run diverged; None where it did not.
+        scales: S factors s of the outputs z₀ + (z_pilot − z₀) s, and extrapolated: (N, S) loss
+            changes there; None when the loss does not show the model's outputs.
+        gradient_evaluations: micro-batch gradients used. safety_passes: evaluations of the samples.
+        warnings: sentences for the report.
+    """
+
+    status: Literal["measured", "skipped"]
+    reason: str | None
+    horizon: int
+    pilot_steps: int
+    steps: Sequence[int]
+    safety: Tensor
+    control: Tensor | None
+    finetune_loss: Sequence[float]
+    kept_share: Sequence[float]
+    flow_time: Sequence[float]
+    diverged_at: int | None
+    scales: Sequence[float]
+    extrapolated: Tensor | None
+    gradient_evaluations: int
+    safety_passes: int
+    warnings: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Curve:
     """One forecaster's safety-loss change over optimizer steps.
 
@@ -281,6 +320,10 @@ class ForecastResult:
             to it); None where it diverges.
         what_if_collapse: shortest run of the grid that collapses per learning rate, None = none.
         what_if_basis: forecaster that filled the grid.
+        control_change: mean change of the control loss at the steps of the `rollout` curve; None
+            when not measured.
+        gradient_evaluations: micro-batch gradients the rollout used, and planned_evaluations those
+            of the planned run.
     """
 
     threshold: float
@@ -295,6 +338,9 @@ class ForecastResult:
     what_if_collapse: Sequence[int | None]
     warnings: Sequence[str]
     what_if_basis: str = "local"
+    control_change: Sequence[float] | None = None
+    gradient_evaluations: int = 0
+    planned_evaluations: int = 0
 
     @property
     def collapse_step(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ SMALL = [
     "score.nulls=3",
     "score.examples=4",
     "score.probe_points=2",
-    "training.max_steps=20",
+    "training.max_steps=60",
     "training.batch_size=2",
     "forecast.bootstrap_samples=20",
     "run.threads=1",
@@ -103,7 +104,7 @@ def test_a_second_run_executes_nothing_and_changes_no_byte(arisk, finished):
     before = snapshot(finished)
     code, out, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
     assert code == 0
-    assert len(fresh(err)) == 5
+    assert len(fresh(err)) == 6
     assert out.splitlines()[-1] == f"report: {finished / 'report' / 'report.html'}"
     assert snapshot(finished) == before
 
@@ -113,8 +114,8 @@ def test_status_tells_what_a_change_makes_stale(arisk, finished):
         "status", DEMO, "--run-dir", finished, "--json", *arguments("training.learning_rate=0.5")
     )
     rows = {row["stage"]: row for row in json.loads(out)}
-    assert [name for name, row in rows.items() if not row["fresh"]] == ["forecast", "report"]
-    assert "training.learning_rate" in rows["forecast"]["reasons"][0]
+    assert [name for name, row in rows.items() if not row["fresh"]] == ["rollout", "forecast", "report"]
+    assert "training.learning_rate" in rows["rollout"]["reasons"][0]
     _, out, _ = arisk("status", DEMO, "--run-dir", finished, *arguments())
     assert "stale" not in out
 
@@ -126,12 +127,20 @@ def test_json_result_is_strict_json(arisk, finished):
     assert set(body["summary"]["forecasters"]) >= {"bound", "local", "ray", "rollout"}
 
 
-def test_a_changed_learning_rate_loads_no_model(arisk, finished, monkeypatch):
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        (["forecast.collapse_threshold=0.2"], ["collect", "subspace", "score", "rollout"]),
+        (["training.learning_rate=0.002", "rollout.enabled=false"], ["collect", "subspace", "score"]),
+    ],
+)
+def test_a_change_after_the_measurements_loads_no_model(arisk, finished, monkeypatch, changed, kept):
     monkeypatch.setattr("arisk.models.load_task", lambda *a, **k: pytest.fail("the model was loaded"))
-    code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments("training.learning_rate=0.002"))
+    copy = finished.with_name("copy")
+    shutil.copytree(finished, copy, dirs_exist_ok=True)
+    code, _, err = arisk("run", DEMO, "--run-dir", copy, *arguments(*changed))
     assert code == 0
-    assert fresh(err) == ["collect", "subspace", "score"]
-    assert arisk("run", DEMO, "--run-dir", finished, *arguments())[0] == 0
+    assert fresh(err) == kept
 
 
 def test_gates(arisk, finished):
@@ -149,7 +158,7 @@ def test_a_damaged_stage_is_made_again(arisk, finished):
     assert "the file is not what the stage wrote" in out
     code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
     assert code == 0
-    assert fresh(err) == ["collect", "subspace"]
+    assert fresh(err) == ["collect", "subspace", "rollout"]
     assert file.read_bytes() == good
 
 
@@ -268,6 +277,15 @@ if stage == "shard":
         if index == 0:
             os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
     GradientStore.write_shard = write_shard
+if stage == "segment":
+    from arisk.stages import rollout
+    rollout.SAVE_EVERY = 0
+    save = rollout.save_state
+    def save_state(workspace, run, track, block):
+        save(workspace, run, track, block)
+        if track.steps[-1] >= 10:
+            os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
+    rollout.save_state = save_state
 cli.main()
 """
 
@@ -283,11 +301,15 @@ def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
     assert interrupted(folder, "shard", "kill").returncode == -signal.SIGKILL
     (shard,) = folder.glob(".partial/collect-*/gradients/shard-00000.safetensors")
     written = shard.stat().st_mtime_ns
-    for done, stage in enumerate(("collect", "subspace", "score", "forecast", "report")):
+    for done, stage in enumerate(("collect", "subspace", "score", "rollout", "forecast", "report")):
         killed = interrupted(folder, stage, "kill")
         assert killed.returncode == -signal.SIGKILL
-        # The stage killed before its commit runs again, those before it do not.
-        assert len(fresh(killed.stderr)) == max(done - 1, 0)
+        # The stage killed before its commit runs again, those before it do not; the run killed in a
+        # segment has committed `score`.
+        assert len(fresh(killed.stderr)) == max(done - 1, 0) + (stage == "rollout")
+        if stage == "score":
+            assert interrupted(folder, "segment", "kill").returncode == -signal.SIGKILL
+            assert list(folder.glob(".partial/rollout-*/state-*.safetensors"))
     assert (folder / "collect" / "gradients" / shard.name).stat().st_mtime_ns == written
     assert arisk("run", DEMO, "--run-dir", folder, *arguments())[0] == 0
     for name, body in snapshot(finished).items():
@@ -297,12 +319,12 @@ def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
 
 def test_ctrl_c_in_every_stage_says_what_is_kept(tmp_path, arisk):
     folder = tmp_path / "run"
-    for stage in ("shard", "subspace", "score", "forecast", "report"):
+    for stage in ("shard", "subspace", "score", "segment", "rollout", "forecast", "report"):
         stopped = interrupted(folder, stage, "interrupt")
         assert stopped.returncode == 130
         assert "run the same command again" in stopped.stderr
         assert "Traceback" not in stopped.stderr
-        name = "collect" if stage == "shard" else stage
+        name = {"shard": "collect", "segment": "rollout"}.get(stage, stage)
         assert list(folder.glob(f".partial/{name}-*"))
     assert arisk("run", DEMO, "--run-dir", folder, *arguments())[0] == 0
     assert not (folder / ".partial").exists()

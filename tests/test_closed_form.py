@@ -72,7 +72,8 @@ def test_local_model_gives_the_true_collapse_step(case):
 @pytest.mark.parametrize("case", CASES, ids=[c["name"] for c in CASES])
 def test_the_verdict_says_so(case):
     report = report_of(case)
-    assert report.forecast.collapse_step == report.forecast.forecasters["local"].collapse_step
+    assert report.verdict.basis == "combined"
+    assert report.forecast.collapse_step == report.forecast.forecasters["combined"].collapse_step
     assert (report.verdict.level == "high") == (case["true_collapse_step"] is not None)
 
 
@@ -171,3 +172,30 @@ def test_bound_is_silent_where_the_gradient_lies_inside_and_the_verdict_is_not()
     assert bound.collapse_step is None
     assert bound.kind == "bound"
     assert report.verdict.level == "high"
+
+
+def near(found, truth, share):
+    """Within a share of the truth, or one step."""
+    if truth is None:
+        return found is None
+    return found is not None and abs(found - truth) <= max(1, share * truth)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c["name"] for c in CASES])
+def test_the_rollout_is_within_15_percent(case):
+    measured = report_of(case).forecast.forecasters["rollout"]
+    assert near(measured.collapse_step, case["true_collapse_step"], 0.15)
+
+
+def test_the_rollout_on_random_rotated_cases():
+    errors, missed = [], 0
+    for seed in range(24):
+        case = random_case(seed)
+        found = report_of(case).forecast.forecasters["rollout"].collapse_step
+        truth = case["true_collapse_step"]
+        if (found is None) != (truth is None):
+            missed += 1
+        elif truth is not None:
+            errors.append(abs(found - truth) / truth)
+    assert sorted(errors)[len(errors) // 2] <= 0.1
+    assert missed <= 1

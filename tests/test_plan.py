@@ -62,27 +62,30 @@ def test_nothing_changed_nothing_stale(world):
 
 
 AFTER_SCORE = ["score", "forecast", "report"]
+AFTER_ROLLOUT = ["rollout", "forecast", "report"]
+BOTH = ["score", *AFTER_ROLLOUT]
 
 
 @pytest.mark.parametrize(
     ("dotted", "value", "expected"),
     [
-        ("training.learning_rate", 1e-3, ["forecast", "report"]),
-        ("training.schedule", "cosine", ["forecast", "report"]),
-        ("training.max_steps", 77, ["forecast", "report"]),
-        ("training.epochs", 2.0, ["forecast", "report"]),
-        ("training.max_grad_norm", 1.0, ["forecast", "report"]),
+        ("training.learning_rate", 1e-3, AFTER_ROLLOUT),
+        ("training.schedule", "cosine", AFTER_ROLLOUT),
+        ("training.max_steps", 77, AFTER_ROLLOUT),
+        ("training.epochs", 2.0, AFTER_ROLLOUT),
+        ("training.max_grad_norm", 1.0, AFTER_ROLLOUT),
+        ("rollout.segments", 3, AFTER_ROLLOUT),
         ("forecast.collapse_threshold", 0.2, ["forecast", "report"]),
-        ("training.optimizer", "sgd", AFTER_SCORE),
-        ("training.batch_size", 4, AFTER_SCORE),
+        ("training.optimizer", "sgd", BOTH),
+        ("training.batch_size", 4, BOTH),
         ("score.nulls", 3, AFTER_SCORE),
-        ("finetune.max_samples", 3, AFTER_SCORE),
-        ("control.max_length", 64, AFTER_SCORE),
+        ("finetune.max_samples", 3, BOTH),
+        ("control.max_length", 64, BOTH),
         ("subspace.max_rank", 3, ["subspace", *AFTER_SCORE]),
         ("safety.max_length", 64, ALL),
         ("model.dtype", "bfloat16", ALL),
         ("model.adapter", {"r": 4}, ALL),
-        ("collect.chunk_size", 4, ALL),
+        ("collect.chunk_size", 4, [name for name in ALL if name != "rollout"]),
         ("run.seed", 1, ALL),
         ("report.max_examples", 3, ["report"]),
         ("run.device", "cpu", []),
@@ -104,8 +107,8 @@ def test_a_changed_setting_makes_exactly_these_stale(world, dotted, value, expec
     ("file", "expected", "kind"),
     [
         ("safety.jsonl", ALL, "input"),
-        ("finetune.jsonl", AFTER_SCORE, "input"),
-        ("control.jsonl", AFTER_SCORE, "input"),
+        ("finetune.jsonl", BOTH, "input"),
+        ("control.jsonl", BOTH, "input"),
         ("model/config.json", ALL, "input"),
     ],
 )

@@ -76,8 +76,12 @@ class PlannedBatches:
             self._order += torch.randperm(len(self.rows), generator=self._generator).tolist()
         return self._order[number * self.size : (number + 1) * self.size]
 
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """The micro-batch with this number; there is no last one."""
+        return collate([self.rows[i] for i in self.indices(number)], self.pad)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         number = 0
         while True:
-            yield collate([self.rows[i] for i in self.indices(number)], self.pad)
+            yield self[number]
             number += 1

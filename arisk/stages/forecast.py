@@ -13,8 +13,9 @@ from arisk.geometry.dynamics import krylov_path
 from arisk.geometry.forecast import diffusion, first_crossing, local_change
 from arisk.geometry.ray import interpolate_rows, ray_positions
 from arisk.geometry.schedule import flow_times
-from arisk.results import Curve, ForecastResult, ScoreResult
-from arisk.stages.forecasters import bound_curve, local_curve, not_measured, ray_curve
+from arisk.results import Curve, ForecastResult, RolloutResult, ScoreResult
+from arisk.stages.forecasters import bound_curve, local_curve, ray_curve
+from arisk.stages.measured import combined_curve, control_change, pilot_curve, rollout_curve
 from arisk.stages.plan_path import Plan, planned
 from arisk.stages.verdict import decide
 
@@ -29,6 +30,7 @@ GRID_STEPS = 1000
 
 def forecast(
     scored: ScoreResult,
+    measured: RolloutResult,
     *,
     config: ForecastConfig,
     training: TrainingConfig,
@@ -41,6 +43,7 @@ def forecast(
 
     Args:
         scored: what was measured at the aligned point.
+        measured: the rollout.
         config: threshold, confidence, risk levels.
         training: the planned run.
         steps: planned optimizer steps T.
@@ -54,7 +57,9 @@ def forecast(
         "bound": bound_curve(scored, plan, config),
         "local": local_curve(scored, plan, config, directions=directions, dots=dots, generator=generator),
         "ray": ray_curve(scored, plan, config, generator),
-        "rollout": not_measured("rollout", "this version has no rollout stage", steps),
+        "pilot": pilot_curve(measured, plan, config, seed),
+        "rollout": rollout_curve(measured, plan, config, seed),
+        "combined": combined_curve(measured, plan, config, seed),
     }
     verdict = decide(curves, config, steps)
     noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
@@ -74,6 +79,9 @@ def forecast(
         what_if_collapse=[_grid_collapse(columns, row, config.collapse_threshold) for row in grid],
         warnings=_warnings(curves),
         what_if_basis=basis,
+        control_change=control_change(measured),
+        gradient_evaluations=measured.gradient_evaluations,
+        planned_evaluations=steps * training.gradient_accumulation,
     )
 
 

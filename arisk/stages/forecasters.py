@@ -16,56 +16,24 @@ from torch import Tensor
 
 from arisk.config import ForecastConfig
 from arisk.geometry.dynamics import recorded_steps
-from arisk.geometry.forecast import (
-    aic_lower_bound,
-    first_crossing,
-    interpolated_crossing,
-    local_change,
-)
+from arisk.geometry.forecast import aic_lower_bound, first_crossing, interpolated_crossing, local_change
 from arisk.geometry.ray import interpolate_rows, ray_positions
 from arisk.results import Curve, ScoreResult
+from arisk.stages.curves import CURVE_POINTS, curve_of, not_measured, plain_values
 from arisk.stages.plan_path import Plan, local_path
 
-__all__ = [
-    "bound_curve",
-    "local_curve",
-    "not_measured",
-    "ray_curve",
-    "trusted_time",
-]
+__all__ = ["bound_curve", "local_curve", "ray_curve", "trusted_time"]
 
-#: Points of a curve that are kept, drawn and resampled.
-CURVE_POINTS = 240
 #: The local model is trusted while it is this close to the measured loss (share, and share of the
 #: threshold for changes that are small themselves).
 TRUST_SHARE, TRUST_FLOOR = 0.2, 0.1
-
-
-def not_measured(name: str, reason: str, horizon: int) -> Curve:
-    """A forecaster that has no curve, with the reason."""
-    return Curve(
-        name=name,
-        status="not_measured",
-        reason=reason,
-        kind="forecast",
-        steps=[],
-        median=[],
-        lower=[],
-        upper=[],
-        collapse_step=None,
-        collapse_interval=None,
-        probability=None,
-        horizon=horizon,
-        trusted_until=None,
-        notes=[],
-    )
 
 
 def bound_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig) -> Curve:
     """½ max(½γ̂t² − ε̂t, 0)² over the flow time t of the plan."""
     steps = recorded_steps(plan.horizon, CURVE_POINTS)
     values = aic_lower_bound(plan.times, scored.gamma_hat, scored.epsilon_hat)
-    shown = _plain(values[steps])
+    shown = plain_values(values[steps])
     return Curve(
         name="bound",
         status="measured",
@@ -109,7 +77,7 @@ def local_curve(
     draws = _resampled_local(scored, plan, steps, c, shown, config, generator)
     kept = [steps[i] for i in shown]
     trusted = trusted_time(scored, config.collapse_threshold)
-    return _curve(
+    return curve_of(
         "local",
         kept,
         values[shown],
@@ -143,7 +111,7 @@ def ray_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig, generator
     far = float(scored.probe_times[-1])
     outside = positions >= far
     beyond = int(outside.to(torch.int64).argmax()) if bool(outside.any()) else None
-    return _curve(
+    return curve_of(
         "ray",
         steps,
         all_values[steps],
@@ -216,50 +184,8 @@ def _resample_rows(values: Tensor, draws: int, generator: torch.Generator) -> Te
     return torch.stack([values[row].mean(0) for row in rows])
 
 
-def _curve(
-    name: str,
-    steps: Sequence[int],
-    values: Tensor,
-    draws: Tensor,
-    config: ForecastConfig,
-    *,
-    collapse: int | None,
-    horizon: int,
-    trusted_until: int | None,
-    notes: Sequence[str],
-) -> Curve:
-    """A measured curve with the quantiles of its draws."""
-    tail = (1 - config.confidence) / 2
-    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    lower, upper = torch.quantile(torch.nan_to_num(draws, nan=math.inf, posinf=1e300), quantiles, dim=0)
-    crossings = [interpolated_crossing(list(steps), draw, config.collapse_threshold) for draw in draws]
-    reached = sorted(math.inf if step is None else float(step) for step in crossings)
-    ends = [reached[min(len(reached) - 1, int(q * len(reached)))] for q in (tail, 1 - tail)]
-    return Curve(
-        name=name,
-        status="measured",
-        reason=None,
-        kind="forecast",
-        steps=list(steps),
-        median=_plain(values),
-        lower=_plain(lower),
-        upper=_plain(upper),
-        collapse_step=collapse,
-        collapse_interval=[None if math.isinf(end) else int(end) for end in ends],
-        probability=sum(step is not None for step in crossings) / len(crossings),
-        horizon=horizon,
-        trusted_until=trusted_until,
-        notes=list(notes),
-    )
-
-
 def _steps_within(plan: Plan, time: float | None) -> int | None:
     """Last step whose flow time is at most `time`; None when the time was not measured."""
     if time is None:
         return None
     return int((plan.times <= time).sum()) - 1
-
-
-def _plain(values: Tensor) -> list[float]:
-    """Plain floats; a diverged value stays infinite."""
-    return [float(v) for v in torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)]

@@ -1,0 +1,194 @@
+"""Blocks of real optimizer steps and the leaps between them: projective integration of a fine-tune.
+
+A block of q real steps gives the mean update d per unit learning rate. A leap stands for the next L
+steps and moves by x f (Σ η) d:
+
+* f, the distance correction. Over L steps a real run goes L g in its mean direction and √L σ at
+  random; L times a mean over q noisy batches goes too far. With S = ‖ḡ‖² − σ²/q, all lengths
+  measured with the optimizer's own scale, f² = (L²S + Lσ²) / (L²S + L²σ²/q), per tensor.
+* x, the speed. With r = ⟨g(end), d⟩ / ⟨ḡ, d⟩ the flow along d slows down exponentially:
+  x = (1 − e^{−a})/a with a = 1 − r; a run that overshoots a valley is pulled back.
+
+Real steps afterwards damp what the leap stirred up. Source of the idea: Gear and Kevrekidis,
+projective methods for stiff differential equations (2003); the two corrections are this project's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.errors import NumericsError
+from arisk.stages.planned_run import PlannedRun
+
+__all__ = ["Block", "Leaper"]
+
+#: A leap whose end is not finite is halved this often before the run counts as diverged.
+HALVINGS = 6
+#: Largest slow-down a single check may ask for (x ≥ 1/STIFFEST).
+STIFFEST = 20.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the last q real steps of a block showed, one tensor per parameter.
+
+    Attributes:
+        direction: mean update per unit learning rate.
+        mean: mean gradient ḡ. square: mean of squared gradients.
+        count: q. loss: mean training loss before those steps.
+    """
+
+    direction: list[Tensor]
+    mean: list[Tensor]
+    square: list[Tensor]
+    count: int
+    loss: float
+
+
+class Leaper:
+    """Real blocks and leaps on a planned run.
+
+    Args:
+        run: the planned run; its model moves.
+        speed_control: check each leap with one gradient at its end.
+        distance_correction: shorten leaps along noisy directions.
+    """
+
+    def __init__(self, run: PlannedRun, *, speed_control: bool = True, distance_correction: bool = True):
+        self.run = run
+        self.speed_control = speed_control
+        self.distance_correction = distance_correction
+
+    def real(self, done: int, count: int, seen: int) -> Block:
+        """Steps done + 1 … done + count; the last `seen` of them describe the block.
+
+        Raises:
+            NumericsError: the training loss is not finite.
+        """
+        parameters = self.run.parameters
+        seen = min(seen, count)
+        anchor: list[Tensor] = []
+        mean: list[Tensor] = []
+        square: list[Tensor] = []
+        losses: list[float] = []
+        for i in range(count):
+            if i == count - seen:
+                anchor = [p.detach().clone() for p in parameters]
+            losses.append(self.run.step(done + i + 1))
+            if i < count - seen:
+                continue
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            if not mean:
+                mean = [g.clone() for g in gradients]
+                square = [g.square() for g in gradients]
+            else:
+                for total, squares, gradient in zip(mean, square, gradients, strict=True):
+                    total.add_(gradient)
+                    squares.addcmul_(gradient, gradient)
+        for total in (*mean, *square):
+            total.div_(seen)
+        rate = sum(self.run.rates[done + count - seen : done + count])
+        with torch.no_grad():
+            direction = [(p - a).div_(rate or 1.0) for p, a in zip(parameters, anchor, strict=True)]
+        return Block([d.detach() for d in direction], mean, square, seen, sum(losses[-seen:]) / seen)
+
+    def leap(self, block: Block, done: int, length: int) -> float:
+        """Stand in for steps done + 1 … done + length; returns the share x of the way that was kept.
+
+        Raises:
+            NumericsError: the loss is not finite even after a short part of the leap.
+        """
+        rate = sum(self.run.rates[done : done + length])
+        factors = self._distance_factors(block, length)
+        way = [d * (f * rate) for d, f in zip(block.direction, factors, strict=True)]
+        share, left = 1.0, 1.0
+        self._move(way, 1.0)
+        if self.speed_control:
+            share, left = self._checked(block, way, done + length)
+        self._age_state(block, length, left)
+        return share
+
+    def _move(self, way: list[Tensor], share: float) -> None:
+        with torch.no_grad():
+            for parameter, part in zip(self.run.parameters, way, strict=True):
+                parameter.add_(part, alpha=share)
+
+    def _checked(self, block: Block, way: list[Tensor], number: int) -> tuple[float, float]:
+        """Pull back along the way by what the gradient at its end says.
+
+        Returns:
+            The share x of the way that is kept, and the share e^{−a} of the slope left there.
+        """
+        share = 1.0
+        for _ in range(HALVINGS):
+            try:
+                self.run.gradient(number)
+                break
+            except NumericsError:
+                share /= 2
+                self._move(way, -share)
+        else:
+            raise NumericsError(
+                f"the virtual run diverges before step {number}",
+                where=f"rollout: step {number}",
+                fix="lower `training.learning_rate`, or set `training.max_grad_norm`",
+            )
+        start = sum(float((g * w).sum()) for g, w in zip(block.mean, way, strict=True))
+        end = sum(
+            float((p.grad * w).sum())
+            for p, w in zip(self.run.parameters, way, strict=True)
+            if p.grad is not None
+        )
+        if start >= 0 or not math.isfinite(end):
+            return share, 1.0
+        slowing = min(max(1 - end / start, 0.0), STIFFEST)
+        kept = -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0
+        self._move(way, share * (kept - 1))
+        return share * kept, math.exp(-slowing)
+
+    def _distance_factors(self, block: Block, length: int) -> list[float]:
+        """F of every tensor; 1 with a single batch, whose noise cannot be seen."""
+        if not self.distance_correction or block.count < 2:
+            return [1.0] * len(block.mean)
+        factors: list[float] = []
+        for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
+            weight = self._scale(parameter)
+            signal = float((mean.square() * weight).sum())
+            total = float((square * weight).sum())
+            noise = max(0.0, (total - signal) * block.count / (block.count - 1))
+            signal = max(0.0, signal - noise / block.count)
+            far = length**2 * (signal + noise / block.count)
+            real = length**2 * signal + length * noise
+            factors.append(min(1.0, math.sqrt(real / far)) if far > 0 else 1.0)
+        return factors
+
+    def _scale(self, parameter: Tensor) -> Tensor:
+        """D²: the optimizer's squared step per unit gradient."""
+        state = self.run.optimizer.state[parameter]
+        if "exp_avg_sq" not in state:
+            return torch.ones((), dtype=parameter.dtype, device=parameter.device)
+        beta = self.run.training.betas[1]
+        second = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
+        return second.sqrt_().add_(self.run.training.eps).square_().reciprocal_()
+
+    def _age_state(self, block: Block, length: int, left: float) -> None:
+        """Moments and step count as if the block's mean gradient had been seen `length` times more.
+
+        A heavy ball arrives with what is left of its slope: with its full speed of the start it
+        would shoot out of a valley that speed control has just found.
+        """
+        beta1, beta2 = self.run.training.betas
+        momentum = self.run.training.momentum
+        for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
+            state = self.run.optimizer.state[parameter]
+            if "exp_avg" in state:
+                state["exp_avg"].lerp_(mean, 1 - beta1**length)
+                state["exp_avg_sq"].lerp_(square, 1 - beta2**length)
+                state["step"] += length
+            elif state.get("momentum_buffer") is not None:
+                kept = momentum**length
+                state["momentum_buffer"].mul_(kept).add_(mean, alpha=left * (1 - kept) / (1 - momentum))

@@ -1,0 +1,111 @@
+"""The state of an unfinished rollout on disk: a killed run goes on from its last saved segment."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
+from arisk.errors import ArtifactError
+from arisk.stages.leap import Block
+from arisk.stages.planned_run import PlannedRun
+
+__all__ = ["Track", "load_state", "save_state"]
+
+VALUES, TENSORS = "state.json", "state-{}.safetensors"
+
+
+@dataclass
+class Track:
+    """What was measured so far, one entry per point.
+
+    Attributes:
+        steps: points; finetune_loss, kept_share beside them.
+        safety, control: (N,) losses at each point.
+        extrapolated: (N, S) losses at extrapolated outputs, from the end of the pilot.
+        diverged_at: first step that could not be taken.
+    """
+
+    steps: list[int] = field(default_factory=list[int])
+    finetune_loss: list[float] = field(default_factory=list[float])
+    kept_share: list[float] = field(default_factory=list[float])
+    safety: list[Tensor] = field(default_factory=list[Tensor])
+    control: list[Tensor] = field(default_factory=list[Tensor])
+    extrapolated: Tensor | None = None
+    diverged_at: int | None = None
+
+
+def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | None) -> None:
+    """Write position, optimizer state, last block and track; the JSON comes last and names the rest.
+
+    Raises:
+        ArtifactError: the disk is full or the folder is read-only.
+    """
+    name = TENSORS.format(track.steps[-1])
+    tensors: dict[str, Tensor] = {"safety": torch.stack(track.safety)}
+    if track.control:
+        tensors["control"] = torch.stack(track.control)
+    if track.extrapolated is not None:
+        tensors["extrapolated"] = track.extrapolated
+    for i, parameter in enumerate(run.parameters):
+        tensors[f"parameter.{i}"] = parameter.detach()
+        for key, value in run.optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{i}.{key}"] = value
+        if block is not None:
+            for key in ("direction", "mean", "square"):
+                tensors[f"{key}.{i}"] = getattr(block, key)[i]
+    write_tensors(workspace / name, tensors)
+    values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "tensors": name,
+        "steps": track.steps,
+        "finetune_loss": [loss if math.isfinite(loss) else None for loss in track.finetune_loss],
+        "kept_share": track.kept_share,
+        "gradient_evaluations": run.gradient_evaluations,
+        "block": None if block is None else {"count": block.count, "loss": block.loss},
+    }
+    write_text(workspace / VALUES, json.dumps(values))
+    for old in workspace.glob(TENSORS.format("*")):
+        if old.name != name:
+            old.unlink()
+
+
+def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] | None:
+    """Put a saved state back into the run; None where there is none, or it cannot be read."""
+    try:
+        values = read_json(workspace / VALUES)
+        tensors = read_tensors(workspace / values["tensors"])
+    except ArtifactError:
+        return None
+    with torch.no_grad():
+        for i, parameter in enumerate(run.parameters):
+            parameter.copy_(tensors[f"parameter.{i}"])
+            prefix = f"optimizer.{i}."
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            for key, value in state.items():
+                # The step count stays on the CPU, as torch keeps it.
+                run.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
+    run.gradient_evaluations = values["gradient_evaluations"]
+    block = None
+    if values["block"] is not None:
+        parts = {
+            key: [tensors[f"{key}.{i}"].to(p) for i, p in enumerate(run.parameters)]
+            for key in ("direction", "mean", "square")
+        }
+        block = Block(**parts, **values["block"])
+    track = Track(
+        steps=values["steps"],
+        finetune_loss=[float("nan") if loss is None else loss for loss in values["finetune_loss"]],
+        kept_share=values["kept_share"],
+        safety=list(tensors["safety"]),
+        control=list(tensors["control"]) if "control" in tensors else [],
+        extrapolated=tensors.get("extrapolated"),
+    )
+    return track, block

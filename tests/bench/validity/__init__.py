@@ -1,0 +1,1 @@
+"""Validity benchmark: forecasts made before training against many real fine-tunes of the embedded model."""

@@ -1,0 +1,344 @@
+"""The virtual run: real where it is real, close where it leaps, and without traces."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
+from arisk.errors import NumericsError
+from arisk.geometry.segments import pilot_length, segment_count, segment_ends
+from arisk.gradients import layout_of, measuring
+from arisk.stages import rollout as stage
+from arisk.stages.leap import Block, Leaper
+from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
+from arisk.stages.outputs import losses_between, outputs_of
+from arisk.stages.plan_path import planned
+from arisk.stages.planned_run import BatchStream, PlannedRun
+from arisk.stages.rollout import planned_points, rollout, skipped_rollout
+from arisk.task import SampleSet, Task
+
+#: Fine-tuning batches: few are seen again and again, many are noisy.
+FEW, MANY = 7, 60
+RECIPES = [
+    {"optimizer": "sgd", "learning_rate": 0.1},
+    {"optimizer": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 0.01},
+    {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5},
+    {"optimizer": "adamw", "learning_rate": 0.02, "schedule": "cosine", "warmup_steps": 5},
+    {"optimizer": "sgd", "learning_rate": 0.1, "gradient_accumulation": 3},
+]
+
+
+def classify(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def data(seed, batches, size=8):
+    """Points labelled by a fixed teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(5, 3, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    points = [torch.randn(size, 5, generator=generator, dtype=torch.float64) for _ in range(batches)]
+    return [(x, (x @ teacher).argmax(1)) for x in points]
+
+
+def task_of(model=None, finetune=None, *, control=True, loss_fn=classify):
+    model = model or net()
+    return Task(
+        model=model,
+        safety=SampleSet("safety", data(1, 4), loss_fn),
+        finetune=SampleSet("finetune", finetune if finetune is not None else data(2, FEW), loss_fn),
+        control=SampleSet("control", data(3, 2), loss_fn) if control else None,
+        parameter_names=[name for name, _ in model.named_parameters()],
+    )
+
+
+def run(task, training, steps, **config):
+    return rollout(task, config=RolloutConfig(**config), training=TrainingConfig(**training), steps=steps)
+
+
+def plain_training(model, batches, training, steps):
+    """Safety losses along an ordinary training loop written with torch alone."""
+    settings = dict(training)
+    kind, rate = settings.pop("optimizer"), settings.pop("learning_rate")
+    clip, pieces = settings.pop("max_grad_norm", None), settings.pop("gradient_accumulation", 1)
+    schedule, warm = settings.pop("schedule", "constant"), settings.pop("warmup_steps", 0)
+    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](
+        model.parameters(), lr=rate, weight_decay=settings.pop("weight_decay", 0.0), **settings
+    )
+    curve = []
+    for step in range(steps):
+        part = max(0, step - warm) / max(1, steps - warm)
+        factor = 0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1.0
+        optimizer.param_groups[0]["lr"] = rate * ((step + 1) / warm if step < warm else factor)
+        optimizer.zero_grad()
+        for i in range(pieces):
+            (classify(model, batches[(step * pieces + i) % len(batches)]).mean() / pieces).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        with torch.no_grad():
+            curve.append(float(torch.cat([classify(model, b) for b in data(1, 4)]).mean()))
+    return curve
+
+
+@pytest.mark.parametrize("training", RECIPES, ids=str)
+def test_a_short_run_is_the_real_one(training):
+    measured = run(task_of(), training, 20)
+    truth = plain_training(net(), data(2, FEW), training, 20)
+    start = float(torch.cat([classify(net(), b) for b in data(1, 4)]).mean().detach())
+    for step, change in zip(measured.steps[1:], measured.safety.mean(0)[1:], strict=True):
+        assert float(change) == pytest.approx(truth[step - 1] - start, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("training", RECIPES, ids=str)
+def test_a_long_run_is_close_to_the_real_one(training):
+    steps = 400
+    measured = run(task_of(finetune=data(2, MANY)), training, steps)
+    truth = plain_training(net(), data(2, MANY), training, steps)
+    start = float(torch.cat([classify(net(), b) for b in data(1, 4)]).mean().detach())
+    found = measured.safety.mean(0)
+    pieces = training.get("gradient_accumulation", 1)
+    assert measured.gradient_evaluations <= 0.4 * steps * pieces
+    real = torch.tensor([truth[step - 1] - start for step in measured.steps[1:]], dtype=torch.float64)
+    error = (found[1:] - real).abs() / real.abs().max()
+    assert float(error.median()) <= 0.08
+    assert float(error[-1]) <= 0.12
+
+
+def test_cost_is_logarithmic_and_within_the_limits():
+    for horizon in (100, 200, 500, 1000, 2000, 20_000, 1_000_000):
+        pilot, points = planned_points(horizon, RolloutConfig())
+        cost = pilot + 6 * (len(points) - points.index(pilot) - 1)
+        assert cost <= 0.4 * horizon
+        assert cost <= 85 + 75 * math.log10(horizon / 200) or horizon < 200
+        assert points == sorted(set(points))
+        assert points[-1] == horizon
+    assert planned_points(2000, RolloutConfig())[0] == 20
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 7, 19, 20, 21, 25, 33, 60, 99])
+def test_short_horizons(horizon):
+    pilot, points = planned_points(horizon, RolloutConfig())
+    assert points[-1] == horizon
+    assert points == sorted(set(points))
+    assert 1 <= pilot <= horizon
+
+
+def test_segments_grow():
+    ends = segment_ends(20, 2000, 20, 5)
+    lengths = [b - a for a, b in zip([20, *ends], ends, strict=False)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] >= 5
+    assert segment_ends(20, 20, 3, 5) == []
+    assert segment_ends(10, 18, 3, 5) == [15, 18]
+    assert pilot_length(60, None, 5) == 12
+    assert pilot_length(8, 20, 5) == 8
+    assert segment_count(200, 20, 5) == 8
+
+
+def test_the_model_is_left_as_found():
+    model = net()
+    model.train()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    run(task_of(model), RECIPES[2], 120)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert bool((model[0].weight.grad == 1).all())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_resumes_inside_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[2]), "steps": 150}
+    whole = rollout(task_of(), **settings)
+    real, stopped = stage.save_state, []
+
+    def stop(workspace, planned_run, track, block):
+        real(workspace, planned_run, track, block)
+        if track.steps[-1] > 40:
+            stopped.append(track.steps[-1])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "save_state", stop)
+    model = net()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        rollout(task_of(model), **settings, workspace=tmp_path)
+    assert torch.equal(model[0].weight, before)
+    monkeypatch.setattr(stage, "save_state", real)
+    steps_taken = []
+    step = PlannedRun.step
+    monkeypatch.setattr(PlannedRun, "step", lambda self, n: (steps_taken.append(n), step(self, n))[1])
+    resumed = rollout(task_of(), **settings, workspace=tmp_path)
+    assert min(steps_taken) > stopped[0]
+    assert torch.equal(resumed.safety, whole.safety)
+    assert torch.equal(resumed.control, whole.control)
+    assert torch.equal(resumed.extrapolated, whole.extrapolated)
+    assert resumed.gradient_evaluations == whole.gradient_evaluations
+
+
+def test_a_damaged_state_starts_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[0]), "steps": 60}
+    whole = rollout(task_of(), **settings, workspace=tmp_path)
+    (state,) = tmp_path.glob("state-*.safetensors")
+    state.write_bytes(state.read_bytes()[:100])
+    assert torch.equal(rollout(task_of(), **settings, workspace=tmp_path).safety, whole.safety)
+
+
+def test_diverging_training_is_recorded():
+    def exploding(model, batch):
+        return -model(batch[0]).pow(4).sum(1)
+
+    measured = rollout(
+        Task(
+            model=net(),
+            safety=SampleSet("safety", data(1, 2), classify),
+            finetune=SampleSet("finetune", data(2, 3), exploding),
+            parameter_names=[name for name, _ in net().named_parameters()],
+        ),
+        config=RolloutConfig(),
+        training=TrainingConfig(optimizer="sgd", learning_rate=5.0),
+        steps=100,
+    )
+    assert measured.diverged_at is not None
+    curve = combined_curve(measured, planned(TrainingConfig(), 100), ForecastConfig(), 0)
+    assert curve.collapse_step is not None
+    assert math.isinf(curve.median[-1])
+    assert curve.trusted_until == measured.steps[-1]
+    assert "diverges" in " ".join(curve.notes)
+
+
+def test_a_broken_safety_loss_is_named():
+    with pytest.raises(NumericsError, match="safety loss of the aligned model"):
+        bad = SampleSet("safety", data(1, 2), lambda m, b: classify(m, b) / 0)
+        rollout(
+            Task(net(), bad, SampleSet("finetune", data(2, 3), classify), ["0.weight"]),
+            config=RolloutConfig(),
+            training=TrainingConfig(),
+            steps=10,
+        )
+
+
+def test_no_control_data_is_said():
+    assert "No control data" in run(task_of(control=False), RECIPES[0], 10).warnings[0]
+    assert run(task_of(control=False), RECIPES[0], 10).control is None
+
+
+def test_distance_correction_is_that_of_a_random_walk():
+    """The corrected leap is as long, in the root mean square, as a real noisy walk."""
+    generator = torch.Generator().manual_seed(0)
+    drift, sigma, q, length, size = 0.2, 1.0, 5, 60, 20_000
+    noise = sigma * torch.randn(q + length, size, dtype=torch.float64, generator=generator)
+    gradients = drift + noise
+    mean, square = gradients[:q].mean(0), gradients[:q].square().mean(0)
+    layer = nn.Linear(1, 1, bias=False).double()
+    task = Task(layer, SampleSet("s", [], classify), SampleSet("f", [], classify), ["weight"])
+    planned_run = PlannedRun(
+        task, layout_of(layer, ["weight"]), TrainingConfig(optimizer="sgd"), torch.ones(length)
+    )
+    leaper = Leaper(planned_run)
+    (factor,) = leaper._distance_factors(Block([-mean], [mean], [square], q, 0.0), length)
+    real = gradients[q:].sum(0).norm()
+    assert float(factor * length * mean.norm()) == pytest.approx(float(real), rel=0.06)
+    assert factor < 0.9
+    assert Leaper(planned_run, distance_correction=False)._distance_factors(
+        Block([-mean], [mean], [square], q, 0.0), length
+    ) == [1.0]
+
+
+def test_speed_control_follows_the_flow_into_a_valley():
+    """A leap far beyond the minimum of a parabola ends where the flow would: near the minimum."""
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def parabola(model, batch):
+        return 0.5 * model.x**2 + 0 * batch.mean()
+
+    model, length, rate = Point(), 50, 0.1
+    batches = [torch.zeros(1, 1, dtype=torch.float64)]
+    task = Task(model, SampleSet("s", batches, parabola), SampleSet("f", batches, parabola), ["x"])
+    layout = layout_of(model, ["x"])
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate)
+    with measuring(model, layout):
+        for control, low, high in ((True, -0.2, 0.2), (False, -5.0, -2.0)):
+            planned_run = PlannedRun(task, layout, training, torch.full((200,), rate))
+            with torch.no_grad():
+                model.x.fill_(1.0)
+            leaper = Leaper(planned_run, speed_control=control)
+            block = leaper.real(0, 3, 3)
+            leaper.leap(block, 3, length)
+            assert low <= model.x.item() <= high
+
+
+def test_outputs_are_extrapolated_exactly_where_they_move_straight():
+    model = nn.Linear(5, 3).double()
+    (batch,) = data(4, 1)
+    first = outputs_of(model, batch, classify)
+    start = model.weight.detach().clone()
+    step = torch.randn(3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(start + step)
+    last = outputs_of(model, batch, classify)
+    found = losses_between(model, batch, classify, first, last, [0.0, 1.0, 4.0])
+    for column, scale in zip(found.T, (0.0, 1.0, 4.0), strict=True):
+        with torch.no_grad():
+            model.weight.copy_(start + scale * step)
+            assert torch.allclose(column, classify(model, batch))
+    assert outputs_of(model, batch, lambda m, b: m.weight.sum(1)) is None
+    assert losses_between(model, batch, lambda m, b: m(b[0]).sum(), first, last, [1.0]) is None
+
+
+def test_batches_by_number_from_anything_iterable():
+    class Stream:
+        def __iter__(self):
+            return iter([torch.tensor([i]) for i in range(5)])
+
+    for source in (Stream(), list(Stream())):
+        stream = BatchStream(SampleSet("f", source, classify), torch.device("cpu"))
+        assert [int(stream.at(i)) for i in (0, 1, 4, 5, 13, 2, 11)] == [0, 1, 4, 0, 3, 2, 1]
+    endless = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=2)
+    stream = BatchStream(SampleSet("f", endless, classify), torch.device("cpu"))
+    assert [stream.at(i).tolist() for i in (2, 3)] == [[4.0, 5.0], [0.0, 1.0]]
+
+
+def test_curves_agree_with_the_measurement_and_widen():
+    measured = run(task_of(), {"optimizer": "sgd", "learning_rate": 0.3}, 300)
+    plan = planned(TrainingConfig(optimizer="sgd", learning_rate=0.3), 300)
+    config = ForecastConfig(bootstrap_samples=200)
+    curve = rollout_curve(measured, plan, config, 0)
+    for step, change in zip(measured.steps, measured.safety.mean(0).tolist(), strict=True):
+        if step in curve.steps:
+            at = list(curve.steps).index(step)
+            assert curve.median[at] == pytest.approx(change, rel=1e-9, abs=1e-12)
+            assert curve.lower[at] <= curve.upper[at]
+    pilot = pilot_curve(measured, plan, config, 0)
+    combined = combined_curve(measured, plan, config, 0)
+    for a, b, c in zip(curve.median, pilot.median, combined.median, strict=True):
+        assert min(a, b) - 1e-9 <= c <= max(a, b) + 1e-9
+    assert all(
+        curve.status != "measured"
+        for curve in [
+            f(skipped_rollout("off"), plan, config, 0) for f in (rollout_curve, pilot_curve, combined_curve)
+        ]
+    )
+
+
+def test_a_wider_sample_spread_gives_a_wider_interval():
+    measured = run(task_of(), {"optimizer": "sgd", "learning_rate": 0.3}, 20)
+    plan = planned(TrainingConfig(optimizer="sgd", learning_rate=0.3), 20)
+    narrow = rollout_curve(measured, plan, ForecastConfig(confidence=0.5), 0)
+    wide = rollout_curve(measured, plan, ForecastConfig(confidence=0.95), 0)
+    assert wide.upper[-1] - wide.lower[-1] > narrow.upper[-1] - narrow.lower[-1] > 0
