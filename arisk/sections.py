@@ -106,6 +106,8 @@ class RolloutConfig(Section):
     """Check each leap with a gradient at its end; off only to see what it is worth."""
     distance_correction: bool = True
     """Shorten leaps along noisy directions; off only to see what it is worth."""
+    rare_rows: bool = True
+    """Bring rare, surprising rows in with their true weight; off only to see what it is worth."""
     eval_samples: PositiveInt | None = None
     """Safety samples measured at every point; default all."""
     control_samples: PositiveInt = 64

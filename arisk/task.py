@@ -8,17 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "LoraPair", "LossFn", "SampleSet", "Task"]
+__all__ = ["Batch", "LoraPair", "LossFn", "RowBatches", "SampleSet", "Task"]
 
 #: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
 Batch = Any
 
 #: ``loss_fn(model, batch)``: per-sample losses of shape (B,), or their mean as a scalar.
 LossFn = Callable[[nn.Module, Batch], Tensor]
+
+
+@runtime_checkable
+class RowBatches(Protocol):
+    """Planned batches that know their rows and can be regrouped; other data cannot be stratified."""
+
+    size: int
+
+    @property
+    def row_count(self) -> int:
+        """Different rows."""
+        ...
+
+    def indices(self, number: int) -> list[int]:
+        """Rows of the micro-batch with this number, counted from 0."""
+        ...
+
+    def of(self, rows: Sequence[int]) -> Batch:
+        """A batch of these rows."""
+        ...
+
+    def sample(self, count: int) -> list[int]:
+        """Numbers of at most `count` different rows."""
+        ...
 
 
 @dataclass(frozen=True)

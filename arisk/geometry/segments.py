@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["pilot_length", "segment_count", "segment_ends"]
+__all__ = ["pilot_length", "rotated", "segment_count", "segment_ends"]
 
 #: Real steps taken at the start at most, and as a share of the run; shorter runs are real throughout.
 PILOT_STEPS, PILOT_SHARE, ALL_REAL = 20, 0.2, 20
@@ -82,3 +82,8 @@ def _growth(total: float, count: int) -> float:
 def _sum(ratio: float, count: int) -> float:
     powers: Sequence[float] = [ratio**i for i in range(1, count + 1)]
     return sum(powers)
+
+
+def rotated(values: Sequence[int], start: int, count: int) -> list[int]:
+    """`count` of the values from `start` on, around their end; all of them where they are fewer."""
+    return [values[(start + i) % len(values)] for i in range(min(count, len(values)))]

@@ -76,9 +76,25 @@ class PlannedBatches:
             self._order += torch.randperm(len(self.rows), generator=self._generator).tolist()
         return self._order[number * self.size : (number + 1) * self.size]
 
+    @property
+    def row_count(self) -> int:
+        """Different rows."""
+        return len(self.rows)
+
+    def of(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """A batch of these rows."""
+        return collate([self.rows[i] for i in rows], self.pad)
+
+    def sample(self, count: int) -> list[int]:
+        """Numbers of `count` different rows, or of all where there are no more."""
+        if count >= len(self.rows):
+            return list(range(len(self.rows)))
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(len(self.rows), generator=generator)[:count].tolist()
+
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """The micro-batch with this number; there is no last one."""
-        return collate([self.rows[i] for i in self.indices(number)], self.pad)
+        return self.of(self.indices(number))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         number = 0

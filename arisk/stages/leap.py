@@ -23,6 +23,7 @@ from torch import Tensor
 
 from arisk.errors import NumericsError
 from arisk.stages.planned_run import PlannedRun
+from arisk.stages.rare import RareRows
 
 __all__ = ["Block", "Leaper"]
 
@@ -40,6 +41,7 @@ class Block:
         direction: mean update per unit learning rate.
         mean: mean gradient ḡ. square: mean of squared gradients.
         count: q. loss: mean training loss before those steps.
+        rare_share: share of the rare rows among those of the q steps; 0 where they are not known.
     """
 
     direction: list[Tensor]
@@ -47,6 +49,7 @@ class Block:
     square: list[Tensor]
     count: int
     loss: float
+    rare_share: float = 0.0
 
 
 class Leaper:
@@ -56,12 +59,27 @@ class Leaper:
         run: the planned run; its model moves.
         speed_control: check each leap with one gradient at its end.
         distance_correction: shorten leaps along noisy directions.
+        rare: rows to be brought in with their true weight; None to leave that out.
     """
 
-    def __init__(self, run: PlannedRun, *, speed_control: bool = True, distance_correction: bool = True):
+    def __init__(
+        self,
+        run: PlannedRun,
+        *,
+        speed_control: bool = True,
+        distance_correction: bool = True,
+        rare: RareRows | None = None,
+    ) -> None:
         self.run = run
+        self.rare = rare
+        self.turn = 0
         self.speed_control = speed_control
         self.distance_correction = distance_correction
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Rows that real steps after a leap leave out, because leaps bring them in."""
+        return self.rare.members if self.rare else frozenset()
 
     def real(self, done: int, count: int, seen: int) -> Block:
         """Steps done + 1 … done + count; the last `seen` of them describe the block.
@@ -94,7 +112,10 @@ class Leaper:
         rate = sum(self.run.rates[done + count - seen : done + count])
         with torch.no_grad():
             direction = [(p - a).div_(rate or 1.0) for p, a in zip(parameters, anchor, strict=True)]
-        return Block([d.detach() for d in direction], mean, square, seen, sum(losses[-seen:]) / seen)
+        rare = 0.0
+        if self.rare and not self.run.stream.without:
+            rare = self.rare.share_seen(done + count - seen + 1, done + count)
+        return Block([d.detach() for d in direction], mean, square, seen, sum(losses[-seen:]) / seen, rare)
 
     def leap(self, block: Block, done: int, length: int) -> float:
         """Stand in for steps done + 1 … done + length; returns the share x of the way that was kept.
@@ -110,7 +131,39 @@ class Leaper:
         if self.speed_control:
             share, left = self._checked(block, way, done + length)
         self._age_state(block, length, left)
+        if self.rare is not None:
+            inner = sum(self.run.rates[done + length : done + length + block.count])
+            self._bring_in(self.rare, block, length + block.count, rate + inner)
         return share
+
+    def _bring_in(self, rare: RareRows, block: Block, length: int, rate: float) -> None:
+        """Move by what the rare rows add to the leap, less where their loss falls less than it would.
+
+        Their share of the second moments is added first: a step along a coordinate that only rare
+        rows move would otherwise be far too long.
+        """
+        missing = rare.share - block.rare_share
+        weight = missing / (1 - block.rare_share)
+        gradient, loss = rare.gradient(self.turn)
+        clipped = rare.kept_by_clipping(block.mean, gradient)
+        beta = self.run.training.betas[1]
+        momentum = self.run.training.momentum if self.run.training.optimizer == "sgd" else 0.0
+        way: list[Tensor] = []
+        for parameter, mean, pull in zip(self.run.parameters, block.mean, gradient, strict=True):
+            state = self.run.optimizer.state[parameter]
+            if "exp_avg_sq" in state and missing > 0:
+                seen = (1 - beta**length) * missing / rare.batches.size
+                state["exp_avg_sq"].addcmul_(pull, pull, value=seen)
+            step = (pull * clipped - mean) * self._scale(parameter).sqrt()
+            way.append(step * (-rate * weight / (1 - momentum)))
+        self._move(way, 1.0)
+        expected = sum(float((g * w).sum()) for g, w in zip(gradient, way, strict=True))
+        if expected < 0:
+            fallen = (rare.loss(self.turn) - loss) / expected
+            slowing = min(max(2 * (1 - fallen), 0.0), STIFFEST) if math.isfinite(fallen) else STIFFEST
+            kept = -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0
+            self._move(way, kept - 1)
+        self.turn += 1
 
     def _move(self, way: list[Tensor], share: float) -> None:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from arisk.config import TrainingConfig
 from arisk.errors import InputError, NumericsError
 from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.layout import parameters_of
-from arisk.task import Batch, SampleSet, Task
+from arisk.task import Batch, RowBatches, SampleSet, Task
 
 __all__ = ["BatchStream", "PlannedRun", "keeping_parameters", "put"]
 
@@ -55,6 +55,8 @@ class BatchStream:
     def __init__(self, samples: SampleSet, device: torch.device) -> None:
         self.samples = samples
         self.device = device
+        #: Rows left out of the batches, where the data can be regrouped.
+        self.without: frozenset[int] = frozenset()
         self._iterator: Iterator[Batch] = iter(())
         self._next = 0
         self._length: int | None = None
@@ -66,6 +68,10 @@ class BatchStream:
             InputError: the data set gives no batch.
         """
         batches: Any = self.samples.batches
+        if self.without and isinstance(batches, RowBatches):
+            every = batches.indices(number)
+            kept = [row for row in every if row not in self.without] or every
+            return move_batch(batches.of(kept), self.device)
         if hasattr(batches, "__getitem__"):
             size = len(batches) if hasattr(batches, "__len__") else None
             if size == 0:

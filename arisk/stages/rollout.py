@@ -26,8 +26,9 @@ from arisk.stages.leap import Block, Leaper
 from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.planned_run import PlannedRun, keeping_parameters, put
 from arisk.stages.probe import sample_losses
+from arisk.stages.rare import RareRows
 from arisk.stages.rollout_state import Track, load_state, save_state
-from arisk.task import Batch, SampleSet, Task
+from arisk.task import Batch, RowBatches, SampleSet, Task
 
 __all__ = ["planned_points", "rollout", "skipped_rollout"]
 
@@ -129,6 +130,7 @@ class _Walk:
             self.planned,
             speed_control=config.speed_control,
             distance_correction=config.distance_correction,
+            rare=self._rare_rows(),
         )
         device = self.planned.stream.device
         self.safety = limited(task.safety, config.eval_samples, device)
@@ -136,6 +138,15 @@ class _Walk:
         self.track = Track()
         self.block: Block | None = None
         self.saved = time.monotonic()
+
+    def _rare_rows(self) -> RareRows | None:
+        """The stratum of rare rows, where leaps will need it and the data can be regrouped."""
+        batches = self.task.finetune.batches
+        leaps = self.points[-1] > self.pilot
+        if not (self.config.rare_rows and leaps and isinstance(batches, RowBatches)):
+            return None
+        found = RareRows(self.planned, batches)
+        return found if found.rows else None
 
     def resume(self, workspace: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
@@ -176,9 +187,11 @@ class _Walk:
         inner = self.config.batches_per_segment
         length, share = end - done - inner, 1.0
         if end > self.pilot and length > 0 and self.block is not None:
+            self.planned.stream.without = self.leaper.left_out
             share = self.leaper.leap(self.block, done, length)
             done += length
         self.block = self.leaper.real(done, end - done, inner)
+        self.planned.stream.without = frozenset()
         self.measure(end, self.block.loss, share)
         if end == self.pilot and end < self.horizon:
             self.track.extrapolated = self.extrapolate()

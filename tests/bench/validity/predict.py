@@ -19,6 +19,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no speed control": {"speed_control": False},
     "no distance correction": {"distance_correction": False},
     "neither": {"speed_control": False, "distance_correction": False},
+    "no rare rows": {"rare_rows": False},
     "2 batches a segment": {"batches_per_segment": 2},
     "one leap (no refreshed gradients)": {"segments": 1},
     "pilot of 5 steps": {"pilot_steps": 5},
@@ -62,7 +63,7 @@ def forecasts(job: Job, folder: Path) -> dict[str, Any]:
             "lr T sqrt(d'Fd)": flow * float(scored.c_update.square().mean().sqrt()),
             "initial fine-tuning loss": scored.finetune_loss,
             "overlap |Pg|/|g|": overlap.ratio,
-            "gradient conflict": float(scored.c_update.mean())
+            "gradient conflict": -float(scored.c_update.mean())
             / (float(mean_safety.norm()) * scored.update_norm or 1.0),
             "gamma": scored.gamma_hat,
             "peer": peer_forecast(report, flow),

@@ -1,0 +1,170 @@
+"""Rare rows: found by their loss, left out of the few real steps, brought in with their true weight."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from arisk.config import RolloutConfig, TrainingConfig
+from arisk.gradients import layout_of, measuring
+from arisk.stages.planned_run import PlannedRun
+from arisk.stages.rare import RareRows, outliers
+from arisk.stages.rollout import rollout
+from arisk.task import RowBatches, SampleSet, Task
+
+SIZE, ROWS, RARE = 4, 100, (13, 57)
+
+
+class Rows:
+    """Rows of a tensor in a planned order."""
+
+    size = SIZE
+
+    def __init__(self, rows, seed=0):
+        self.rows = rows
+        self.order = torch.cat(
+            [
+                torch.randperm(len(rows), generator=torch.Generator().manual_seed(100 * seed + i))
+                for i in range(40)
+            ]
+        ).tolist()
+
+    @property
+    def row_count(self):
+        return len(self.rows)
+
+    def indices(self, number):
+        return self.order[number * SIZE : (number + 1) * SIZE]
+
+    def of(self, rows):
+        return self.rows[list(rows)]
+
+    def sample(self, count):
+        return list(range(min(count, len(self.rows))))
+
+    def __getitem__(self, number):
+        return self.of(self.indices(number))
+
+
+class Point(nn.Module):
+    """A parameter vector x."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+
+def slope(model, batch):
+    """Row losses ⟨row, x⟩ + level: a linear loss, whose gradients are the rows."""
+    return batch[:, :3] @ model.x + batch[:, 3]
+
+
+def linear_rows():
+    rows = torch.zeros(ROWS, 4, dtype=torch.float64)
+    rows[:, 0] = -1
+    rows[:, 3] = 0.1 * torch.rand(ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[list(RARE), 1] = -7
+    rows[list(RARE), 3] = 5
+    return rows
+
+
+def linear_task(batches):
+    axes = [torch.eye(3, 4, dtype=torch.float64)]
+    return Task(Point(), SampleSet("s", axes, slope), SampleSet("f", batches, slope), ["x"])
+
+
+def test_outliers():
+    losses = torch.tensor([0.1, 9.0, 0.2, 0.15, 12.0, -math.inf, 0.12], dtype=torch.float64)
+    assert outliers(losses) == [4, 1]
+    assert outliers(torch.rand(100, generator=torch.Generator().manual_seed(0))) == []
+    assert outliers(torch.full((5,), 2.0)) == []
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
+    """After the pilot every coordinate has moved as the mean of all rows moves it, to rounding."""
+    steps, rate = 1000, 0.01
+    batches = Rows(linear_rows())
+    assert isinstance(batches, RowBatches)
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=momentum)
+    made = rollout(linear_task(batches), config=RolloutConfig(), training=training, steps=steps)
+    pilot = made.steps.index(made.pilot_steps)
+    moved = made.safety[:, -1] - made.safety[:, pilot]
+    expected = -batches.rows[:, :3].mean(0) * rate * (steps - made.pilot_steps) / (1 - momentum)
+    # A heavy ball enters the first leap with what the pilot saw: the rare pull is off by a few steps.
+    assert torch.allclose(moved, expected, rtol=1e-9 if momentum == 0 else 0.03)
+
+
+def test_without_that_a_leap_misses_or_multiplies_them():
+    training = TrainingConfig(optimizer="sgd", learning_rate=0.01)
+    errors = []
+    for seed in range(5):
+        batches = Rows(linear_rows(), seed)
+        config = RolloutConfig(rare_rows=False)
+        made = rollout(linear_task(batches), config=config, training=training, steps=1000)
+        moved = made.safety[1, -1] - made.safety[1, made.steps.index(made.pilot_steps)]
+        expected = -batches.rows[:, 1].mean() * 0.01 * (1000 - made.pilot_steps)
+        errors.append(abs(float(moved / expected) - 1))
+    assert max(errors) > 0.2
+
+
+def test_the_stratum_and_what_a_block_saw():
+    batches = Rows(linear_rows())
+    task = linear_task(batches)
+    layout = layout_of(task.model, ["x"])
+    with measuring(task.model, layout):
+        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd"), torch.ones(400))
+        rare = RareRows(run, batches)
+        assert sorted(rare.rows) == sorted(RARE)
+        assert rare.share == len(RARE) / ROWS
+        for first, last in ((1, 5), (6, 30)):
+            seen = [i for n in range(first - 1, last) for i in batches.indices(n)]
+            assert rare.share_seen(first, last) == sum(i in RARE for i in seen) / len(seen)
+        number = next(n for n in range(100) if RARE[0] in batches.indices(n))
+        run.stream.without = rare.members
+        assert float(run.stream.at(number)[:, 1].min()) == 0
+        assert len(run.stream.at(number)) < SIZE
+
+
+def test_clipping_limits_what_a_rare_row_can_pull():
+    batches = Rows(linear_rows())
+    task = linear_task(batches)
+    layout = layout_of(task.model, ["x"])
+    with measuring(task.model, layout):
+        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd", max_grad_norm=0.5), torch.ones(400))
+        rare = RareRows(run, batches)
+        mean, pull = [torch.tensor([-1.0, 0, 0])], [torch.tensor([-1.0, -7, 0])]
+        expected = 0.5 / math.hypot(1.0, 7 / SIZE)
+        assert rare.kept_by_clipping(mean, pull) == pytest.approx(expected)
+
+
+def test_data_without_known_rows_or_losses_is_left_alone():
+    class Unknown:
+        def __getitem__(self, number):
+            return linear_rows()[number % ROWS : number % ROWS + SIZE]
+
+        def __len__(self):
+            return 50
+
+    assert not isinstance(Unknown(), RowBatches)
+    training = TrainingConfig(optimizer="sgd", learning_rate=0.01)
+    assert rollout(linear_task(Unknown()), config=RolloutConfig(), training=training, steps=100).steps
+    even = linear_rows()
+    even[:, 1], even[:, 3] = 0, 1
+    settings = {"training": training, "steps": 200}
+    with_them = rollout(linear_task(Rows(even)), config=RolloutConfig(), **settings)
+    without = rollout(linear_task(Rows(even)), config=RolloutConfig(rare_rows=False), **settings)
+    assert torch.equal(with_them.safety, without.safety)
+    assert with_them.gradient_evaluations == without.gradient_evaluations
+
+
+def test_many_harmful_rows_are_not_rare():
+    rows = linear_rows()
+    rows[:20, 1], rows[:20, 3] = -7, 5
+    batches = Rows(rows)
+    task = linear_task(batches)
+    layout = layout_of(task.model, ["x"])
+    with measuring(task.model, layout):
+        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd"), torch.ones(400))
+        assert RareRows(run, batches).rows == []
