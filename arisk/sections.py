@@ -127,7 +127,7 @@ class ForecastConfig(Section):
     """P(collapse within the plan) from which the verdict is at least elevated."""
     high_probability: Fraction = 0.5
     """P(collapse within the plan) from which the verdict is high."""
-    alarm_fraction: Fraction = 0.3
+    alarm_fraction: Fraction = 0.8
     """A predicted peak above this share of the threshold is elevated whatever its probability."""
 
     @model_validator(mode="after")

@@ -61,7 +61,8 @@ def forecast(
         "rollout": rollout_curve(measured, plan, config, seed),
         "combined": combined_curve(measured, plan, config, seed),
     }
-    verdict = decide(curves, config, steps)
+    control = control_change(measured)
+    verdict = decide(curves, config, steps, control)
     noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
     basis = verdict.basis if verdict.basis in ("local", "ray") else "local"
     columns = sorted({max(1, round(steps * factor)) for factor in STEP_GRID})
@@ -79,7 +80,7 @@ def forecast(
         what_if_collapse=[_grid_collapse(columns, row, config.collapse_threshold) for row in grid],
         warnings=_warnings(curves),
         what_if_basis=basis,
-        control_change=control_change(measured),
+        control_change=control,
         gradient_evaluations=measured.gradient_evaluations,
         planned_evaluations=steps * training.gradient_accumulation,
     )

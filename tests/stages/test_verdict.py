@@ -28,8 +28,8 @@ def curve(
     )
 
 
-def verdict(*curves):
-    return decide({c.name: c for c in curves}, CONFIG, 100)
+def verdict(*curves, control=None):
+    return decide({c.name: c for c in curves}, CONFIG, 100, control)
 
 
 def test_low_needs_a_trusted_forecast_and_a_small_peak():
@@ -65,6 +65,30 @@ def test_another_forecast_above_the_alarm_raises_a_low_one():
 def test_measured_rollout_is_preferred():
     found = verdict(curve(peak=0.001), curve("rollout", peak=0.5, collapse=30, probability=1.0))
     assert found.basis == "rollout"
+
+
+def test_a_rollout_is_judged_by_its_own_probability_and_peak():
+    assert verdict(curve("combined", peak=0.05, upper=0.09), curve("ray", peak=0.2)).level == "low"
+    assert verdict(curve("combined", peak=0.085)).level == "elevated"
+    assert verdict(curve("combined", peak=0.05, probability=0.15)).level == "elevated"
+    assert verdict(curve("combined", peak=0.01, trusted=60)).level == "inconclusive"
+
+
+def test_a_pilot_that_contradicts_makes_a_low_verdict_inconclusive():
+    found = verdict(curve("combined", peak=0.01), curve("pilot", peak=2.0, trusted=50))
+    assert found.level == "inconclusive"
+    assert "pilot" in found.reasons[0]
+    # Beyond its trust, or within the documented factor, it does not.
+    assert verdict(curve("combined", peak=0.01), curve("pilot", peak=2.0, trusted=40)).level == "low"
+    assert verdict(curve("combined", peak=0.07), curve("pilot", peak=0.5, trusted=100)).level == "low"
+    assert verdict(curve("combined", peak=0.085), curve("pilot", peak=50.0)).level == "elevated"
+
+
+def test_general_drift_is_told_from_a_loss_of_safety():
+    rolled = curve("rollout", peak=0.5, collapse=20, probability=1.0)
+    assert any("general forgetting" in c for c in verdict(rolled, control=[0.0, 0.2, 0.4]).caveats)
+    assert not any("general" in c for c in verdict(rolled, control=[0.0, 0.05, 0.1]).caveats)
+    assert not any("general" in c for c in verdict(rolled).caveats)
 
 
 def test_a_bound_decides_nothing():

@@ -14,6 +14,7 @@ from arisk.config import ForecastConfig
 from arisk.results import Curve, RolloutResult
 from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
 from arisk.stages.plan_path import planned
+from arisk.stages.verdict import decide
 from tests.bench.validity.jobs import Job, job_config
 from tests.bench.validity.scores import Case, Line, interval, resampled, rho
 
@@ -60,7 +61,15 @@ def said_lines(job: Job, folder: Path, config: ForecastConfig) -> dict[str, Line
     plan = planned(job_config(job, folder).training, job.steps)
     for name, reader in READERS.items():
         lines[name] = line_of(reader(record, plan, config, 0))
+    if "bound" in lines:
+        lines["peer"] = peer_line(lines["bound"], _plain(found["baselines"]["peer"]))
     return lines
+
+
+def peer_line(bound: Line, final: float) -> Line:
+    """The published forecast: the bound's curve times the smallest retained eigenvalue."""
+    factor = final / bound.final if bound.final > 0 else 0.0
+    return Line(bound.steps, [min(value * factor, DIVERGED) for value in bound.values])
 
 
 def line_of(curve: Curve) -> Line:
@@ -158,6 +167,20 @@ def ablation_cases(jobs: Sequence[Job], folder: Path, name: str) -> list[Case]:
             line = Line(other["steps"], [_plain(v) for v in other["median"]])
             found.append(Case(job.data, job.group, truth, line))
     return found
+
+
+def verdict_rows(jobs: Sequence[Job], folder: Path, config: ForecastConfig, threshold: float) -> list[Row]:
+    """How many jobs collapsed, by the verdict's level."""
+    counts = {level: [0, 0] for level in ("low", "elevated", "high", "inconclusive")}
+    for job in jobs:
+        truth, record = truth_line(job, folder), record_of(job, folder)
+        if truth is None or record is None:
+            continue
+        plan = planned(job_config(job, folder).training, job.steps)
+        curves = {name: reader(record, plan, config, 0) for name, reader in READERS.items()}
+        level = decide(curves, config, job.steps).level
+        counts[level][truth.crossing(threshold) is None] += 1
+    return [{"name": level, "collapsed": a, "did not": b} for level, (a, b) in counts.items()]
 
 
 def rows_of(
