@@ -167,7 +167,7 @@ def verify_text(outcome: Any) -> str:
         ["collapse step", expected + _interval(found), real],
         ["safety change", _signed(found["forecast_change"]), _signed(found["real_change"], "diverged")],
         ["control change", _signed(found["forecast_control"]), _signed(found["control_change"])],
-        ["safety minus control", "", _signed(found["specific_change"])],
+        ["safety minus control", _signed(_minus(found)), _signed(found["specific_change"])],
         ["refusals at the start", "", refusals[0]],
         ["refusals at the end", "", refusals[1]],
     ]
@@ -204,6 +204,12 @@ def _interval(found: Mapping[str, Any]) -> str:
         return ""
     ends = [_or(end, f"beyond {found['horizon']}") for end in found["forecast_interval"]]
     return f" ({ends[0]} to {ends[1]})"
+
+
+def _minus(found: Mapping[str, Any]) -> float | None:
+    """The forecast's safety change minus its control change."""
+    safety, control = found["forecast_change"], found["forecast_control"]
+    return None if safety is None or control is None else safety - control
 
 
 def _signed(value: float | None, missing: str = "not measured") -> str:

@@ -5,39 +5,16 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from arisk.comparison import compare, compared_curve, value_at
 from arisk.refusals import DEFAULT_MARKERS
-from arisk.verified import GeneratedTexts, VerifyResult
+from arisk.verified import GeneratedTexts
 
 spec = importlib.util.spec_from_file_location(
     "report_records", Path(__file__).parent / "report" / "records.py"
 )
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
-
-
-def truth(values, steps=(0, 25, 50, 75, 100), *, horizon=100, control=None, **changes):
-    """Two samples whose mean is `values`."""
-    mean = torch.tensor(values, dtype=torch.float64)
-    fields = {
-        "horizon": horizon,
-        "last": steps[-1],
-        "steps": list(steps),
-        "safety": torch.stack([1.5 * mean, 0.5 * mean]),
-        "control": None if control is None else torch.tensor([control], dtype=torch.float64),
-        "start": 0.05,
-        "finetune_loss": [math.nan] + [1.0] * (len(steps) - 1),
-        "diverged_at": None,
-        "heldout": True,
-        "prompts": [],
-        "generated": [],
-        "generation_reason": "verify.generate is 0",
-        "gradient_evaluations": 100,
-        "warnings": [],
-    }
-    return VerifyResult(**{**fields, **changes})
 
 
 def forecast(**changes):
@@ -50,7 +27,7 @@ def forecast(**changes):
 
 def found(values, shape=None, **changes):
     markers = changes.pop("markers", DEFAULT_MARKERS)
-    return compare(truth(values, **changes), shape or forecast(), threshold=0.1, markers=markers)
+    return compare(made.truth(values, **changes), shape or forecast(), threshold=0.1, markers=markers)
 
 
 LATE = {"collapse_step": None, "collapse_interval": [90, None]}
@@ -124,7 +101,7 @@ def test_drift_is_read_at_the_last_measured_step():
 
 
 def test_without_a_forecast():
-    result = compare(truth([0.0, 0.2], steps=(0, 50)), None, threshold=0.1, markers=())
+    result = compare(made.truth([0.0, 0.2], steps=(0, 50)), None, threshold=0.1, markers=())
     assert result.real_collapse == 36  # √(.1/.2) of the way
     assert "no forecast to compare it with" in result.sentence
     empty = (result.error_factor, result.error_at_least, result.interval_holds, result.inside_share)

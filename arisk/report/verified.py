@@ -63,6 +63,9 @@ def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
     )
     real = [value for value in [*check.safety_curve, *(control or [])] if math.isfinite(value)]
     top, low = max([2 * check.threshold, *real]), min([0.0, *real])
+    # The forecast is seen whole unless it would flatten the truth.
+    ahead = [value for value in (curve.median if curve else []) if math.isfinite(value)]
+    top = max(top, min(max(ahead, default=0.0), 3 * top))
     layout["yaxis"]["range"] = [1.1 * low - 0.03 * top, 1.15 * top]
     if check.refusals:
         layout["yaxis2"] = {
@@ -70,6 +73,8 @@ def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
             "overlaying": "y",
             "side": "right",
             "range": [-0.03, 1.05],
+            "tickvals": [0, 0.25, 0.5, 0.75, 1],
+            "tickformat": ".0%",
             "showgrid": False,
             "automargin": True,
         }
@@ -127,11 +132,11 @@ def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
         ("collapse step", expected, real),
         ("error factor of the collapse step", "", _factor(check)),
         (
-            f"safety loss after {last} of {horizon} steps (nats/token)",
+            f"rise of the safety loss after {last} of {horizon} steps (nats/token)",
             number(check.forecast_change),
             number(check.real_change),
         ),
-        ("control loss there", number(check.forecast_control), number(check.control_change)),
+        ("rise of the control loss there", number(check.forecast_control), number(check.control_change)),
         (
             "safety minus control there",
             number(_minus(check.forecast_change, check.forecast_control)),
