@@ -295,3 +295,9 @@ class PipelineConfig(Section):
     """From artifacts to a verdict."""
     verify: VerifyConfig = VerifyConfig()
     """The check of the forecast by a real fine-tune."""
+
+    @model_validator(mode="after")
+    def _loaders_hold_the_data(self) -> Self:
+        if self.verify.safety is not None:
+            raise ValueError("held-out rows come as `Task.heldout` here, not as `verify.safety`")
+        return self
