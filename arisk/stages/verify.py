@@ -39,7 +39,10 @@ SAVE_EVERY, SAVE_SHARE = 30.0, 20.0
 
 
 def measured_steps(last: int) -> list[int]:
-    """Ascending steps 0 … `last` at which losses are measured, neighbours at most 15 % or so apart."""
+    """Ascending steps 0 … `last` at which losses are measured, late ones a constant factor apart.
+
+    25 to 41 of them (all steps of a shorter run); the factor is about 1.16 for 200 steps, 1.27 for 10 000.
+    """
     return recorded_steps(last, POINTS)
 
 
