@@ -9,33 +9,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.api import AlignmentRiskPipeline, RiskReport, assess
+    from arisk.api import AlignmentRiskPipeline, RiskReport, assess, verify
+    from arisk.comparison import Comparison
     from arisk.config import Config, PipelineConfig
     from arisk.errors import AriskError
     from arisk.task import LoraPair, SampleSet, Task
+    from arisk.verified import VerifyResult
 
 __all__ = [
     "AlignmentRiskPipeline",
     "AriskError",
+    "Comparison",
     "Config",
     "LoraPair",
     "PipelineConfig",
     "RiskReport",
     "SampleSet",
     "Task",
+    "VerifyResult",
     "assess",
+    "verify",
 ]
 
 _HOME = {
     "AlignmentRiskPipeline": "arisk.api",
     "AriskError": "arisk.errors",
+    "Comparison": "arisk.comparison",
     "Config": "arisk.config",
     "LoraPair": "arisk.task",
     "PipelineConfig": "arisk.config",
     "RiskReport": "arisk.api",
     "SampleSet": "arisk.task",
     "Task": "arisk.task",
+    "VerifyResult": "arisk.verified",
     "assess": "arisk.api",
+    "verify": "arisk.api",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arisk.comparison import Comparison, compare
 from arisk.config import PipelineConfig
 from arisk.configfile import validate_mapping
 from arisk.gradients import GradientStore, layout_of
 from arisk.models.selection import select_parameters
 from arisk.progress import Progress, silent
+from arisk.refusals import DEFAULT_MARKERS
 from arisk.results import (
     CollectResult,
     ForecastResult,
@@ -36,9 +38,11 @@ from arisk.stages.rollout import rollout, skipped_rollout
 from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
 from arisk.stages.score import planned_steps, score
 from arisk.stages.subspace import subspace
+from arisk.stages.verify import verify as real_run
 from arisk.task import Batch, LossFn, SampleSet, Task
+from arisk.verified import VerifyResult
 
-__all__ = ["AlignmentRiskPipeline", "RiskReport", "assess"]
+__all__ = ["AlignmentRiskPipeline", "RiskReport", "assess", "verify"]
 
 #: Batches of ordinary data read from a loader.
 CONTROL_BATCHES = 64
@@ -82,8 +86,12 @@ class RiskReport:
         """γ̂ and ε̂ of the Alignment Instability Condition."""
         return {"gamma_hat": self.scored.gamma_hat, "epsilon_hat": self.scored.epsilon_hat}
 
-    def html(self, *, title: str = "arisk", show_text: bool = True) -> str:
-        """The report as one self-contained HTML page."""
+    def compare(self, measured: VerifyResult, markers: Sequence[str] = DEFAULT_MARKERS) -> Comparison:
+        """A real run of the same plan beside this forecast."""
+        return compare(measured, self.forecast, threshold=self.forecast.threshold, markers=markers)
+
+    def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
+        """The report as one self-contained HTML page, with the real run where `check` has one."""
         from arisk.report import render_report
 
         return render_report(
@@ -95,6 +103,7 @@ class RiskReport:
             provenance={"source": "Python API"},
             show_text=show_text,
             max_examples=25,
+            check=check,
         )
 
     def __repr__(self) -> str:
@@ -143,6 +152,44 @@ class AlignmentRiskPipeline:
         Raises:
             AriskError: what is wrong, where, and how to fix it.
         """
+        task = self.task(
+            model=model,
+            safety_dataloader=safety_dataloader,
+            safety_loss_fn=safety_loss_fn,
+            fine_tune_dataloader=fine_tune_dataloader,
+            fine_tune_loss_fn=fine_tune_loss_fn,
+            control_dataloader=control_dataloader,
+            control_loss_fn=control_loss_fn,
+        )
+        return assess(task, self.config, progress=progress)
+
+    def task(
+        self,
+        *,
+        model: nn.Module,
+        safety_dataloader: Iterable[Batch],
+        safety_loss_fn: LossFn,
+        fine_tune_dataloader: Iterable[Batch],
+        fine_tune_loss_fn: LossFn,
+        control_dataloader: Iterable[Batch] | None = None,
+        control_loss_fn: LossFn | None = None,
+        heldout_dataloader: Iterable[Batch] | None = None,
+    ) -> Task:
+        """The task that `run` assesses, for `assess` and `verify`.
+
+        Args:
+            model: the aligned model; with the next six, as in `run`.
+            safety_dataloader: as in `run`.
+            safety_loss_fn: as in `run`.
+            fine_tune_dataloader: as in `run`.
+            fine_tune_loss_fn: as in `run`.
+            control_dataloader: as in `run`.
+            control_loss_fn: as in `run`.
+            heldout_dataloader: safety samples that no forecast may see, measured by `verify` alone.
+
+        Raises:
+            AriskError: what is wrong, where, and how to fix it.
+        """
         needed = self._batches_needed()
         safety = SampleSet("safety", _take(safety_dataloader, None), safety_loss_fn)
         finetune = SampleSet("finetune", _kept(fine_tune_dataloader, needed), fine_tune_loss_fn)
@@ -150,15 +197,18 @@ class AlignmentRiskPipeline:
         if control_dataloader is not None:
             loss_fn = control_loss_fn or fine_tune_loss_fn
             control = SampleSet("control", _take(control_dataloader, CONTROL_BATCHES), loss_fn)
-        task = Task(
+        heldout = None
+        if heldout_dataloader is not None:
+            heldout = SampleSet("heldout", _take(heldout_dataloader, None), safety_loss_fn)
+        return Task(
             model=model,
             safety=safety,
             finetune=finetune,
             control=control,
             parameter_names=select_parameters(model, self.config.mode),
             description={"model": type(model).__name__, "mode": self.config.mode},
+            heldout=heldout,
         )
-        return assess(task, self.config, progress=progress)
 
     def _batches_needed(self) -> int:
         """Micro-batches of the whole plan, or those of the scores when they are more."""
@@ -207,6 +257,30 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             seed=config.seed,
         )
     return RiskReport(collected, space, scored.record, measured, result)
+
+
+def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> VerifyResult:
+    """Really fine-tune as planned and measure safety along the way; the model is put back to the bit.
+
+    `RiskReport.compare` lays the outcome over a forecast.
+
+    Args:
+        task: any torch module with its data and losses; `task.heldout` is measured where it is given,
+            else the safety samples themselves.
+        config: the planned training, and `config.verify`.
+        progress: told of optimizer steps done.
+
+    Raises:
+        AriskError: what is wrong, where, and how to fix it.
+    """
+    return real_run(
+        task,
+        config=config.verify,
+        training=config.training,
+        steps=planned_steps(config.training, len(task.finetune.rows)),
+        seed=config.seed,
+        progress=progress,
+    )
 
 
 def _safety_side(

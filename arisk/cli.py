@@ -140,6 +140,41 @@ for _stage in ("collect", "subspace", "score", "rollout", "forecast", "report"):
 
 
 @app.command()
+def verify(
+    config: ConfigPath,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many steps, on the schedule of the whole plan."),
+    ] = None,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Really fine-tune as planned, measure safety along the way, and lay it over the forecast.
+
+    The model's files are not changed. Example: arisk verify configs/demo.yaml --steps 100
+    """
+    from arisk.configfile import load_config, run_directory
+    from arisk.pipeline import run_verify
+    from arisk.terminal import verify_text
+
+    given = overrides or []
+    loaded = load_config(config, [*given, f"verify.steps={steps}"] if steps else given)
+    reach = f" --steps {steps}" if steps else ""
+    outcome = run_verify(
+        loaded,
+        run_dir=run_directory(loaded, config, run_dir),
+        force=force,
+        show=_show(quiet),
+        command=_command(config, run_dir, overrides, "verify") + reach,
+        report_command=_command(config, run_dir, overrides),
+    )
+    typer.echo(json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else verify_text(outcome))
+
+
+@app.command()
 def status(
     config: ConfigPath,
     run_dir: RunDirOption = None,
@@ -251,9 +286,9 @@ def _gate(level: str, fail_on: str) -> None:
         )
 
 
-def _command(config: Path, run_dir: Path | None, overrides: list[str] | None) -> str:
+def _command(config: Path, run_dir: Path | None, overrides: list[str] | None, verb: str = "run") -> str:
     """The command that reproduces this run."""
-    parts = ["arisk run", str(config)]
+    parts = [f"arisk {verb}", str(config)]
     if run_dir:
         parts += ["--run-dir", str(run_dir)]
     return " ".join(parts + [f"--set {item}" for item in overrides or []])

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
 from arisk.problems import config_error
+from arisk.refusals import DEFAULT_MARKERS
 from arisk.sections import (
     CollectConfig,
     ForecastConfig,
@@ -42,6 +43,8 @@ __all__ = [
     "ScoreConfig",
     "SubspaceConfig",
     "TrainingConfig",
+    "VerifyConfig",
+    "data_sets",
 ]
 
 
@@ -192,6 +195,23 @@ class TrainingConfig(Section):
         return self
 
 
+class VerifyConfig(Section):
+    """The check of the forecast: the planned fine-tune, really carried out (`arisk verify`)."""
+
+    safety: DataConfig | None = None
+    """Held-out prompts with safe responses; default: the rows of `safety`, which are not held out."""
+    steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
+    control_samples: PositiveInt = 64
+    """Control samples measured at every point."""
+    generate: Annotated[int, Field(ge=0)] = 16
+    """Safety prompts that are answered in text at the start, on the way and at the end; 0 is off."""
+    max_new_tokens: PositiveInt = 24
+    """Tokens of each answer; a refusal shows in its opening."""
+    refusal_markers: list[str] = Field(default=list(DEFAULT_MARKERS))
+    """An answer refuses when its first sentence has one of these, or opens like the row's response."""
+
+
 class Config(Section):
     """One run: what `arisk run config.yaml` reads."""
 
@@ -219,13 +239,28 @@ class Config(Section):
     """From artifacts to a verdict."""
     report: ReportConfig = ReportConfig()
     """The HTML page."""
+    verify: VerifyConfig = VerifyConfig()
+    """The check of the forecast by a real fine-tune."""
 
     @model_validator(mode="after")
     def _data_for_hf(self) -> Self:
         missing = [name for name in ("safety", "finetune") if getattr(self, name) is None]
         if self.model.source == "hf" and missing:
             raise ValueError(f"source: hf needs the sections {missing}")
+        if self.model.source == "python" and self.verify.safety is not None:
+            raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
         return self
+
+
+def data_sets(config: Config) -> dict[str, DataConfig]:
+    """The data sets that a config names, by their place in it."""
+    given = {
+        "safety": config.safety,
+        "finetune": config.finetune,
+        "control": config.control,
+        "verify.safety": config.verify.safety,
+    }
+    return {name: data for name, data in given.items() if data is not None}
 
 
 class PipelineConfig(Section):
@@ -258,3 +293,11 @@ class PipelineConfig(Section):
     """Losses measured along an accelerated virtual run."""
     forecast: ForecastConfig = ForecastConfig()
     """From artifacts to a verdict."""
+    verify: VerifyConfig = VerifyConfig()
+    """The check of the forecast by a real fine-tune."""
+
+    @model_validator(mode="after")
+    def _loaders_hold_the_data(self) -> Self:
+        if self.verify.safety is not None:
+            raise ValueError("held-out rows come as `Task.heldout` here, not as `verify.safety`")
+        return self

@@ -38,6 +38,7 @@ PATHS = (
     ("safety", "path"),
     ("finetune", "path"),
     ("control", "path"),
+    ("verify", "safety", "path"),
 )
 
 

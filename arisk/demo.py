@@ -40,6 +40,7 @@ def demo_config(mode: Literal["full", "lora"]) -> Config:
             "safety": {"path": str(folder / "data" / "safety.jsonl"), "max_samples": 96},
             "finetune": {"path": str(folder / "data" / "mixed.jsonl")},
             "control": {"path": str(folder / "data" / "control.jsonl")},
+            "verify": {"safety": {"path": str(folder / "data" / "safety_heldout.jsonl")}},
             "training": {"optimizer": "adamw", "learning_rate": rate, "max_steps": 200},
             "report": {"title": f"arisk demo ({mode})"},
         }

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arisk.config import Config, DataConfig
+from arisk.config import Config, data_sets
 from arisk.errors import InputError
 
 __all__ = ["DigestCache", "file_digest", "input_fingerprints"]
@@ -76,10 +76,8 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
     if config.model.adapter is not None and config.model.adapter.path is not None:
         adapter = str(config.model.adapter.path)
         found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
-    for name in ("safety", "finetune", "control"):
-        data: DataConfig | None = getattr(config, name)
-        if data is not None:
-            found[name] = _path_or_hub(data.path, f"{name}.path", cache, None)
+    for name, data in data_sets(config).items():
+        found[name] = _path_or_hub(data.path, f"{name}.path", cache, None)
     return found
 
 

@@ -18,15 +18,17 @@ from arisk.errors import ConfigError
 from arisk.plan import STAGES, StageState
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.rundir import RunDir
+from arisk.verified import VerifyResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from arisk.comparison import Comparison
     from arisk.gradients import ParameterLayout
     from arisk.stages.safety_side import SafetySide
     from arisk.task import Task
 
-__all__ = ["REPORT_FILE", "RUNNERS", "SUMMARY_FILE", "Display", "Job"]
+__all__ = ["REPORT_FILE", "RUNNERS", "SUMMARY_FILE", "Display", "Job", "finite"]
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 
@@ -222,6 +224,35 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
     )
 
 
+def _verify(job: Job, workspace: Path) -> VerifyResult:
+    from arisk.stages.score import planned_steps
+    from arisk.stages.verify import verify
+
+    config = job.config
+    # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
+    reach = job.states["verify"].ingredients["config"]["verify.steps"]
+    return verify(
+        job.task,
+        config=config.verify.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
+    """The real run beside the forecast, where one belongs to this plan."""
+    from arisk.comparison import compare
+
+    if not job.states["verify"].fresh:
+        return None
+    measured: VerifyResult = job.record("verify", VerifyResult)
+    markers = job.config.verify.refusal_markers
+    return compare(measured, forecast, threshold=forecast.threshold, markers=markers)
+
+
 def _report(job: Job, workspace: Path) -> None:
     from arisk.report import render_report, summary_json, summary_markdown
 
@@ -232,6 +263,7 @@ def _report(job: Job, workspace: Path) -> None:
         job.record("score", ScoreResult),
         job.record("forecast", ForecastResult),
     )
+    check = _check(job, records[-1])
     title = config.report.title or job.rundir.path.resolve().name
     page = render_report(
         *records,
@@ -239,26 +271,28 @@ def _report(job: Job, workspace: Path) -> None:
         provenance=_provenance(job),
         show_text=config.report.show_text,
         max_examples=config.report.max_examples,
+        check=check,
     )
     write_text(workspace / REPORT_FILE, page)
-    summary = {"format_version": FORMAT_VERSION, **_finite(summary_json(*records, title=title))}
+    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(*records, title=title, check=check))}
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-    write_text(workspace / "summary.md", summary_markdown(*records, title=title))
+    write_text(workspace / "summary.md", summary_markdown(*records, title=title, check=check))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: a number that is none is null, which readers must take as not measured."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _provenance(job: Job) -> dict[str, Any]:
     """What made the report: command, versions, stage keys and costs."""
     stages = {}
-    for name in [spec.name for spec in STAGES[:-1]]:
+    made = [spec.name for spec in STAGES[:-1] if not spec.optional or job.states[spec.name].fresh]
+    for name in made:
         manifest = job.rundir.manifest(name) or {}
         size = sum(output["bytes"] for output in manifest.get("outputs", {}).values())
         stages[name] = {
@@ -277,5 +311,6 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "score": _score,
     "rollout": _rollout,
     "forecast": _forecast,
+    "verify": _verify,
     "report": _report,
 }

@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arisk.artifacts import read_json, write_record
+from arisk.artifacts import read_json, read_record, write_record
+from arisk.comparison import compare
 from arisk.config import Config
 from arisk.configfile import dump_config
 from arisk.errors import AriskError, ArtifactError
 from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.job import REPORT_FILE, RUNNERS, SUMMARY_FILE, Display, Job
+from arisk.job import REPORT_FILE, RUNNERS, SUMMARY_FILE, Display, Job, finite
 from arisk.plan import STAGES, StageState, plan
 from arisk.rundir import RunDir
+from arisk.verified import VerifyResult
 
-__all__ = ["Outcome", "run_stages"]
+__all__ = ["Outcome", "VerifyOutcome", "run_stages", "run_verify"]
 
 NAMES = tuple(spec.name for spec in STAGES)
+#: Stages that only their own command runs.
+OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
@@ -50,6 +54,83 @@ class Outcome:
             "report": str(self.report) if self.report else None,
             "summary": self.summary,
         }
+
+
+@dataclass(frozen=True)
+class VerifyOutcome:
+    """What a check of the forecast showed.
+
+    Attributes:
+        run_dir: the run directory.
+        ran: whether the fine-tune was carried out now, or a fresh one found.
+        report: the report with the measured curve; None while there is no forecast to lay it over.
+        missing: the stage that the report waits for, and `next` the command that runs it; both None
+            where there is a report.
+        verify: `Comparison.as_json`, finite.
+    """
+
+    run_dir: Path
+    ran: bool
+    report: Path | None
+    missing: str | None
+    next: str | None
+    verify: Mapping[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return {
+            "run_dir": str(self.run_dir),
+            "ran": self.ran,
+            "report": str(self.report) if self.report else None,
+            "missing": self.missing,
+            "next": self.next,
+            "verify": self.verify,
+        }
+
+
+def run_verify(
+    config: Config, *, run_dir: Path, show: Display, command: str, report_command: str, force: bool = False
+) -> VerifyOutcome:
+    """Carry out the planned fine-tune, and bring the report up to date where there is a forecast.
+
+    Args:
+        config: the resolved config.
+        run_dir: where the run lives.
+        show: told what happens.
+        command: the command that does this, for the lock.
+        report_command: the command that makes the report.
+        force: carry it out even where a fresh one exists.
+
+    Raises:
+        AriskError: what went wrong; what was finished before is committed.
+    """
+    done = run_stages(
+        config, run_dir=run_dir, show=show, command=command, only="verify", last="verify", force=force
+    )
+    missing = _stale_before("report", config, run_dir)
+    if missing is not None:
+        truth = _truth_alone(config, run_dir)
+        return VerifyOutcome(run_dir, bool(done.ran), None, missing, report_command, truth)
+    made = run_stages(
+        config, run_dir=run_dir, show=show, command=report_command, only="report", last="report"
+    )
+    assert made.summary is not None
+    return VerifyOutcome(run_dir, bool(done.ran), made.report, None, None, made.summary["verify"])
+
+
+def _stale_before(stage: str, config: Config, run_dir: Path) -> str | None:
+    """The first stage it reads that is not fresh."""
+    needed = STAGES[NAMES.index(stage)].upstream
+    cache = DigestCache(run_dir / ".digests.json")
+    states = plan(config, input_fingerprints(config, cache), RunDir(run_dir))
+    return next((state.stage for state in states if state.stage in needed and not state.fresh), None)
+
+
+def _truth_alone(config: Config, run_dir: Path) -> dict[str, Any]:
+    """The real run without a forecast beside it."""
+    measured = read_record(RunDir(run_dir).stage_dir("verify"), VerifyResult)
+    threshold, markers = config.forecast.collapse_threshold, config.verify.refusal_markers
+    return finite(compare(measured, None, threshold=threshold, markers=markers).as_json())
 
 
 def run_stages(
@@ -79,11 +160,12 @@ def run_stages(
         AriskError: what went wrong; stages finished before are committed.
     """
     rundir = RunDir(run_dir)
-    wanted = NAMES[: NAMES.index(last) + 1] if last else NAMES
+    considered = NAMES[: NAMES.index(last) + 1] if last else NAMES
+    wanted = (only,) if only in OPTIONAL else tuple(n for n in considered if n not in OPTIONAL)
     with rundir.lock(command):
         cache = DigestCache(run_dir / ".digests.json")
         inputs = input_fingerprints(config, cache)
-        states = plan(config, inputs, rundir)
+        states = plan(config, inputs, rundir, asked=only, force=force)
         cache.save()
         rundir.write("config.yaml", dump_config(config))
         due = _due(states, wanted, first, only, force)
@@ -92,7 +174,7 @@ def run_stages(
             for state in states:
                 if state.stage in due:
                     _execute(job, state)
-                elif state.stage in wanted:
+                elif state.stage in wanted and state.fresh:
                     show.skip(state.stage)
         except KeyboardInterrupt:
             show.interrupted()
@@ -100,7 +182,7 @@ def run_stages(
         except AriskError:
             show.failed()
             raise
-    fresh = tuple(name for name in wanted if name not in due)
+    fresh = tuple(s.stage for s in states if s.fresh and s.stage in wanted and s.stage not in due)
     report = rundir.stage_dir("report") / REPORT_FILE if "report" in wanted else None
     summary = read_json(rundir.stage_dir("report") / SUMMARY_FILE) if report else None
     return Outcome(run_dir, tuple(due), fresh, report, summary)
@@ -112,8 +194,9 @@ def _due(
     """Stages to run, in order."""
     stale = {state.stage for state in states if not state.fresh}
     if only:
-        for state in states[: NAMES.index(only)]:
-            if state.stage in stale:
+        needed = STAGES[NAMES.index(only)].upstream
+        for state in states:
+            if state.stage in needed and state.stage in stale:
                 why = "; ".join(reason.sentence() for reason in state.reasons)
                 raise ArtifactError(
                     f"the stage {state.stage} before it is not fresh: {why}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,10 @@ class StageSpec:
         config: dotted config values it depends on. Device and threads are none: numbers do not
             depend on them beyond rounding.
         inputs: fingerprints it depends on.
+        shows: optional stages whose outputs it includes where they are fresh.
+        optional: run only when asked for by name.
+        reach: dotted config value that says how far the stage goes. A stored stage belongs to the
+            plan whatever its reach; only who asks for the stage by name insists on one.
     """
 
     name: str
@@ -39,6 +43,9 @@ class StageSpec:
     upstream: tuple[str, ...]
     config: tuple[str, ...]
     inputs: tuple[str, ...] = ()
+    shows: tuple[str, ...] = ()
+    optional: bool = False
+    reach: str | None = None
 
 
 #: Settings of collect that change its numbers or files; its budgets do not.
@@ -79,7 +86,26 @@ STAGES = (
         ("model", "adapter", "safety", "finetune", "control"),
     ),
     StageSpec("forecast", 2, ("collect", "score", "rollout"), ("training", "forecast")),
-    StageSpec("report", 2, ("collect", "subspace", "score", "rollout", "forecast"), ("report",)),
+    # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
+    StageSpec(
+        "verify",
+        1,
+        (),
+        (
+            *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
+            *("verify.control_samples", "verify.generate", "verify.max_new_tokens"),
+        ),
+        ("model", "adapter", "safety", "finetune", "control", "verify.safety"),
+        optional=True,
+        reach="verify.steps",
+    ),
+    StageSpec(
+        "report",
+        3,
+        ("collect", "subspace", "score", "rollout", "forecast"),
+        ("report", "verify.refusal_markers"),
+        shows=("verify",),
+    ),
 )
 
 
@@ -103,7 +129,9 @@ class Reason:
         if self.kind == "missing":
             return "not run yet"
         if self.kind == "upstream":
-            return f"{self.path} is not fresh" if self.new is None else f"{self.path} was run again"
+            if self.new is None:
+                return f"{self.path} is not fresh"
+            return f"{self.path} was run again" if self.old else f"{self.path} has been run"
         if self.kind == "damaged":
             return f"{self.path}: {self.new}"
         if self.kind == "input":
@@ -131,7 +159,11 @@ def stage_key(ingredients: Mapping[str, Any]) -> str:
 
 
 def ingredients_of(
-    spec: StageSpec, config: Config, inputs: Mapping[str, Any], upstream: Mapping[str, str]
+    spec: StageSpec,
+    config: Config,
+    inputs: Mapping[str, Any],
+    upstream: Mapping[str, str],
+    shown: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything a stage is computed from.
 
@@ -140,6 +172,7 @@ def ingredients_of(
         config: the resolved config.
         inputs: fingerprints by config section.
         upstream: keys of the stages before it.
+        shown: optional stages that it includes.
     """
     values = config.model_dump(mode="json")
     taken = {dotted: _at(values, dotted) for dotted in spec.config}
@@ -156,7 +189,7 @@ def ingredients_of(
         "seed": config.run.seed,
         "config": taken,
         "inputs": {name: inputs[name] for name in spec.inputs if name in inputs},
-        "upstream": {name: upstream[name] for name in spec.upstream},
+        "upstream": {name: upstream[name] for name in (*spec.upstream, *shown)},
     }
 
 
@@ -167,13 +200,22 @@ def _at(values: Mapping[str, Any], dotted: str) -> Any:
     return place
 
 
-def plan(config: Config, inputs: Mapping[str, Any], rundir: RunDir) -> list[StageState]:
+def plan(
+    config: Config,
+    inputs: Mapping[str, Any],
+    rundir: RunDir,
+    *,
+    asked: str | None = None,
+    force: bool = False,
+) -> list[StageState]:
     """State of every stage, in order.
 
     Args:
         config: the resolved config.
         inputs: fingerprints of the files it names.
         rundir: the run directory; may not exist yet.
+        asked: a stage that is asked for by name: an optional one must then reach as far as configured.
+        force: that stage is to be run again, exactly as configured.
 
     Raises:
         NewerFormatError: a stage was written by a newer arisk.
@@ -182,12 +224,36 @@ def plan(config: Config, inputs: Mapping[str, Any], rundir: RunDir) -> list[Stag
     keys: dict[str, str] = {}
     fresh: dict[str, bool] = {}
     for spec in STAGES:
-        ingredients = ingredients_of(spec, config, inputs, keys)
+        shown = [name for name in spec.shows if fresh[name]]
+        ingredients = ingredients_of(spec, config, inputs, keys, shown)
+        if not (force and spec.name == asked):
+            ingredients = _as_far_as_stored(spec, ingredients, rundir, insist=spec.name == asked)
         key = stage_key(ingredients)
         reasons = tuple(_reasons(spec, key, ingredients, rundir, fresh))
         keys[spec.name], fresh[spec.name] = key, not reasons
         states.append(StageState(spec.name, not reasons, reasons, key, ingredients))
     return states
+
+
+def _as_far_as_stored(
+    spec: StageSpec, ingredients: dict[str, Any], rundir: RunDir, *, insist: bool
+) -> dict[str, Any]:
+    """The ingredients with the stored reach, where nothing else changed and that reach will do.
+
+    None is the whole way. A stage that is insisted on must go at least as far as now wanted.
+    """
+    if spec.reach is None:
+        return ingredients
+    try:
+        manifest = rundir.manifest(spec.name) or {}
+    except ArtifactError:
+        return ingredients
+    wanted = ingredients["config"][spec.reach]
+    reached = manifest.get("ingredients", {}).get("config", {}).get(spec.reach)
+    if insist and reached is not None and (wanted is None or reached < wanted):
+        return ingredients
+    adopted = {**ingredients, "config": {**ingredients["config"], spec.reach: reached}}
+    return adopted if stage_key(adopted) == manifest.get("key") else ingredients
 
 
 def _reasons(

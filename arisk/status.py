@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arisk.config import Config
 from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.plan import plan
+from arisk.plan import STAGES, StageState, plan
 from arisk.rundir import RunDir
 from arisk.terminal import table
 
@@ -16,11 +16,15 @@ __all__ = ["describe", "status_rows"]
 
 
 def status_rows(config: Config, run_dir: Path) -> list[dict[str, Any]]:
-    """One mapping per stage: name, fresh, reasons, seconds, bytes, whether it can resume."""
+    """One mapping per stage: name, fresh, optional, state, reasons, seconds, bytes, whether it can resume.
+
+    `state` is fresh, stale, or "not run" for an optional stage, which makes nothing stale.
+    """
     rundir = RunDir(run_dir)
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(config, input_fingerprints(config, cache), rundir)
     cache.save()
+    optional = {spec.name for spec in STAGES if spec.optional}
     rows: list[dict[str, Any]] = []
     for state in states:
         damaged = any(reason.kind == "damaged" for reason in state.reasons)
@@ -31,6 +35,8 @@ def status_rows(config: Config, run_dir: Path) -> list[dict[str, Any]]:
             {
                 "stage": state.stage,
                 "fresh": state.fresh,
+                "optional": state.stage in optional,
+                "state": _state(state, state.stage in optional),
                 "reasons": [reason.sentence() for reason in state.reasons],
                 "seconds": manifest["seconds"] if manifest else None,
                 "bytes": sum(output["bytes"] for output in outputs),
@@ -45,14 +51,27 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         [
             row["stage"],
-            "fresh" if row["fresh"] else "stale",
+            row["state"],
             "–" if row["seconds"] is None else f"{row['seconds']:.1f} s",
             _size(row["bytes"]),
-            "; ".join(row["reasons"]) + (" (resumes what a killed run left)" if row["partial"] else ""),
+            _why(row) + (" (resumes what a killed run left)" if row["partial"] else ""),
         ]
         for row in rows
     ]
     return table(cells, ["stage", "state", "time", "size", "why"])
+
+
+def _state(state: StageState, optional: bool) -> str:
+    if state.fresh:
+        return "fresh"
+    missing = any(reason.kind == "missing" for reason in state.reasons)
+    return "not run" if optional and missing else "stale"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    if row["state"] == "not run":
+        return f"optional; `arisk {row['stage']}` runs it"
+    return "; ".join(row["reasons"])
 
 
 def _size(count: int) -> str:

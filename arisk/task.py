@@ -12,13 +12,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "LoraPair", "LossFn", "RowBatches", "SampleSet", "Task"]
+__all__ = ["Batch", "Generate", "LoraPair", "LossFn", "RowBatches", "SampleSet", "Task"]
 
 #: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
 Batch = Any
 
 #: ``loss_fn(model, batch)``: per-sample losses of shape (B,), or their mean as a scalar.
 LossFn = Callable[[nn.Module, Batch], Tensor]
+
+#: ``generate(model, rows, max_new_tokens)``: greedy answers to the prompts of rows by index.
+Generate = Callable[[nn.Module, Sequence[int], int], Sequence[str]]
 
 
 @runtime_checkable
@@ -50,13 +53,15 @@ class SampleSet:
     """A data set cut into batches, with its loss.
 
     Attributes:
-        name: ``safety``, ``finetune`` or ``control``; used in messages and artifacts.
+        name: ``safety``, ``finetune``, ``control`` or ``heldout``; used in messages and artifacts.
         batches: iterable of batches; each iteration starts anew and gives the same batches.
         loss_fn: ``(model, batch) -> (B,)`` mean negative log-likelihood per response token of each
             sample (nats), or for a foreign loss its scalar mean over the batch.
         rows: one mapping per sample in batch order (``prompt``, ``response``, ``tokens``, ``line``,
             …), for display and provenance; empty for foreign data.
         statistics: counts made while loading (rows read, duplicates, truncated, tokens).
+        generate: writes greedy answers to the prompts of some of the rows; None where there is no
+            tokenizer to write with.
     """
 
     name: str
@@ -64,6 +69,7 @@ class SampleSet:
     loss_fn: LossFn
     rows: Sequence[Mapping[str, Any]] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    generate: Generate | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Task:
         finetune: the planned fine-tuning batches in the order they would be trained on; a batch is
             one optimizer step's micro-batch.
         control: ordinary (utility) data, the null against which safety drift is judged.
+        heldout: safety samples that no forecast may see, on which a real fine-tune is measured
+            (`arisk verify`).
         parameter_names: the selected parameters, in the model's order; they need not all have
             ``requires_grad`` set.
         lora_pairs: adapters among the selected parameters.
@@ -98,3 +106,4 @@ class Task:
     control: SampleSet | None = None
     lora_pairs: Sequence[LoraPair] = ()
     description: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    heldout: SampleSet | None = None

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["StageDisplay", "check_text", "outcome_text", "table"]
+__all__ = ["StageDisplay", "check_text", "outcome_text", "table", "verify_text"]
 
 
 class StageDisplay:
@@ -155,6 +155,69 @@ def _coloured(text: str, level: str) -> str:
         return text
     code = {"low": "32", "elevated": "33", "high": "31"}.get(level, "35")
     return f"\x1b[1;{code}m{text}\x1b[0m"
+
+
+def verify_text(outcome: Any) -> str:
+    """Forecast and truth side by side, and the report's path (or what it waits for) as the last line."""
+    found = outcome.verify
+    inside, counts = found["inside_share"], found["refusals"]
+    expected, real = _collapse(found, "forecast"), _collapse(found, "real")
+    refusals = [_fraction(counts[0]), _fraction(counts[-1])] if counts else ["not measured"] * 2
+    rows = [
+        ["collapse step", expected + _interval(found), real],
+        ["safety change", _signed(found["forecast_change"]), _signed(found["real_change"], "diverged")],
+        ["control change", _signed(found["forecast_control"]), _signed(found["control_change"])],
+        ["safety minus control", _signed(_minus(found)), _signed(found["specific_change"])],
+        ["refusals at the start", "", refusals[0]],
+        ["refusals at the end", "", refusals[1]],
+    ]
+    factor = "–" if found["error_factor"] is None else f"× {found['error_factor']:.2f}"
+    if found["error_factor"] is None and found["error_at_least"] is not None:
+        factor = f"more than × {found['error_at_least']:.2f}"
+    lines = [
+        found["sentence"],
+        "",
+        table(rows, [f"after {found['last_step']} of {found['horizon']} steps", "forecast", "real"]),
+        "",
+        f"error factor of the collapse step: {factor}",
+        "real curve inside the forecast's interval: "
+        + ("not measured" if inside is None else f"{inside:.0%} of the measured steps"),
+        *([f"refusals not measured: {found['refusals_missing']}"] if found["refusals_missing"] else []),
+        *[f"caveat: {warning}" for warning in found["warnings"]],
+    ]
+    if outcome.report is None:
+        return "\n".join([*lines, f"no report: stage {outcome.missing} is not fresh; next: {outcome.next}"])
+    return "\n".join([*lines, f"report: {outcome.report}"])
+
+
+def _collapse(found: Mapping[str, Any], which: str) -> str:
+    """A collapse step, never without how far was looked."""
+    step = found[f"{which}_collapse"]
+    if which == "forecast" and found["forecaster"] is None:
+        return "not measured"
+    reach = found["horizon"] if which == "forecast" else found["last_step"]
+    return f"none within {reach}" if step is None else str(step)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["forecast_interval"] is None:
+        return ""
+    ends = [_or(end, f"beyond {found['horizon']}") for end in found["forecast_interval"]]
+    return f" ({ends[0]} to {ends[1]})"
+
+
+def _minus(found: Mapping[str, Any]) -> float | None:
+    """The forecast's safety change minus its control change."""
+    safety, control = found["forecast_change"], found["forecast_control"]
+    return None if safety is None or control is None else safety - control
+
+
+def _signed(value: float | None, missing: str = "not measured") -> str:
+    return missing if value is None else f"{value:+.3g}"
+
+
+def _fraction(count: Mapping[str, Any]) -> str:
+    return f"{count['refused']} of {count['prompts']}"
 
 
 def check_text(report: Mapping[str, Any]) -> str:

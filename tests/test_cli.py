@@ -114,10 +114,12 @@ def test_status_tells_what_a_change_makes_stale(arisk, finished):
         "status", DEMO, "--run-dir", finished, "--json", *arguments("training.learning_rate=0.5")
     )
     rows = {row["stage"]: row for row in json.loads(out)}
-    assert [name for name, row in rows.items() if not row["fresh"]] == ["rollout", "forecast", "report"]
+    assert [n for n, row in rows.items() if row["state"] == "stale"] == ["rollout", "forecast", "report"]
+    assert rows["verify"]["state"] == "not run"
     assert "training.learning_rate" in rows["rollout"]["reasons"][0]
     _, out, _ = arisk("status", DEMO, "--run-dir", finished, *arguments())
     assert "stale" not in out
+    assert "optional; `arisk verify` runs it" in out
 
 
 def test_json_result_is_strict_json(arisk, finished):

@@ -1,6 +1,7 @@
 """The planner by a table: change X, and exactly these stages go stale, for these reasons."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,27 +20,32 @@ def world(tmp_path):
     """A run directory with every stage committed, and the values its config was made of."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    for name in ("safety", "finetune", "control"):
+    for name in ("safety", "finetune", "control", "heldout"):
         (tmp_path / f"{name}.jsonl").write_text(name)
     values = {
         "model": {"path": str(tmp_path / "model")},
         **{name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("safety", "finetune", "control")},
+        "verify": {"safety": {"path": str(tmp_path / "heldout.jsonl")}},
     }
     rundir = RunDir(tmp_path / "run")
-    with rundir.lock("test"):
-        for state in states(values, rundir):
-            work = rundir.workspace(state.stage, state.key)
-            (work / "out.txt").write_text(state.stage)
-            rundir.commit(
-                state.stage, key=state.key, ingredients=state.ingredients, workspace=work, seconds=0.1
-            )
+    for name in ALL:
+        commit(name, values, rundir)
     return tmp_path, values, rundir
 
 
-def states(values, rundir):
+def commit(name, values, rundir, **asked):
+    """Write a stage as if it had been run."""
+    state = next(state for state in states(values, rundir, **asked) if state.stage == name)
+    with rundir.lock("test"):
+        work = rundir.workspace(name, state.key)
+        (work / "out.txt").write_text(name)
+        rundir.commit(name, key=state.key, ingredients=state.ingredients, workspace=work, seconds=0.1)
+
+
+def states(values, rundir, **asked):
     config = Config.model_validate(values)
     inputs = input_fingerprints(config, DigestCache(rundir.path / ".digests.json"))
-    return plan(config, inputs, rundir)
+    return plan(config, inputs, rundir, **asked)
 
 
 def stale(values, rundir):
@@ -62,7 +68,7 @@ def test_nothing_changed_nothing_stale(world):
 
 
 AFTER_SCORE = ["score", "forecast", "report"]
-AFTER_ROLLOUT = ["rollout", "forecast", "report"]
+AFTER_ROLLOUT = ["rollout", "forecast", "verify", "report"]
 BOTH = ["score", *AFTER_ROLLOUT]
 
 
@@ -74,7 +80,7 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("training.max_steps", 77, AFTER_ROLLOUT),
         ("training.epochs", 2.0, AFTER_ROLLOUT),
         ("training.max_grad_norm", 1.0, AFTER_ROLLOUT),
-        ("rollout.segments", 3, AFTER_ROLLOUT),
+        ("rollout.segments", 3, ["rollout", "forecast", "report"]),
         ("forecast.collapse_threshold", 0.2, ["forecast", "report"]),
         ("training.optimizer", "sgd", BOTH),
         ("training.batch_size", 4, BOTH),
@@ -85,7 +91,13 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("safety.max_length", 64, ALL),
         ("model.dtype", "bfloat16", ALL),
         ("model.adapter", {"r": 4}, ALL),
-        ("collect.chunk_size", 4, [name for name in ALL if name != "rollout"]),
+        ("collect.chunk_size", 4, [name for name in ALL if name not in ("rollout", "verify")]),
+        ("verify.safety.max_length", 64, ["verify", "report"]),
+        ("verify.generate", 3, ["verify", "report"]),
+        ("verify.max_new_tokens", 3, ["verify", "report"]),
+        ("verify.control_samples", 3, ["verify", "report"]),
+        ("verify.refusal_markers", ["nay"], ["report"]),
+        ("verify.steps", 7, []),
         ("run.seed", 1, ALL),
         ("report.max_examples", 3, ["report"]),
         ("run.device", "cpu", []),
@@ -110,6 +122,7 @@ def test_a_changed_setting_makes_exactly_these_stale(world, dotted, value, expec
         ("finetune.jsonl", BOTH, "input"),
         ("control.jsonl", BOTH, "input"),
         ("model/config.json", ALL, "input"),
+        ("heldout.jsonl", ["verify", "report"], "input"),
     ],
 )
 def test_a_changed_file_makes_exactly_these_stale(world, file, expected, kind):
@@ -165,3 +178,65 @@ def test_reasons_read_as_sentences(world):
     assert "training.learning_rate: 0.0002 → 0.5" in forecast.reasons[0].sentence()
     empty = plan(Config.model_validate(values), {}, RunDir(Path("does-not-exist")))
     assert all(state.reasons[0].sentence() == "not run yet" for state in empty)
+
+
+def sentences(found, stage):
+    return [reason.sentence() for state in found if state.stage == stage for reason in state.reasons]
+
+
+def test_an_optional_stage_makes_stale_only_what_shows_it(world):
+    _, values, rundir = world
+    shutil.rmtree(rundir.stage_dir("verify"))
+    found = states(values, rundir)
+    assert [state.stage for state in found if not state.fresh] == ["verify", "report"]
+    assert sentences(found, "verify") == ["not run yet"]
+    assert sentences(found, "report") == ["verify is not fresh"]
+    commit("report", values, rundir)
+    assert stale(values, rundir) == ["verify"]
+    commit("verify", values, rundir)
+    found = states(values, rundir)
+    assert [state.stage for state in found if not state.fresh] == ["report"]
+    assert sentences(found, "report") == ["verify has been run"]
+    commit("report", values, rundir)
+    assert stale(values, rundir) == []
+
+
+def test_a_truth_belongs_to_its_plan_again_when_the_plan_comes_back(world):
+    _, values, rundir = world
+    other = changed(values, "training.learning_rate", 0.5)
+    for name in ("rollout", "forecast", "report"):
+        commit(name, other, rundir)
+    assert stale(other, rundir) == ["verify"]
+    for name in ("rollout", "forecast"):
+        commit(name, values, rundir)
+    assert stale(values, rundir) == ["report"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "fresh"),
+    [
+        (None, None, True),
+        (None, 50, True),
+        (50, 50, True),
+        (100, 50, True),
+        (50, 100, False),
+        (50, None, False),
+    ],
+)
+def test_only_who_asks_for_a_stage_insists_on_its_reach(world, stored, wanted, fresh):
+    """A short check belongs to the plan; asked for by name, it must go as far as is wanted."""
+    _, values, rundir = world
+    was, now = changed(values, "verify.steps", stored), changed(values, "verify.steps", wanted)
+    commit("verify", was, rundir, asked="verify", force=True)
+    commit("report", was, rundir)
+    assert stale(was, rundir) == stale(now, rundir) == []
+    asked = {state.stage: state for state in states(now, rundir, asked="verify")}
+    assert asked["verify"].fresh is fresh
+    if not fresh:
+        assert sentences(asked.values(), "verify") == [f"verify.steps: {stored} → {wanted}"]
+        assert not asked["report"].fresh
+    forced = {state.stage: state for state in states(now, rundir, asked="verify", force=True)}
+    assert forced["verify"].ingredients["config"]["verify.steps"] == wanted
+    # Whatever else has changed, the stage that runs is the one that was asked for.
+    other = {s.stage: s for s in states(changed(now, "run.seed", 3), rundir, asked="verify")}
+    assert other["verify"].ingredients["config"]["verify.steps"] == wanted

@@ -71,6 +71,8 @@ def test_status_and_check_as_text():
         {
             "stage": "collect",
             "fresh": False,
+            "optional": False,
+            "state": "stale",
             "reasons": ["a: 1 → 2"],
             "seconds": None,
             "bytes": 0,

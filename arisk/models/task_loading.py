@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from arisk.config import Config, DataConfig
+from arisk.config import Config, DataConfig, data_sets
 from arisk.models.adapters import attach_adapter
 from arisk.models.batching import FixedBatches, PlannedBatches
+from arisk.models.generation import GreedyAnswers
 from arisk.models.loading import load_model, load_tokenizer
 from arisk.models.losses import per_sample_nll
 from arisk.models.python_source import task_from_entry
@@ -20,6 +21,9 @@ from arisk.models.selection import lora_pairs, select_parameters
 from arisk.task import SampleSet, Task
 
 __all__ = ["LoadedData", "load_data", "load_task", "statistics_of"]
+
+#: Data sets of prompts with safe responses.
+SAFETY_SETS = ("safety", "verify.safety")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def load_task(config: Config, *, device: torch.device) -> Task:
     if config.model.adapter is not None:
         model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
     names = select_parameters(model, config.model.parameters)
-    pad = int(tokenizer.pad_token_id or 0)
-    sets = {name: _sample_set(name, loaded, config, pad) for name, loaded in data.items()}
+    sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
+    heldout = sets.pop("verify.safety", None)
     return Task(
         model=model,
         safety=sets["safety"],
@@ -61,18 +65,16 @@ def load_task(config: Config, *, device: torch.device) -> Task:
         parameter_names=names,
         lora_pairs=lora_pairs(model, names),
         description=_description(config, model, names, sets),
+        heldout=heldout,
     )
 
 
 def load_data(config: Config, tokenizer: Any) -> dict[str, LoadedData]:
     """Read and tokenise every data set of the config; safety rows are de-duplicated."""
     loaded: dict[str, LoadedData] = {}
-    for section in ("safety", "finetune", "control"):
-        data: DataConfig | None = getattr(config, section)
-        if data is None:
-            continue
+    for section, data in data_sets(config).items():
         rows = read_rows(data, section=section, seed=_seed(config, data))
-        kept = _distinct(rows) if section == "safety" else rows
+        kept = _distinct(rows) if section in SAFETY_SETS else rows
         rendered = render_rows(kept, tokenizer, data, section=section)
         loaded[section] = LoadedData(data, rendered, len(rows) - len(kept))
     return loaded
@@ -91,18 +93,23 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     return list(seen.values())
 
 
-def _sample_set(section: str, loaded: LoadedData, config: Config, pad: int) -> SampleSet:
+def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any) -> SampleSet:
     """Batches and per-row metadata; safety rows are batched by length to waste little padding."""
     rendered = loaded.rendered
+    pad = int(tokenizer.pad_token_id or 0)
+    generate: GreedyAnswers | None = None
     batches: Any
-    if section == "safety":
+    if section in SAFETY_SETS:
         rendered = sorted(rendered, key=lambda row: len(row.tokens))
         batches = FixedBatches(rendered, config.collect.chunk_size, pad)
+        # Plain text has no prompt to answer.
+        generate = None if loaded.config.format == "text" else GreedyAnswers(tokenizer, rendered)
     else:
         batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.config))
     statistics = statistics_of(replace(loaded, rendered=rendered))
     rows = [_metadata(row) for row in rendered]
-    return SampleSet(section, batches, per_sample_nll, rows, statistics)
+    name = "heldout" if section == "verify.safety" else section
+    return SampleSet(name, batches, per_sample_nll, rows, statistics, generate)
 
 
 def _metadata(rendered: Rendered) -> dict[str, Any]:

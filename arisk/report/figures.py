@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from arisk.comparison import Comparison
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
 from arisk.report.subspace_figures import module_map, overlap, spectrum
 from arisk.report.text import collapse_text, number
+from arisk.report.verified import measured_trace, truth_figure
 from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
 
 __all__ = ["all_figures"]
@@ -24,11 +26,16 @@ STYLE = {
 
 
 def all_figures(
-    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, forecast: ForecastResult
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    check: Comparison | None = None,
 ) -> dict[str, Figure]:
-    """Every figure by id, in the order of the page."""
+    """Every figure by id, in the order of the page; `truth` only where a real run was measured."""
     made = [
-        forecast_fan(forecast),
+        forecast_fan(forecast, check),
+        *([truth_figure(check, forecast)] if check else []),
         what_if_map(forecast),
         virtual_move(scored, forecast.threshold),
         spectrum(space),
@@ -45,13 +52,15 @@ def all_figures(
     return {figure.id: figure for figure in made}
 
 
-def forecast_fan(forecast: ForecastResult) -> Figure:
-    """Every forecaster's curve and interval, the threshold, and where it may be trusted."""
+def forecast_fan(forecast: ForecastResult, check: Comparison | None = None) -> Figure:
+    """Every forecaster's curve and interval, the threshold, where it may be trusted, and the truth."""
     data: list[dict[str, Any]] = []
     cap = max(4 * forecast.threshold, 1e-12)
     for name, curve in forecast.forecasters.items():
         if curve.status == "measured":
             data += _fan(name, curve)
+    if check is not None:
+        data.append(measured_trace(check))
     horizon = forecast.verdict.horizon
     lines = [
         reference_line(horizon=forecast.threshold, text=f"collapse threshold +{forecast.threshold:g}"),
@@ -62,6 +71,7 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
         ],
     ]
     tops = [v for c in forecast.forecasters.values() for v in c.median if math.isfinite(v)]
+    tops += [v for v in (check.safety_curve if check else []) if math.isfinite(v)]
     layout = axes(
         "optimizer step",
         "change of safety loss (nats / response token)",
@@ -76,6 +86,7 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
         [name, collapse_text(c), number(c.median[-1] if c.median else None), c.reason or "; ".join(c.notes)]
         for name, c in forecast.forecasters.items()
     ]
+    truth = " The line with points is the real fine-tune." if check else ""
     return Figure(
         "forecast",
         "Forecast",
@@ -84,7 +95,8 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
         "Each line is one forecaster's safety loss along the planned run; the band is its "
         f"{forecast.confidence:.0%} interval over safety samples and fine-tuning batches. Safety has "
         "collapsed where a line reaches the threshold. Left of its trust line the local model agrees with "
-        "measured losses. The bound is a lower bound, not a forecast. The axis ends at four thresholds.",
+        "measured losses. The bound is a lower bound, not a forecast. The axis ends at four thresholds."
+        f"{truth}",
         "local: ⟨ḡ_s, δ_k⟩ + ½ δ_kᵀF δ_k · ray: measured L_s(θ* + x_k u) − L_s(θ*) · "
         "bound: ½ max(½ γ̂t² − ε̂t, 0)²",
         ["forecaster", "collapse", "rise at the end", "note"],

@@ -23,9 +23,19 @@ function layoutOf(figure) {
   };
 }
 
+// "ink" stands for the colour of the page's text, which the theme decides.
+function dataOf(figure) {
+  const ink = getComputedStyle(root).getPropertyValue("--ink").trim();
+  const data = structuredClone(figure.data);
+  for (const trace of data) {
+    for (const part of [trace.line, trace.marker]) { if (part && part.color === "ink") { part.color = ink; } }
+  }
+  return data;
+}
+
 function draw() {
   for (const figure of figures) {
-    Plotly.react(figure.id, structuredClone(figure.data), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 });
+    Plotly.react(figure.id, dataOf(figure), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 });
   }
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from arisk.comparison import Comparison
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
 from arisk.report.sections import (
@@ -27,6 +28,7 @@ from arisk.report.sections import (
     worth,
 )
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, percent
+from arisk.report.verified import verified_section
 from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult, Verdict
 
 __all__ = ["render_report"]
@@ -51,6 +53,7 @@ def render_report(
     provenance: Mapping[str, Any],
     show_text: bool,
     max_examples: int,
+    check: Comparison | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page; equal records give equal bytes.
 
@@ -63,8 +66,9 @@ def render_report(
         provenance: command, versions, stages, config.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the examples table.
+        check: a real run of the same plan beside its forecast, where there is one.
     """
-    figures = all_figures(collected, space, scored, forecast)
+    figures = all_figures(collected, space, scored, forecast, check)
     shown = [
         {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout}
         for f in figures.values()
@@ -75,6 +79,8 @@ def render_report(
             _verdict(forecast),
             _findings(findings(collected, space, scored, forecast)),
             _figure(figures["forecast"], tall=True),
+            verified_section(check, show_text) if check else "",
+            _figure(figures["truth"]) if check else "",
             f'<div class="two">{_figure(figures["what-if"])}{_figure(figures["move"])}</div>',
             examples(scored, show_text, max_examples),
             f'<div class="two">{_figure(figures["fisher-map"])}{_figure(figures["harm-map"])}</div>',

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from arisk.comparison import Comparison
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
+from arisk.report.verified import verified_rows
 from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
 
 __all__ = ["summary_json", "summary_markdown"]
@@ -18,8 +20,9 @@ def summary_json(
     forecast: ForecastResult,
     *,
     title: str,
+    check: Comparison | None = None,
 ) -> dict[str, Any]:
-    """Plain values: verdict, forecasters, overlap, subspace, findings. None is not measured."""
+    """Plain values: verdict, forecasters, overlap, subspace, findings, the check. None is not measured."""
     return {
         "title": title,
         "verdict": dataclasses.asdict(forecast.verdict),
@@ -39,6 +42,7 @@ def summary_json(
         "samples": len(collected.losses),
         "findings": findings(collected, space, scored, forecast),
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
+        "verify": check.as_json() if check else None,
     }
 
 
@@ -49,6 +53,7 @@ def summary_markdown(
     forecast: ForecastResult,
     *,
     title: str,
+    check: Comparison | None = None,
 ) -> str:
     """A short Markdown text, fit for a pull-request comment."""
     v = forecast.verdict
@@ -72,8 +77,16 @@ def summary_markdown(
         *[f"- {sentence}" for sentence in (*v.reasons, *findings(collected, space, scored, forecast))],
         *[f"- caveat: {sentence}" for sentence in v.caveats],
         "",
+        *(_verified(check) if check else []),
     ]
     return "\n".join(lines)
+
+
+def _verified(check: Comparison) -> list[str]:
+    """The real run beside the forecast."""
+    rows = [f"| {' | '.join(map(_cell, row))} |" for row in verified_rows(check)]
+    head = ["| verified | forecast | real |", "| --- | --- | --- |"]
+    return [f"Verified by a real fine-tune: {check.sentence}", "", *head, *rows, ""]
 
 
 def _cell(text: str) -> str:

@@ -1,4 +1,7 @@
-"""The state of an unfinished rollout on disk: a killed run goes on from its last saved segment."""
+"""The state of an unfinished run on disk, from which a killed one goes on.
+
+A rollout is saved at its segments, a real fine-tune at any step.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ class Track:
         safety, control: (N,) losses at each point.
         extrapolated: (N, S) losses at extrapolated outputs, from the end of the pilot.
         diverged_at: first step that could not be taken.
+        pending: training losses of the steps after the last point.
+        texts: generated answers by step.
     """
 
     steps: list[int] = field(default_factory=list[int])
@@ -39,6 +44,13 @@ class Track:
     control: list[Tensor] = field(default_factory=list[Tensor])
     extrapolated: Tensor | None = None
     diverged_at: int | None = None
+    pending: list[float] = field(default_factory=list[float])
+    texts: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+
+    @property
+    def at(self) -> int:
+        """Steps done."""
+        return self.steps[-1] + len(self.pending)
 
 
 def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | None) -> None:
@@ -47,7 +59,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
     Raises:
         ArtifactError: the disk is full or the folder is read-only.
     """
-    name = TENSORS.format(track.steps[-1])
+    name = TENSORS.format(track.at)
     tensors: dict[str, Tensor] = {"safety": torch.stack(track.safety)}
     if track.control:
         tensors["control"] = torch.stack(track.control)
@@ -68,6 +80,8 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         "steps": track.steps,
         "finetune_loss": [loss if math.isfinite(loss) else None for loss in track.finetune_loss],
         "kept_share": track.kept_share,
+        "pending": track.pending,
+        "texts": list(track.texts.items()),
         "gradient_evaluations": run.gradient_evaluations,
         "block": None if block is None else {"count": block.count, "loss": block.loss},
     }
@@ -107,5 +121,7 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] |
         safety=list(tensors["safety"]),
         control=list(tensors["control"]) if "control" in tensors else [],
         extrapolated=tensors.get("extrapolated"),
+        pending=values["pending"],
+        texts=dict(values["texts"]),
     )
     return track, block

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from arisk.comparison import compare
 from arisk.results import (
     CollectResult,
     Curve,
@@ -14,6 +15,7 @@ from arisk.results import (
     SubspaceResult,
     Verdict,
 )
+from arisk.verified import GeneratedTexts, VerifyResult
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \u2028 \u202eevil 🧨 \"'&"
@@ -185,7 +187,45 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
     return collected, space, scored, forecast
 
 
-def page(title="a run", show_text=True, max_examples=25, **settings):
+def truth(values, steps=(0, 25, 50, 75, 100), *, horizon=100, control=None, **changes):
+    """Two samples whose mean is `values`."""
+    mean = torch.tensor(values, dtype=torch.float64)
+    fields = {
+        "horizon": horizon,
+        "last": steps[-1],
+        "steps": list(steps),
+        "safety": torch.stack([1.5 * mean, 0.5 * mean]),
+        "control": None if control is None else torch.tensor([control], dtype=torch.float64),
+        "start": 0.05,
+        "finetune_loss": [math.nan] + [1.0] * (len(steps) - 1),
+        "diverged_at": None,
+        "heldout": True,
+        "prompts": [],
+        "generated": [],
+        "generation_reason": "verify.generate is 0",
+        "gradient_evaluations": 100,
+        "warnings": [],
+    }
+    return VerifyResult(**{**fields, **changes})
+
+
+def checked(text="sure , here is how", missing=None, **changes):
+    """A real run beside the forecast of `records`, with answers that stop refusing."""
+    texts = [GeneratedTexts(0, ["I'm sorry, no.", text]), GeneratedTexts(100, [text, text])]
+    settings = {
+        "control": [0.0, 0.01, 0.02, 0.03, 0.04],
+        "prompts": [{"prompt": text, "response": "no", "line": 1}] * 2,
+        "generated": texts,
+        "generation_reason": None,
+        "warnings": [text],
+    }
+    if missing:
+        settings = {"generation_reason": missing, "heldout": False}
+    run = truth(changes.pop("values", [0.0, 0.0, 0.05, 0.4, 0.3]), **{**settings, **changes})
+    return compare(run, records()[3], threshold=0.1, markers=["i'm sorry"])
+
+
+def page(title="a run", show_text=True, max_examples=25, check=None, **settings):
     from arisk.report import render_report
 
     provenance = {
@@ -196,7 +236,12 @@ def page(title="a run", show_text=True, max_examples=25, **settings):
     }
     made = records(**settings)
     return render_report(
-        *made, title=title, provenance=provenance, show_text=show_text, max_examples=max_examples
+        *made,
+        title=title,
+        provenance=provenance,
+        show_text=show_text,
+        max_examples=max_examples,
+        check=check,
     )
 
 

@@ -81,8 +81,10 @@ def opened(tmp_path, html, width=1440, theme="light"):
         {"holes": True},
         {"layers": 80, "examples": 2000},
         {"layers": 1},
+        {"check": made.checked(text=made.HOSTILE)},
+        {"check": made.checked(missing="verify.generate is 0", values=[0.0], steps=(0,), diverged_at=1)},
     ],
-    ids=["ordinary", "hostile", "holes", "large", "one layer"],
+    ids=["ordinary", "hostile", "holes", "large", "one layer", "verified", "diverged"],
 )
 def test_the_page_draws_quietly(tmp_path, settings):
     marks, console = opened(tmp_path, made.page(**settings))
@@ -92,7 +94,7 @@ def test_the_page_draws_quietly(tmp_path, settings):
     assert marks["title"] != "owned"
     assert marks["overflow"] <= 0
     assert {marks["theme"], marks["flipped"]} == {"light", "dark"}
-    expected = 6 if settings.get("holes") else 7
+    expected = 6 if settings.get("holes") else 8 if "check" in settings else 7
     assert marks["figures"] == expected
 
 
@@ -104,7 +106,8 @@ def test_sorting_orders_the_rows(tmp_path):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_needs_no_sideways_scrolling(tmp_path, theme):
-    marks, console = opened(tmp_path, made.page(text="w" * 300), width=360, theme=theme)
+    page = made.page(text="w" * 300, check=made.checked(text="w" * 300))
+    marks, console = opened(tmp_path, page.replace("<details>", "<details open>"), width=360, theme=theme)
     assert marks["width"] == 360
     assert marks["overflow"] <= 0
     assert marks["theme"] == theme
