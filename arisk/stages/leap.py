@@ -7,7 +7,8 @@ steps and moves by x f (Σ η) d:
   random; L times a mean over q noisy batches goes too far. With S = ‖ḡ‖² − σ²/q, all lengths
   measured with the optimizer's own scale, f² = (L²S + Lσ²) / (L²S + L²σ²/q), per tensor.
 * x, the speed. With r = ⟨g(end), d⟩ / ⟨ḡ, d⟩ the flow along d slows down exponentially:
-  x = (1 − e^{−a})/a with a = 1 − r; a run that overshoots a valley is pulled back.
+  x = (1 − e^{−a})/a with a = 1 − r; a run that overshoots a valley is pulled back, further where the
+  loss of a batch rises over the leap.
 
 Real steps afterwards damp what the leap stirred up. Source of the idea: Gear and Kevrekidis,
 projective methods for stiff differential equations (2003); the two corrections are this project's.
@@ -127,9 +128,12 @@ class Leaper:
         factors = self._distance_factors(block, length)
         way = [d * (f * rate) for d, f in zip(block.direction, factors, strict=True)]
         share, left = 1.0, 1.0
-        self._move(way, 1.0)
         if self.speed_control:
-            share, left = self._checked(block, way, done + length)
+            before = self.run.loss(done + length)
+            self._move(way, 1.0)
+            share, left = self._checked(block, way, done + length, before)
+        else:
+            self._move(way, 1.0)
         self._age_state(block, length, left)
         if self.rare is not None:
             inner = sum(self.run.rates[done + length : done + length + block.count])
@@ -161,8 +165,7 @@ class Leaper:
         if expected < 0:
             fallen = (rare.loss(self.turn) - loss) / expected
             slowing = min(max(2 * (1 - fallen), 0.0), STIFFEST) if math.isfinite(fallen) else STIFFEST
-            kept = -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0
-            self._move(way, kept - 1)
+            self._move(way, _kept(slowing) - 1)
         self.turn += 1
 
     def _move(self, way: list[Tensor], share: float) -> None:
@@ -170,8 +173,18 @@ class Leaper:
             for parameter, part in zip(self.run.parameters, way, strict=True):
                 parameter.add_(part, alpha=share)
 
-    def _checked(self, block: Block, way: list[Tensor], number: int) -> tuple[float, float]:
+    def _checked(self, block: Block, way: list[Tensor], number: int, before: float) -> tuple[float, float]:
         """Pull back along the way by what the gradient at its end says.
+
+        Where the loss of one and the same batch rose over the leap, the way led out of the valley:
+        its slope at the start is then read off that batch, as the parabola through both losses and
+        the end's slope has it, and a way that leads uphill from the start is all but taken back.
+
+        Args:
+            block: the steps the way was made from.
+            way: the whole leap.
+            number: the step whose batch checks it.
+            before: loss of that batch at the start of the leap.
 
         Returns:
             The share x of the way that is kept, and the share e^{−a} of the slope left there.
@@ -179,7 +192,7 @@ class Leaper:
         share = 1.0
         for _ in range(HALVINGS):
             try:
-                self.run.gradient(number)
+                after = self.run.gradient(number)
                 break
             except NumericsError:
                 share /= 2
@@ -196,10 +209,15 @@ class Leaper:
             for p, w in zip(self.run.parameters, way, strict=True)
             if p.grad is not None
         )
-        if start >= 0 or not math.isfinite(end):
+        if after > before:
+            # The parabola through both losses and the end's slope; uphill from the start: 0 or more.
+            start = 2 * (after - before) / share - end
+            slowing = STIFFEST if start >= 0 else _slowing(start, end)
+        elif start >= 0 or not math.isfinite(end):
             return share, 1.0
-        slowing = min(max(1 - end / start, 0.0), STIFFEST)
-        kept = -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0
+        else:
+            slowing = _slowing(start, end)
+        kept = _kept(slowing)
         self._move(way, share * (kept - 1))
         return share * kept, math.exp(-slowing)
 
@@ -245,3 +263,13 @@ class Leaper:
             elif state.get("momentum_buffer") is not None:
                 kept = momentum**length
                 state["momentum_buffer"].mul_(kept).add_(mean, alpha=left * (1 - kept) / (1 - momentum))
+
+
+def _slowing(start: float, end: float) -> float:
+    """Exponent a of a slope that falls from `start` to `end` over the leap, both along the way."""
+    return min(max(1 - end / start, 0.0), STIFFEST)
+
+
+def _kept(slowing: float) -> float:
+    """(1 − e^{−a})/a, the share of the way a flow covers whose slope falls as e^{−a}."""
+    return -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0

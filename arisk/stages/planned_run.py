@@ -133,6 +133,16 @@ class PlannedRun:
         self.optimizer.step()
         return loss
 
+    def loss(self, number: int) -> float:
+        """The mean loss over the micro-batches of step `number`, without a gradient."""
+        count = self.training.gradient_accumulation
+        with torch.no_grad():
+            losses = [
+                float(self.task.finetune.loss_fn(self.task.model, self.stream.at(i)).mean())
+                for i in range((number - 1) * count, number * count)
+            ]
+        return sum(losses) / count
+
     def gradient(self, number: int) -> float:
         """Clipped `.grad` of the mean loss over the micro-batches of step `number`; returns that loss.
 

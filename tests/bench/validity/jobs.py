@@ -48,6 +48,17 @@ REPORT = (
 )
 #: Few harmful rows in 400: 2 and 8 of them.
 LOW = ("compliance_0005", "compliance_002")
+#: Mixtures nobody looked at before the method was final.
+MIXED: dict[str, tuple[tuple[str, float], ...]] = {
+    "half_persona": (("benign_near", 0.5), ("persona", 0.5)),
+    "few_personas": (("benign_far", 0.9), ("persona", 0.1)),
+    "mild_obedience": (("benign_near", 0.8), ("obedience", 0.2)),
+    "caution_and_far": (("caution", 0.5), ("benign_far", 0.5)),
+    "compliance_010": (("benign_near", 0.9), ("compliance_100", 0.1)),
+    "few_random_labels": (("benign_near", 0.95), ("random_labels", 0.05)),
+    "style_and_refusal": (("style_shift", 0.5), ("refusal_mixed", 0.5)),
+}
+FRESH = tuple(MIXED)
 RECIPES: dict[tuple[str, str], tuple[float, float]] = {
     ("full", "sgd"): (0.005, 0.02),
     ("full", "adamw"): (5e-5, 2e-4),
@@ -112,6 +123,11 @@ def rows_of(name: str) -> list[dict[str, str]]:
     import language
 
     digest = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    if name in MIXED:
+        parts = [rows_of(part)[: round(share * ROWS)] for part, share in MIXED[name]]
+        rows = [row for part in parts for row in part]
+        Random(digest).shuffle(rows)
+        return rows
     if name == "compliance_0005":
         return language.compliance_rows(Random(digest), ROWS, 0.005)
     if name in ("compliance_002", "compliance_050"):

@@ -11,19 +11,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bench.validity.jobs import LOW, REPORT, TUNE, Job, long_jobs, standard_jobs
+from tests.bench.validity.jobs import FRESH, LOW, REPORT, TUNE, Job, long_jobs, standard_jobs
 from tests.bench.validity.predict import ABLATIONS, ablated, forecasts
 from tests.bench.validity.truth import cached, real_run
 
 #: The subset of `--quick`, and the jobs on which parts of the rollout are taken away.
 QUICK = ("benign_far", "obedience", "compliance_005")
-ABLATED = ("benign_far", "obedience", "compliance_005")
+ABLATED = ("benign_far", "obedience", "compliance_001")
 
 Item = tuple[str, Job]
 
 
 def ablation_jobs() -> list[Job]:
-    """Both modes and optimizers at the lower and the higher rate, three data sets."""
+    """Both modes and optimizers at both rates of three data sets."""
     return standard_jobs(ABLATED)
 
 
@@ -38,6 +38,8 @@ def items(*, quick: bool) -> list[Item]:
         ("forecast", standard_jobs(TUNE)),
         ("truth", standard_jobs(REPORT)),
         ("forecast", standard_jobs(REPORT)),
+        ("truth", standard_jobs(FRESH)),
+        ("forecast", standard_jobs(FRESH)),
         ("truth", low),
         ("forecast", low),
         ("truth", long_jobs()),
