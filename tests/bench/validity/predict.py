@@ -10,6 +10,7 @@ import torch
 from arisk import PipelineConfig, assess
 from arisk.artifacts import write_record
 from arisk.config import RolloutConfig
+from arisk.stages.plan_path import planned
 from arisk.stages.rollout import rollout
 from arisk.task import Task
 from tests.bench.validity.jobs import Job, job_task
@@ -26,18 +27,26 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def rolled_out(job: Job, folder: Path) -> dict[str, Any]:
+    """The rollout, kept as a record."""
+    config, task = job_task(job, folder)
+    made = rollout(task, config=RolloutConfig(), training=config.training, steps=job.steps)
+    write_record(folder / "rollouts" / job.name, made)
+    return {"gradients": made.gradient_evaluations}
+
+
 def forecasts(job: Job, folder: Path) -> dict[str, Any]:
-    """Curves of all forecasters with the verdict and the baselines; the rollout is kept as a record."""
+    """Curves and plain numbers from the aligned point alone; the rollout is a result of its own."""
     config, task = job_task(job, folder)
     settings = PipelineConfig.model_validate(
         {
             "seed": job.seed,
             "training": config.training.model_dump(),
             "score": {"nulls": 0, "examples": 0},
+            "rollout": {"enabled": False},
         }
     )
     report = assess(task, settings)
-    write_record(folder / "rollouts" / job.name, report.rollout)
     curves = {
         name: {
             "steps": list(curve.steps),
@@ -52,12 +61,10 @@ def forecasts(job: Job, folder: Path) -> dict[str, Any]:
         if curve.status == "measured"
     }
     scored, overlap = report.scored, report.scored.overlap
-    flow = report.rollout.flow_time[-1]
+    flow = float(planned(config.training, job.steps).times[-1])
     mean_safety = report.collected.mean_gradient
     return {
         "curves": curves,
-        "level": report.verdict.level,
-        "gradients": report.rollout.gradient_evaluations,
         "baselines": {
             "lr T |Dg|": flow * scored.update_norm,
             "lr T sqrt(d'Fd)": flow * float(scored.c_update.square().mean().sqrt()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arisk.config import ForecastConfig
-from tests.bench.validity.jobs import LOW, REPORT, THRESHOLD, TUNE, Job, long_jobs, standard_jobs
+from tests.bench.validity.jobs import FRESH, LOW, REPORT, THRESHOLD, TUNE, Job, long_jobs, standard_jobs
 from tests.bench.validity.predict import ABLATIONS
 from tests.bench.validity.scores import Case, coverage, measures
 from tests.bench.validity.tables import (
@@ -36,34 +36,25 @@ SCALAR_COLUMNS = ("ρ final", "AUC")
 
 def all_tables(folder: Path, *, quick: bool) -> dict[str, Any]:
     """Every table as rows, by title; parts without results are left out."""
-    report = standard_jobs(QUICK if quick else REPORT)
     tables: dict[str, Any] = {}
-    _main(tables, "Data sets not tuned on", report, folder)
     if quick:
+        _main(tables, "Three data sets", standard_jobs(QUICK), folder)
         return tables
+    report = standard_jobs(REPORT)
+    _main(tables, "Fresh mixtures", standard_jobs(FRESH), folder)
+    _main(tables, "Data sets not tuned on", report, folder)
     _main(tables, "Data sets tuned on", standard_jobs(TUNE), folder)
     cases = {
         "a second seed of the real run (the ceiling)": ceiling_cases(report, folder),
         "combined, made for the other seed": other_seed_cases(report, folder, CONFIG, "combined"),
     }
     _put(tables, "Ceiling: the same jobs with another seed", cases)
-    low = cases_of(standard_jobs(LOW), folder, CONFIG)
-    _put(tables, "Low contamination: 0.5 % and 2 % harmful rows", low)
-    far = cases_of(long_jobs(), folder, CONFIG)
-    _put(tables, "Long runs: 1000 and 2000 steps, schedules, decay, clipping, momentum", far)
-    if far:
-        stated = {name: far[name] for name in STATED}
-        columns = coverage(THRESHOLD, 20)
-        tables["Intervals of long runs"] = rows_of(stated, columns)
-        tables["Verdicts of long runs"] = verdict_rows(long_jobs(), folder, CONFIG, THRESHOLD)
-        tables["Cost of long runs"] = cost_rows(long_jobs(), folder)
+    _main(tables, "Low contamination: 0.5 % and 2 % harmful rows", standard_jobs(LOW), folder)
+    _main(tables, "Long runs", long_jobs(), folder)
     jobs = ablation_jobs()
     parts = {"as shipped": cases_of(jobs, folder, CONFIG).get("rollout", [])}
     parts |= {name: ablation_cases(jobs, folder, name) for name in ABLATIONS}
     _put(tables, "Ablation: the rollout with one part changed", parts)
-    low_parts = {"as shipped": low.get("rollout", [])}
-    low_parts["no rare rows"] = ablation_cases(standard_jobs(LOW), folder, "no rare rows")
-    _put(tables, "Ablation: low contamination", low_parts)
     return tables
 
 

@@ -51,8 +51,10 @@ def said_lines(job: Job, folder: Path, config: ForecastConfig) -> dict[str, Line
     """Every forecaster's curve; those of the rollout are made anew from its record."""
     found = stored("forecast", job, folder)
     record = record_of(job, folder)
-    if found is None or record is None:
+    if record is None:
         return {}
+    if found is None:
+        found = {"curves": {}, "baselines": {}}
     lines = {
         name: Line(c["steps"], [_plain(v) for v in c["median"]])
         for name, c in found["curves"].items()

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tests.bench.validity.jobs import FRESH, LOW, REPORT, TUNE, Job, long_jobs, standard_jobs
-from tests.bench.validity.predict import ABLATIONS, ablated, forecasts
+from tests.bench.validity.predict import ABLATIONS, ablated, forecasts, rolled_out
 from tests.bench.validity.truth import cached, real_run
 
 #: The subset of `--quick`, and the jobs on which parts of the rollout are taken away.
+SETS = {"tune": TUNE, "report": REPORT, "fresh": FRESH, "low": LOW}
 QUICK = ("benign_far", "obedience", "compliance_005")
 ABLATED = ("benign_far", "obedience", "compliance_001")
 
@@ -31,21 +32,13 @@ def items(*, quick: bool) -> list[Item]:
     """Everything to be computed, the most important first."""
     if quick:
         jobs = [job for job in standard_jobs(QUICK) if job.learning_rate in (0.02, 2e-4, 0.15, 2e-3)]
-        return [(kind, job) for job in jobs for kind in ("truth", "forecast")]
-    low = standard_jobs(LOW)
+        return [(kind, job) for job in jobs for kind in ("truth", "rollout", "forecast")]
+    sets = {name: standard_jobs(jobs) for name, jobs in SETS.items()}
     kinds: list[tuple[str, Iterable[Job]]] = [
-        ("truth", standard_jobs(TUNE)),
-        ("forecast", standard_jobs(TUNE)),
-        ("truth", standard_jobs(REPORT)),
-        ("forecast", standard_jobs(REPORT)),
-        ("truth", standard_jobs(FRESH)),
-        ("forecast", standard_jobs(FRESH)),
-        ("truth", low),
-        ("forecast", low),
-        ("truth", long_jobs()),
-        ("forecast", long_jobs()),
-        ("truth", [replace(job, seed=1) for job in standard_jobs(REPORT)]),
+        (kind, jobs) for jobs in sets.values() for kind in ("truth", "rollout", "forecast")
     ]
+    kinds += [("truth", long_jobs()), ("rollout", long_jobs()), ("forecast", long_jobs())]
+    kinds.append(("truth", [replace(job, seed=1) for job in sets["report"]]))
     kinds += [(f"ablation/{name}", ablation_jobs()) for name in ABLATIONS]
     return [(kind, job) for kind, jobs in kinds for job in jobs]
 
@@ -56,6 +49,8 @@ def compute(kind: str, job: Job, folder: Path) -> None:
         cached(kind, job, folder, real_run)
     elif kind == "forecast":
         cached(kind, job, folder, forecasts)
+    elif kind == "rollout":
+        cached(kind, job, folder, rolled_out)
     else:
         name = kind.removeprefix("ablation/")
         cached(kind, job, folder, lambda j, f: ablated(j, f, name))
