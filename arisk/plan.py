@@ -78,8 +78,8 @@ STAGES = (
         ("model", "safety", "finetune", "control", "training", "rollout"),
         ("model", "adapter", "safety", "finetune", "control"),
     ),
-    StageSpec("forecast", 2, ("collect", "score", "rollout"), ("training", "forecast")),
-    StageSpec("report", 2, ("collect", "subspace", "score", "rollout", "forecast"), ("report",)),
+    StageSpec("forecast", 3, ("collect", "score", "rollout"), ("training", "forecast")),
+    StageSpec("report", 3, ("collect", "subspace", "score", "rollout", "forecast"), ("report",)),
 )
 
 

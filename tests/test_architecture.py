@@ -17,6 +17,7 @@ MODULES = sorted(
 #: Rank of each part; an import may only point to a lower rank (or inside the same part).
 RANKS = {
     "errors": 0,
+    "grid": 0,
     "progress": 0,
     "task": 0,
     "problems": 1,

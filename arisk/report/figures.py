@@ -8,6 +8,7 @@ from typing import Any
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
 from arisk.report.subspace_figures import module_map, overlap, spectrum
 from arisk.report.text import collapse_text, number
+from arisk.report.what_if_figure import what_if_map
 from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
 
 __all__ = ["all_figures"]
@@ -29,7 +30,7 @@ def all_figures(
     """Every figure by id, in the order of the page."""
     made = [
         forecast_fan(forecast),
-        what_if_map(forecast),
+        what_if_map(forecast.what_if),
         virtual_move(scored, forecast.threshold),
         spectrum(space),
         module_map(collected, space.module_traces, "fisher-map", "Where safety lives", "tr F by module"),
@@ -115,60 +116,6 @@ def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
         }
     )
     return traces
-
-
-def what_if_map(forecast: ForecastResult) -> Figure:
-    """Safety loss at the end of other plans: learning rate × steps."""
-    rate = float(forecast.training.get("learning_rate", 1.0))
-    rates = [number(rate * factor) for factor in forecast.learning_rate_grid]
-    steps = [str(step) for step in forecast.what_if_steps]
-    top = 2 * forecast.threshold
-    text = [
-        [number(value, 2) if value is not None else "diverges" for value in row] for row in forecast.what_if
-    ]
-    heat = {
-        "type": "heatmap",
-        "x": steps,
-        "y": rates,
-        "z": [[top if v is None else v for v in row] for row in forecast.what_if],
-        "text": text,
-        "texttemplate": "%{text}",
-        "zmin": 0,
-        "zmax": top,
-        "colorscale": [[0, "#f7fbff"], [0.5, "#fdae6b"], [1, "#a63603"]],
-        "colorbar": {"title": {"text": "nats / token"}, "thickness": 12},
-        "hovertemplate": "learning rate %{y}<br>%{x} steps<br>%{text} nats/token<extra></extra>",
-    }
-    data: list[dict[str, Any]] = [heat]
-    planned = str(forecast.training.get("steps"))
-    if planned in steps:
-        plan = {"symbol": "square-open", "size": 26, "color": "#0072B2", "line": {"width": 3}}
-        data.append(
-            {
-                "type": "scatter",
-                "x": [planned],
-                "y": [number(rate)],
-                "mode": "markers",
-                "marker": plan,
-                "name": "the plan",
-                "hoverinfo": "skip",
-                "showlegend": False,
-            }
-        )
-    layout = axes("optimizer steps", "peak learning rate")
-    layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
-    return Figure(
-        "what-if",
-        "What if",
-        data,
-        layout,
-        "Each cell is a whole run of that many steps at that learning rate, its schedule stretched to it; "
-        "the number is the safety loss it ends with. The blue square is the plan. Values from the threshold "
-        f"(+{forecast.threshold:g}) on mean collapse. Filled by the {forecast.what_if_basis} forecast.",
-        "the forecaster of the verdict with η and T replaced",
-        ["learning rate", *steps],
-        [[r, *cells] for r, cells in zip(rates, text, strict=True)],
-    )
 
 
 def virtual_move(scored: ScoreResult, threshold: float) -> Figure:

@@ -71,7 +71,7 @@ def findings(
             collected.modules, scored.module_second_order, "second-order harm of the first update"
         ),
         _overlap(scored),
-        _learning_rate(forecast),
+        forecast.what_if.rate_sentence(),
         _drift(scored),
     ]
     return [sentence for sentence in said if sentence]
@@ -114,26 +114,6 @@ def _overlap(scored: ScoreResult) -> str | None:
     return (
         f"The first update overlaps the safety subspace by {number(overlap.ratio)}, {says} "
         f"(permutation p = {number(overlap.p_value, 2)}{control})."
-    )
-
-
-def _learning_rate(forecast: ForecastResult) -> str | None:
-    """The largest learning rate of the grid that stays below the threshold for the planned steps."""
-    steps = forecast.training.get("steps")
-    rate = forecast.training.get("learning_rate")
-    if steps not in forecast.what_if_steps or rate is None:
-        return None
-    column = forecast.what_if_steps.index(steps)
-    safe = [
-        factor
-        for factor, row in zip(forecast.learning_rate_grid, forecast.what_if, strict=True)
-        if row[column] is not None and row[column] < forecast.threshold  # type: ignore[operator]
-    ]
-    if not safe:
-        return f"No learning rate of the what-if grid keeps {steps} steps below the threshold."
-    return (
-        f"By the {forecast.what_if_basis} forecast, {steps} steps stay below the threshold up to a learning "
-        f"rate of {number(max(safe) * rate)} ({number(max(safe))} × the plan)."
     )
 
 

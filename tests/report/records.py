@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.results import (
     CollectResult,
     Curve,
@@ -43,6 +44,50 @@ def curve(name, **changes):
 def missing(name):
     holes = {"steps": [], "median": [], "lower": [], "upper": [], "collapse_step": None, "probability": None}
     return curve(name, status="not_measured", reason="switched off", trusted_until=None, **holes)
+
+
+def cell(steps, change=None, **changes):
+    """A measured cell, or one that was not."""
+    if change is None:
+        return WhatIfCell(steps, **{"state": "not_measured", "basis": "none", "note": "beyond", **changes})
+    values = {
+        "lower": change / 2,
+        "upper": change * 2,
+        "peak": change,
+        "peak_upper": change * 2,
+        "collapse_step": steps if change >= 0.1 else None,
+    }
+    return WhatIfCell(steps, "measured", "rollout", change=change, **{**values, **changes})
+
+
+def grid(holes=False):
+    """Half, whole and twice the planned rate × half, whole and twice the planned steps."""
+    if holes:
+        rows = [[cell(50), cell(100), cell(200)]] * 3
+    else:
+        rough = {"rough": True, "note": "noise"}
+        rows = [
+            [cell(50, -0.001), cell(100, 0.01), cell(200, 0.2)],
+            [cell(50, 0.01), cell(100, 0.2), cell(200)],
+            [
+                cell(50, 0.2, **rough),
+                cell(100, state="collapses", basis="rollout", collapse_step=40),
+                cell(200, state="diverges", basis="rollout", collapse_step=40),
+            ],
+        ]
+    safe = [None] * 3 if holes else [180, 70, 35]
+    return WhatIfGrid(
+        planned_rate=1e-3,
+        planned_steps=100,
+        threshold=0.1,
+        alarm=0.03,
+        steps=[50, 100, 200],
+        rows=[
+            WhatIfRow(1e-3 * factor, factor, row, row[1], budget, at_least=False)
+            for factor, row, budget in zip((0.5, 1.0, 2.0), rows, safe, strict=True)
+        ],
+        notes=["How it was filled."],
+    )
 
 
 def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False):
@@ -176,10 +221,7 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
         verdict=verdict,
         forecasters={**curves, "rollout": missing("rollout")},
         diffusion=None if holes else 1e-4,
-        learning_rate_grid=[0.5, 1.0, 2.0],
-        what_if_steps=[50, 100],
-        what_if=[[0.01, 0.02], [0.05, 0.2], [0.3, None]],
-        what_if_collapse=[None, 100, 50],
+        what_if=grid(holes),
         warnings=[],
     )
     return collected, space, scored, forecast

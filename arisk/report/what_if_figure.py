@@ -1,0 +1,131 @@
+"""The what-if map: learning rate × steps, each cell saying what filled it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.report.figure import Figure, axes
+from arisk.report.text import number
+
+__all__ = ["what_if_map"]
+
+#: Light to dark, so that the order survives without colour; the middle is the threshold.
+COLOURS = [[0, "#fff5eb"], [0.5, "#fd8d3c"], [1, "#7f2704"]]
+UNKNOWN = "#b8bdc4"
+HOVER = "%{customdata}<extra></extra>"
+
+
+def what_if_map(grid: WhatIfGrid) -> Figure:
+    """Safety loss at the end of whole runs at other learning rates and lengths."""
+    rates = [number(row.learning_rate) for row in grid.rows]
+    steps = [str(step) for step in grid.steps]
+    cells = [list(row.cells) for row in grid.rows]
+    base: dict[str, Any] = {"type": "heatmap", "x": steps, "y": rates, "xgap": 2, "ygap": 2}
+    told = [[_hover(row, cell) for cell in row.cells] for row in grid.rows]
+    top = 2 * grid.threshold
+    known = {
+        **base,
+        "z": [[_shade(cell, top) for cell in row] for row in cells],
+        "text": [[cell_text(cell, grid.threshold) for cell in row] for row in cells],
+        "texttemplate": "%{text}",
+        "customdata": told,
+        "hovertemplate": HOVER,
+        "hoverongaps": False,
+        "zmin": 0,
+        "zmax": top,
+        "colorscale": COLOURS,
+        "colorbar": {"title": {"text": "nats/token"}, "thickness": 10, "outlinewidth": 0},
+    }
+    unknown = {
+        **base,
+        "z": [[1 if cell.state == "not_measured" else None for cell in row] for row in cells],
+        "text": [["?" if cell.state == "not_measured" else "" for cell in row] for row in cells],
+        "texttemplate": "%{text}",
+        "customdata": told,
+        "hovertemplate": HOVER,
+        "hoverongaps": False,
+        "colorscale": [[0, UNKNOWN], [1, UNKNOWN]],
+        "showscale": False,
+    }
+    data: list[dict[str, Any]] = [unknown, known]
+    layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_plan(grid))
+    layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
+    layout["xaxis"]["showgrid"] = layout["yaxis"]["showgrid"] = False
+    filled = any(cell.state != "not_measured" for row in cells for cell in row)
+    return Figure(
+        "what-if",
+        "What if",
+        data,
+        layout,
+        "Each cell is a whole run of that many steps at that peak learning rate, its schedule stretched to "
+        "it; the number is the change of the safety loss it ends with, in nats per response token. "
+        f"! collapses (+{grid.threshold:g} reached on the way; alone: its end lies beyond what was "
+        "measured), × diverges, ~ rough (known to first order only), grey ? not measured, which is not the "
+        "same as safe. The framed cell is the plan. " + " ".join(grid.notes),
+        "ΔL_s(η', k) = combined(τ'_k), τ'_k = Σ_{i≤k} η'_i, for τ'_k ≤ the largest τ measured",
+        ["learning rate", "× plan", "longest safe run", *[f"{step} steps" for step in steps]],
+        [
+            [
+                number(row.learning_rate),
+                number(row.factor),
+                budget_text(row),
+                *[f"{cell_text(cell, grid.threshold)} ({cell.basis})" for cell in row.cells],
+            ]
+            for row in grid.rows
+        ],
+        None if filled else "no cell of the grid was measured",
+    )
+
+
+def cell_text(cell: WhatIfCell, threshold: float) -> str:
+    """A cell in a few characters: `~0.31!` is rough, ends at +0.31 and collapses."""
+    if cell.state == "not_measured":
+        return "?"
+    rough = "~" if cell.rough else ""
+    if cell.change is None:
+        return rough + ("×" if cell.state == "diverges" else "!")
+    digits = max(0, 1 - math.floor(math.log10(threshold)))
+    shown = f"{cell.change:.{digits}f}".replace("-", "−") if abs(cell.change) < 1e3 else "> 1e3"
+    return f"{rough}{shown}{'!' if cell.collapse_step is not None else ''}"
+
+
+def budget_text(row: WhatIfRow) -> str:
+    """The longest safe run of a learning rate; a measured range that ends first says so."""
+    if row.safe_steps is None:
+        return "not measured"
+    return f"≥ {row.safe_steps}" if row.at_least else str(row.safe_steps)
+
+
+def _shade(cell: WhatIfCell, top: float) -> float | None:
+    if cell.state == "not_measured":
+        return None
+    return top if cell.change is None or not math.isfinite(cell.change) else cell.change
+
+
+def _hover(row: WhatIfRow, cell: WhatIfCell) -> str:
+    """Everything about one cell, line by line."""
+    lines = [f"{cell.steps} steps at {row.learning_rate:.3g} ({row.factor:.3g} × the plan)"]
+    if cell.state == "not_measured":
+        return "<br>".join([*lines, "not measured", cell.note])
+    if cell.change is not None:
+        lines.append(f"ends at {number(cell.change)} [{number(cell.lower)}, {number(cell.upper)}] nats/token")
+        lines.append(f"peak {number(cell.peak)}")
+    else:
+        lines.append("diverges" if cell.state == "diverges" else "its end was not measured")
+    step = cell.collapse_step
+    lines.append("no collapse" if step is None else f"collapses at step {step}")
+    lines.append(f"by the {cell.basis}")
+    return "<br>".join([*lines, f"rough: {cell.note}"] if cell.rough else lines)
+
+
+def _plan(grid: WhatIfGrid) -> list[dict[str, Any]]:
+    """A frame around the cell of the plan, where the grid holds it; categories sit at whole numbers."""
+    frames: list[dict[str, Any]] = []
+    for y, row in enumerate(grid.rows):
+        for x, step in enumerate(grid.steps):
+            if grid.is_plan(row, step):
+                box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
+                frames.append({"type": "rect", **box, "line": {"color": "#0072B2", "width": 4}})
+    return frames
