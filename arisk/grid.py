@@ -5,6 +5,7 @@ No torch. A cell that was not measured is its own state, never 0 and never "safe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,8 +42,22 @@ class WhatIfCell:
     collapse_step: int | None = None
     note: str = ""
 
+    def text(self, threshold: float) -> str:
+        """The cell in a few characters: `~0.31!` is rough, ends at +0.31 nats/token and collapses.
+
+        `!` alone collapses with its end not measured, `×` diverges, `?` is not measured.
+        """
+        if self.state == "not_measured":
+            return "?"
+        rough = "~" if self.rough else ""
+        if self.change is None:
+            return rough + ("×" if self.state == "diverges" else "!")
+        digits = max(0, 1 - math.floor(math.log10(threshold)))
+        shown = f"{self.change:.{digits}f}".replace("-", "−") if abs(self.change) < 1e3 else "> 1e3"
+        return f"{rough}{shown}{'!' if self.collapse_step is not None else ''}"
+
     def stays_below(self, level: float) -> bool | None:
-        """Whether the upper interval stays below a level (nats) all the way; None = not known."""
+        """Whether the upper interval stays below a level (nats, ≤ threshold) all the way; None = unknown."""
         if self.state == "measured" and self.peak_upper is not None:
             return self.peak_upper < level
         return None if self.state == "not_measured" else False
@@ -58,6 +73,7 @@ class WhatIfRow:
         at_plan: the run of the planned number of steps.
         safe_steps: longest run whose upper interval stays below the threshold; None = not measured.
         at_least: the measured range ends before safety does: `safe_steps` is a lower limit.
+        rough: the learning rate is far above the plan; what is said of it is rather too good.
     """
 
     learning_rate: float
@@ -66,6 +82,13 @@ class WhatIfRow:
     at_plan: WhatIfCell
     safe_steps: int | None
     at_least: bool
+    rough: bool = False
+
+    def budget_text(self) -> str:
+        """`safe_steps` in words; a measured range that ends first says so."""
+        if self.safe_steps is None:
+            return "not measured"
+        return f"{'~' if self.rough else ''}{'≥ ' if self.at_least else ''}{self.safe_steps}"
 
 
 @dataclass(frozen=True)

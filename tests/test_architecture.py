@@ -40,6 +40,7 @@ RANKS = {
     "api": 6,
     "pipeline": 7,
     "status": 7,
+    "what_if": 7,
     "cli": 8,
     "__main__": 9,
 }
@@ -55,6 +56,8 @@ NO_TORCH = (
     "terminal",
     "errors",
     "problems",
+    "grid",
+    "what_if",
 )
 
 

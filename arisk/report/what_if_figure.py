@@ -28,7 +28,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
     known = {
         **base,
         "z": [[_shade(cell, top) for cell in row] for row in cells],
-        "text": [[cell_text(cell, grid.threshold) for cell in row] for row in cells],
+        "text": [[cell.text(grid.threshold) for cell in row] for row in cells],
         "texttemplate": "%{text}",
         "customdata": told,
         "hovertemplate": HOVER,
@@ -61,41 +61,22 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         layout,
         "Each cell is a whole run of that many steps at that peak learning rate, its schedule stretched to "
         "it; the number is the change of the safety loss it ends with, in nats per response token. "
-        f"! collapses (+{grid.threshold:g} reached on the way; alone: its end lies beyond what was "
-        "measured), × diverges, ~ rough (known to first order only), grey ? not measured, which is not the "
-        "same as safe. The framed cell is the plan. " + " ".join(grid.notes),
+        f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured). × "
+        "diverges. ~ rough: far above the planned rate, and rather too low. Grey ? was not measured; that is "
+        "not the same as safe. The framed cell is the plan. " + " ".join(grid.notes),
         "ΔL_s(η', k) = combined(τ'_k), τ'_k = Σ_{i≤k} η'_i, for τ'_k ≤ the largest τ measured",
         ["learning rate", "× plan", "longest safe run", *[f"{step} steps" for step in steps]],
         [
             [
                 number(row.learning_rate),
                 number(row.factor),
-                budget_text(row),
-                *[f"{cell_text(cell, grid.threshold)} ({cell.basis})" for cell in row.cells],
+                row.budget_text(),
+                *[f"{cell.text(grid.threshold)} ({cell.basis})" for cell in row.cells],
             ]
             for row in grid.rows
         ],
         None if filled else "no cell of the grid was measured",
     )
-
-
-def cell_text(cell: WhatIfCell, threshold: float) -> str:
-    """A cell in a few characters: `~0.31!` is rough, ends at +0.31 and collapses."""
-    if cell.state == "not_measured":
-        return "?"
-    rough = "~" if cell.rough else ""
-    if cell.change is None:
-        return rough + ("×" if cell.state == "diverges" else "!")
-    digits = max(0, 1 - math.floor(math.log10(threshold)))
-    shown = f"{cell.change:.{digits}f}".replace("-", "−") if abs(cell.change) < 1e3 else "> 1e3"
-    return f"{rough}{shown}{'!' if cell.collapse_step is not None else ''}"
-
-
-def budget_text(row: WhatIfRow) -> str:
-    """The longest safe run of a learning rate; a measured range that ends first says so."""
-    if row.safe_steps is None:
-        return "not measured"
-    return f"≥ {row.safe_steps}" if row.at_least else str(row.safe_steps)
 
 
 def _shade(cell: WhatIfCell, top: float) -> float | None:

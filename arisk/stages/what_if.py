@@ -10,8 +10,9 @@ What this does not know:
 
 * Flow times beyond the rollout. They are not measured, and nothing is extrapolated. Only where the
   local model is trusted that far, and does not contradict the rollout, it fills the cell.
-* Batch noise, which grows with η, and the stability limit: from `ROUGH_FACTOR` times the planned rate
-  on a cell is marked rough. Smaller rates wander less, so their cells err on the safe side.
+* Batch noise, which grows with η, and the stability limit. A smaller rate wanders less than the plan, so
+  its cells err on the safe side; a larger one wanders more, and its cells are rather too low: above
+  `ROUGH_FACTOR` times the planned rate they are marked rough.
 * Whether a smaller learning rate survives where the plan diverges: not measured.
 """
 
@@ -76,6 +77,7 @@ def _row(source: Known, rate: float, lengths: Sequence[int]) -> WhatIfRow:
         at_plan=_cell(source, rate, source.horizon),
         safe_steps=safe,
         at_least=at_least,
+        rough=rate / source.training.learning_rate > ROUGH_FACTOR,
     )
 
 
@@ -83,7 +85,7 @@ def _cell(source: Known, rate: float, steps: int) -> WhatIfCell:
     """One run, by the rollout where it reaches, else by the local model where that is trusted."""
     factor, threshold = rate / source.training.learning_rate, source.config.collapse_threshold
     rough = factor > ROUGH_FACTOR
-    note = f"{factor:.3g} times the planned learning rate: right to first order only" if rough else ""
+    note = f"{factor:.3g} times the planned learning rate: rather too low" if rough else ""
     why = "the rollout was not run, and the local model is not trusted here"
     rolled = source.rolled
     if rolled is not None:

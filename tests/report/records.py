@@ -83,7 +83,7 @@ def grid(holes=False):
         alarm=0.03,
         steps=[50, 100, 200],
         rows=[
-            WhatIfRow(1e-3 * factor, factor, row, row[1], budget, at_least=False)
+            WhatIfRow(1e-3 * factor, factor, row, row[1], budget, at_least=factor == 0.5, rough=factor > 1)
             for factor, row, budget in zip((0.5, 1.0, 2.0), rows, safe, strict=True)
         ],
         notes=["How it was filled."],
