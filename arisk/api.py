@@ -95,6 +95,7 @@ class RiskReport:
             provenance={"source": "Python API"},
             show_text=show_text,
             max_examples=25,
+            measured=self.rollout,
         )
 
     def __repr__(self) -> str:

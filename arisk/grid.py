@@ -22,7 +22,8 @@ class WhatIfCell:
         state: `measured`: known to its end; `collapses`: reaches the threshold where it is known, its
             end lies beyond; `diverges`; `not_measured`.
         basis: forecaster that filled it: `rollout` (the combined curve), `local`, or `none`.
-        rough: known to first order only, see `arisk.stages.what_if`.
+        rough: far above the planned learning rate, and rather too low; or from the local model with
+            the optimizer's preconditioner frozen. See `arisk.stages.what_if`.
         change: ΔL_s at its end, lower and upper its interval (nats per response token); None where
             the end is not known.
         peak: largest ΔL_s on the way, peak_upper that of the upper interval; None as above.
@@ -53,7 +54,9 @@ class WhatIfCell:
         if self.change is None:
             return rough + ("×" if self.state == "diverges" else "!")
         digits = max(0, 1 - math.floor(math.log10(threshold)))
-        shown = f"{self.change:.{digits}f}".replace("-", "−") if abs(self.change) < 1e3 else "> 1e3"
+        # Adding 0 takes the sign off a zero that was rounded.
+        rounded = round(self.change, digits) + 0.0
+        shown = f"{rounded:.{digits}f}".replace("-", "−") if abs(rounded) < 1e3 else "> 1e3"
         return f"{rough}{shown}{'!' if self.collapse_step is not None else ''}"
 
     def stays_below(self, level: float) -> bool | None:
@@ -73,7 +76,7 @@ class WhatIfRow:
         at_plan: the run of the planned number of steps.
         safe_steps: longest run whose upper interval stays below the threshold; None = not measured.
         at_least: the measured range ends before safety does: `safe_steps` is a lower limit.
-        rough: the learning rate is far above the plan; what is said of it is rather too good.
+        rough: the learning rate is far above the plan, or a cell is rough.
     """
 
     learning_rate: float
@@ -88,7 +91,7 @@ class WhatIfRow:
         """`safe_steps` in words; a measured range that ends first says so."""
         if self.safe_steps is None:
             return "not measured"
-        return f"{'~' if self.rough else ''}{'≥ ' if self.at_least else ''}{self.safe_steps}"
+        return f"{'≥ ' if self.at_least else ''}{'~' if self.rough else ''}{self.safe_steps}"
 
 
 @dataclass(frozen=True)

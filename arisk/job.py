@@ -239,6 +239,7 @@ def _report(job: Job, workspace: Path) -> None:
         provenance=_provenance(job),
         show_text=config.report.show_text,
         max_examples=config.report.max_examples,
+        measured=job.record("rollout", RolloutResult),
     )
     write_text(workspace / REPORT_FILE, page)
     summary = {"format_version": FORMAT_VERSION, **_finite(summary_json(*records, title=title))}

@@ -158,7 +158,8 @@ def grid_text(grid: WhatIfGrid, *, cells: bool = False) -> str:
     answers = [
         f"cells filled by: {', '.join(used) or 'nothing'}",
         "! collapses (alone: its end was not measured)   × diverges   * the plan",
-        "~ rough, rather too low   ? not measured, which is not the same as safe",
+        "~ rough: far above the planned rate and rather too low, or by a frozen preconditioner",
+        "? not measured, which is not the same as safe",
         "",
         "safe-step budget, longest run with the upper interval below the threshold:",
         *[f"  {_rate(row)}: {row.budget_text()}" for row in grid.rows],

@@ -69,6 +69,16 @@ def test_the_tables_tell_every_state_apart():
     assert "note: a note" in rest
 
 
+def test_cells_in_a_few_characters():
+    def text(change, threshold=0.1, **changes):
+        return WhatIfCell(5, "measured", "rollout", change=change, **changes).text(threshold)
+
+    assert [text(v) for v in (0.0, -0.001, -0.02, 0.314, 12.0)] == ["0.00", "0.00", "−0.02", "0.31", "12.00"]
+    assert text(0.0123, threshold=0.02) == "0.012"
+    assert text(5e4, collapse_step=3) == "> 1e3!"
+    assert WhatIfCell(5, "diverges", "rollout", rough=True, collapse_step=3).text(0.1) == "~×"
+
+
 def test_long_form_and_json():
     lines = grid_text(grid(), cells=True).splitlines()
     assert "+0.01 … +inf" in lines[2]

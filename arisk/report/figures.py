@@ -5,32 +5,45 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.drift import drift_map
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, step_lines, thin, threshold_line
 from arisk.report.subspace_figures import module_map, overlap, spectrum
 from arisk.report.text import collapse_text, number
 from arisk.report.what_if_figure import what_if_map
-from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import (
+    CollectResult,
+    Curve,
+    ForecastResult,
+    RolloutResult,
+    ScoreResult,
+    SubspaceResult,
+)
 
 __all__ = ["all_figures"]
 
-#: Colours that stay apart for the colour-blind (Okabe and Ito 2008), and dashes beside them.
+#: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
 STYLE = {
-    "bound": ("#999999", "dot"),
+    "bound": ("#8a8a8a", "dot"),
     "local": ("#0072B2", "dash"),
-    "ray": ("#D55E00", "solid"),
-    "rollout": ("#009E73", "solid"),
+    "ray": ("#B8860B", "longdash"),
     "pilot": ("#CC79A7", "dashdot"),
-    "combined": ("#E69F00", "solid"),
+    "rollout": ("#009E73", "solid"),
+    "combined": ("#D55E00", "solid"),
 }
 
 
 def all_figures(
-    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, forecast: ForecastResult
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    measured: RolloutResult,
 ) -> dict[str, Figure]:
     """Every figure by id, in the order of the page."""
     made = [
-        forecast_fan(forecast),
+        forecast_fan(forecast, measured),
         what_if_map(forecast.what_if),
+        drift_map(forecast),
         virtual_move(scored, forecast.threshold),
         spectrum(space),
         module_map(collected, space.module_traces, "fisher-map", "Where safety lives", "tr F by module"),
@@ -46,30 +59,39 @@ def all_figures(
     return {figure.id: figure for figure in made}
 
 
-def forecast_fan(forecast: ForecastResult) -> Figure:
-    """Every forecaster's curve and interval, the threshold, and where it may be trusted."""
+def forecast_fan(forecast: ForecastResult, measured: RolloutResult) -> Figure:
+    """Every forecaster's curve, the interval of the one to read, the threshold, and trust horizons."""
     data: list[dict[str, Any]] = []
     cap = max(4 * forecast.threshold, 1e-12)
-    for name, curve in forecast.forecasters.items():
-        if curve.status == "measured":
-            data += _fan(name, curve)
+    shown = {name: c for name, c in forecast.forecasters.items() if c.status == "measured"}
+    leading = "combined" if "combined" in shown else forecast.verdict.basis
+    order = [name for name in STYLE if name in shown]
+    order += [name for name in shown if name not in STYLE]
+    # The one to read is drawn last, above all others.
+    for name in sorted(order, key=lambda name: name == leading):
+        data += _fan(name, shown[name], leads=name == leading)
     horizon = forecast.verdict.horizon
-    lines = [
-        reference_line(horizon=forecast.threshold, text=f"collapse threshold +{forecast.threshold:g}"),
-        *[
-            reference_line(step=curve.trusted_until, text=f"{name} trusted until {curve.trusted_until}")
-            for name, curve in forecast.forecasters.items()
-            if curve.trusted_until is not None and 0 < curve.trusted_until < horizon
-        ],
+    marks = [
+        (curve.trusted_until, f"{name} trusted until {curve.trusted_until}")
+        for name, curve in shown.items()
+        if curve.trusted_until is not None and 0 < curve.trusted_until < horizon
     ]
-    tops = [v for c in forecast.forecasters.values() for v in c.median if math.isfinite(v)]
+    if measured.status == "measured" and 0 < measured.pilot_steps < horizon:
+        marks.append((measured.pilot_steps, f"pilot ends at {measured.pilot_steps}"))
+    lines = [
+        threshold_line(
+            forecast.threshold, shown[leading].collapse_step if leading in shown else None, horizon
+        ),
+        *step_lines(marks, horizon),
+    ]
+    tops = [v for c in shown.values() for v in c.median if math.isfinite(v)]
     layout = axes(
         "optimizer step",
         "change of safety loss (nats / response token)",
         shapes=[line["shape"] for line in lines],
         annotations=[line["annotation"] for line in lines],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     lowest = min([0.0, *tops])
     layout["yaxis"]["range"] = [1.1 * lowest - 0.05 * cap, min(cap, max([forecast.threshold, *tops]) * 1.15)]
@@ -82,10 +104,14 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
         "Forecast",
         data,
         layout,
-        "Each line is one forecaster's safety loss along the planned run; the band is its "
-        f"{forecast.confidence:.0%} interval over safety samples and fine-tuning batches. Safety has "
-        "collapsed where a line reaches the threshold. Left of its trust line the local model agrees with "
-        "measured losses. The bound is a lower bound, not a forecast. The axis ends at four thresholds.",
+        "Each line is one forecaster's safety loss along the planned run, in nats per response token over "
+        f"optimizer steps. The thick line is the one to read; its band is its {forecast.confidence:.0%} "
+        "interval over safety samples and what the method is known to get wrong. Safety has collapsed where "
+        "a line reaches the threshold. Right of its trust line a thin line no longer agrees with measured "
+        "losses or was not measured. The bound is a lower bound, not a forecast. The axis ends at four "
+        "thresholds.",
+        "rollout: measured L_s(θ_k) − L_s(θ*) along the virtual run · pilot: outputs extrapolated, "
+        "z₀ + (z_k − z₀)(τ/τ_k)^p · combined: their mean in log space, the pilot's weight ∝ τ_pilot/τ · "
         "local: ⟨ḡ_s, δ_k⟩ + ½ δ_kᵀF δ_k · ray: measured L_s(θ* + x_k u) − L_s(θ*) · "
         "bound: ½ max(½ γ̂t² − ε̂t, 0)²",
         ["forecaster", "collapse", "rise at the end", "note"],
@@ -94,17 +120,18 @@ def forecast_fan(forecast: ForecastResult) -> Figure:
     )
 
 
-def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
+def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
+    """The line of one forecaster; the leading one is thick and has its band."""
     colour, dash = STYLE.get(name, ("#56B4E9", "solid"))
     steps = list(curve.steps)
-    label = f"{name} (lower bound)" if curve.kind == "bound" else name
+    label = "lower bound" if curve.kind == "bound" else name
     traces: list[dict[str, Any]] = []
-    if curve.kind == "forecast":
+    if leads and curve.kind == "forecast":
         hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
-        band = {"fill": "tonexty", "fillcolor": f"{colour}2e"}
+        band = {"fill": "tonexty", "fillcolor": f"{colour}30"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
-    line = {"color": colour, "dash": dash, "width": 2.5}
+    line = {"color": colour, "dash": dash, "width": 4 if leads else 1.5}
     traces.append(
         {
             "type": "scatter",
@@ -135,7 +162,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
     c = scored.c_update[:, None] * scored.probe_times[None]
     curves = {
         "safety": (scored.probe_safety.mean(0).tolist(), "#D55E00", "solid"),
-        "quadratic model of safety": ((c + 0.5 * c**2).mean(0).tolist(), "#0072B2", "dash"),
+        "quadratic model": ((c + 0.5 * c**2).mean(0).tolist(), "#0072B2", "dash"),
         "fine-tuning": (scored.probe_finetune.tolist(), "#009E73", "dashdot"),
     }
     control = scored.probe_control
@@ -159,7 +186,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         shapes=[line["shape"]],
         annotations=[line["annotation"]],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     layout["xaxis"]["type"] = "log"
     measured = [v for values, _, _ in curves.values() for v in values if math.isfinite(v)]
@@ -170,7 +197,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         [
             number(times[i]),
             number(curves["safety"][0][i]),
-            number(curves["quadratic model of safety"][0][i]),
+            number(curves["quadratic model"][0][i]),
             "not measured" if control is None else number(float(control[i])),
             number(curves["fine-tuning"][0][i]),
         ]

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
+from arisk.report.rollout_section import method, rollout_section
 from arisk.report.sections import (
     conditions,
     esc,
@@ -27,7 +28,14 @@ from arisk.report.sections import (
     worth,
 )
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, percent
-from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult, Verdict
+from arisk.results import (
+    CollectResult,
+    ForecastResult,
+    RolloutResult,
+    ScoreResult,
+    SubspaceResult,
+    Verdict,
+)
 
 __all__ = ["render_report"]
 
@@ -51,6 +59,7 @@ def render_report(
     provenance: Mapping[str, Any],
     show_text: bool,
     max_examples: int,
+    measured: RolloutResult,
 ) -> str:
     """The whole report as one self-contained HTML page; equal records give equal bytes.
 
@@ -63,8 +72,9 @@ def render_report(
         provenance: command, versions, stages, config.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the examples table.
+        measured: the rollout, for its cost and its table.
     """
-    figures = all_figures(collected, space, scored, forecast)
+    figures = all_figures(collected, space, scored, forecast, measured)
     shown = [
         {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout}
         for f in figures.values()
@@ -75,12 +85,15 @@ def render_report(
             _verdict(forecast),
             _findings(findings(collected, space, scored, forecast)),
             _figure(figures["forecast"], tall=True),
-            f'<div class="two">{_figure(figures["what-if"])}{_figure(figures["move"])}</div>',
+            _figure(figures["what-if"], tall=True),
+            f'<div class="two">{_figure(figures["drift"])}{_figure(figures["move"])}</div>',
+            rollout_section(measured, forecast),
             examples(scored, show_text, max_examples),
             f'<div class="two">{_figure(figures["fisher-map"])}{_figure(figures["harm-map"])}</div>',
             f'<div class="two">{_figure(figures["spectrum"])}{_figure(figures["overlap"])}</div>',
             conditions(scored),
             quality(collected, space, scored, forecast),
+            method(),
             worth(),
             provenance_section(collected, provenance),
         ]

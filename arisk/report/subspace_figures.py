@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arisk.report.figure import TABLE_ROWS, Figure, axes, clean, thin
+from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, thin
 from arisk.report.text import layer_and_type, number
 from arisk.results import CollectResult, ScoreResult, SubspaceResult
 
@@ -49,7 +49,7 @@ def spectrum(space: SubspaceResult) -> Figure:
             "showgrid": False,
             "automargin": True,
         },
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     layout["yaxis"]["type"] = "log"
     rows = [[str(i), number(v), number(s)] for i, v, s in zip(index, values, shares, strict=True)]

@@ -19,7 +19,7 @@ def summary_json(
     *,
     title: str,
 ) -> dict[str, Any]:
-    """Plain values: verdict, forecasters, overlap, subspace, findings. None is not measured."""
+    """Plain values: verdict, forecasters, what-if grid, overlap, subspace, findings. None is not measured."""
     return {
         "title": title,
         "verdict": dataclasses.asdict(forecast.verdict),
@@ -37,6 +37,12 @@ def summary_json(
             "heldout_energy": space.heldout_energy,
         },
         "samples": len(collected.losses),
+        "what_if": dataclasses.asdict(forecast.what_if),
+        "rollout": {
+            "gradient_evaluations": forecast.gradient_evaluations,
+            "planned_evaluations": forecast.planned_evaluations,
+            "control_change": forecast.control_change[-1] if forecast.control_change else None,
+        },
         "findings": findings(collected, space, scored, forecast),
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
     }

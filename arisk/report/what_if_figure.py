@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
@@ -14,7 +15,6 @@ __all__ = ["what_if_map"]
 #: Light to dark, so that the order survives without colour; the middle is the threshold.
 COLOURS = [[0, "#fff5eb"], [0.5, "#fd8d3c"], [1, "#7f2704"]]
 UNKNOWN = "#b8bdc4"
-HOVER = "%{customdata}<extra></extra>"
 
 
 def what_if_map(grid: WhatIfGrid) -> Figure:
@@ -22,32 +22,35 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
     rates = [number(row.learning_rate) for row in grid.rows]
     steps = [str(step) for step in grid.steps]
     cells = [list(row.cells) for row in grid.rows]
-    base: dict[str, Any] = {"type": "heatmap", "x": steps, "y": rates, "xgap": 2, "ygap": 2}
+    base: dict[str, Any] = {
+        "type": "heatmap",
+        "x": steps,
+        "y": rates,
+        "xgap": 2,
+        "ygap": 2,
+        "texttemplate": "%{text}",
+        "textfont": {"size": 13},
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "hoverongaps": False,
+        "showscale": False,
+    }
     told = [[_hover(row, cell) for cell in row.cells] for row in grid.rows]
     top = 2 * grid.threshold
     known = {
         **base,
         "z": [[_shade(cell, top) for cell in row] for row in cells],
-        "text": [[cell.text(grid.threshold) for cell in row] for row in cells],
-        "texttemplate": "%{text}",
+        "text": [[_short(cell.text(grid.threshold)) for cell in row] for row in cells],
         "customdata": told,
-        "hovertemplate": HOVER,
-        "hoverongaps": False,
         "zmin": 0,
         "zmax": top,
         "colorscale": COLOURS,
-        "colorbar": {"title": {"text": "nats/token"}, "thickness": 10, "outlinewidth": 0},
     }
     unknown = {
         **base,
         "z": [[1 if cell.state == "not_measured" else None for cell in row] for row in cells],
         "text": [["?" if cell.state == "not_measured" else "" for cell in row] for row in cells],
-        "texttemplate": "%{text}",
         "customdata": told,
-        "hovertemplate": HOVER,
-        "hoverongaps": False,
         "colorscale": [[0, UNKNOWN], [1, UNKNOWN]],
-        "showscale": False,
     }
     data: list[dict[str, Any]] = [unknown, known]
     layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_plan(grid))
@@ -59,11 +62,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         "What if",
         data,
         layout,
-        "Each cell is a whole run of that many steps at that peak learning rate, its schedule stretched to "
-        "it; the number is the change of the safety loss it ends with, in nats per response token. "
-        f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured). × "
-        "diverges. ~ rough: far above the planned rate, and rather too low. Grey ? was not measured; that is "
-        "not the same as safe. The framed cell is the plan. " + " ".join(grid.notes),
+        _reading(grid),
         "ΔL_s(η', k) = combined(τ'_k), τ'_k = Σ_{i≤k} η'_i, for τ'_k ≤ the largest τ measured",
         ["learning rate", "× plan", "longest safe run", *[f"{step} steps" for step in steps]],
         [
@@ -77,6 +76,35 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         ],
         None if filled else "no cell of the grid was measured",
     )
+
+
+def _reading(grid: WhatIfGrid) -> str:
+    """How to read the map, how far each learning rate goes, and how the map was filled."""
+    parts = [
+        "Each cell is a whole run of that many steps at that peak learning rate, its schedule stretched to "
+        "it; the number is the change of the safety loss it ends with, in nats per response token; darker "
+        f"is more, up to +{2 * grid.threshold:g}.",
+        f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured).",
+        "× diverges.",
+        "~ rough: far above the planned rate and rather too low, or by the local model with a frozen "
+        "preconditioner.",
+        "Grey ? was not measured; that is not the same as safe.",
+        "The framed cell is the plan.",
+        _budgets(grid),
+        *grid.notes,
+    ]
+    return " ".join(parts)
+
+
+def _budgets(grid: WhatIfGrid) -> str:
+    """The longest safe run of every learning rate, in one line."""
+    runs = " · ".join(f"{number(row.learning_rate)}: {row.budget_text()}" for row in grid.rows)
+    return f"Longest run (steps) whose upper interval stays below the threshold, by learning rate: {runs}."
+
+
+def _short(text: str) -> str:
+    """Without the zero before the point: a cell of a phone holds five characters."""
+    return re.sub(r"(?<!\d)0\.", ".", text)
 
 
 def _shade(cell: WhatIfCell, top: float) -> float | None:
@@ -108,5 +136,7 @@ def _plan(grid: WhatIfGrid) -> list[dict[str, Any]]:
         for x, step in enumerate(grid.steps):
             if grid.is_plan(row, step):
                 box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
-                frames.append({"type": "rect", **box, "line": {"color": "#0072B2", "width": 4}})
+                # White around blue is seen on light cells and on dark ones.
+                for colour, width in (("#ffffff", 7), ("#0072B2", 3.5)):
+                    frames.append({"type": "rect", **box, "line": {"color": colour, "width": width}})
     return frames

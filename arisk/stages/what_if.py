@@ -77,7 +77,7 @@ def _row(source: Known, rate: float, lengths: Sequence[int]) -> WhatIfRow:
         at_plan=_cell(source, rate, source.horizon),
         safe_steps=safe,
         at_least=at_least,
-        rough=rate / source.training.learning_rate > ROUGH_FACTOR,
+        rough=rate / source.training.learning_rate > ROUGH_FACTOR or any(cell.rough for cell in cells),
     )
 
 

@@ -11,6 +11,7 @@ from arisk.results import (
     Curve,
     ForecastResult,
     OverlapNulls,
+    RolloutResult,
     ScoreResult,
     SubspaceResult,
     Verdict,
@@ -198,16 +199,14 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
         probe_finetune=None if holes else -times,
         probe_control=None if holes else times * 0.1,
     )
-    curves = {
-        "bound": curve("bound"),
-        "local": curve("local"),
-        "ray": missing("ray") if holes else curve("ray"),
-    }
+    curves = {"bound": curve("bound"), "local": curve("local")}
+    for name in ("ray", "pilot", "rollout", "combined"):
+        curves[name] = missing(name) if holes else curve(name, trusted_until=80 if name == "ray" else 100)
     verdict = Verdict(
         level="inconclusive" if holes else "high",
         sentence=text if text == HOSTILE else "Safety is forecast to collapse at step 70 of 100.",
         reasons=[text],
-        basis="local",
+        basis="local" if holes else "combined",
         probability=None if holes else 0.9,
         collapse_step=None if holes else 70,
         safe_steps=None if holes else 40,
@@ -219,12 +218,42 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
         confidence=0.8,
         training={"learning_rate": 1e-3, "steps": 100},
         verdict=verdict,
-        forecasters={**curves, "rollout": missing("rollout")},
+        forecasters=curves,
         diffusion=None if holes else 1e-4,
         what_if=grid(holes),
         warnings=[],
+        control_change=None if holes else [0.0, 0.01, 0.08],
+        gradient_evaluations=0 if holes else 34,
+        planned_evaluations=100,
     )
     return collected, space, scored, forecast
+
+
+def rolled(holes=False):
+    """The rollout behind the `rollout` curve, or the record of none."""
+    if holes:
+        from arisk.stages.rollout import skipped_rollout
+
+        return skipped_rollout("rollout.enabled is off")
+    safety = torch.tensor([[0.0, 0.03, 0.1], [0.0, 0.05, 0.3]], dtype=torch.float64)
+    return RolloutResult(
+        status="measured",
+        reason=None,
+        horizon=100,
+        pilot_steps=20,
+        steps=[0, 50, 100],
+        safety=safety,
+        control=torch.tensor([[0.0, 0.01, 0.08]], dtype=torch.float64),
+        finetune_loss=[math.nan, 1.5, 0.75],
+        kept_share=[1.0, 0.5, 1.0],
+        flow_time=[0.0, 0.05, 0.1],
+        diverged_at=None,
+        scales=[],
+        extrapolated=None,
+        gradient_evaluations=34,
+        safety_passes=3,
+        warnings=[],
+    )
 
 
 def page(title="a run", show_text=True, max_examples=25, **settings):
@@ -238,7 +267,12 @@ def page(title="a run", show_text=True, max_examples=25, **settings):
     }
     made = records(**settings)
     return render_report(
-        *made, title=title, provenance=provenance, show_text=show_text, max_examples=max_examples
+        *made,
+        title=title,
+        provenance=provenance,
+        show_text=show_text,
+        max_examples=max_examples,
+        measured=rolled(settings.get("holes", False)),
     )
 
 
