@@ -46,13 +46,21 @@ def all_figures(
         drift_map(forecast),
         virtual_move(scored, forecast.threshold),
         spectrum(space),
-        module_map(collected, space.module_traces, "fisher-map", "Where safety lives", "tr F by module"),
+        module_map(
+            collected,
+            space.module_traces,
+            "fisher-map",
+            "Where safety lives",
+            "tr F by module",
+            "nats² per unit of θ²",
+        ),
         module_map(
             collected,
             scored.module_second_order,
             "harm-map",
             "Where the first update does harm",
             "⟨F u, u⟩ by module",
+            "nats² per unit of flow time squared",
         ),
         overlap(scored),
     ]

@@ -12,7 +12,8 @@ function layoutOf(figure) {
   for (const key of ["xaxis", "yaxis", "yaxis2"]) {
     if (layout[key] || key !== "yaxis2") { layout[key] = { ...axis, ...layout[key] }; }
   }
-  if (narrow && layout.legend) { Object.assign(layout.legend, { entrywidth: 0.48, entrywidthmode: "fraction" }); }
+  const entries = figure.data.filter((trace) => trace.name).length;
+  if (narrow && layout.legend && entries > 4) { Object.assign(layout.legend, { entrywidth: 0.48, entrywidthmode: "fraction" }); }
   for (const note of layout.annotations || []) {
     note.bgcolor = colour("--card");
     note.borderpad = 1;
