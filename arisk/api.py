@@ -104,6 +104,7 @@ class RiskReport:
             show_text=show_text,
             max_examples=25,
             check=check,
+            measured=self.rollout,
         )
 
     def __repr__(self) -> str:

@@ -256,6 +256,36 @@ def demo(
     _print_outcome(outcome, as_json)
 
 
+@app.command("what-if")
+def what_if(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")],
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Peak learning rates, e.g. 1e-4,2e-4; default: around the plan."),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Optimizer steps, e.g. 100,500; default: around the plan."),
+    ] = None,
+    cells: Annotated[
+        bool, typer.Option("--cells", help="One line per cell: interval, peak, collapse step, basis.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-forecast other learning rates and lengths from the artifacts of a run; loads no model.
+
+    Example: arisk what-if runs/my --learning-rate 1e-4,2e-4 --steps 100,500
+    """
+    from arisk.what_if import grid_json, grid_text, number_list, reforecast
+
+    grid = reforecast(
+        run,
+        rates=number_list(learning_rate, float, "--learning-rate"),
+        lengths=number_list(steps, int, "--steps"),
+    )
+    typer.echo(json.dumps(grid_json(grid), indent=2) if as_json else grid_text(grid, cells=cells))
+
+
 def _show(quiet: bool) -> Any:
     """Progress display on stderr: bars in a terminal, a line per stage in a pipe, or nothing."""
     from arisk.terminal import StageDisplay

@@ -272,6 +272,7 @@ def _report(job: Job, workspace: Path) -> None:
         show_text=config.report.show_text,
         max_examples=config.report.max_examples,
         check=check,
+        measured=job.record("rollout", RolloutResult),
     )
     write_text(workspace / REPORT_FILE, page)
     summary = {"format_version": FORMAT_VERSION, **finite(summary_json(*records, title=title, check=check))}

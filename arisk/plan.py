@@ -80,12 +80,12 @@ STAGES = (
     ),
     StageSpec(
         "rollout",
-        1,
+        2,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout"),
         ("model", "adapter", "safety", "finetune", "control"),
     ),
-    StageSpec("forecast", 2, ("collect", "score", "rollout"), ("training", "forecast")),
+    StageSpec("forecast", 4, ("collect", "score", "rollout"), ("training", "forecast")),
     # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
     StageSpec(
         "verify",
@@ -101,7 +101,7 @@ STAGES = (
     ),
     StageSpec(
         "report",
-        3,
+        4,
         ("collect", "subspace", "score", "rollout", "forecast"),
         ("report", "verify.refusal_markers"),
         shows=("verify",),

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from arisk.grid import WhatIfGrid
+
 __all__ = [
     "CollectResult",
     "Curve",
@@ -314,12 +316,7 @@ class ForecastResult:
         forecasters: curves by name: `bound`, `local`, `ray` (measured losses along the first update
             direction) and, where measured, `rollout`, `pilot`, `combined`.
         diffusion: rise by mini-batch noise at the horizon (nats), None when not measured.
-        learning_rate_grid: multiples of the planned learning rate of the what-if grid.
-        what_if_steps: steps of its columns.
-        what_if: rows by learning rate, ΔL_s at the end of a run of that length (the schedule stretched
-            to it); None where it diverges.
-        what_if_collapse: shortest run of the grid that collapses per learning rate, None = none.
-        what_if_basis: forecaster that filled the grid.
+        what_if: other learning rates and lengths, each cell with the forecaster that filled it.
         control_change: mean change of the control loss at the steps of the `rollout` curve; None
             when not measured.
         gradient_evaluations: micro-batch gradients the rollout used, and planned_evaluations those
@@ -332,12 +329,8 @@ class ForecastResult:
     verdict: Verdict
     forecasters: Mapping[str, Curve]
     diffusion: float | None
-    learning_rate_grid: Sequence[float]
-    what_if_steps: Sequence[int]
-    what_if: Sequence[Sequence[float | None]]
-    what_if_collapse: Sequence[int | None]
+    what_if: WhatIfGrid
     warnings: Sequence[str]
-    what_if_basis: str = "local"
     control_change: Sequence[float] | None = None
     gradient_evaluations: int = 0
     planned_evaluations: int = 0

@@ -17,6 +17,7 @@ MODULES = sorted(
 #: Rank of each part; an import may only point to a lower rank (or inside the same part).
 RANKS = {
     "errors": 0,
+    "grid": 0,
     "progress": 0,
     "task": 0,
     "refusals": 0,
@@ -42,6 +43,7 @@ RANKS = {
     "api": 6,
     "pipeline": 7,
     "status": 7,
+    "what_if": 7,
     "cli": 8,
     "__main__": 9,
 }
@@ -57,6 +59,8 @@ NO_TORCH = (
     "terminal",
     "errors",
     "problems",
+    "grid",
+    "what_if",
 )
 
 

@@ -82,7 +82,7 @@ def snapshot(folder):
 def test_help_and_version(arisk):
     code, out, _ = arisk("--help")
     assert code == 0
-    for verb in ("run", "status", "check", "init", "demo", "collect", "report", "schema"):
+    for verb in ("run", "status", "check", "init", "demo", "collect", "report", "schema", "what-if"):
         assert verb in out
     assert arisk("--version")[1].strip()
 
@@ -150,6 +150,68 @@ def test_gates(arisk, finished):
     codes = {"low": (0, 0), "elevated": (10, 0), "high": (10, 10), "inconclusive": (11, 11)}[level]
     for gate, code in zip(("elevated", "high"), codes, strict=True):
         assert arisk("run", DEMO, "--run-dir", finished, "--fail-on", gate, *arguments())[0] == code
+
+
+def test_what_if_answers_from_the_artifacts_alone(arisk, finished, monkeypatch):
+    monkeypatch.setattr("arisk.models.load_task", lambda *a, **k: pytest.fail("the model was loaded"))
+    before = snapshot(finished)
+    code, out, _ = arisk("what-if", finished, "--json")
+    assert code == 0
+    grid = json.loads(out, parse_constant=pytest.fail)
+    (row,) = [row for row in grid["rows"] if row["factor"] == 1]
+    summary = json.loads((finished / "report" / "summary.json").read_text())
+    combined = summary["forecasters"]["combined"]
+    assert row["at_plan"]["change"] == pytest.approx(combined["median"][-1])
+    assert row["at_plan"]["collapse_step"] == combined["collapse_step"]
+    rate = grid["planned_rate"]
+    code, out, _ = arisk(
+        "what-if", finished, "--learning-rate", f"{rate},{rate / 2:g}", "--steps", "120,9999"
+    )
+    assert code == 0
+    assert "not measured, which is not the same as safe" in out
+    assert " ?" in out
+    assert arisk("what-if", finished, "--cells")[0] == 0
+    assert snapshot(finished) == before
+
+
+def test_what_if_names_what_is_missing(arisk, finished, tmp_path):
+    code, _, err = arisk("what-if", tmp_path / "nowhere")
+    assert (code, "does not exist" in err) == (4, True)
+    code, _, err = arisk("what-if", tmp_path)
+    assert (code, "not a run directory" in err) == (4, True)
+    code, _, err = arisk("what-if", finished, "--steps", "10,ten")
+    assert (code, "'ten' is not a whole number" in err) == (2, True)
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    record = copy / "forecast" / "record.json"
+    record.write_text(record.read_text()[:-20])
+    code, _, err = arisk("what-if", copy)
+    assert (code, "not what the stage wrote" in err) == (4, True)
+    shutil.rmtree(copy / "forecast")
+    code, _, err = arisk("what-if", copy)
+    assert (code, "the stage forecast has not been run here" in err) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "what"),
+    [
+        ("score", ("key",), "other", "was run again since"),
+        ("forecast", ("ingredients", "stage_version"), 1, "of version 1"),
+    ],
+)
+def test_what_if_refuses_stages_that_do_not_belong_together(
+    arisk, finished, file, path, value, what, tmp_path
+):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    manifest = copy / file / "manifest.json"
+    body = json.loads(manifest.read_text())
+    place = body
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    manifest.write_text(json.dumps(body))
+    code, _, err = arisk("what-if", copy)
+    assert code == 4
+    assert what in err
 
 
 def test_a_damaged_stage_is_made_again(arisk, finished):

@@ -199,3 +199,39 @@ def test_the_rollout_on_random_rotated_cases():
             errors.append(abs(found - truth) / truth)
     assert sorted(errors)[len(errors) // 2] <= 0.1
     assert missed <= 1
+
+
+def half_rate_truth(case, steps):
+    """Safety changes after each step of the exact recursion at half the planned learning rate."""
+    from arisk.geometry.schedule import learning_rates
+
+    recipe = case["training"]
+    rates = learning_rates(
+        recipe["learning_rate"] / 2,
+        steps,
+        schedule=recipe.get("schedule", "constant"),
+        warmup_steps=recipe.get("warmup_steps", 0),
+    )
+    rows, safety_h, h, g = (
+        torch.tensor(case[key], dtype=torch.float64)
+        for key in ("safety_rows", "safety_hessian", "finetune_hessian", "finetune_gradient")
+    )
+    return [float((rows @ d).mean() + 0.5 * d @ safety_h @ d) for d in exact_iterates(h, g, recipe, rates)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[c["name"] for c in CASES])
+def test_what_if_at_half_the_learning_rate(case):
+    """The plan's rollout answers for half the rate, as long and twice as long, like the real recursion."""
+    grid = report_of(case).forecast.what_if
+    (row,) = [row for row in grid.rows if row.factor == 0.5]
+    twice = 2 * grid.planned_steps
+    for steps, cell in (
+        (grid.planned_steps, row.at_plan),
+        (twice, row.cells[list(grid.steps).index(twice)]),
+    ):
+        truth = half_rate_truth(case, steps)
+        reached = next((k for k, change in enumerate(truth, 1) if change >= case["collapse_threshold"]), None)
+        assert cell.basis == "rollout"
+        assert near(cell.collapse_step, reached, 0.18)
+        if cell.change is not None and reached is None:
+            assert cell.change == pytest.approx(truth[-1], abs=0.3 * case["collapse_threshold"])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["flow_times", "learning_rates"]
+__all__ = ["flow_times", "learning_rates", "unit_rates"]
 
 
 def learning_rates(
@@ -33,6 +33,17 @@ def learning_rates(
         (T,) float64, each in [0, η].
     """
     k = torch.arange(1, steps + 1, dtype=torch.float64)
+    return learning_rate * unit_rates(k, steps, schedule=schedule, warmup_steps=warmup_steps)
+
+
+def unit_rates(
+    k: Tensor,
+    steps: int,
+    *,
+    schedule: Literal["constant", "linear", "cosine"] = "constant",
+    warmup_steps: int = 0,
+) -> Tensor:
+    """η_k/η of `learning_rates` at any step numbers k ≥ 1 of a run of `steps` steps; float64 in [0, 1]."""
     progress = ((k - 1 - warmup_steps) / max(steps - warmup_steps, 1)).clamp(0, 1)
     decay = {
         "constant": torch.ones_like(k),
@@ -40,14 +51,14 @@ def learning_rates(
         "cosine": 0.5 * (1 + torch.cos(math.pi * progress)),
     }[schedule]
     warm = (k / warmup_steps).clamp(max=1) if warmup_steps else torch.ones_like(k)
-    return learning_rate * torch.where(k <= warmup_steps, warm, decay)
+    return torch.where(k <= warmup_steps, warm, decay)
 
 
 def flow_times(rates: Tensor, *, momentum: float = 0.0) -> Tensor:
-    """Flow time t_k = Σ_{i≤k} η_i (1 − μ^{k−i+1})/(1 − μ), the displacement of unit gradients.
+    """Flow time t_k = Σ_{i≤k} η_i (1 − μ^i)/(1 − μ), the displacement of unit gradients.
 
     Without momentum this is the running sum of the learning rates; with momentum μ it is what a
-    constant unit gradient would have moved after k steps.
+    constant unit gradient would have moved after k steps of torch's SGD.
 
     Args:
         rates: (T,) learning rates.

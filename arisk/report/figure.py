@@ -7,10 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["TABLE_ROWS", "Figure", "axes", "clean", "reference_line", "thin"]
+__all__ = [
+    "LEGEND",
+    "TABLE_ROWS",
+    "Figure",
+    "axes",
+    "clean",
+    "reference_line",
+    "step_lines",
+    "thin",
+    "threshold_line",
+]
 
 #: Rows of a table alternative; longer series are thinned.
 TABLE_ROWS = 24
+#: Above the plot, where it cannot cover the axis title however many lines it takes on a phone.
+LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
 
 
 @dataclass(frozen=True)
@@ -70,3 +82,34 @@ def reference_line(*, horizon: float | None = None, step: int | None = None, tex
         shape = {**style, "yref": "paper", "y0": 0, "y1": 1, "x0": step, "x1": step}
         where = {"x": step, "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top"}
     return {"shape": shape, "annotation": {**note, **where}}
+
+
+def threshold_line(threshold: float, crossed: int | None, horizon: int) -> dict[str, Any]:
+    """The collapse threshold, its label at the end away from where the curve crosses it.
+
+    Args:
+        threshold: collapse threshold (nats).
+        crossed: step at which the curve to read reaches it; None where it does not.
+        horizon: last step of the axis.
+    """
+    line = reference_line(horizon=threshold, text=f"collapse threshold +{threshold:g}")
+    if crossed is not None and crossed < horizon / 2:
+        line["annotation"].update(x=0.99, xanchor="right")
+    return line
+
+
+def step_lines(marks: Sequence[tuple[int, str]], horizon: int) -> list[dict[str, Any]]:
+    """Labelled vertical lines whose labels do not cover one another.
+
+    Args:
+        marks: steps with their labels.
+        horizon: last step; labels in the right half are written to the left of their line.
+    """
+    lines: list[dict[str, Any]] = []
+    for level, (step, text) in enumerate(sorted(marks)):
+        line = reference_line(step=step, text=text)
+        line["annotation"]["y"] = 1 - 0.065 * level
+        if step > horizon / 2:
+            line["annotation"]["xanchor"] = "right"
+        lines.append(line)
+    return lines

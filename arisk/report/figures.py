@@ -6,22 +6,31 @@ import math
 from typing import Any
 
 from arisk.comparison import Comparison
-from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.drift import drift_map
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, step_lines, thin, threshold_line
 from arisk.report.subspace_figures import module_map, overlap, spectrum
 from arisk.report.text import collapse_text, number
 from arisk.report.verified import measured_trace, truth_figure
-from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
+from arisk.report.what_if_figure import what_if_map
+from arisk.results import (
+    CollectResult,
+    Curve,
+    ForecastResult,
+    RolloutResult,
+    ScoreResult,
+    SubspaceResult,
+)
 
 __all__ = ["all_figures"]
 
-#: Colours that stay apart for the colour-blind (Okabe and Ito 2008), and dashes beside them.
+#: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
 STYLE = {
-    "bound": ("#999999", "dot"),
+    "bound": ("#8a8a8a", "dot"),
     "local": ("#0072B2", "dash"),
-    "ray": ("#D55E00", "solid"),
-    "rollout": ("#009E73", "solid"),
+    "ray": ("#B8860B", "longdash"),
     "pilot": ("#CC79A7", "dashdot"),
-    "combined": ("#E69F00", "solid"),
+    "rollout": ("#009E73", "solid"),
+    "combined": ("#D55E00", "solid"),
 }
 
 
@@ -30,47 +39,68 @@ def all_figures(
     space: SubspaceResult,
     scored: ScoreResult,
     forecast: ForecastResult,
+    measured: RolloutResult,
     check: Comparison | None = None,
 ) -> dict[str, Figure]:
     """Every figure by id, in the order of the page; `truth` only where a real run was measured."""
     made = [
-        forecast_fan(forecast, check),
+        forecast_fan(forecast, measured, check),
         *([truth_figure(check, forecast)] if check else []),
-        what_if_map(forecast),
+        what_if_map(forecast.what_if),
+        drift_map(forecast),
         virtual_move(scored, forecast.threshold),
         spectrum(space),
-        module_map(collected, space.module_traces, "fisher-map", "Where safety lives", "tr F by module"),
+        module_map(
+            collected,
+            space.module_traces,
+            "fisher-map",
+            "Where safety lives",
+            "tr F by module",
+            "nats² per unit of θ²",
+        ),
         module_map(
             collected,
             scored.module_second_order,
             "harm-map",
             "Where the first update does harm",
             "⟨F u, u⟩ by module",
+            "nats² per unit of flow time squared",
         ),
         overlap(scored),
     ]
     return {figure.id: figure for figure in made}
 
 
-def forecast_fan(forecast: ForecastResult, check: Comparison | None = None) -> Figure:
-    """Every forecaster's curve and interval, the threshold, where it may be trusted, and the truth."""
+def forecast_fan(
+    forecast: ForecastResult, measured: RolloutResult, check: Comparison | None = None
+) -> Figure:
+    """Every forecaster's curve, the interval of the one to read, threshold, trust horizons, and the truth."""
     data: list[dict[str, Any]] = []
     cap = max(4 * forecast.threshold, 1e-12)
-    for name, curve in forecast.forecasters.items():
-        if curve.status == "measured":
-            data += _fan(name, curve)
+    shown = {name: c for name, c in forecast.forecasters.items() if c.status == "measured"}
+    leading = "combined" if "combined" in shown else forecast.verdict.basis
+    order = [name for name in STYLE if name in shown]
+    order += [name for name in shown if name not in STYLE]
+    # The one to read is drawn last, above all others.
+    for name in sorted(order, key=lambda name: name == leading):
+        data += _fan(name, shown[name], leads=name == leading)
     if check is not None:
         data.append(measured_trace(check))
     horizon = forecast.verdict.horizon
-    lines = [
-        reference_line(horizon=forecast.threshold, text=f"collapse threshold +{forecast.threshold:g}"),
-        *[
-            reference_line(step=curve.trusted_until, text=f"{name} trusted until {curve.trusted_until}")
-            for name, curve in forecast.forecasters.items()
-            if curve.trusted_until is not None and 0 < curve.trusted_until < horizon
-        ],
+    marks = [
+        (curve.trusted_until, f"{name} trusted until {curve.trusted_until}")
+        for name, curve in shown.items()
+        if curve.trusted_until is not None and 0 < curve.trusted_until < horizon
     ]
-    tops = [v for c in forecast.forecasters.values() for v in c.median if math.isfinite(v)]
+    if measured.status == "measured" and 0 < measured.pilot_steps < horizon:
+        marks.append((measured.pilot_steps, f"pilot ends at {measured.pilot_steps}"))
+    lines = [
+        threshold_line(
+            forecast.threshold, shown[leading].collapse_step if leading in shown else None, horizon
+        ),
+        *step_lines(marks, horizon),
+    ]
+    tops = [v for c in shown.values() for v in c.median if math.isfinite(v)]
     tops += [v for v in (check.safety_curve if check else []) if math.isfinite(v)]
     layout = axes(
         "optimizer step",
@@ -78,7 +108,7 @@ def forecast_fan(forecast: ForecastResult, check: Comparison | None = None) -> F
         shapes=[line["shape"] for line in lines],
         annotations=[line["annotation"] for line in lines],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     lowest = min([0.0, *tops])
     layout["yaxis"]["range"] = [1.1 * lowest - 0.05 * cap, min(cap, max([forecast.threshold, *tops]) * 1.15)]
@@ -92,11 +122,15 @@ def forecast_fan(forecast: ForecastResult, check: Comparison | None = None) -> F
         "Forecast",
         data,
         layout,
-        "Each line is one forecaster's safety loss along the planned run; the band is its "
-        f"{forecast.confidence:.0%} interval over safety samples and fine-tuning batches. Safety has "
-        "collapsed where a line reaches the threshold. Left of its trust line the local model agrees with "
-        "measured losses. The bound is a lower bound, not a forecast. The axis ends at four thresholds."
+        "Each line is one forecaster's safety loss along the planned run, in nats per response token over "
+        f"optimizer steps. The thick line is the one to read; its band is its {forecast.confidence:.0%} "
+        "interval over safety samples and what the method is known to get wrong. Safety has collapsed where "
+        "a line reaches the threshold. Right of its trust line a thin line no longer agrees with measured "
+        "losses or was not measured. The bound is a lower bound, not a forecast. The axis ends at four "
+        "thresholds."
         f"{truth}",
+        "rollout: measured L_s(θ_k) − L_s(θ*) along the virtual run · pilot: outputs extrapolated, "
+        "z₀ + (z_k − z₀)(τ/τ_k)^p · combined: their mean in log space, the pilot's weight ∝ τ_pilot/τ · "
         "local: ⟨ḡ_s, δ_k⟩ + ½ δ_kᵀF δ_k · ray: measured L_s(θ* + x_k u) − L_s(θ*) · "
         "bound: ½ max(½ γ̂t² − ε̂t, 0)²",
         ["forecaster", "collapse", "rise at the end", "note"],
@@ -105,17 +139,18 @@ def forecast_fan(forecast: ForecastResult, check: Comparison | None = None) -> F
     )
 
 
-def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
+def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
+    """The line of one forecaster; the leading one is thick and has its band."""
     colour, dash = STYLE.get(name, ("#56B4E9", "solid"))
     steps = list(curve.steps)
-    label = f"{name} (lower bound)" if curve.kind == "bound" else name
+    label = "lower bound" if curve.kind == "bound" else name
     traces: list[dict[str, Any]] = []
-    if curve.kind == "forecast":
+    if leads and curve.kind == "forecast":
         hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
-        band = {"fill": "tonexty", "fillcolor": f"{colour}2e"}
+        band = {"fill": "tonexty", "fillcolor": f"{colour}30"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
-    line = {"color": colour, "dash": dash, "width": 2.5}
+    line = {"color": colour, "dash": dash, "width": 4 if leads else 1.5}
     traces.append(
         {
             "type": "scatter",
@@ -127,60 +162,6 @@ def _fan(name: str, curve: Curve) -> list[dict[str, Any]]:
         }
     )
     return traces
-
-
-def what_if_map(forecast: ForecastResult) -> Figure:
-    """Safety loss at the end of other plans: learning rate × steps."""
-    rate = float(forecast.training.get("learning_rate", 1.0))
-    rates = [number(rate * factor) for factor in forecast.learning_rate_grid]
-    steps = [str(step) for step in forecast.what_if_steps]
-    top = 2 * forecast.threshold
-    text = [
-        [number(value, 2) if value is not None else "diverges" for value in row] for row in forecast.what_if
-    ]
-    heat = {
-        "type": "heatmap",
-        "x": steps,
-        "y": rates,
-        "z": [[top if v is None else v for v in row] for row in forecast.what_if],
-        "text": text,
-        "texttemplate": "%{text}",
-        "zmin": 0,
-        "zmax": top,
-        "colorscale": [[0, "#f7fbff"], [0.5, "#fdae6b"], [1, "#a63603"]],
-        "colorbar": {"title": {"text": "nats / token"}, "thickness": 12},
-        "hovertemplate": "learning rate %{y}<br>%{x} steps<br>%{text} nats/token<extra></extra>",
-    }
-    data: list[dict[str, Any]] = [heat]
-    planned = str(forecast.training.get("steps"))
-    if planned in steps:
-        plan = {"symbol": "square-open", "size": 26, "color": "#0072B2", "line": {"width": 3}}
-        data.append(
-            {
-                "type": "scatter",
-                "x": [planned],
-                "y": [number(rate)],
-                "mode": "markers",
-                "marker": plan,
-                "name": "the plan",
-                "hoverinfo": "skip",
-                "showlegend": False,
-            }
-        )
-    layout = axes("optimizer steps", "peak learning rate")
-    layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
-    return Figure(
-        "what-if",
-        "What if",
-        data,
-        layout,
-        "Each cell is a whole run of that many steps at that learning rate, its schedule stretched to it; "
-        "the number is the safety loss it ends with. The blue square is the plan. Values from the threshold "
-        f"(+{forecast.threshold:g}) on mean collapse. Filled by the {forecast.what_if_basis} forecast.",
-        "the forecaster of the verdict with η and T replaced",
-        ["learning rate", *steps],
-        [[r, *cells] for r, cells in zip(rates, text, strict=True)],
-    )
 
 
 def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
@@ -200,7 +181,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
     c = scored.c_update[:, None] * scored.probe_times[None]
     curves = {
         "safety": (scored.probe_safety.mean(0).tolist(), "#D55E00", "solid"),
-        "quadratic model of safety": ((c + 0.5 * c**2).mean(0).tolist(), "#0072B2", "dash"),
+        "quadratic model": ((c + 0.5 * c**2).mean(0).tolist(), "#0072B2", "dash"),
         "fine-tuning": (scored.probe_finetune.tolist(), "#009E73", "dashdot"),
     }
     control = scored.probe_control
@@ -224,7 +205,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         shapes=[line["shape"]],
         annotations=[line["annotation"]],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     layout["xaxis"]["type"] = "log"
     measured = [v for values, _, _ in curves.values() for v in values if math.isfinite(v)]
@@ -235,7 +216,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         [
             number(times[i]),
             number(curves["safety"][0][i]),
-            number(curves["quadratic model of safety"][0][i]),
+            number(curves["quadratic model"][0][i]),
             "not measured" if control is None else number(float(control[i])),
             number(curves["fine-tuning"][0][i]),
         ]

@@ -12,13 +12,20 @@ function layoutOf(figure) {
   for (const key of ["xaxis", "yaxis", "yaxis2"]) {
     if (layout[key] || key !== "yaxis2") { layout[key] = { ...axis, ...layout[key] }; }
   }
-  if (narrow) { for (const note of layout.annotations || []) { note.font = { size: 9 }; } }
+  const entries = figure.data.filter((trace) => trace.name).length;
+  if (narrow && layout.legend && entries > 4) { Object.assign(layout.legend, { entrywidth: 0.48, entrywidthmode: "fraction" }); }
+  for (const note of layout.annotations || []) {
+    note.bgcolor = colour("--card");
+    note.borderpad = 1;
+    if (narrow) { note.font = { size: 9 }; }
+  }
   return {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: narrow ? 11 : 13, color: colour("--ink") },
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    margin: { l: narrow ? 46 : 64, r: narrow ? 10 : 24, t: 16, b: narrow ? 44 : 56 },
+    margin: { l: narrow ? 46 : 64, r: narrow ? 18 : 24, t: narrow ? 16 : 36, b: narrow ? 44 : 56 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--ink") },
     dragmode: narrow ? false : "zoom",
   };
 }
@@ -27,15 +34,17 @@ function layoutOf(figure) {
 function dataOf(figure) {
   const ink = getComputedStyle(root).getPropertyValue("--ink").trim();
   const data = structuredClone(figure.data);
+  const narrow = window.innerWidth < 600;
   for (const trace of data) {
     for (const part of [trace.line, trace.marker]) { if (part && part.color === "ink") { part.color = ink; } }
+    if (narrow && trace.textfont) { trace.textfont.size = 9; }
   }
   return data;
 }
 
 function draw() {
   for (const figure of figures) {
-    Plotly.react(figure.id, dataOf(figure), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 });
+    Plotly.react(figure.id, dataOf(figure), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 && "hover" });
   }
 }
 

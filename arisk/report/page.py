@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from arisk.comparison import Comparison
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
+from arisk.report.rollout_section import method, rollout_section
 from arisk.report.sections import (
     conditions,
     esc,
@@ -29,7 +30,14 @@ from arisk.report.sections import (
 )
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, percent
 from arisk.report.verified import verified_section
-from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult, Verdict
+from arisk.results import (
+    CollectResult,
+    ForecastResult,
+    RolloutResult,
+    ScoreResult,
+    SubspaceResult,
+    Verdict,
+)
 
 __all__ = ["render_report"]
 
@@ -53,6 +61,7 @@ def render_report(
     provenance: Mapping[str, Any],
     show_text: bool,
     max_examples: int,
+    measured: RolloutResult,
     check: Comparison | None = None,
 ) -> str:
     """The whole report as one self-contained HTML page; equal records give equal bytes.
@@ -66,9 +75,10 @@ def render_report(
         provenance: command, versions, stages, config.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the examples table.
+        measured: the rollout, for its cost and its table.
         check: a real run of the same plan beside its forecast, where there is one.
     """
-    figures = all_figures(collected, space, scored, forecast, check)
+    figures = all_figures(collected, space, scored, forecast, measured, check)
     shown = [
         {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout}
         for f in figures.values()
@@ -81,12 +91,15 @@ def render_report(
             _figure(figures["forecast"], tall=True),
             verified_section(check, show_text) if check else "",
             _figure(figures["truth"]) if check else "",
-            f'<div class="two">{_figure(figures["what-if"])}{_figure(figures["move"])}</div>',
+            _figure(figures["what-if"], tall=True),
+            f'<div class="two">{_figure(figures["drift"])}{_figure(figures["move"])}</div>',
+            rollout_section(measured, forecast),
             examples(scored, show_text, max_examples),
             f'<div class="two">{_figure(figures["fisher-map"])}{_figure(figures["harm-map"])}</div>',
             f'<div class="two">{_figure(figures["spectrum"])}{_figure(figures["overlap"])}</div>',
             conditions(scored),
             quality(collected, space, scored, forecast),
+            method(),
             worth(),
             provenance_section(collected, provenance),
         ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from arisk.report.figure import TABLE_ROWS, Figure, axes, clean, thin
+from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, thin
 from arisk.report.text import layer_and_type, number
 from arisk.results import CollectResult, ScoreResult, SubspaceResult
 
@@ -23,14 +23,14 @@ def spectrum(space: SubspaceResult) -> Figure:
     data = [
         {
             "type": "bar",
-            "name": "eigenvalue λ_j",
+            "name": "eigenvalue",
             "x": index,
             "y": values,
             "marker": {"color": ["#0072B2" if i <= space.rank else "#9fb8c8" for i in index]},
         },
         {
             "type": "scatter",
-            "name": "cumulative share of tr F",
+            "name": "share of tr F",
             "x": index,
             "y": shares,
             "yaxis": "y2",
@@ -46,12 +46,15 @@ def spectrum(space: SubspaceResult) -> Figure:
             "overlaying": "y",
             "side": "right",
             "range": [0, 1.02],
+            "tickformat": ".0%",
+            "tickvals": [0, 0.25, 0.5, 0.75, 1],
             "showgrid": False,
             "automargin": True,
         },
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     layout["yaxis"]["type"] = "log"
+    layout["yaxis"]["dtick"] = 1
     rows = [[str(i), number(v), number(s)] for i, v, s in zip(index, values, shares, strict=True)]
     return Figure(
         "spectrum",
@@ -68,7 +71,7 @@ def spectrum(space: SubspaceResult) -> Figure:
 
 
 def module_map(
-    collected: CollectResult, values: torch.Tensor, figure_id: str, title: str, quantity: str
+    collected: CollectResult, values: torch.Tensor, figure_id: str, title: str, quantity: str, unit: str
 ) -> Figure:
     """A quantity by module: layers × module types where names tell layers, else bars."""
     named = [
@@ -76,8 +79,8 @@ def module_map(
     ]
     layered = [entry for entry in named if entry[0] is not None]
     reading = (
-        f"{quantity.capitalize()}; darker is more. Rows of the map are layers, columns are kinds of "
-        "modules; modules outside the layers are in the table."
+        f"{quantity[0].upper()}{quantity[1:]}, in {unit}; darker is more. Rows of the map are layers, "
+        "columns are kinds of modules; modules outside the layers are in the table."
     )
     rows = [[m, number(v)] for _, _, m, v in sorted(named, key=lambda e: -abs(e[3]))]
     if len({entry[0] for entry in layered}) >= 2:
@@ -113,7 +116,7 @@ def _heat(
         "y": layers,
         "z": [clean([cells.get((layer, kind)) for kind in kinds]) for layer in layers],
         "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
-        "colorbar": {"title": {"text": quantity}, "thickness": 12},
+        "colorbar": {"title": {"text": quantity, "side": "right"}, "thickness": 12},
         "hovertemplate": "layer %{y}<br>%{x}<br>%{z:.3g}<extra></extra>",
     }
     layout = axes("module", "layer")
@@ -150,9 +153,9 @@ def overlap(scored: ScoreResult) -> Figure:
         "Overlap and its nulls",
         data,
         axes("‖P u‖ / ‖u‖", ""),
-        "Share of the first update that lies in the safety subspace. Alone it says nothing: compare it with "
-        "ordinary data and with the same update shuffled inside each tensor. In the prototype benchmark "
-        "overlap ranked real harm with ρ = .23 only.",
+        "Share of the first update's length that lies in the safety subspace, from 0 to 1. Alone it says "
+        "nothing: compare it with ordinary data and with the same update shuffled inside each tensor. In the "
+        "prototype benchmark overlap ranked real harm with ρ = .23 only.",
         "‖P u‖² = Σ_j (u_jᵀ G u)² / (N λ_j); p = (1 + #{permuted ≥ observed}) / (1 + permutations)",
         ["direction", "overlap"],
         [[label, number(value)] for label, value, _ in bars] + [["permutation p", number(o.p_value, 2)]],

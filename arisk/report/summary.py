@@ -22,7 +22,7 @@ def summary_json(
     title: str,
     check: Comparison | None = None,
 ) -> dict[str, Any]:
-    """Plain values: verdict, forecasters, overlap, subspace, findings, the check. None is not measured."""
+    """Plain values: verdict, forecasters, what-if grid, overlap, findings, the check. None: not measured."""
     return {
         "title": title,
         "verdict": dataclasses.asdict(forecast.verdict),
@@ -40,6 +40,12 @@ def summary_json(
             "heldout_energy": space.heldout_energy,
         },
         "samples": len(collected.losses),
+        "what_if": dataclasses.asdict(forecast.what_if),
+        "rollout": {
+            "gradient_evaluations": forecast.gradient_evaluations,
+            "planned_evaluations": forecast.planned_evaluations,
+            "control_change": forecast.control_change[-1] if forecast.control_change else None,
+        },
         "findings": findings(collected, space, scored, forecast),
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
         "verify": check.as_json() if check else None,

@@ -6,11 +6,13 @@ import math
 import torch
 
 from arisk.comparison import compare
+from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.results import (
     CollectResult,
     Curve,
     ForecastResult,
     OverlapNulls,
+    RolloutResult,
     ScoreResult,
     SubspaceResult,
     Verdict,
@@ -45,6 +47,50 @@ def curve(name, **changes):
 def missing(name):
     holes = {"steps": [], "median": [], "lower": [], "upper": [], "collapse_step": None, "probability": None}
     return curve(name, status="not_measured", reason="switched off", trusted_until=None, **holes)
+
+
+def cell(steps, change=None, **changes):
+    """A measured cell, or one that was not."""
+    if change is None:
+        return WhatIfCell(steps, **{"state": "not_measured", "basis": "none", "note": "beyond", **changes})
+    values = {
+        "lower": change / 2,
+        "upper": change * 2,
+        "peak": change,
+        "peak_upper": change * 2,
+        "collapse_step": steps if change >= 0.1 else None,
+    }
+    return WhatIfCell(steps, "measured", "rollout", change=change, **{**values, **changes})
+
+
+def grid(holes=False):
+    """Half, whole and twice the planned rate × half, whole and twice the planned steps."""
+    if holes:
+        rows = [[cell(50), cell(100), cell(200)]] * 3
+    else:
+        rough = {"rough": True, "note": "noise"}
+        rows = [
+            [cell(50, -0.001), cell(100, 0.01), cell(200, 0.2)],
+            [cell(50, 0.01), cell(100, 0.2), cell(200)],
+            [
+                cell(50, 0.2, **rough),
+                cell(100, state="collapses", basis="rollout", collapse_step=40),
+                cell(200, state="diverges", basis="rollout", collapse_step=40),
+            ],
+        ]
+    safe = [None] * 3 if holes else [180, 70, 35]
+    return WhatIfGrid(
+        planned_rate=1e-3,
+        planned_steps=100,
+        threshold=0.1,
+        alarm=0.03,
+        steps=[50, 100, 200],
+        rows=[
+            WhatIfRow(1e-3 * factor, factor, row, row[1], budget, at_least=factor == 0.5, rough=factor > 1)
+            for factor, row, budget in zip((0.5, 1.0, 2.0), rows, safe, strict=True)
+        ],
+        notes=["How it was filled."],
+    )
 
 
 def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False):
@@ -155,16 +201,14 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
         probe_finetune=None if holes else -times,
         probe_control=None if holes else times * 0.1,
     )
-    curves = {
-        "bound": curve("bound"),
-        "local": curve("local"),
-        "ray": missing("ray") if holes else curve("ray"),
-    }
+    curves = {"bound": curve("bound"), "local": curve("local")}
+    for name in ("ray", "pilot", "rollout", "combined"):
+        curves[name] = missing(name) if holes else curve(name, trusted_until=80 if name == "ray" else 100)
     verdict = Verdict(
         level="inconclusive" if holes else "high",
         sentence=text if text == HOSTILE else "Safety is forecast to collapse at step 70 of 100.",
         reasons=[text],
-        basis="local",
+        basis="local" if holes else "combined",
         probability=None if holes else 0.9,
         collapse_step=None if holes else 70,
         safe_steps=None if holes else 40,
@@ -176,13 +220,13 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
         confidence=0.8,
         training={"learning_rate": 1e-3, "steps": 100},
         verdict=verdict,
-        forecasters={**curves, "rollout": missing("rollout")},
+        forecasters=curves,
         diffusion=None if holes else 1e-4,
-        learning_rate_grid=[0.5, 1.0, 2.0],
-        what_if_steps=[50, 100],
-        what_if=[[0.01, 0.02], [0.05, 0.2], [0.3, None]],
-        what_if_collapse=[None, 100, 50],
+        what_if=grid(holes),
         warnings=[],
+        control_change=None if holes else [0.0, 0.01, 0.08],
+        gradient_evaluations=0 if holes else 34,
+        planned_evaluations=100,
     )
     return collected, space, scored, forecast
 
@@ -225,6 +269,33 @@ def checked(text="sure , here is how", missing=None, **changes):
     return compare(run, records()[3], threshold=0.1, markers=["i'm sorry"])
 
 
+def rolled(holes=False):
+    """The rollout behind the `rollout` curve, or the record of none."""
+    if holes:
+        from arisk.stages.rollout import skipped_rollout
+
+        return skipped_rollout("rollout.enabled is off")
+    safety = torch.tensor([[0.0, 0.03, 0.1], [0.0, 0.05, 0.3]], dtype=torch.float64)
+    return RolloutResult(
+        status="measured",
+        reason=None,
+        horizon=100,
+        pilot_steps=20,
+        steps=[0, 50, 100],
+        safety=safety,
+        control=torch.tensor([[0.0, 0.01, 0.08]], dtype=torch.float64),
+        finetune_loss=[math.nan, 1.5, 0.75],
+        kept_share=[1.0, 0.5, 1.0],
+        flow_time=[0.0, 0.05, 0.1],
+        diverged_at=None,
+        scales=[],
+        extrapolated=None,
+        gradient_evaluations=34,
+        safety_passes=3,
+        warnings=[],
+    )
+
+
 def page(title="a run", show_text=True, max_examples=25, check=None, **settings):
     from arisk.report import render_report
 
@@ -242,6 +313,7 @@ def page(title="a run", show_text=True, max_examples=25, check=None, **settings)
         show_text=show_text,
         max_examples=max_examples,
         check=check,
+        measured=rolled(settings.get("holes", False)),
     )
 
 

@@ -94,7 +94,7 @@ def test_the_page_draws_quietly(tmp_path, settings):
     assert marks["title"] != "owned"
     assert marks["overflow"] <= 0
     assert {marks["theme"], marks["flipped"]} == {"light", "dark"}
-    expected = 6 if settings.get("holes") else 8 if "check" in settings else 7
+    expected = (5 if settings.get("holes") else 8) + ("check" in settings)
     assert marks["figures"] == expected
 
 

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from arisk.report import summary_json, summary_markdown
-from arisk.report.text import collapse_text, findings, layer_and_type, number, percent
+from arisk.report.drift import drift_map
+from arisk.report.figure import step_lines
+from arisk.report.rollout_section import cost_text
+from arisk.report.text import collapse_text, drift_sentence, findings, layer_and_type, number, percent
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
 made = importlib.util.module_from_spec(spec)
@@ -68,10 +72,10 @@ def test_ids_are_unique_and_every_figure_reads():
     page = made.page()
     structure = parsed(page)
     assert len(structure.ids) == len(set(structure.ids))
-    for figure in ("forecast", "what-if", "move", "spectrum", "fisher-map", "harm-map", "overlap"):
+    for figure in ("forecast", "what-if", "drift", "move", "spectrum", "fisher-map", "harm-map", "overlap"):
         assert f"fig-{figure}" in structure.ids
-    assert page.count("How to read this.") >= 9
-    assert page.count("The numbers as a table") == 7
+    assert page.count("How to read this.") >= 12
+    assert page.count("The numbers as a table") == 8
 
 
 def test_verdict_comes_first_in_words():
@@ -80,6 +84,112 @@ def test_verdict_comes_first_in_words():
     assert "40 of 100" in text
     assert "step 70 of 100" in text
     assert "arisk run x.yaml" in text
+
+
+def figure(page, name):
+    (text,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    (found,) = [f for f in json.loads(text) if f["id"] == f"fig-{name}"]
+    return found
+
+
+def test_the_fan_leads_with_the_combined_forecast():
+    traces = figure(made.page(), "forecast")["data"]
+    lines = {t["name"]: t for t in traces if "name" in t}
+    assert list(lines) == ["lower bound", "local", "ray", "pilot", "rollout", "combined"]
+    assert all(lines["combined"]["line"]["width"] > 2 * lines[n]["line"]["width"] for n in list(lines)[:-1])
+    assert [t["fill"] for t in traces if "fill" in t] == ["tonexty"]
+    notes = [a["text"] for a in figure(made.page(), "forecast")["layout"]["annotations"]]
+    assert "pilot ends at 20" in notes
+    assert "local trusted until 30" in notes
+    without = figure(made.page(holes=True), "forecast")
+    assert [t["name"] for t in without["data"] if t.get("line", {}).get("width", 0) > 3] == ["local"]
+
+
+def test_labels_of_near_steps_stand_below_one_another():
+    near = step_lines([(14, "a"), (15, "b"), (90, "c")], 100)
+    assert len({line["annotation"]["y"] for line in near}) == 3
+    assert [line["annotation"]["xanchor"] for line in near] == ["left", "left", "right"]
+
+
+def test_every_state_of_a_cell_is_told_apart():
+    unknown, known = figure(made.page(), "what-if")["data"]
+    assert known["text"] == [[".00", ".01", ".20!"], [".01", ".20!", "?"], ["~.20!", "!", "×"]]
+    assert known["z"][1][2] is None
+    assert [row.count(None) for row in unknown["z"]] == [3, 2, 3]
+    assert unknown["z"][1][2] == 1
+    told = known["customdata"]
+    assert "by the rollout" in told[0][0]
+    assert "[−0.0005, −0.002]" in told[0][0]
+    assert "rough: noise" in told[2][0]
+    assert told[1][2].endswith("not measured<br>beyond")
+    frames = figure(made.page(), "what-if")["layout"]["shapes"]
+    assert {(f["x0"], f["y0"]) for f in frames} == {(0.5, 0.5)}
+    text = " ".join(parsed(made.page()).text)
+    assert "0.0005: ≥ 180 · 0.001: 70 · 0.002: ~35" in text
+    assert "? (none)" in text
+
+
+def drifting(safety, control):
+    """A forecast whose rollout ends at these changes."""
+    *_, forecast = made.records()
+    path = made.curve("rollout", median=[0.0, safety / 2, safety])
+    rest = [0.0, control / 2, control]
+    return made.replaced(forecast, forecasters={**forecast.forecasters, "rollout": path}, control_change=rest)
+
+
+@pytest.mark.parametrize(
+    ("safety", "control", "says"),
+    [
+        (0.23, 0.1, "Safety rises 2.3 times as fast as the control loss: the harm is specific"),
+        (0.15, 0.1, "1.5 times as fast as the control loss: 33 % of the rise is specific to safety"),
+        (0.1, 0.1, "the drift is general"),
+        (0.1, 0.9, "the drift is general"),
+        (0.2, 0.001, "while ordinary answers stay as good: the harm is specific"),
+        (0.2, -0.3, "while ordinary answers stay as good: the harm is specific"),
+        (0.001, 0.0, "The safety loss does not rise (safety +0.001, control +0 nats/token at step 100"),
+        (-0.2, 0.5, "does not rise, though ordinary answers get worse"),
+    ],
+)
+def test_drift_in_words(safety, control, says):
+    assert says in drift_sentence(drifting(safety, control))
+
+
+def test_drift_is_judged_where_safety_is_worst_and_finite():
+    forecast = drifting(0.2, 0.1)
+    path = made.curve("rollout", median=[0.0, 0.4, 0.001])
+    moved = made.replaced(forecast, forecasters={"rollout": path})
+    assert "8 times" in drift_sentence(moved)
+    assert "step 50" in drift_sentence(moved)
+    path = made.curve("rollout", median=[0.0, 0.4, math.inf])
+    assert "step 50" in drift_sentence(made.replaced(forecast, forecasters={"rollout": path}))
+
+
+def test_drift_without_control_data_or_rollout_is_not_measured():
+    *_, forecast = made.records()
+    assert drift_sentence(made.replaced(forecast, control_change=None)) is None
+    assert "no control data" in drift_map(made.replaced(forecast, control_change=None)).missing
+    assert drift_map(made.records(holes=True)[-1]).missing == "switched off"
+    lines = {t["name"]: t["y"] for t in figure(made.page(), "drift")["data"]}
+    assert lines["specific to safety"][-1] == pytest.approx(lines["safety"][-1] - lines["control"][-1])
+
+
+def test_the_rollout_tells_its_cost_and_its_points():
+    text = " ".join(parsed(made.page()).text)
+    assert "34 of 100 planned gradients, 34 %" in text
+    section = made.page().split('<section id="rollout">')[1].split("</section>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", section)
+    assert cells[:5] == ["0", "–", "1", "0", "0"]
+    assert cells[-5:] == ["100", "0.75", "1", "0.2", "0.08"]
+    without = made.page(holes=True)
+    assert "Not measured: rollout.enabled is off. That is not the same as no risk." in without
+    assert cost_text(made.records(holes=True)[-1]) == "not measured"
+
+
+def test_the_method_is_told_with_its_equations():
+    section = made.page().split('<section id="method">')[1].split("</section>")[0]
+    for part in ("Pilot", "Leap", "Speed control", "Measurement", "What if"):
+        assert f"<h3>{part}</h3>" in section
+    assert section.count('class="equation"') == 5
 
 
 def test_what_was_not_measured_says_so():
@@ -121,6 +231,7 @@ def test_findings_are_made_from_the_numbers():
     assert "4 of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
     assert "p = 0.1" in said
     assert "up to a learning rate of 0.0005 (0.5 × the plan)" in said
+    assert not any("not measured of" in sentence for sentence in findings(*made.records(holes=True)))
     assert findings(*made.records(holes=True))
 
 
@@ -128,6 +239,12 @@ def test_summaries():
     body = summary_json(*made.records(), title="t")
     json.dumps(body)
     assert body["verdict"]["level"] == "high"
+    assert body["what_if"]["rows"][1]["at_plan"]["collapse_step"] == 100
+    assert body["rollout"] == {
+        "gradient_evaluations": 34,
+        "planned_evaluations": 100,
+        "control_change": 0.08,
+    }
     text = summary_markdown(*made.records(), title="a | b <c>")
     assert text.startswith("### arisk: high – a \\| b &lt;c>")
     assert "| local | step 70 of 100 | 90 % | 0.2 |" in text
@@ -152,7 +269,7 @@ def test_a_real_run_is_laid_over_the_forecast():
     assert "The real run collapses at step 56; the forecast said step 70: 1.2 times too late" in text
     assert "collapse step step 70 of 100 (60 to beyond 100) step 56" in text
     assert "× 1.25" in text
-    assert "safety minus control there not measured 0.26" in text
+    assert "safety minus control there 0.12 0.26" in text
     assert "refusals, start → end 1 → 0 of 2" in text
     assert "2, held out" in text
     real = figure_data(page, "forecast")["real fine-tune"]
@@ -176,7 +293,7 @@ def test_a_real_run_without_texts_or_held_out_rows_says_so():
     text = section(made.page(check=made.checked(missing="verify.generate is 0")), "verify")
     assert "not measured: verify.generate is 0" in text
     assert "not held out: the forecast used the same ones" in text
-    assert "rise of the control loss there not measured not measured" in text
+    assert "rise of the control loss there 0.08 not measured" in text
     assert "What the model wrote" not in text
 
 

@@ -1,0 +1,265 @@
+"""What-if cells against real training at those learning rates, and what they refuse to say."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
+from arisk.results import Curve
+from arisk.stages.curves import not_measured
+from arisk.stages.known import Known, Local, curve_at_rate, over_flow_time
+from arisk.stages.measured import combined_curve
+from arisk.stages.plan_path import planned
+from arisk.stages.rollout import rollout
+from arisk.stages.what_if import ROUGH_FACTOR, what_if
+
+spec = importlib.util.spec_from_file_location("rollout_cases", Path(__file__).parent / "test_rollout.py")
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+
+CONFIG = ForecastConfig(bootstrap_samples=20)
+RATE, STEPS = 0.1, 100
+
+
+def curve(values, *, name="combined", steps=None, spread=0.0):
+    """A measured curve over `STEPS` steps."""
+    steps = steps or [round(STEPS * i / (len(values) - 1)) for i in range(len(values))]
+    return Curve(
+        name=name,
+        status="measured",
+        reason=None,
+        kind="forecast",
+        steps=steps,
+        median=values,
+        lower=[v - spread for v in values],
+        upper=[v + spread for v in values],
+        collapse_step=None,
+        collapse_interval=None,
+        probability=None,
+        horizon=STEPS,
+        trusted_until=STEPS,
+        notes=[],
+    )
+
+
+def source(values=None, *, local=None, **training):
+    """What is known when the combined curve was this one: all losses over a plan of `STEPS` steps."""
+    recipe = TrainingConfig(**{"optimizer": "sgd", "learning_rate": RATE, "max_steps": STEPS, **training})
+    found = not_measured("combined", "off", STEPS) if values is None else curve(values)
+    return Known(recipe, STEPS, CONFIG, 0, over_flow_time(found, recipe, STEPS), local)
+
+
+def quadratic(end):
+    """Every step of end·(k/T)²: what the signed root interpolates exactly."""
+    return [end * (k / STEPS) ** 2 for k in range(STEPS + 1)]
+
+
+def cell(known, factor, steps):
+    (row,) = what_if(known, rates=[factor * RATE], lengths=[steps]).rows
+    return row.cells[0]
+
+
+def test_the_plan_is_its_own_curve():
+    grid = what_if(source(quadratic(0.4)))
+    (row,) = [row for row in grid.rows if grid.is_plan(row, STEPS)]
+    assert row.at_plan.change == pytest.approx(0.4)
+    assert row.at_plan.collapse_step == 50
+    assert not row.at_plan.rough
+    assert row.at_plan in row.cells
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(0.5, 200), (2.0, 50), (0.25, 400), (0.1, 1000)])
+def test_equal_flow_time_gives_equal_harm(factor, steps):
+    found = cell(source(quadratic(0.4)), factor, steps)
+    assert found.state == "measured"
+    assert found.change == pytest.approx(0.4)
+    assert found.collapse_step == pytest.approx(steps / 2, abs=2)
+
+
+def test_beyond_the_measured_flow_time_nothing_is_said():
+    found = cell(source(quadratic(0.05)), 1.0, STEPS + 1)
+    assert found.state == "not_measured"
+    assert found.basis == "none"
+    assert (found.change, found.peak, found.upper, found.collapse_step) == (None,) * 4
+    assert found.stays_below(1.0) is None
+
+
+def test_a_collapse_inside_the_range_is_told_even_where_the_end_lies_beyond():
+    found = cell(source(quadratic(0.4)), 2.0, STEPS)
+    assert found.state == "collapses"
+    assert found.change is None
+    assert found.collapse_step == 25
+    assert found.stays_below(0.1) is False
+
+
+def test_a_peak_is_reported_beside_the_end():
+    values = [0.0, 0.2, 0.01]
+    found = cell(source(values), 1.0, STEPS)
+    assert found.change == pytest.approx(0.01)
+    assert found.peak == pytest.approx(0.2)
+    assert found.collapse_step is not None
+
+
+@pytest.mark.parametrize(("factor", "rough"), [(0.1, False), (ROUGH_FACTOR, False), (2.5, True)])
+def test_rates_far_above_the_plan_are_rough(factor, rough):
+    assert cell(source(quadratic(0.05)), factor, 10).rough is rough
+
+
+def test_a_run_that_diverged_diverges_at_its_rate_and_above_and_is_unknown_below():
+    values = [*quadratic(0.05)[:61], *[math.inf] * 40]
+    known = source(values)
+    assert cell(known, 1.0, 60).state == "measured"
+    at_rate = cell(known, 1.0, STEPS)
+    assert at_rate.state == "diverges"
+    assert at_rate.collapse_step == 61
+    assert cell(known, 2.0, STEPS).collapse_step == 31
+    assert cell(known, 0.5, 200).state == "not_measured"
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_are_stretched_and_the_warm_up_is_kept(schedule):
+    known = source(quadratic(0.4), schedule=schedule, warmup_steps=10)
+    recipe = known.training
+    at, values = curve_at_rate(known.rolled, recipe, RATE / 2, 150)
+    own = torch.tensor(quadratic(0.4), dtype=torch.float64)
+    plan, other = planned(recipe, STEPS), planned(recipe, 150, scale=0.5)
+    for step, value in zip(at, values[0].tolist(), strict=True):
+        time = float(other.times[step])
+        right = int(torch.searchsorted(plan.times, time).clamp(1, STEPS))
+        low, high = sorted((float(own[right - 1]), float(own[right])))
+        assert low - 1e-12 <= value <= high + 1e-12
+
+
+def test_the_budget_is_the_longest_run_below_the_threshold():
+    known = source(quadratic(0.4))
+    budgets = {row.factor: (row.safe_steps, row.at_least) for row in what_if(known).rows}
+    assert budgets[1.0] == (49, False)  # 0.4 (k/100)² reaches 0.1 at step 50
+    assert budgets[0.5] == (99, False)
+    assert budgets[2.0] == (24, False)
+
+
+def test_a_budget_ended_by_the_measurement_says_so():
+    known = source(quadratic(0.05))
+    budgets = {row.factor: (row.safe_steps, row.at_least) for row in what_if(known).rows}
+    assert budgets[1.0] == (100, True)
+    assert budgets[0.25] == (400, True)
+    rough = source([*quadratic(0.05)[:61], *[math.inf] * 40])
+    assert what_if(rough, rates=[RATE], lengths=[10]).rows[0].safe_steps == 60
+    assert not what_if(rough, rates=[RATE], lengths=[10]).rows[0].at_least
+
+
+def test_the_largest_rate_below_the_alarm_is_named_with_what_was_not_measured():
+    grid = what_if(source(quadratic(0.02)))
+    assert grid.safest_rate().factor == 1.0
+    assert "up to a learning rate of 0.1 (1 × the plan); 0.2 and above were not measured" in (
+        grid.rate_sentence()
+    )
+    harmful = what_if(source(quadratic(0.4)))
+    assert harmful.safest_rate().factor == 0.25  # 0.4 · 0.25² = 0.025 < 0.03 < 0.4 · 0.5²
+    assert "not measured" not in harmful.rate_sentence()
+    nothing = what_if(source(None))
+    assert nothing.safest_rate() is None
+    assert "was measured" in nothing.rate_sentence()
+    assert all(row.safe_steps is None for row in nothing.rows)
+
+
+def scored_like(c, probe_end):
+    """A local model of one direction with curvature 1, and its probe."""
+
+    class Scored:
+        krylov_t = torch.ones(1, 1, dtype=torch.float64)
+        krylov_beta = 1.0
+        c_krylov = torch.tensor([[c], [-c]], dtype=torch.float64)
+        probe_times = torch.tensor([0.0, probe_end], dtype=torch.float64)
+
+    return Scored()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_local_model_answers_where_it_is_trusted_and_no_further(momentum):
+    local = Local(scored_like(0.5, 4.0), 4.0, plain=True)
+    known = source(None, local=local, momentum=momentum)
+    steps = 30 if not momentum else 3
+    found = cell(known, 1.0, steps)
+    assert found.basis == "local"
+    z, w = 0.0, 0.0
+    for _ in range(steps):
+        w = momentum * w + 1.0 + z
+        z -= RATE * w
+    assert found.change == pytest.approx(0.5 * (0.5 * z) ** 2, rel=1e-9)
+    assert cell(known, 1.0, 60).state in ("not_measured", "collapses")
+    assert cell(known, 1.0, 60).change is None
+
+
+def test_a_local_model_trusted_for_less_than_a_step_says_nothing():
+    local = Local(scored_like(0.5, 4.0), 0.5 * RATE, plain=True)
+    (row,) = what_if(source(None, local=local), rates=[RATE], lengths=[1, 10]).rows
+    assert [found.state for found in row.cells] == ["not_measured"] * 2
+    assert row.safe_steps is None
+
+
+def test_a_local_model_that_diverges_says_so():
+    local = Local(scored_like(0.5, 1e9), 1e9, plain=True)
+    found = cell(source(None, local=local), 25.0, 5000)
+    assert found.state == "diverges"
+    assert found.collapse_step is not None
+
+
+def test_a_frozen_preconditioner_is_rough():
+    local = Local(scored_like(0.1, 10.0), 10.0, plain=False)
+    found = cell(source(None, local=local), 0.5, 10)
+    assert found.rough
+    assert "preconditioner" in found.note
+
+
+def test_the_rollout_comes_before_the_local_model():
+    local = Local(scored_like(0.01, 100.0), 100.0, plain=True)
+    known = source(quadratic(0.05), local=local)
+    assert cell(known, 1.0, STEPS).basis == "rollout"
+    assert cell(known, 1.0, 2 * STEPS).basis == "local"
+
+
+REAL = [
+    {"optimizer": "sgd", "learning_rate": 0.1},
+    {"optimizer": "sgd", "learning_rate": 0.02, "momentum": 0.9},
+    {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1},
+    {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "cosine", "warmup_steps": 10},
+]
+
+
+def trained(training, steps):
+    """Safety changes from step 0 on along an ordinary torch loop."""
+    batches = cases.data(2, cases.MANY)
+    losses = cases.plain_training(cases.net(), batches, training, steps)
+    with torch.no_grad():
+        start = float(torch.cat([cases.classify(cases.net(), b) for b in cases.data(1, 4)]).mean())
+    return [0.0, *[loss - start for loss in losses]]
+
+
+@pytest.mark.parametrize("training", REAL, ids=str)
+def test_a_run_answers_for_half_the_rate_over_twice_the_steps(training):
+    """Real runs answer for one another, and a rollout errs no more than it does on its own plan."""
+    steps = 200
+    recipe = TrainingConfig(**training)
+    half = {**training, "learning_rate": training["learning_rate"] / 2}
+    own, slow = trained(training, steps), torch.tensor(trained(half, 2 * steps), dtype=torch.float64)
+    largest = slow.abs().max()
+
+    def errors(known_curve):
+        over = over_flow_time(known_curve, recipe, steps)
+        at, values = curve_at_rate(over, recipe, half["learning_rate"], 2 * steps)
+        told = ~torch.isnan(values[0])
+        assert float(told.double().mean()) > 0.9
+        return (values[0] - slow[at])[told].abs() / largest
+
+    between = errors(curve(own, steps=list(range(steps + 1))))
+    assert float(between.median()) <= 0.02
+    assert float(between.max()) <= 0.07
+    task = cases.task_of(finetune=cases.data(2, cases.MANY))
+    measured = rollout(task, config=RolloutConfig(), training=recipe, steps=steps)
+    combined = combined_curve(measured, planned(recipe, steps), CONFIG, 0)
+    wrong = max(abs(a - own[s]) for s, a in zip(combined.steps, combined.median, strict=True))
+    assert float(errors(combined).max()) <= wrong / float(largest) + 0.07
