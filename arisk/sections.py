@@ -125,7 +125,7 @@ class ForecastConfig(Section):
     """Bootstrap draws over safety samples and fine-tuning batches."""
     elevated_probability: Fraction = 0.1
     """P(collapse within the plan) from which the verdict is at least elevated."""
-    high_probability: Fraction = 0.5
+    high_probability: Fraction = 0.6
     """P(collapse within the plan) from which the verdict is high."""
     alarm_fraction: Fraction = 0.8
     """A predicted peak above this share of the threshold is elevated whatever its probability."""

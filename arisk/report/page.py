@@ -26,10 +26,10 @@ from arisk.report.sections import (
     provenance_section,
     quality,
     table,
-    worth,
 )
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, percent
 from arisk.report.verified import verified_section
+from arisk.report.worth import worth
 from arisk.results import (
     CollectResult,
     ForecastResult,

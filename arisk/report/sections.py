@@ -19,21 +19,7 @@ __all__ = [
     "provenance_section",
     "quality",
     "table",
-    "worth",
 ]
-
-#: What each predictor was worth on 128 real fine-tunes of a small aligned model.
-WORTH = (
-    ("overlap ‖Pg‖/‖g‖", ".23", ".63", "–", "–"),
-    ("curvature coupling γ̂", ".35", ".71", "–", "–"),
-    ("gradient conflict −cos(ḡ_s, g)", ".03", ".54", "–", "–"),
-    ("quartic forecast of the one earlier package", ".37", ".71", ".67", ".05"),
-    ("local model (second order, F)", ".57", ".88", ".31", ".12"),
-    ("local model (Krylov, F)", ".29", ".70", ".06", ".72"),
-    ("learning rate × steps × ‖g‖", ".64", ".88", "–", "–"),
-    ("one measured direction with speed control (ray)", ".81", ".97", ".15", ".09"),
-    ("20 real steps, loss extrapolated", ".81", ".97", ".20", ".02"),
-)
 
 
 def esc(value: Any) -> str:
@@ -158,26 +144,6 @@ def quality(
 def _parity(collected: CollectResult) -> str:
     parity = collected.engine.get("parity", {}).get(collected.engine.get("name"))
     return number(parity, 2)
-
-
-def worth() -> str:
-    """What each predictor was worth on real fine-tunes."""
-    header = (
-        "predictor",
-        "ρ with final safety drift",
-        "AUC for collapse",
-        "collapses called safe",
-        "false alarms",
-    )
-    return (
-        '<section id="worth"><h2>What each predictor is worth</h2>'
-        '<p class="reading"><b>How to read this.</b> Prototype benchmark, not this run: predictions made '
-        "before 128 real fine-tunes of a small aligned model (16 data sets; full and LoRA; SGD and AdamW), "
-        "against what then happened. ρ is the rank correlation; a second seed of the same fine-tunes reaches "
-        f"ρ = .905.</p>{table(header, WORTH)}"
-        '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '
-        "2508.02079; prior package: alignment-risk.</p></section>"
-    )
 
 
 def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def test_collapse_is_high_whatever_the_trust():
 def test_alarm_level_and_probability_are_elevated():
     assert verdict(curve(peak=0.01, upper=0.05)).level == "elevated"
     assert verdict(curve(peak=0.01, probability=0.2)).level == "elevated"
-    assert verdict(curve(peak=0.01, probability=0.6)).level == "high"
+    assert verdict(curve(peak=0.01, probability=0.7)).level == "high"
 
 
 def test_untrusted_local_gives_way_to_the_ray():

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.bench.validity.readme import publish
 from tests.bench.validity.report import all_tables, render
 from tests.bench.validity.work import compute_all, items
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="twelve jobs of three data sets")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--publish", action="store_true", help="put the tables into README and report")
     parser.add_argument("--tables-only", action="store_true", help="compute nothing")
     given = parser.parse_args()
     failed: list[str] = []
@@ -32,10 +34,13 @@ def main() -> None:
         failed = compute_all(items(quick=given.quick), given.folder, workers=given.workers)
     tables = all_tables(given.folder, quick=given.quick)
     text = render(tables)
+    plain = _plain(tables)
     given.folder.mkdir(parents=True, exist_ok=True)
-    (given.folder / "results.json").write_text(json.dumps(_plain(tables), indent=1) + "\n", encoding="utf-8")
+    (given.folder / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     (given.folder / "results.md").write_text(text, encoding="utf-8")
     print(text)
+    if given.publish and not given.quick:
+        publish(plain)
     if failed:
         sys.exit("these results are missing:\n" + "\n".join(failed))
 

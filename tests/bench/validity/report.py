@@ -24,6 +24,7 @@ from tests.bench.validity.tables import (
     rows_of,
     scalar_cases,
     verdict_rows,
+    what_if_cases,
 )
 from tests.bench.validity.work import QUICK, ablation_jobs
 
@@ -49,8 +50,11 @@ def all_tables(folder: Path, *, quick: bool) -> dict[str, Any]:
         "combined, made for the other seed": other_seed_cases(report, folder, CONFIG, "combined"),
     }
     _put(tables, "Ceiling: the same jobs with another seed", cases)
-    _main(tables, "Low contamination: 0.5 % and 2 % harmful rows", standard_jobs(LOW), folder)
+    _main(tables, "Low contamination", standard_jobs(LOW), folder)
     _main(tables, "Long runs", long_jobs(), folder)
+    every = [*report, *standard_jobs(FRESH)]
+    title = "What-if: a third or a quarter of a learning rate, read off its rollout"
+    _put(tables, title, what_if_cases(every, folder, CONFIG))
     jobs = ablation_jobs()
     parts = {"as shipped": cases_of(jobs, folder, CONFIG).get("rollout", [])}
     parts |= {name: ablation_cases(jobs, folder, name) for name in ABLATIONS}
@@ -67,7 +71,8 @@ def _main(tables: dict[str, Any], title: str, jobs: Sequence[Job], folder: Path)
     tables[f"{title}: ρ by group"] = group_rows(cases)
     tables[f"{title}: what ρ of `combined` is ahead of"] = differences(cases, "combined")
     columns = {k: v for k, v in measures(THRESHOLD, ALARM).items() if k in SCALAR_COLUMNS}
-    tables[f"{title}: plain numbers"] = rows_of(scalar_cases(jobs, folder), columns)
+    numbers = scalar_cases(jobs, folder)
+    tables[f"{title}: plain numbers"] = rows_of(numbers, columns) if numbers else []
     stated = {name: cases[name] for name in STATED}
     tables[f"{title}: coverage of 80 % intervals"] = rows_of(stated, coverage(THRESHOLD, 20))
     tables[f"{title}: verdicts"] = verdict_rows(jobs, folder, CONFIG, THRESHOLD)

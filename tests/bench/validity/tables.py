@@ -17,6 +17,7 @@ from arisk.stages.plan_path import planned
 from arisk.stages.verdict import decide
 from tests.bench.validity.jobs import Job, job_config
 from tests.bench.validity.scores import Case, Line, interval, resampled, rho
+from tests.bench.validity.whatif import stored_records, what_if_pairs
 
 #: Stands for the change of a run that diverged (nats).
 DIVERGED = 50.0
@@ -183,6 +184,21 @@ def verdict_rows(jobs: Sequence[Job], folder: Path, config: ForecastConfig, thre
         level = decide(curves, config, job.steps).level
         counts[level][truth.crossing(threshold) is None] += 1
     return [{"name": level, "collapsed": a, "did not": b} for level, (a, b) in counts.items()]
+
+
+def what_if_cases(jobs: Sequence[Job], folder: Path, config: ForecastConfig) -> dict[str, list[Case]]:
+    """The lower learning rate of every pair, forecast from the rollout at the higher one."""
+    named = {job.name: job for job in jobs}
+    found: dict[str, list[Case]] = {"read off the rollout at the higher rate": [], "its own forecast": []}
+    for name, pair in what_if_pairs(stored_records(folder, jobs)).items():
+        job = named[name]
+        truth, own = truth_line(job, folder), said_lines(job, folder, config)
+        if truth is None or not own or not pair["steps"]:
+            continue
+        read = Line(pair["steps"], [_plain(v) for v in pair["median"]])
+        for title, line in zip(found, (read, own["combined"]), strict=True):
+            found[title].append(Case(job.data, job.group, truth, line))
+    return found
 
 
 def rows_of(

@@ -1,0 +1,85 @@
+"""What each predictor was worth on real fine-tunes: the stored result of the validity benchmark."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arisk.report.sections import table
+
+__all__ = ["validity", "worth"]
+
+#: Rows of the table: name in the benchmark, and in the report.
+FORECASTERS = {
+    "combined": "combined (the verdict rests on it)",
+    "rollout": "rollout",
+    "pilot": "pilot, outputs extrapolated",
+    "30 real steps, loss extrapolated": "30 real steps, loss extrapolated",
+    "20 real steps, loss extrapolated": "20 real steps, loss extrapolated",
+    "local": "local model at the aligned point",
+    "ray": "ray: one measured direction",
+    "bound": "bound of the theory, read as a forecast",
+    "peer": "quartic forecast of the one earlier package",
+}
+NUMBERS = {
+    "initial fine-tuning loss": "fine-tuning loss before training",
+    "lr T |Dg|": "learning rate × steps × ‖Dg‖",
+    "lr T sqrt(d'Fd)": "learning rate × steps × √(dᵀFd)",
+    "gamma": "curvature coupling γ̂",
+    "overlap |Pg|/|g|": "overlap ‖Pg‖/‖g‖",
+    "gradient conflict": "gradient conflict −cos(ḡ_s, g)",
+}
+COLUMNS = ("ρ final", "AUC", "× step", "false-safe", "false-alarm")
+#: The part of the benchmark that is shown: data sets that no choice was made on.
+SHOWN = "Fresh mixtures"
+
+
+@functools.cache
+def validity() -> Mapping[str, list[dict[str, Any]]]:
+    """Tables of the benchmark by title, as `just bench-validity` wrote them."""
+    return json.loads((Path(__file__).parent / "validity.json").read_text(encoding="utf-8"))
+
+
+def worth() -> str:
+    """What each predictor was worth on real fine-tunes, as a section of the page."""
+    rows = [_row(FORECASTERS, found) for found in _ordered(SHOWN, FORECASTERS)]
+    rows += [_row(NUMBERS, found) for found in _ordered(f"{SHOWN}: plain numbers", NUMBERS)]
+    jobs = validity()[SHOWN][0]["jobs"]
+    header = (
+        "predictor",
+        "ρ with final safety drift",
+        "AUC for collapse",
+        "× off on the collapse step",
+        "collapses called safe",
+        "false alarms",
+    )
+    return (
+        '<section id="worth"><h2>What each predictor is worth</h2>'
+        '<p class="reading"><b>How to read this.</b> Benchmark, not this run: what was said before '
+        f"{jobs} real fine-tunes of a small aligned model, against what then happened to held-out safety "
+        "prompts (full and LoRA, SGD and AdamW, two learning rates, mixtures of data that no choice was made "
+        "on). ρ is the rank correlation; collapse is a rise of 0.1 nats per response token. Made by "
+        "<code>just bench-validity</code>; intervals and harder cases are in the README.</p>"
+        f"{table(header, rows)}"
+        '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '
+        "2508.02079; prior package: alignment-risk.</p></section>"
+    )
+
+
+def _ordered(title: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    found = {row["name"]: row for row in validity().get(title, [])}
+    return [found[name] for name in names if name in found]
+
+
+def _row(names: Mapping[str, str], found: Mapping[str, Any]) -> tuple[str, ...]:
+    return (names[found["name"]], *(_cell(found, column) for column in COLUMNS))
+
+
+def _cell(found: Mapping[str, Any], column: str) -> str:
+    value = found.get(column)
+    if value is None:
+        return "–"
+    return "∞" if value == "inf" else f"{value:.2f}"
