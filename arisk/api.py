@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.comparison import Comparison, compare
-from arisk.config import PipelineConfig
+from arisk.config import PipelineConfig, planned_steps
 from arisk.configfile import validate_mapping
 from arisk.gradients import GradientStore, layout_of
 from arisk.models.selection import select_parameters
@@ -36,7 +36,7 @@ from arisk.stages.collect import GRADIENTS_FOLDER, collect
 from arisk.stages.forecast import forecast
 from arisk.stages.rollout import rollout, skipped_rollout
 from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
-from arisk.stages.score import planned_steps, score
+from arisk.stages.score import score
 from arisk.stages.subspace import subspace
 from arisk.stages.verify import verify as real_run
 from arisk.task import Batch, LossFn, SampleSet, Task

@@ -7,12 +7,14 @@ file but the YAML itself (`arisk.configfile`).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from arisk.errors import ConfigError
 from arisk.problems import config_error
 from arisk.refusals import DEFAULT_MARKERS
 from arisk.sections import (
@@ -45,6 +47,7 @@ __all__ = [
     "TrainingConfig",
     "VerifyConfig",
     "data_sets",
+    "planned_steps",
 ]
 
 
@@ -193,6 +196,26 @@ class TrainingConfig(Section):
         if self.optimizer == "adamw" and self.momentum:
             raise ValueError("`momentum` belongs to sgd; adamw takes `betas`")
         return self
+
+
+def planned_steps(training: TrainingConfig, rows: int) -> int:
+    """Optimizer steps T of the plan: `max_steps`, or epochs over the known rows, or 200.
+
+    Raises:
+        ConfigError: epochs of a data set whose size is not known.
+    """
+    if training.max_steps is not None:
+        return training.max_steps
+    if training.epochs is None:
+        return 200
+    if rows == 0:
+        raise ConfigError(
+            "`epochs` needs a data set of known size, and the fine-tuning data names no rows",
+            where="training.epochs",
+            fix="give `training.max_steps` instead",
+        )
+    per_step = training.batch_size * training.gradient_accumulation
+    return max(1, math.ceil(training.epochs * rows / per_step))
 
 
 class VerifyConfig(Section):

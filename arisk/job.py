@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from arisk.artifacts import FORMAT_VERSION, read_record, read_tensors, write_tensors, write_text
-from arisk.config import Config
+from arisk.config import Config, planned_steps
 from arisk.configfile import dump_config
 from arisk.errors import ConfigError
 from arisk.plan import STAGES, StageState
@@ -190,7 +190,6 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
     from arisk.stages.rollout import rollout, skipped_rollout
-    from arisk.stages.score import planned_steps
 
     config = job.config
     if not config.rollout.enabled:
@@ -207,7 +206,6 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
 
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
     from arisk.stages.forecast import forecast
-    from arisk.stages.score import planned_steps
 
     del workspace
     scored: ScoreResult = job.record("score", ScoreResult)
@@ -225,7 +223,6 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
 
 
 def _verify(job: Job, workspace: Path) -> VerifyResult:
-    from arisk.stages.score import planned_steps
     from arisk.stages.verify import verify
 
     config = job.config

@@ -5,12 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["pilot_length", "rotated", "segment_count", "segment_ends"]
+from arisk.sections import RolloutConfig
 
+__all__ = ["pilot_length", "planned_points", "rollout_cost", "rotated", "segment_count", "segment_ends"]
+
+#: Steps of the pilot at which losses are measured.
+PILOT_POINTS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 45, 70, 100, 150, 200, 300, 500, 700, 1000)
 #: Real steps taken at the start at most, and as a share of the run; shorter runs are real throughout.
 PILOT_STEPS, PILOT_SHARE, ALL_REAL = 20, 0.2, 20
 #: Segments of a 200-step run, more for every factor of ten, and the share of the run they may cost.
 SEGMENTS, SEGMENTS_PER_DECADE, COST_SHARE = 8, 12, 0.38
+
+
+def planned_points(horizon: int, config: RolloutConfig) -> tuple[int, list[int]]:
+    """Real steps of the pilot, and the ends of all segments (the pilot's points among them)."""
+    inner = config.batches_per_segment
+    pilot = pilot_length(horizon, config.pilot_steps, inner)
+    points = [p for p in PILOT_POINTS if p < pilot] + [pilot]
+    count = config.segments or segment_count(horizon, pilot, inner)
+    return pilot, points + segment_ends(pilot, horizon, count, inner)
+
+
+def rollout_cost(horizon: int, config: RolloutConfig) -> tuple[int, int]:
+    """Gradients of a rollout in optimizer steps, and its passes over safety and control samples.
+
+    Every leap is checked by one gradient; rare rows, where there are any, cost one more per leap.
+    """
+    pilot, points = planned_points(horizon, config)
+    gradients, done = pilot, pilot
+    for end in points[points.index(pilot) + 1 :]:
+        real = min(end - done, config.batches_per_segment)
+        gradients += real + (config.speed_control and end - done > real)
+        done = end
+    return gradients, len(points) + 1
 
 
 def pilot_length(horizon: int, wanted: int | None, inner: int) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from arisk.config import Config
+from arisk.config import Config, planned_steps
+from arisk.geometry.segments import rollout_cost
 from arisk.models.adapters import attach_adapter, target_modules
 from arisk.models.batching import collate
 from arisk.models.loading import load_model, load_tokenizer
@@ -27,6 +28,8 @@ __all__ = ["check_task"]
 SHOWN = 2
 #: Gradient evaluations of a probe point, as forward passes are a third of one.
 FORWARD = 1 / 3
+#: Copies of the selected parameters in a rollout: θ*, three of the last real steps, the leap, two moments.
+COPIES = 7
 
 
 def check_task(config: Config) -> dict[str, Any]:
@@ -122,15 +125,27 @@ def _work(
     }
     free = shutil.disk_usage(_existing_parent(config.run.dir or Path("runs"))).free / 1e9
     keeps = config.collect.store != "gram" and disk <= min(config.collect.disk_budget_gb, 0.9 * free)
+    steps = planned_steps(config.training, rows.get("finetune", 0))
+    share = "off"
+    if config.rollout.enabled:
+        rolled, passes = rollout_cost(steps, config.rollout)
+        rows_per_step = batch * config.training.gradient_accumulation
+        measured = min(samples, config.rollout.eval_samples or samples)
+        measured += min(rows.get("control", 0), config.rollout.control_samples)
+        gradients["rollout"] = rolled * rows_per_step
+        gradients["rollout (forward passes, in gradients)"] = round(passes * measured * FORWARD)
+        share = f"{rolled} of {steps} planned optimizer steps ({rolled / steps:.0%})"
     planned = sum(gradients.values())
+    copies = COPIES * selected * 4 / 1e9 if config.rollout.enabled else 0.0
     return {
         "gradients of one row": {**gradients, "sum": planned},
+        "rollout": share,
         "time": "not estimated"
         if seconds is None
         else f"about {planned * seconds / 60:.1f} minutes here ({seconds:.2g} s per row and gradient)",
         "gradient store": f"{disk:.2f} GB on disk" if keeps else "none (gram): disk budget or config",
         "disk": f"{(disk if keeps else 0) + directions:.2f} GB of {free:.0f} GB free",
-        "memory": f"about {total * 4 / 1e9 + directions + 1.0:.1f} GB "
+        "memory": f"about {total * 4 / 1e9 + max(directions, copies) + 1.0:.1f} GB "
         "(model, directions, blocks) plus activations",
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from arisk.config import RolloutConfig, TrainingConfig
 from arisk.errors import NumericsError
 from arisk.geometry.schedule import learning_rates
-from arisk.geometry.segments import pilot_length, segment_count, segment_ends
+from arisk.geometry.segments import planned_points
 from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
 from arisk.progress import Progress, silent
 from arisk.results import RolloutResult
@@ -30,23 +30,12 @@ from arisk.stages.rare import RareRows
 from arisk.stages.rollout_state import Track, load_state, save_state
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
-__all__ = ["planned_points", "rollout", "skipped_rollout"]
+__all__ = ["rollout", "skipped_rollout"]
 
-#: Steps of the pilot at which losses are measured.
-PILOT_POINTS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 45, 70, 100, 150, 200, 300, 500, 700, 1000)
 #: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
 #: Seconds between two saved states of a long rollout.
 SAVE_EVERY = 30.0
-
-
-def planned_points(horizon: int, config: RolloutConfig) -> tuple[int, list[int]]:
-    """Real steps of the pilot, and the ends of all segments (the pilot's points among them)."""
-    inner = config.batches_per_segment
-    pilot = pilot_length(horizon, config.pilot_steps, inner)
-    points = [p for p in PILOT_POINTS if p < pilot] + [pilot]
-    count = config.segments or segment_count(horizon, pilot, inner)
-    return pilot, points + segment_ends(pilot, horizon, count, inner)
 
 
 def skipped_rollout(reason: str) -> RolloutResult:

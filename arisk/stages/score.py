@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from arisk.config import ScoreConfig, TrainingConfig
-from arisk.errors import ConfigError
 from arisk.geometry.lanczos import Krylov, lanczos
 from arisk.geometry.overlap import (
     fisher_norm_in_subspace,
@@ -32,7 +31,7 @@ from arisk.stages.safety_side import SafetySide
 from arisk.stages.update import Update, first_batches, measure_update
 from arisk.task import Batch, Task
 
-__all__ = ["DIRECTION_NAMES", "ScoreOutput", "planned_steps", "score"]
+__all__ = ["DIRECTION_NAMES", "ScoreOutput", "score"]
 
 #: Names of the P-sized vectors handed to the forecast beside the record.
 DIRECTION_NAMES = ("gradient", "noise_variance", "curvature_basis", "theta")
@@ -132,26 +131,6 @@ def score(
         warnings=_warnings(update, plan, config, task),
     )
     return ScoreOutput(record, _directions(scene, update, krylov, training))
-
-
-def planned_steps(training: TrainingConfig, rows: int) -> int:
-    """Optimizer steps T of the plan: `max_steps`, or epochs over the known rows, or 200.
-
-    Raises:
-        ConfigError: epochs of a data set whose size is not known.
-    """
-    if training.max_steps is not None:
-        return training.max_steps
-    if training.epochs is None:
-        return 200
-    if rows == 0:
-        raise ConfigError(
-            "`epochs` needs a data set of known size, and the fine-tuning data names no rows",
-            where="training.epochs",
-            fix="give `training.max_steps` instead",
-        )
-    per_step = training.batch_size * training.gradient_accumulation
-    return max(1, math.ceil(training.epochs * rows / per_step))
 
 
 def _krylov(

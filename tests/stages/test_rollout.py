@@ -8,7 +8,7 @@ from torch import nn
 
 from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.errors import NumericsError
-from arisk.geometry.segments import pilot_length, segment_count, segment_ends
+from arisk.geometry.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
 from arisk.gradients import layout_of, measuring
 from arisk.stages import rollout as stage
 from arisk.stages.leap import Block, Leaper
@@ -16,7 +16,7 @@ from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
 from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.plan_path import planned
 from arisk.stages.planned_run import BatchStream, PlannedRun
-from arisk.stages.rollout import planned_points, rollout, skipped_rollout
+from arisk.stages.rollout import rollout, skipped_rollout
 from arisk.task import SampleSet, Task
 
 #: Fine-tuning batches: few are seen again and again, many are noisy.
@@ -129,6 +129,12 @@ def test_short_horizons(horizon):
     assert points[-1] == horizon
     assert points == sorted(set(points))
     assert 1 <= pilot <= horizon
+
+
+@pytest.mark.parametrize("steps", [5, 20, 33, 60, 150, 400])
+def test_the_cost_is_known_before(steps):
+    made = run(task_of(finetune=data(2, MANY)), RECIPES[0], steps)
+    assert rollout_cost(steps, RolloutConfig()) == (made.gradient_evaluations, made.safety_passes)
 
 
 def test_segments_grow():
