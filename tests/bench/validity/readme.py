@@ -32,6 +32,10 @@ def block(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     fresh = next(title for title in PARTS if title in tables)
     kept = [row for row in tables[f"{fresh}: ρ by group"] if row["name"] in SHORT]
     parts.append(f"ρ within each mode and optimizer, fresh mixtures:\n\n{table(kept, GROUPS)}")
+    ahead = tables[f"{fresh}: what ρ of `combined` is ahead of"]
+    parts.append(
+        f"ρ of `combined` minus ρ of the others, paired, same jobs:\n\n{table(ahead, ('Δρ', '90 %'))}"
+    )
     verdicts = [
         {"name": title, **{row["name"]: f"{row['collapsed']} / {row['did not']}" for row in tables[key]}}
         for title, key in (
@@ -86,7 +90,8 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     lines = ["| " + " | ".join(["", *columns]) + " |", "| --- " * (len(columns) + 1) + "|"]
     for row in rows:
         cells = [cell(row.get(c), row.get(f"{c} 90 %")) for c in columns]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+        # A bar would end the cell.
+        lines.append("| " + " | ".join([row["name"].replace("|", "‖"), *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -100,6 +105,8 @@ def number(value: Any) -> str:
     """Two digits."""
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return "–".join(number(end) for end in value)
     if value == "inf":
         return "∞"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
