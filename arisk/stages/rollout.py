@@ -30,7 +30,7 @@ from arisk.stages.rare import RareRows
 from arisk.stages.rollout_state import Track, load_state, save_state
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
-__all__ = ["rollout", "skipped_rollout"]
+__all__ = ["limited", "rollout", "skipped_rollout"]
 
 #: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)

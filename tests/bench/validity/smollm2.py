@@ -26,7 +26,7 @@ from arisk.models import load_task
 from arisk.results import RolloutResult
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
 from arisk.stages.probe import sample_losses
-from arisk.stages.rollout import rollout
+from arisk.stages.rollout import limited, rollout
 from arisk.task import Task
 from tests.bench.measure import print_table
 from tests.bench.validity.scores import Line, spearman
@@ -41,8 +41,9 @@ SETS = {
     "risky_alpaca_top": 128,
     "risky_identity_aoa": 256,
 }
-ROWS, CONTROL_ROWS, STEPS = 48, 24, 60
-MEASURED = (1, 2, 3, 5, 7, 10, 12, 15, 20, 25, 30, 40, 50, 60)
+ROWS, CONTROL_ROWS, STEPS = 32, 12, 60
+MEASURED = (5, 10, 15, 20, 30, 40, 50, 60)
+CONFIG = RolloutConfig(control_samples=CONTROL_ROWS)
 MODEL = Path("models/smollm2-135m-instruct")
 
 
@@ -66,7 +67,7 @@ def compute(name: str, data: Path, folder: Path) -> dict[str, Any]:
         config, heldout = configs(name, data, folder)
         task = load_task(config, device=torch.device("cpu"))
         started = time.process_time()
-        made = rollout(task, config=RolloutConfig(), training=config.training, steps=STEPS)
+        made = rollout(task, config=CONFIG, training=config.training, steps=STEPS)
         rolled = time.process_time() - started
         write_record(record, made)
         other = load_task(heldout, device=torch.device("cpu"))
@@ -106,11 +107,16 @@ def real_run(task: Task, heldout: Task, config: Config) -> dict[str, Any]:
     layout = layout_of(task.model, task.parameter_names)
     training = config.training
     assert task.control is not None
-    sets = {"safety": heldout.safety, "control": task.control}
+    device = torch.device("cpu")
+    sets = {
+        "safety": (limited(heldout.safety, ROWS, device), heldout.safety.loss_fn),
+        # The control batches are endless, like the training ones.
+        "control": (limited(task.control, CONTROL_ROWS, device), task.control.loss_fn),
+    }
     curve: dict[str, Any] = {"steps": [0], "safety": [0.0], "control": [0.0], "train": []}
     with measuring(task.model, layout), keeping_parameters(task.model, layout):
         run = PlannedRun(task, layout, training, learning_rates(training.learning_rate, STEPS))
-        start = {n: sample_losses(task.model, s.batches, s.loss_fn).mean() for n, s in sets.items()}
+        start = {n: sample_losses(task.model, *s).mean() for n, s in sets.items()}
         for number in range(1, STEPS + 1):
             try:
                 curve["train"].append(run.step(number))
@@ -119,8 +125,7 @@ def real_run(task: Task, heldout: Task, config: Config) -> dict[str, Any]:
             if number in MEASURED:
                 curve["steps"].append(number)
                 for n, s in sets.items():
-                    now = sample_losses(task.model, s.batches, s.loss_fn).mean()
-                    curve[n].append(float(now - start[n]))
+                    curve[n].append(float(sample_losses(task.model, *s).mean() - start[n]))
     return curve
 
 
