@@ -43,6 +43,7 @@ class Block:
         mean: mean gradient ḡ. square: mean of squared gradients.
         count: q. loss: mean training loss before those steps.
         rare_share: share of the rare rows among those of the q steps; 0 where they are not known.
+        leaps: leaps made before it.
     """
 
     direction: list[Tensor]
@@ -51,6 +52,7 @@ class Block:
     count: int
     loss: float
     rare_share: float = 0.0
+    leaps: int = 0
 
 
 class Leaper:
@@ -73,7 +75,6 @@ class Leaper:
     ) -> None:
         self.run = run
         self.rare = rare
-        self.turn = 0
         self.speed_control = speed_control
         self.distance_correction = distance_correction
 
@@ -82,8 +83,8 @@ class Leaper:
         """Rows that real steps after a leap leave out, because leaps bring them in."""
         return self.rare.members if self.rare else frozenset()
 
-    def real(self, done: int, count: int, seen: int) -> Block:
-        """Steps done + 1 … done + count; the last `seen` of them describe the block.
+    def real(self, done: int, count: int, seen: int, leaps: int = 0) -> Block:
+        """Steps done + 1 … done + count after so many leaps; the last `seen` describe the block.
 
         Raises:
             NumericsError: the training loss is not finite.
@@ -116,7 +117,8 @@ class Leaper:
         rare = 0.0
         if self.rare and not self.run.stream.without:
             rare = self.rare.share_seen(done + count - seen + 1, done + count)
-        return Block([d.detach() for d in direction], mean, square, seen, sum(losses[-seen:]) / seen, rare)
+        loss = sum(losses[-seen:]) / seen
+        return Block([d.detach() for d in direction], mean, square, seen, loss, rare, leaps)
 
     def leap(self, block: Block, done: int, length: int) -> float:
         """Stand in for steps done + 1 … done + length; returns the share x of the way that was kept.
@@ -148,7 +150,7 @@ class Leaper:
         """
         missing = rare.share - block.rare_share
         weight = missing / (1 - block.rare_share)
-        gradient, loss = rare.gradient(self.turn)
+        gradient, loss = rare.gradient(block.leaps)
         clipped = rare.kept_by_clipping(block.mean, gradient)
         beta = self.run.training.betas[1]
         momentum = self.run.training.momentum if self.run.training.optimizer == "sgd" else 0.0
@@ -163,10 +165,9 @@ class Leaper:
         self._move(way, 1.0)
         expected = sum(float((g * w).sum()) for g, w in zip(gradient, way, strict=True))
         if expected < 0:
-            fallen = (rare.loss(self.turn) - loss) / expected
+            fallen = (rare.loss(block.leaps) - loss) / expected
             slowing = min(max(2 * (1 - fallen), 0.0), STIFFEST) if math.isfinite(fallen) else STIFFEST
             self._move(way, _kept(slowing) - 1)
-        self.turn += 1
 
     def _move(self, way: list[Tensor], share: float) -> None:
         with torch.no_grad():

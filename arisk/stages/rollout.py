@@ -175,11 +175,12 @@ class _Walk:
         """Leap where there is room for one, then real steps to `end`, then measure."""
         inner = self.config.batches_per_segment
         length, share = end - done - inner, 1.0
+        leaps = self.block.leaps if self.block is not None else 0
         if end > self.pilot and length > 0 and self.block is not None:
             self.planned.stream.without = self.leaper.left_out
             share = self.leaper.leap(self.block, done, length)
-            done += length
-        self.block = self.leaper.real(done, end - done, inner)
+            done, leaps = done + length, leaps + 1
+        self.block = self.leaper.real(done, end - done, inner, leaps)
         self.planned.stream.without = frozenset()
         self.measure(end, self.block.loss, share)
         if end == self.pilot and end < self.horizon:

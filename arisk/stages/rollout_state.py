@@ -21,6 +21,7 @@ from arisk.stages.planned_run import PlannedRun
 
 __all__ = ["Track", "load_state", "save_state"]
 
+BLOCK_VALUES = ("count", "loss", "rare_share", "leaps")
 VALUES, TENSORS = "state.json", "state-{}.safetensors"
 
 
@@ -83,7 +84,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         "pending": track.pending,
         "texts": list(track.texts.items()),
         "gradient_evaluations": run.gradient_evaluations,
-        "block": None if block is None else {"count": block.count, "loss": block.loss},
+        "block": None if block is None else {key: getattr(block, key) for key in BLOCK_VALUES},
     }
     write_text(workspace / VALUES, json.dumps(values))
     for old in workspace.glob(TENSORS.format("*")):

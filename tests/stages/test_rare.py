@@ -8,6 +8,7 @@ from torch import nn
 
 from arisk.config import RolloutConfig, TrainingConfig
 from arisk.gradients import layout_of, measuring
+from arisk.stages import rollout as stage
 from arisk.stages.planned_run import PlannedRun
 from arisk.stages.rare import RareRows, outliers
 from arisk.stages.rollout import rollout
@@ -94,6 +95,32 @@ def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
     expected = -batches.rows[:, :3].mean(0) * rate * (steps - made.pilot_steps) / (1 - momentum)
     # A heavy ball enters the first leap with what the pilot saw: the rare pull is off by a few steps.
     assert torch.allclose(moved, expected, rtol=1e-9 if momentum == 0 else 0.03)
+
+
+def test_a_killed_rollout_goes_on_with_the_same_rare_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    rows = linear_rows()
+    rows[:3, 1], rows[:3, 3] = -3, 4
+    settings = {
+        "config": RolloutConfig(),
+        "training": TrainingConfig(optimizer="adamw", learning_rate=0.01),
+        "steps": 300,
+    }
+    whole = rollout(linear_task(Rows(rows)), **settings)
+    real = stage.save_state
+
+    def stop(workspace, planned_run, track, block):
+        real(workspace, planned_run, track, block)
+        if track.steps[-1] > 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(linear_task(Rows(rows)), **settings, workspace=tmp_path)
+    monkeypatch.setattr(stage, "save_state", real)
+    resumed = rollout(linear_task(Rows(rows)), **settings, workspace=tmp_path)
+    assert torch.equal(resumed.safety, whole.safety)
+    assert resumed.gradient_evaluations == whole.gradient_evaluations
 
 
 def test_without_that_a_leap_misses_or_multiplies_them():
