@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[3]
 README, STORED = ROOT / "README.md", ROOT / "arisk" / "report" / "validity.json"
 BEGIN, END = "<!-- validity: begin -->\n", "<!-- validity: end -->\n"
-MEASURES = ("ρ final", "AUC", "× step", "within 2×", "false-safe", "late false-safe", "false-alarm")
+MEASURES = ("ρ final", "AUC", "× rise", "× step", "within 2×", "false-safe", "late false-safe", "false-alarm")
 GROUPS = ("full adamw", "full sgd", "lora adamw", "lora sgd")
 PARTS = {
     "Fresh mixtures": "Mixtures of data sets that nobody looked at before the method was final",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 #: A collapse after this step could not be seen by a pilot.
 LATE = 30
+#: Smallest real rise whose size is compared (nats).
+RISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,16 @@ def collapse_factors(cases: Sequence[Case], threshold: float) -> list[float]:
     return found
 
 
+def rise_factors(cases: Sequence[Case]) -> list[float]:
+    """Factor ≥ 1 between said and real final rise, of real rises from `RISE` on."""
+    found: list[float] = []
+    for case in cases:
+        if case.truth.final >= RISE:
+            ratio = max(case.said.final, 1e-6) / case.truth.final
+            found.append(max(ratio, 1 / ratio))
+    return found
+
+
 def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else math.nan
 
@@ -139,6 +151,7 @@ def measures(threshold: float, alarm: float) -> dict[str, Callable[[Sequence[Cas
         "ρ final": rho,
         "AUC": lambda cs: auc([c.said.peak for c in cs], [collapsed(c) for c in cs]),
         "× step": lambda cs: statistics.median(collapse_factors(cs, threshold) or [math.nan]),
+        "× rise": lambda cs: statistics.median(rise_factors(cs) or [math.nan]),
         "within 2×": lambda cs: _share([f <= 2 for f in collapse_factors(cs, threshold)]),
         "false-safe": lambda cs: _share([c.said.peak < alarm for c in cs if collapsed(c)]),
         "late false-safe": lambda cs: _share([c.said.peak < alarm for c in cs if late(c)]),
