@@ -31,7 +31,7 @@ def matched_sites(model: nn.Module) -> tuple[list[Site], str | None]:
 
 def build_mitigator(
     model: nn.Module,
-    safety: SampleSet,
+    safety: SampleSet | None,
     config: AlignGuardConfig | None = None,
     *,
     sites: Sequence[Site] | None = None,
@@ -58,6 +58,12 @@ def build_mitigator(
         NumericsError: a gradient is NaN or infinite, or all are zero.
     """
     config = config or AlignGuardConfig()
+    if safety is None:
+        raise ConfigError(
+            "there are no safety samples to measure the directions on",
+            where="build_lora_mitigator",
+            fix="call `run` on the pipeline first, or pass `safety=SampleSet(...)`",
+        )
     if sites is None:
         sites, problem = matched_sites(model)
         if problem is not None and require_lora_match:
