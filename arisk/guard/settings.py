@@ -34,7 +34,7 @@ class AlignGuardConfig(Section):
     lambda_nc: NonNegativeFloat = 0.1
     """λ_NC of the two collision terms, overlap and geodesic."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of λ_NC that the overlap term has; the geodesic term has the rest."""
+    """Share of λ_NC that the overlap term has; 0 skips this, the one costly term."""
     beta: NonNegativeFloat = 4.0
     """β in η_j = 1 + βσ(|ΔW_j| − τ), the extra weight of large entries in the overlap term."""
     tau: NonNegativeFloat = 0.01

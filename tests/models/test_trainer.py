@@ -35,8 +35,14 @@ class Guarded(GuardedTrainerMixin, transformers.Trainer):
     pass
 
 
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """The trainer takes a loss of the caller as normalised over the accumulated batch."""
+    return outputs["loss"]
+
+
+@pytest.mark.parametrize("loss_func", [None, own_loss])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_steps_move_the_parameter_by_two_gradients(tmp_path, accumulation):
+def test_two_steps_move_the_parameter_by_two_gradients(tmp_path, accumulation, loss_func):
     model = Loss()
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -55,7 +61,13 @@ def test_two_steps_move_the_parameter_by_two_gradients(tmp_path, accumulation):
         dataloader_pin_memory=False,
     )
     rows = [{"x": torch.ones(1)} for _ in range(4)]
-    trainer = Guarded(model=model, args=arguments, train_dataset=rows, mitigator=Pull(model.theta))
+    trainer = Guarded(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        mitigator=Pull(model.theta),
+        compute_loss_func=loss_func,
+    )
     with torch.random.fork_rng():
         trainer.train()
     assert torch.allclose(model.theta, torch.full((3,), -0.2))
