@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from arisk.comparison import Comparison
     from arisk.config import Config, PipelineConfig
     from arisk.errors import AriskError
+    from arisk.guard import AlignGuardConfig, LoRAMitigator
     from arisk.task import LoraPair, SampleSet, Task
     from arisk.verified import VerifyResult
 
 __all__ = [
+    "AlignGuardConfig",
     "AlignmentRiskPipeline",
     "AriskError",
     "Comparison",
     "Config",
+    "LoRAMitigator",
     "LoraPair",
     "PipelineConfig",
     "RiskReport",
@@ -32,10 +35,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "AlignGuardConfig": "arisk.guard.settings",
     "AlignmentRiskPipeline": "arisk.api",
     "AriskError": "arisk.errors",
     "Comparison": "arisk.comparison",
     "Config": "arisk.config",
+    "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
     "PipelineConfig": "arisk.config",
     "RiskReport": "arisk.api",

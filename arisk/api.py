@@ -20,6 +20,7 @@ from arisk.comparison import Comparison, compare
 from arisk.config import PipelineConfig, planned_steps
 from arisk.configfile import validate_mapping
 from arisk.gradients import GradientStore, layout_of
+from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.models.selection import select_parameters
 from arisk.progress import Progress, silent
 from arisk.refusals import DEFAULT_MARKERS
@@ -124,6 +125,7 @@ class AlignmentRiskPipeline:
         elif not isinstance(config, PipelineConfig):
             config = validate_mapping(PipelineConfig, dict(config), "PipelineConfig")
         self.config = config
+        self._data: tuple[SampleSet, SampleSet] | None = None
 
     def run(
         self,
@@ -201,6 +203,7 @@ class AlignmentRiskPipeline:
         heldout = None
         if heldout_dataloader is not None:
             heldout = SampleSet("heldout", _take(heldout_dataloader, None), safety_loss_fn)
+        self._data = (safety, finetune)
         return Task(
             model=model,
             safety=safety,
@@ -209,6 +212,40 @@ class AlignmentRiskPipeline:
             parameter_names=select_parameters(model, self.config.mode),
             description={"model": type(model).__name__, "mode": self.config.mode},
             heldout=heldout,
+        )
+
+    def build_lora_mitigator(
+        self,
+        model: nn.Module,
+        subspace: SubspaceResult | None = None,
+        *,
+        config: AlignGuardConfig | None = None,
+        safety: SampleSet | None = None,
+        require_lora_match: bool = True,
+    ) -> LoRAMitigator:
+        """A penalty that keeps fine-tuning off what the safety of `model` is sensitive to.
+
+        Its directions are measured here, in ΔW coordinates, on the safety batches that `run` saw.
+
+        Args:
+            model: the model before fine-tuning, adapter attached (mode `full`: its own weights are guarded).
+            subspace: `report.subspace`, whose rank is used where the config names none.
+            config: weights and form; default the peer's.
+            safety: other safety samples; needed where this pipeline has not run.
+            require_lora_match: False gives a skipped mitigator where LoRA pairs are missing.
+
+        Raises:
+            ConfigError: adapter pairs or safety samples are missing.
+        """
+        seen, finetune = self._data or (None, None)
+        return build_mitigator(
+            model,
+            safety or seen,
+            config,
+            sites=weight_sites(select_parameters(model, "full")) if self.config.mode == "full" else None,
+            finetune=finetune,
+            rank=subspace.rank if subspace else None,
+            require_lora_match=require_lora_match,
         )
 
     def _batches_needed(self) -> int:

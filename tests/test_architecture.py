@@ -37,6 +37,7 @@ RANKS = {
     "models": 4,
     "report": 4,
     "plan": 5,
+    "guard": 5,
     "stages": 5,
     "job": 6,
     "terminal": 6,

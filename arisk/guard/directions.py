@@ -1,0 +1,283 @@
+"""The safety subspace in ΔW coordinates, compressed to a small core per weight matrix.
+
+The Fisher matrix of the safety loss, F = (1/N) Σ_i vec(M_i) vec(M_i)ᵀ with M_i = ∂ℓ_i/∂W over all
+guarded matrices together, has directions as large as the model. Per matrix they are kept as
+U C Vᵀ, with U (out, p) and V (in, p') orthonormal and spanning the leading rows and columns of
+the M_i, and C a small core. The eigenpairs are those of the compressed Fisher matrix ΠFΠ; where
+p = out and p' = in (matrices no larger than the core) nothing is lost, else `captured` says how much
+of tr F is kept. Nothing of size N × P is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import NumericsError
+from arisk.geometry.spectrum import RELATIVE_FLOOR
+from arisk.gradients import (
+    ParameterLayout,
+    batch_size,
+    choose_engine,
+    layout_of,
+    measuring,
+    move_batch,
+    per_sample_gradients,
+    slice_batch,
+)
+from arisk.guard.sites import Site, require_sound
+from arisk.task import Batch, SampleSet
+
+__all__ = ["FisherMass", "SafetyDirections", "fisher_mass", "safety_directions"]
+
+#: Extra columns of the random test matrices.
+OVERSAMPLE = 8
+
+
+@dataclass(frozen=True)
+class FisherMass:
+    """Row and column sums of the Fisher diagonal of each matrix.
+
+    Attributes:
+        rows: (out,) float64 by site: Σ_k mean_i M_i,jk².
+        columns: (in,) float64 by site.
+    """
+
+    rows: Sequence[Tensor]
+    columns: Sequence[Tensor]
+
+    @property
+    def trace(self) -> float:
+        """Trace of F over all sites (nats² per unit weight²)."""
+        return float(sum(row.sum() for row in self.rows))
+
+    @property
+    def density(self) -> float:
+        """Mean of the Fisher diagonal over all P entries."""
+        return self.trace / sum(len(r) * len(c) for r, c in zip(self.rows, self.columns, strict=True))
+
+
+@dataclass(frozen=True)
+class SafetyDirections:
+    """Leading eigenpairs of the safety Fisher matrix over ΔW.
+
+    Attributes:
+        frames: U (out, p) and V (in, p') float64 with orthonormal columns, by site.
+        basis: (k, C) float64 orthonormal rows, C = Σ p p': cores of the directions b_j.
+        eigenvalues: (k,) float64, descending (nats² per unit weight²).
+        mass: row and column sums of the Fisher diagonal, not compressed.
+        captured: share of tr F inside the frames, in [0, 1].
+        explained: Σ_j λ_j / tr F, in [0, 1].
+    """
+
+    frames: Sequence[tuple[Tensor, Tensor]]
+    basis: Tensor
+    eigenvalues: Tensor
+    mass: FisherMass
+    captured: float
+    explained: float
+
+
+def safety_directions(
+    model: nn.Module,
+    sites: Sequence[Site],
+    samples: SampleSet,
+    *,
+    rank: int,
+    width: int,
+    chunk_size: int = 8,
+    seed: int = 0,
+) -> SafetyDirections:
+    """Leading eigenpairs of F over ΔW, from two passes over the safety samples.
+
+    Args:
+        model: at the point whose safety is to be kept; left as found.
+        sites: the guarded weights.
+        samples: safety samples with their loss.
+        rank: k wanted; fewer where F has fewer eigenvalues above 1e-10 of the largest.
+        width: largest p and p'.
+        chunk_size: samples per backward pass.
+        seed: seed of the random test matrices.
+
+    Raises:
+        NumericsError: a gradient is NaN or infinite, or all are zero.
+        ConfigError, InputError: the sites cannot be measured.
+    """
+    require_sound(model, sites)
+    run = _Run(model, sites, samples, chunk_size)
+    frames, mass = _frames(run, width, seed)
+    cores = _sample_cores(run, frames)
+    if mass.trace == 0:
+        raise NumericsError(
+            "every safety gradient is exactly zero",
+            where="safety directions",
+            fix="check that the safety loss depends on the guarded weights",
+        )
+    _, singular, basis = torch.linalg.svd(cores / len(cores) ** 0.5, full_matrices=False)
+    values = singular.square()
+    kept = values > RELATIVE_FLOOR * values[0]
+    values, basis = values[kept][:rank], basis[kept][:rank]
+    captured = float(cores.square().sum()) / len(cores) / mass.trace
+    return SafetyDirections(
+        frames, basis.contiguous(), values, mass, min(captured, 1.0), float(values.sum()) / mass.trace
+    )
+
+
+def fisher_mass(
+    model: nn.Module, sites: Sequence[Site], samples: SampleSet, *, batches: int, chunk_size: int = 8
+) -> FisherMass:
+    """Row and column sums of the Fisher diagonal of a loss, from its first batches.
+
+    Args:
+        model: left as found.
+        sites: the guarded weights.
+        samples: any data set with its loss.
+        batches: batches read.
+        chunk_size: samples per backward pass.
+
+    Raises:
+        NumericsError: a gradient is NaN or infinite.
+    """
+    require_sound(model, sites)
+    collector = _MassCollector(len(sites))
+    _Run(model, sites, samples, chunk_size, batches).sweep(lambda _at, i, block: collector.add(i, block))
+    return collector.result()
+
+
+class _Run:
+    """Passes over samples: gradients with respect to the guarded matrices, chunk by chunk."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        samples: SampleSet,
+        chunk_size: int,
+        batches: int | None = None,
+    ) -> None:
+        self.model, self.sites, self.samples = model, sites, samples
+        self.chunk_size, self.batches = chunk_size, batches
+        self.layout: ParameterLayout = layout_of(model, [site.weight for site in sites])
+        self.engine: str | None = None
+
+    def chunks(self) -> Iterator[Batch]:
+        device = next(self.model.parameters()).device
+        for batch in islice(iter(self.samples.batches), self.batches):
+            for start in range(0, batch_size(batch), self.chunk_size):
+                stop = min(start + self.chunk_size, batch_size(batch))
+                yield move_batch(slice_batch(batch, start, stop), device)
+
+    def sweep(self, take: Callable[[int, int, Tensor], None]) -> int:
+        """Call `take(first sample, site number, M (B, out, in))` for every chunk; return N."""
+        place = {site.weight: i for i, site in enumerate(self.sites)}
+        offset = 0
+        with measuring(self.model, self.layout):
+            for chunk in self.chunks():
+                if self.engine is None:
+                    choice = choose_engine(self.model, chunk, self.samples.loss_fn, self.layout, "auto")
+                    self.engine = choice.engine
+
+                def sink(name: str, block: Tensor, at: int = offset) -> None:
+                    i = place[name]
+                    rows = block.detach().reshape(*block.shape[:2], -1)
+                    take(at, i, self.sites[i].matrix(rows))
+
+                self._gradients(chunk, sink, offset)
+                offset += batch_size(chunk)
+        if offset == 0:
+            raise NumericsError(
+                "there are no samples to measure",
+                where=f"data set {self.samples.name!r}",
+                fix="give at least one batch (a one-shot iterator can be read only once)",
+            )
+        return offset
+
+    def _gradients(self, chunk: Any, sink: Callable[[str, Tensor], None], offset: int) -> None:
+        assert self.engine is not None
+        loss_fn = self.samples.loss_fn
+        per_sample_gradients(self.model, chunk, loss_fn, self.layout, sink, engine=self.engine, offset=offset)
+
+
+class _MassCollector:
+    """Sums of squared entries by row and column of each matrix."""
+
+    def __init__(self, sites: int) -> None:
+        self.rows: list[Any] = [0.0] * sites
+        self.columns: list[Any] = [0.0] * sites
+        self.samples = [0] * sites
+
+    def add(self, i: int, block: Tensor) -> None:
+        square = block.square().sum(0)
+        self.rows[i] = self.rows[i] + square.sum(1).to("cpu", torch.float64)
+        self.columns[i] = self.columns[i] + square.sum(0).to("cpu", torch.float64)
+        self.samples[i] += len(block)
+
+    def result(self) -> FisherMass:
+        return FisherMass(
+            [row / n for row, n in zip(self.rows, self.samples, strict=True)],
+            [column / n for column, n in zip(self.columns, self.samples, strict=True)],
+        )
+
+
+class _Range:
+    """Leading `width` left singular vectors of Σ_i M_i M_iᵀ by a random range finder, in one pass."""
+
+    def __init__(self, size: int, width: int, generator: torch.Generator) -> None:
+        self.width = width
+        self.test: Tensor | None = None
+        self.total: Tensor | None = None
+        if size > width:
+            self.test = torch.randn(size, min(size, width + OVERSAMPLE), generator=generator)
+        self.size = size
+
+    def add(self, block: Tensor) -> None:
+        """Add M (B, size, other)."""
+        if self.test is None:
+            return
+        test = self.test.to(block.device, block.dtype)
+        part = torch.bmm(block, block.mT @ test).sum(0).to("cpu", torch.float64)
+        self.total = part if self.total is None else self.total + part
+
+    def basis(self) -> Tensor:
+        """(size, p) float64 with orthonormal columns; the identity where size ≤ width."""
+        if self.total is None:
+            return torch.eye(self.size, dtype=torch.float64)
+        return torch.linalg.svd(self.total, full_matrices=False)[0][:, : self.width].contiguous()
+
+
+def _frames(run: _Run, width: int, seed: int) -> tuple[list[tuple[Tensor, Tensor]], FisherMass]:
+    """U and V of every site, and the Fisher mass, from one pass."""
+    generator = torch.Generator().manual_seed(seed)
+    collector = _MassCollector(len(run.sites))
+    ranges: dict[int, tuple[_Range, _Range]] = {}
+
+    def take(_at: int, i: int, block: Tensor) -> None:
+        collector.add(i, block)
+        ranges[i][0].add(block)
+        ranges[i][1].add(block.mT)
+
+    parameters = dict(run.model.named_parameters(remove_duplicate=False))
+    for i, site in enumerate(run.sites):
+        weight = parameters[site.weight]
+        out, other = site.matrix(weight.detach().reshape(weight.shape[0], -1)).shape
+        ranges[i] = (_Range(out, width, generator), _Range(other, width, generator))
+    run.sweep(take)
+    return [(ranges[i][0].basis(), ranges[i][1].basis()) for i in range(len(run.sites))], collector.result()
+
+
+def _sample_cores(run: _Run, frames: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(N, C) float64 the compressed gradients UᵀM_iV of all sites, one row per sample."""
+    rows: dict[int, list[Tensor]] = {}
+
+    def take(_at: int, i: int, block: Tensor) -> None:
+        u, v = (frame.to(block.device, block.dtype) for frame in frames[i])
+        core = (u.T @ block @ v).flatten(1).to("cpu", torch.float64)
+        rows.setdefault(i, []).append(core)
+
+    run.sweep(take)
+    return torch.cat([torch.cat(rows[i]) for i in range(len(frames))], dim=1)

@@ -1,0 +1,311 @@
+"""The AlignGuard regulariser over a model that trains: the penalty, its gradient, its reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from arisk.errors import NumericsError
+from arisk.guard.directions import FisherMass, SafetyDirections
+from arisk.guard.factored import Factored
+from arisk.guard.settings import AlignGuardConfig
+from arisk.guard.sites import Site, drift_of, require_sound
+from arisk.guard.state import read_state, write_state
+from arisk.guard.terms import (
+    SplitDrift,
+    block_split,
+    fisher_term,
+    geodesic_term,
+    overlap_term,
+    subspace_split,
+)
+
+__all__ = ["LoRAMitigator", "PenaltyTerms", "RegularizedLoss"]
+
+
+@dataclass(frozen=True)
+class PenaltyTerms:
+    """The weighted terms of the penalty, scalars with gradient.
+
+    Attributes:
+        fisher: λ_A‖F^½ΔW_A‖².
+        task: λ_T‖H^½ΔW_T‖².
+        overlap: λ_NC α · mean η_j|ΔW_A,j ΔW_T,j|, the Riemannian collision term.
+        geodesic: λ_NC (1 − α) cos²(ΔW_A, ΔW_T); identically 0 but for rounding with the orthogonal
+            projector of `split: subspace`, and kept for parity.
+    """
+
+    fisher: Tensor
+    task: Tensor
+    overlap: Tensor
+    geodesic: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the terms."""
+        return self.fisher + self.task + self.overlap + self.geodesic
+
+    def named(self) -> dict[str, Tensor]:
+        """The terms by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class RegularizedLoss:
+    """The loss to differentiate, and what it is made of.
+
+    Attributes:
+        total_loss: task_loss + fisher_term + task_term + overlap_term + geodesic_term.
+        task_loss: as given.
+        fisher_term: see `PenaltyTerms`; with the next three.
+        task_term: λ_T‖H^½ΔW_T‖².
+        overlap_term: the Riemannian collision term.
+        geodesic_term: the geodesic collision term.
+    """
+
+    total_loss: Tensor
+    task_loss: Tensor
+    fisher_term: Tensor
+    task_term: Tensor
+    overlap_term: Tensor
+    geodesic_term: Tensor
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What does not change between steps, on the device and in the dtype of the parameters."""
+
+    frames: Sequence[tuple[Tensor, Tensor]]
+    basis: Tensor
+    eigenvalues: Tensor
+    shares: Sequence[Tensor]
+    metric: Sequence[tuple[Tensor, Tensor]]
+
+
+class LoRAMitigator:
+    """L = L_task + λ_A‖F^½ΔW_A‖² + λ_T‖H^½ΔW_T‖² + λ_NC[α·mean η_j|Δ_A,jΔ_T,j| + (1−α)cos²(Δ_A, Δ_T)].
+
+    ΔW = s·BA − (its value at the reference) for adapters, θ − θ_ref for weights that train themselves;
+    ΔW_A is its part that safety is sensitive to (`config.split`), ΔW_T the rest. All but the overlap
+    term are computed on factors of rank r and core width p, in O((r + p)²(out + in)) per matrix; the
+    overlap term forms one ΔW at a time.
+
+    With the orthogonal projector of `split: subspace` the last term is identically 0 (the parts are
+    orthogonal); it is kept for parity with the paper's form. `split: blocks` is not degenerate.
+
+    Source: arXiv 2508.02079, in the form of the peer package `alignment-risk`. Departures: P and F live
+    in ΔW space, not in raw (A, B) coordinates, so A is guarded although a fresh B is 0; F^½ is exact
+    on the retained directions; H may be the identity (the default).
+
+    Args:
+        model: the model that trains; its parameters are read, never written.
+        sites: guarded weights; empty for a skipped mitigator.
+        directions: the safety subspace, None for a skipped mitigator.
+        config: weights and form.
+        metric: Fisher mass of the fine-tuning loss, for `task_metric: fisher_diagonal`.
+        reason: why the mitigator is skipped, None where it is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        directions: SafetyDirections | None,
+        config: AlignGuardConfig,
+        *,
+        metric: FisherMass | None = None,
+        reason: str | None = None,
+    ) -> None:
+        self.config = config
+        self.sites = tuple(sites)
+        self.directions = directions
+        self.metric = metric
+        self.reason = reason
+        self._constants: dict[tuple[torch.device, torch.dtype], _Constants] = {}
+        if directions is not None:
+            require_sound(model, sites)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._parameters = [[parameters[name] for name in site.trained] for site in self.sites]
+        self._reference: list[list[Tensor]] = []
+        self.reset_reference()
+
+    @property
+    def status(self) -> Literal["ready", "skipped"]:
+        """`skipped` guards nothing: its penalty is 0, and `reason` says why. It is not "no risk"."""
+        return "skipped" if self.directions is None else "ready"
+
+    def reset_reference(self) -> None:
+        """Anchor ΔW = 0 at the parameters as they are now; the safety directions stay."""
+        self._reference = [[p.detach().clone() for p in group] for group in self._parameters]
+
+    def penalty(self) -> PenaltyTerms:
+        """The weighted terms at the parameters as they are now, with gradient to A and B.
+
+        Raises:
+            NumericsError: a term is NaN or infinite; names it.
+        """
+        config = self.config
+        if self.directions is None:
+            return PenaltyTerms(*(torch.zeros(()) for _ in range(4)))
+        split = self._split()
+        terms = PenaltyTerms(
+            fisher=config.lambda_a * fisher_term(split.coefficients, self._now().eigenvalues),
+            task=config.lambda_t * self._task_norm(split.task),
+            overlap=_weighted(
+                config.lambda_nc * config.alpha, lambda: overlap_term(split, config.beta, config.tau), split
+            ),
+            geodesic=_weighted(config.lambda_nc * (1 - config.alpha), lambda: geodesic_term(split), split),
+        )
+        for name, value in terms.named().items():
+            if not bool(torch.isfinite(value)):
+                raise NumericsError(
+                    f"the {name} term of the AlignGuard penalty is {float(value.detach())}",
+                    where=f"penalty: {name}",
+                    fix="lower the learning rate, or check the adapter's weights for NaN",
+                )
+        return terms
+
+    def regularized_loss(self, task_loss: Tensor) -> RegularizedLoss:
+        """The task loss plus the penalty; differentiate `.total_loss`.
+
+        Args:
+            task_loss: scalar fine-tuning loss of this step's batch.
+
+        Raises:
+            NumericsError: a term is NaN or infinite; names it.
+        """
+        terms = self.penalty()
+        total = task_loss + terms.total.to(task_loss.device)
+        return RegularizedLoss(total, task_loss, terms.fisher, terms.task, terms.overlap, terms.geodesic)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """‖∇ term‖ over the guarded parameters, by term; `.grad` is left alone.
+
+        Which of the terms acts at all: one whose gradient is far below the task's does nothing.
+        """
+        if self.directions is None:
+            return dict.fromkeys(PenaltyTerms.__dataclass_fields__, 0.0)
+        parameters = [p for group in self._parameters for p in group if p.requires_grad]
+        with torch.enable_grad():
+            named = self.penalty().named()
+            return {name: _gradient_norm(value, parameters) for name, value in named.items()}
+
+    def save(self, path: Path | str) -> None:
+        """Write directions, reference and settings into a folder, as safetensors and JSON.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        config = self.config.model_dump(exclude={"task_metric"})
+        custom = not isinstance(self.config.task_metric, str)
+        config["task_metric"] = None if custom else self.config.task_metric
+        write_state(
+            Path(path),
+            sites=self.sites,
+            config=json.loads(json.dumps(config)),
+            reason=self.reason,
+            directions=self.directions,
+            metric=self.metric,
+            reference=self._reference,
+        )
+
+    @classmethod
+    def load(
+        cls, path: Path | str, model: nn.Module, *, task_metric: Callable[..., Any] | None = None
+    ) -> LoRAMitigator:
+        """Read a mitigator back onto a model with the same parameter names.
+
+        Args:
+            path: the folder that `save` wrote.
+            model: the model that trains.
+            task_metric: the custom metric, which cannot be saved; needed where there was one.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, or of a newer format.
+            ConfigError: the model lacks a guarded parameter, or the custom metric is missing.
+        """
+        state = read_state(Path(path), task_metric)
+        found = cls(
+            model, state.sites, state.directions, state.config, metric=state.metric, reason=state.reason
+        )
+        found._reference = [
+            [kept.to(p.device, p.dtype) for kept, p in zip(own, group, strict=True)]
+            for own, group in zip(state.reference, found._parameters, strict=True)
+        ]
+        return found
+
+    def _split(self) -> SplitDrift:
+        constants = self._now()
+        drift = [
+            drift_of(site, group, [kept.to(group[0].device) for kept in reference])
+            for site, group, reference in zip(self.sites, self._parameters, self._reference, strict=True)
+        ]
+        if self.config.split == "subspace":
+            return subspace_split(drift, constants.frames, constants.basis)
+        return block_split(drift, constants.frames, constants.basis, constants.shares)
+
+    def _task_norm(self, task: Sequence[Factored]) -> Tensor:
+        """‖H^½ΔW_T‖² for the configured metric."""
+        metric = self.config.task_metric
+        if metric == "identity":
+            parts = [matrix.squared_norm() for matrix in task]
+        elif metric == "fisher_diagonal":
+            weights = self._now().metric
+            parts = [m.squared_norm(rows, columns) for m, (rows, columns) in zip(task, weights, strict=True)]
+        else:
+            parts = [metric(site.weight, m) for site, m in zip(self.sites, task, strict=True)]
+        return torch.stack(parts).sum()
+
+    def _now(self) -> _Constants:
+        """The constants where the parameters are now; a model may move after the mitigator is made."""
+        parameter = self._parameters[0][0]
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        key = (parameter.device, dtype)
+        if key not in self._constants:
+            assert self.directions is not None
+            self._constants = {key: _constants(self.directions, self.metric, *key)}
+        return self._constants[key]
+
+
+def _weighted(weight: float, value: Callable[[], Tensor], split: SplitDrift) -> Tensor:
+    """The product weight · value, not computed where the weight is 0."""
+    return weight * value() if weight else split.coefficients.new_zeros(())
+
+
+def _gradient_norm(value: Tensor, parameters: Sequence[Tensor]) -> float:
+    if not value.requires_grad or not parameters:
+        return 0.0
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    norms = [float(gradient.double().norm()) for gradient in gradients if gradient is not None]
+    return sum(norm * norm for norm in norms) ** 0.5
+
+
+def _constants(
+    directions: SafetyDirections, metric: FisherMass | None, device: torch.device, dtype: torch.dtype
+) -> _Constants:
+    mass = directions.mass
+    # Half in each part at the mean density of Fisher mass, and never wholly in one.
+    densities = [rows / len(columns) for rows, columns in zip(mass.rows, mass.columns, strict=True)]
+    shares = [density / (density + mass.density) for density in densities]
+    return _Constants(
+        frames=[(u.to(device, dtype), v.to(device, dtype)) for u, v in directions.frames],
+        basis=directions.basis.to(device, dtype),
+        eigenvalues=directions.eigenvalues.to(device, dtype),
+        shares=[share.to(device, dtype) for share in shares],
+        metric=[] if metric is None else _rank_one(metric, device, dtype),
+    )
+
+
+def _rank_one(metric: FisherMass, device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """h_jk = rows_j columns_k, the rank-one fit with the Fisher diagonal's row and column sums, mean 1."""
+    scale = metric.density or 1.0
+    pairs = zip(metric.rows, metric.columns, strict=True)
+    return [
+        ((r / (r.sum().clamp(min=1e-300) * scale)).to(device, dtype), c.to(device, dtype)) for r, c in pairs
+    ]

@@ -1,0 +1,122 @@
+"""The four terms of the AlignGuard penalty, as functions of a drift that is already split.
+
+ΔW = ΔW_A + ΔW_T over all guarded matrices together: ΔW_A is what safety is sensitive to, ΔW_T the
+rest. The functions take matrices as `Factored`, one per guarded weight, and return scalars with
+gradient. Source: arXiv 2508.02079, in the form that the peer package documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from arisk.guard.factored import Factored
+
+__all__ = ["SplitDrift", "block_split", "fisher_term", "geodesic_term", "overlap_term", "subspace_split"]
+
+
+@dataclass(frozen=True)
+class SplitDrift:
+    """The drift and its two parts, one matrix per guarded weight.
+
+    Attributes:
+        drift: ΔW.
+        safety: ΔW_A.
+        task: ΔW_T = ΔW − ΔW_A.
+        coefficients: (k,) ⟨b_j, ΔW_A⟩ along the safety directions.
+    """
+
+    drift: Sequence[Factored]
+    safety: Sequence[Factored]
+    task: Sequence[Factored]
+    coefficients: Tensor
+
+
+def _cores(matrices: Sequence[Factored], frames: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(C,) the cores UᵀMV of all matrices, one after the other."""
+    return torch.cat([m.core(u, v).reshape(-1) for m, (u, v) in zip(matrices, frames, strict=True)])
+
+
+def subspace_split(
+    drift: Sequence[Factored], frames: Sequence[tuple[Tensor, Tensor]], basis: Tensor
+) -> SplitDrift:
+    """ΔW_A = PΔW = Σ_j b_j⟨b_j, ΔW⟩ with P the orthogonal projector over all matrices together.
+
+    Args:
+        drift: ΔW by guarded weight.
+        frames: U (out, p) and V (in, p') with orthonormal columns, by guarded weight.
+        basis: (k, C) orthonormal rows; b_j has the blocks U b_j^(l) Vᵀ, C = Σ p p'.
+    """
+    coefficients = basis @ _cores(drift, frames)
+    sizes = [u.shape[1] * v.shape[1] for u, v in frames]
+    parts = (coefficients @ basis).split(sizes)
+    safety = [
+        Factored(u @ part.view(u.shape[1], v.shape[1]), v.T)
+        for part, (u, v) in zip(parts, frames, strict=True)
+    ]
+    task = [whole.minus(part) for whole, part in zip(drift, safety, strict=True)]
+    return SplitDrift(drift, safety, task, coefficients)
+
+
+def block_split(
+    drift: Sequence[Factored],
+    frames: Sequence[tuple[Tensor, Tensor]],
+    basis: Tensor,
+    shares: Sequence[Tensor],
+) -> SplitDrift:
+    """ΔW_A = diag(m) ΔW and ΔW_T = diag(1 − m) ΔW, with a share m in [0, 1] per output row.
+
+    A share strictly between 0 and 1 lies in both parts, so ⟨ΔW_A, ΔW_T⟩ = Σ m(1 − m)ΔW² > 0. Shares
+    of 0 and 1 alone would be an orthogonal projector again, and the geodesic term 0.
+
+    Args:
+        drift: ΔW by guarded weight.
+        frames: as in `subspace_split`.
+        basis: as in `subspace_split`.
+        shares: (out,) m by guarded weight.
+    """
+    safety = [whole.with_rows(m) for whole, m in zip(drift, shares, strict=True)]
+    task = [whole.with_rows(1 - m) for whole, m in zip(drift, shares, strict=True)]
+    return SplitDrift(drift, safety, task, basis @ _cores(safety, frames))
+
+
+def fisher_term(coefficients: Tensor, eigenvalues: Tensor) -> Tensor:
+    """‖F^½ΔW_A‖² = Σ_j λ_j⟨b_j, ΔW_A⟩², F taken on the k safety directions (nats²)."""
+    return (eigenvalues * coefficients.square()).sum()
+
+
+def overlap_term(split: SplitDrift, beta: float, tau: float) -> Tensor:
+    """Mean over all P entries of η_j|ΔW_A,j ΔW_T,j| with η_j = 1 + βσ(|ΔW_j| − τ).
+
+    The one term that looks at single entries: each matrix is formed, and formed again in the backward
+    pass, one at a time, so that memory holds one matrix and not all.
+    """
+
+    def total(drift: Factored, safety: Factored, task: Factored) -> Tensor:
+        eta = 1 + beta * torch.sigmoid(drift.dense().abs() - tau)
+        return (eta * (safety.dense() * task.dense()).abs()).sum()
+
+    sums = [
+        checkpoint(total, *parts, use_reentrant=False, preserve_rng_state=False)
+        for parts in zip(split.drift, split.safety, split.task, strict=True)
+    ]
+    return torch.stack(sums).sum() / sum(matrix.entries for matrix in split.drift)
+
+
+def geodesic_term(split: SplitDrift) -> Tensor:
+    """cos²(ΔW_A, ΔW_T) = ⟨ΔW_A, ΔW_T⟩²/(‖ΔW_A‖²‖ΔW_T‖²), in [0, 1]; 0 where a part is 0.
+
+    With an orthogonal projector (`subspace_split`) the parts are orthogonal and this is identically 0
+    but for rounding; it is kept for parity with the paper's form. `block_split` makes it non-zero.
+    """
+    product = torch.stack([a.inner(t) for a, t in zip(split.safety, split.task, strict=True)]).sum()
+    norm_a = torch.stack([a.squared_norm() for a in split.safety]).sum()
+    norm_t = torch.stack([t.squared_norm() for t in split.task]).sum()
+    # A part that is only rounding of the other has no direction of its own.
+    info = torch.finfo(product.dtype)
+    floor = (info.eps * (norm_a + norm_t).detach()).clamp(min=info.tiny)
+    return (product / norm_a.clamp(min=floor)) * (product / norm_t.clamp(min=floor))
