@@ -153,11 +153,10 @@ def report(made: dict[str, dict[str, Any]], folder: Path) -> None:
                 f"{real['control'][-1]:+.3f}",
                 f"{control:+.3f}",
                 f"{record.gradient_evaluations}/{STEPS}",
-                f"{real['seconds']['rollout'] / real['seconds']['real run']:.2f}",
             ]
         )
     header = ["data", "real change (collapse step)", "combined", "80 %", "rollout", "pilot"]
-    header += ["20 real steps, extrapolated", "real control", "control said", "gradients", "CPU / real run"]
+    header += ["20 real steps, extrapolated", "real control", "control said", "gradients"]
     print_table("SmolLM2-135M-Instruct, LoRA r=8, AdamW 2e-4, 60 steps of 4 rows", header, rows)
     truths = [row["truth"] for row in finals]
     ranks = {n: spearman([row[n] for row in finals], truths) for n in finals[0] if n not in ("set", "truth")}
