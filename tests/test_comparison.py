@@ -92,7 +92,9 @@ def test_drift_is_read_at_the_last_measured_step():
     assert result.forecast_change == pytest.approx(0.04)
     assert result.real_change == pytest.approx(0.3)
     assert result.specific_change == pytest.approx(0.2)
-    assert result.forecast_control is None
+    assert result.forecast_control == pytest.approx(0.01)
+    unmeasured = made.replaced(forecast(), control_change=None)
+    assert found([0.0, 0.1], unmeasured, steps=(0, 50)).forecast_control is None
     assert found([0.0, 0.1, 0.3], steps=(0, 25, 50)).specific_change is None
     drifting = made.replaced(
         forecast(), forecasters={"rollout": made.curve("rollout")}, control_change=[0.0, 0.1, 0.3]
@@ -110,7 +112,14 @@ def test_without_a_forecast():
 
 def test_the_curve_compared_is_combined_else_the_basis():
     assert compared_curve(forecast()).name == "combined"
-    assert compared_curve(made.records()[3]).name == "local"
+    full = made.records()[3]
+    assert full.verdict.basis == "combined"
+    only_local = made.replaced(
+        full,
+        forecasters={"local": made.curve("local"), "combined": made.missing("combined")},
+        verdict=made.replaced(full.verdict, basis="local"),
+    )
+    assert compared_curve(only_local).name == "local"
     nothing = made.replaced(made.records()[3], forecasters={"local": made.missing("local")})
     assert compared_curve(nothing) is None
     assert found([0.0, 0.2], nothing, steps=(0, 50)).forecaster is None
