@@ -55,7 +55,7 @@ COLLECT_KEYS = ("engine", "fisher", "store", "chunk_size")
 STAGES = (
     StageSpec(
         "collect",
-        1,
+        2,
         (),
         (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
         ("model", "adapter", "safety"),
