@@ -39,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "ParameterGlobs",
     "PipelineConfig",
+    "PythonSection",
     "ReportConfig",
     "RolloutConfig",
     "RunConfig",
@@ -286,8 +287,8 @@ def data_sets(config: Config) -> dict[str, DataConfig]:
     return {name: data for name, data in given.items() if data is not None}
 
 
-class PipelineConfig(Section):
-    """Configuration of `arisk.AlignmentRiskPipeline`, for models and loaders given from Python."""
+class PythonSection(Section):
+    """Base of settings that are built from Python: mistakes are told like those of the YAML."""
 
     def __init__(self, **values: Any) -> None:
         """Validate like the YAML.
@@ -298,7 +299,11 @@ class PipelineConfig(Section):
         try:
             super().__init__(**values)
         except ValidationError as err:
-            raise config_error(type(self), err, "PipelineConfig") from err
+            raise config_error(type(self), err, type(self).__name__) from err
+
+
+class PipelineConfig(PythonSection):
+    """Configuration of `arisk.AlignmentRiskPipeline`, for models and loaders given from Python."""
 
     mode: Literal["full", "lora"] = "full"
     """full: every parameter that requires a gradient; lora: those named like LoRA weights."""

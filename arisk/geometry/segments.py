@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from arisk.sections import RolloutConfig
 
-__all__ = ["pilot_length", "planned_points", "rollout_cost", "rotated", "segment_count", "segment_ends"]
+__all__ = ["pilot_length", "planned_points", "rollout_cost", "segment_count", "segment_ends"]
 
 #: Steps of the pilot at which losses are measured.
 PILOT_POINTS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 45, 70, 100, 150, 200, 300, 500, 700, 1000)
@@ -109,8 +109,3 @@ def _growth(total: float, count: int) -> float:
 def _sum(ratio: float, count: int) -> float:
     powers: Sequence[float] = [ratio**i for i in range(1, count + 1)]
     return sum(powers)
-
-
-def rotated(values: Sequence[int], start: int, count: int) -> list[int]:
-    """`count` of the values from `start` on, around their end; all of them where they are fewer."""
-    return [values[(start + i) % len(values)] for i in range(min(count, len(values)))]

@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from arisk.problems import config_error
-from arisk.sections import NonNegativeFloat, PositiveInt, Section
+from arisk.config import PythonSection
+from arisk.sections import NonNegativeFloat, PositiveInt
 
 __all__ = ["AlignGuardConfig"]
 
 
-class AlignGuardConfig(Section):
+class AlignGuardConfig(PythonSection):
     """Weights and form of the penalty; the defaults of the weights are those of the peer package."""
-
-    def __init__(self, **values: Any) -> None:
-        """Validate like the YAML.
-
-        Raises:
-            ConfigError: with every mistake.
-        """
-        try:
-            super().__init__(**values)
-        except ValidationError as err:
-            raise config_error(type(self), err, "AlignGuardConfig") from err
 
     lambda_a: NonNegativeFloat = 0.25
     """λ_A of the Fisher term ‖F^½ΔW_A‖²: drift that safety is sensitive to."""

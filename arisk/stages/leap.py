@@ -148,6 +148,8 @@ class Leaper:
         Their share of the second moments is added first: a step along a coordinate that only rare
         rows move would otherwise be far too long.
         """
+        if block.rare_share == 1:
+            return  # Nothing but rare rows was seen: there is no ordinary gradient to correct from.
         missing = rare.share - block.rare_share
         weight = missing / (1 - block.rare_share)
         gradient, loss = rare.gradient(block.leaps)
@@ -158,7 +160,7 @@ class Leaper:
         for parameter, mean, pull in zip(self.run.parameters, block.mean, gradient, strict=True):
             state = self.run.optimizer.state[parameter]
             if "exp_avg_sq" in state and missing > 0:
-                seen = (1 - beta**length) * missing / rare.batches.size
+                seen = (1 - beta**length) * missing / rare.step_rows
                 state["exp_avg_sq"].addcmul_(pull, pull, value=seen)
             step = (pull * clipped - mean) * self._scale(parameter).sqrt()
             way.append(step * (-rate * weight / (1 - momentum)))

@@ -7,8 +7,9 @@ The real steps between leaps leave them out, and after every leap the stratum is
 
     δ ← δ − (Σ η) D w (ḡ_rare − ḡ),
 
-with ḡ_rare from one batch of the stratum. Unbiased whatever rows the stratum holds; it saves variance
-where rare rows pull hard.
+with D the optimizer's step per unit gradient and ḡ_rare from one batch of the stratum: to first order
+in the learning rate the mean update of all rows, whatever rows the stratum holds. It saves variance
+where rare rows pull hard. The idea is that of stratified sampling; its use here is this project's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-from arisk.geometry.segments import rotated
 from arisk.gradients import move_batch
 from arisk.stages.planned_run import PlannedRun
 from arisk.task import RowBatches
@@ -39,12 +39,18 @@ class RareRows:
     Args:
         run: the planned run; its model stands at θ*.
         batches: the planned batches, which can be regrouped by row.
+
+    Attributes:
+        rows: numbers of the rows in the stratum; empty where none are rare.
+        share: w, those rows over all rows, in [0, 0.05].
+        step_rows: rows of one optimizer step.
     """
 
     def __init__(self, run: PlannedRun, batches: RowBatches) -> None:
         self.run = run
         self.batches = batches
-        planned = len(run.rates) * run.training.gradient_accumulation * batches.size
+        self.step_rows = run.training.gradient_accumulation * batches.size
+        planned = len(run.rates) * self.step_rows
         scored = batches.sample(max(batches.size, math.ceil(SCORED_SHARE * planned)))
         outside = outliers(self._losses(scored))
         rare = 0 < len(outside) <= LARGEST_SHARE * len(scored)
@@ -76,9 +82,9 @@ class RareRows:
         limit = self.run.training.max_grad_norm
         if limit is None:
             return 1.0
-        rows = self.batches.size * self.run.training.gradient_accumulation
         squares = sum(
-            float(torch.lerp(m, p, 1 / rows).square().sum()) for m, p in zip(mean, pull, strict=True)
+            float(torch.lerp(m, p, 1 / self.step_rows).square().sum())
+            for m, p in zip(mean, pull, strict=True)
         )
         return min(1.0, limit / max(math.sqrt(squares), 1e-30))
 
@@ -88,7 +94,8 @@ class RareRows:
             return float(self._loss(turn))
 
     def _loss(self, turn: int) -> Tensor:
-        rows = rotated(self.rows, turn * self.batches.size, self.batches.size)
+        size = min(self.batches.size, len(self.rows))
+        rows = [self.rows[(turn * self.batches.size + i) % len(self.rows)] for i in range(size)]
         batch = move_batch(self.batches.of(rows), self.run.stream.device)
         return self.run.task.finetune.loss_fn(self.run.task.model, batch).mean()
 
@@ -107,7 +114,7 @@ class RareRows:
 
 
 def outliers(losses: Tensor) -> list[int]:
-    """Positions whose loss lies far above the rest, the largest first."""
+    """Positions of (N,) losses above median + 8 × 1.48 MAD (nats), the largest first."""
     median = losses.median()
     deviation = 1.4826 * (losses - median).abs().median()
     order = torch.argsort(losses, descending=True, stable=True).tolist()

@@ -80,7 +80,7 @@ def forecasts(job: Job, folder: Path) -> dict[str, Any]:
 
 
 def peer_forecast(report: Any, flow: float) -> float:
-    """The published forecast as MATH re-derives it: (λ/8) γ̂² t⁴ when the update starts outside.
+    """The forecast of the package alignment-risk, re-derived: (λ/8) γ̂² t⁴ when the update starts outside.
 
     λ is the smallest retained eigenvalue; a gradient inside the subspace (large ε̂) is called safe,
     as max(½ γ̂ t² − ε̂ t, 0) does.

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,14 @@ import torch
 from arisk.artifacts import read_record, write_record
 from arisk.config import Config, ForecastConfig, RolloutConfig
 from arisk.configfile import load_config
-from arisk.errors import NumericsError
-from arisk.geometry.schedule import learning_rates
-from arisk.gradients import layout_of, measuring
 from arisk.models import load_task
 from arisk.results import RolloutResult
-from arisk.stages.planned_run import PlannedRun, keeping_parameters
-from arisk.stages.probe import sample_losses
 from arisk.stages.rollout import limited, rollout
 from arisk.task import Task
 from tests.bench.measure import print_table
 from tests.bench.validity.scores import Line, spearman
 from tests.bench.validity.tables import READERS, extrapolated, line_of, planned
+from tests.bench.validity.truth import trained
 
 #: Fine-tuning sets with their longest row (tokens).
 SETS = {
@@ -104,29 +101,14 @@ def configs(name: str, data: Path, folder: Path) -> tuple[Config, Config]:
 
 def real_run(task: Task, heldout: Task, config: Config) -> dict[str, Any]:
     """Change of held-out safety and control losses along the real fine-tune of the task's model."""
-    layout = layout_of(task.model, task.parameter_names)
-    training = config.training
     assert task.control is not None
     device = torch.device("cpu")
+    # The control batches are endless, like the training ones.
     sets = {
-        "safety": (limited(heldout.safety, ROWS, device), heldout.safety.loss_fn),
-        # The control batches are endless, like the training ones.
-        "control": (limited(task.control, CONTROL_ROWS, device), task.control.loss_fn),
+        "safety": replace(heldout.safety, batches=limited(heldout.safety, ROWS, device)),
+        "control": replace(task.control, batches=limited(task.control, CONTROL_ROWS, device)),
     }
-    curve: dict[str, Any] = {"steps": [0], "safety": [0.0], "control": [0.0], "train": []}
-    with measuring(task.model, layout), keeping_parameters(task.model, layout):
-        run = PlannedRun(task, layout, training, learning_rates(training.learning_rate, STEPS))
-        start = {n: sample_losses(task.model, *s).mean() for n, s in sets.items()}
-        for number in range(1, STEPS + 1):
-            try:
-                curve["train"].append(run.step(number))
-            except NumericsError:
-                break
-            if number in MEASURED:
-                curve["steps"].append(number)
-                for n, s in sets.items():
-                    curve[n].append(float(sample_losses(task.model, *s).mean() - start[n]))
-    return curve
+    return trained(task, config.training, STEPS, sets, MEASURED)
 
 
 def report(made: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arisk.config import TrainingConfig
 from arisk.errors import NumericsError
 from arisk.geometry.dynamics import recorded_steps
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
 from arisk.stages.planned_run import PlannedRun
 from arisk.stages.probe import sample_losses
+from arisk.task import SampleSet, Task
 from tests.bench.validity.jobs import Job, heldout, job_task
 
 POINTS = 56
@@ -26,32 +29,40 @@ def measured_steps(steps: int) -> list[int]:
 
 
 def real_run(job: Job, folder: Path) -> dict[str, Any]:
-    """Change of the held-out safety and control losses along the real fine-tune."""
+    """Change of the held-out safety and control losses along the real fine-tune of a job."""
     config, task = job_task(job, folder)
+    sets = {"safety": heldout(), "control": heldout("control", 64)}
+    return trained(task, config.training, job.steps, sets, measured_steps(job.steps))
+
+
+def trained(
+    task: Task, training: TrainingConfig, steps: int, sets: Mapping[str, SampleSet], wanted: Sequence[int]
+) -> dict[str, Any]:
+    """Change of the mean loss of every set at the wanted steps of a real fine-tune; the model keeps it.
+
+    The steps are those of `PlannedRun`, which the tests hold to a loop written with torch alone.
+    """
     layout = layout_of(task.model, task.parameter_names)
-    training = config.training
     rates = learning_rates(
-        training.learning_rate, job.steps, schedule=training.schedule, warmup_steps=training.warmup_steps
+        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
     )
-    sets = (heldout(), heldout("control", 64))
-    wanted = measured_steps(job.steps)
+    curve: dict[str, list[Any]] = {"steps": [0], "train": [], **{name: [0.0] for name in sets}}
+
+    def means() -> dict[str, float]:
+        return {n: float(sample_losses(task.model, s.batches, s.loss_fn).mean()) for n, s in sets.items()}
+
     with measuring(task.model, layout):
         run = PlannedRun(task, layout, training, rates)
-        start = [sample_losses(task.model, s.batches, s.loss_fn).mean() for s in sets]
-        curve: dict[str, list[Any]] = {"steps": [0], "safety": [0.0], "control": [0.0], "train": []}
-        for number in range(1, job.steps + 1):
+        start = means()
+        for number in range(1, steps + 1):
             try:
                 curve["train"].append(run.step(number))
             except NumericsError:
                 break
             if number in wanted:
-                change = [
-                    float(sample_losses(task.model, s.batches, s.loss_fn).mean() - b)
-                    for s, b in zip(sets, start, strict=True)
-                ]
                 curve["steps"].append(number)
-                curve["safety"].append(change[0])
-                curve["control"].append(change[1])
+                for name, value in means().items():
+                    curve[name].append(value - start[name])
     return curve
 
 
