@@ -9,11 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.api import AlignmentRiskPipeline, RiskReport, assess, verify
+    from arisk.api import AlignmentRiskPipeline, assess, verify
     from arisk.comparison import Comparison
     from arisk.config import Config, PipelineConfig
     from arisk.errors import AriskError
     from arisk.guard import AlignGuardConfig, LoRAMitigator
+    from arisk.risk_report import RiskReport
     from arisk.task import LoraPair, SampleSet, Task
     from arisk.verified import VerifyResult
 
@@ -43,7 +44,7 @@ _HOME = {
     "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
     "PipelineConfig": "arisk.config",
-    "RiskReport": "arisk.api",
+    "RiskReport": "arisk.risk_report",
     "SampleSet": "arisk.task",
     "Task": "arisk.task",
     "VerifyResult": "arisk.verified",

@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arisk.comparison import Comparison, compare
 from arisk.config import PipelineConfig, planned_steps
 from arisk.configfile import validate_mapping
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.models.selection import select_parameters
 from arisk.progress import Progress, silent
-from arisk.refusals import DEFAULT_MARKERS
 from arisk.results import (
     CollectResult,
-    ForecastResult,
-    OverlapNulls,
-    RolloutResult,
-    ScoreResult,
     SubspaceResult,
-    Verdict,
 )
+from arisk.risk_report import RiskReport
 from arisk.stages.collect import GRADIENTS_FOLDER, collect
 from arisk.stages.forecast import forecast
 from arisk.stages.rollout import rollout, skipped_rollout
@@ -43,73 +36,10 @@ from arisk.stages.verify import verify as real_run
 from arisk.task import Batch, LossFn, SampleSet, Task
 from arisk.verified import VerifyResult
 
-__all__ = ["AlignmentRiskPipeline", "RiskReport", "assess", "verify"]
+__all__ = ["AlignmentRiskPipeline", "assess", "verify"]
 
 #: Batches of ordinary data read from a loader.
 CONTROL_BATCHES = 64
-
-
-@dataclass(frozen=True, repr=False)
-class RiskReport:
-    """What was found: the records of every stage, with the peer package's names beside them.
-
-    Attributes:
-        collected: per-sample safety gradients through their inner products.
-        subspace: the safety subspace.
-        scored: how the planned update meets it.
-        rollout: losses measured along the virtual run.
-        forecast: curves and verdict; `forecast.collapse_step`, `forecast.forecasters["local"]`.
-    """
-
-    collected: CollectResult
-    subspace: SubspaceResult
-    scored: ScoreResult
-    rollout: RolloutResult
-    forecast: ForecastResult
-
-    @property
-    def verdict(self) -> Verdict:
-        """Level, sentence and reasons."""
-        return self.forecast.verdict
-
-    @property
-    def warning(self) -> str:
-        """The verdict in one line, level first."""
-        return f"{self.verdict.level}: {self.verdict.sentence}"
-
-    @property
-    def initial_risk(self) -> OverlapNulls:
-        """Overlap of the update with the safety subspace, with its nulls."""
-        return self.scored.overlap
-
-    @property
-    def curvature(self) -> Mapping[str, float]:
-        """γ̂ and ε̂ of the Alignment Instability Condition."""
-        return {"gamma_hat": self.scored.gamma_hat, "epsilon_hat": self.scored.epsilon_hat}
-
-    def compare(self, measured: VerifyResult, markers: Sequence[str] = DEFAULT_MARKERS) -> Comparison:
-        """A real run of the same plan beside this forecast."""
-        return compare(measured, self.forecast, threshold=self.forecast.threshold, markers=markers)
-
-    def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
-        """The report as one self-contained HTML page, with the real run where `check` has one."""
-        from arisk.report import render_report
-
-        return render_report(
-            self.collected,
-            self.subspace,
-            self.scored,
-            self.forecast,
-            title=title,
-            provenance={"source": "Python API"},
-            show_text=show_text,
-            max_examples=25,
-            check=check,
-            measured=self.rollout,
-        )
-
-    def __repr__(self) -> str:
-        return f"RiskReport({self.warning!r})"
 
 
 class AlignmentRiskPipeline:

@@ -18,12 +18,14 @@ from arisk.config import Config
 from arisk.configfile import dump_config
 from arisk.errors import AriskError, ArtifactError
 from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.job import REPORT_FILE, RUNNERS, SUMMARY_FILE, Display, Job, finite
-from arisk.plan import STAGES, StageState, plan
+from arisk.graph import STAGES
+from arisk.job import REPORT_FILE, SUMMARY_FILE, Display, Job
+from arisk.plan import StageState, plan
 from arisk.rundir import RunDir
+from arisk.runners import RUNNERS, finite
 from arisk.verified import VerifyResult
 
-__all__ = ["Outcome", "VerifyOutcome", "run_stages", "run_verify"]
+__all__ = ["Outcome", "VerifyOutcome", "run_optional", "run_stages", "run_verify"]
 
 NAMES = tuple(spec.name for spec in STAGES)
 #: Stages that only their own command runs.
@@ -104,18 +106,59 @@ def run_verify(
     Raises:
         AriskError: what went wrong; what was finished before is committed.
     """
+    ran, made, missing = run_optional(
+        "verify",
+        config,
+        run_dir=run_dir,
+        show=show,
+        command=command,
+        report_command=report_command,
+        force=force,
+    )
+    if made is None:
+        truth = _truth_alone(config, run_dir)
+        return VerifyOutcome(run_dir, ran, None, missing, report_command, truth)
+    assert made.summary is not None
+    return VerifyOutcome(run_dir, ran, made.report, None, None, made.summary["verify"])
+
+
+def run_optional(
+    stage: str,
+    config: Config,
+    *,
+    run_dir: Path,
+    show: Display,
+    command: str,
+    report_command: str,
+    force: bool = False,
+) -> tuple[bool, Outcome | None, str | None]:
+    """Run an optional stage, and bring the report that shows it up to date where the others are fresh.
+
+    Args:
+        stage: its name.
+        config: the resolved config.
+        run_dir: where the run lives.
+        show: told what happens.
+        command: the command that does this, for the lock.
+        report_command: the command that makes the report.
+        force: run it even where it is fresh.
+
+    Returns:
+        Whether it ran now; the report's outcome, or None with the stage the report waits for.
+
+    Raises:
+        AriskError: what went wrong; what was finished before is committed.
+    """
     done = run_stages(
-        config, run_dir=run_dir, show=show, command=command, only="verify", last="verify", force=force
+        config, run_dir=run_dir, show=show, command=command, only=stage, last=stage, force=force
     )
     missing = _stale_before("report", config, run_dir)
     if missing is not None:
-        truth = _truth_alone(config, run_dir)
-        return VerifyOutcome(run_dir, bool(done.ran), None, missing, report_command, truth)
+        return bool(done.ran), None, missing
     made = run_stages(
         config, run_dir=run_dir, show=show, command=report_command, only="report", last="report"
     )
-    assert made.summary is not None
-    return VerifyOutcome(run_dir, bool(done.ran), made.report, None, None, made.summary["verify"])
+    return bool(done.ran), made, None
 
 
 def _stale_before(stage: str, config: Config, run_dir: Path) -> str | None:

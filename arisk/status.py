@@ -8,7 +8,8 @@ from typing import Any
 
 from arisk.config import Config
 from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.plan import STAGES, StageState, plan
+from arisk.graph import STAGES
+from arisk.plan import StageState, plan
 from arisk.rundir import RunDir
 from arisk.terminal import table
 

@@ -15,8 +15,8 @@ from arisk.artifacts import read_record
 from arisk.config import ForecastConfig, TrainingConfig
 from arisk.configfile import validate_mapping
 from arisk.errors import ArtifactError, ConfigError
+from arisk.graph import STAGES
 from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
-from arisk.plan import STAGES
 from arisk.rundir import RunDir
 from arisk.terminal import table
 

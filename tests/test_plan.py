@@ -9,7 +9,8 @@ import pytest
 from arisk.config import Config
 from arisk.errors import NewerFormatError
 from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.plan import STAGES, Reason, plan
+from arisk.graph import STAGES
+from arisk.plan import Reason, plan
 from arisk.rundir import RunDir
 
 ALL = [spec.name for spec in STAGES]

@@ -1,0 +1,78 @@
+"""Options and helpers that several verbs share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from arisk.errors import GateError, InconclusiveError
+
+__all__ = [
+    "ConfigPath",
+    "ForceOption",
+    "JsonOption",
+    "QuietOption",
+    "RunDirOption",
+    "SetOption",
+    "Stage",
+    "gate",
+    "print_outcome",
+    "reproducing",
+    "show",
+]
+
+Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
+ConfigPath = Annotated[Path, typer.Argument(help="YAML config; `arisk init` writes one.")]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option("--run-dir", help="Run directory; default: run.dir, or runs/<name of the config>."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one config value; repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run the stages even where they are fresh.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def show(quiet: bool) -> Any:
+    """Progress display on stderr: bars in a terminal, a line per stage in a pipe, or nothing."""
+    from arisk.terminal import StageDisplay
+
+    return StageDisplay(quiet=quiet)
+
+
+def print_outcome(outcome: Any, as_json: bool) -> None:
+    """The result of a run on stdout: the verdict table, or JSON."""
+    from arisk.terminal import outcome_text
+
+    typer.echo(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
+
+
+def gate(level: str, fail_on: str) -> None:
+    """Turn the verdict into an exit code for continuous integration."""
+    order = ["low", "elevated", "high"]
+    if level == "inconclusive":
+        raise InconclusiveError(
+            "a gate was asked for and the verdict is inconclusive",
+            where=f"--fail-on {fail_on}",
+            fix="read the reasons in the report, and measure more (`score.probe_points`, more safety rows)",
+        )
+    if order.index(level) >= order.index(fail_on):
+        raise GateError(
+            f"the verdict is {level}",
+            where=f"--fail-on {fail_on}",
+            fix="lower the learning rate or the steps (see the what-if grid), or change the data",
+        )
+
+
+def reproducing(config: Path, run_dir: Path | None, overrides: list[str] | None, verb: str = "run") -> str:
+    """The command that reproduces this run."""
+    parts = [f"arisk {verb}", str(config)]
+    if run_dir:
+        parts += ["--run-dir", str(run_dir)]
+    return " ".join(parts + [f"--set {item}" for item in overrides or []])

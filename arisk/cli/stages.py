@@ -1,0 +1,182 @@
+"""Verbs that make or inspect a run: run, one per stage, status, check, init, schema, demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from arisk.cli.app import app
+from arisk.cli.options import (
+    ConfigPath,
+    ForceOption,
+    JsonOption,
+    QuietOption,
+    RunDirOption,
+    SetOption,
+    Stage,
+    gate,
+    print_outcome,
+    reproducing,
+    show,
+)
+
+__all__: list[str] = []
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    first: Annotated[Stage | None, typer.Option("--from", help="Re-run this stage and all after it.")] = None,
+    last: Annotated[Stage | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    force: ForceOption = False,
+    fail_on: Annotated[
+        Literal["elevated", "high"] | None,
+        typer.Option("--fail-on", help="Exit 10 when the verdict reaches this level, 11 if inconclusive."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run all stages, skipping the fresh ones; ends with the verdict and the report's path.
+
+    Example: arisk run configs/demo.yaml --set training.learning_rate=1e-4
+    """
+    from arisk.configfile import load_config, run_directory
+    from arisk.pipeline import run_stages
+
+    loaded = load_config(config, overrides or [])
+    outcome = run_stages(
+        loaded,
+        run_dir=run_directory(loaded, config, run_dir),
+        first=first,
+        last=last,
+        force=force,
+        show=show(quiet),
+        command=reproducing(config, run_dir, overrides),
+    )
+    print_outcome(outcome, as_json)
+    if fail_on and outcome.summary:
+        gate(outcome.summary["verdict"]["level"], fail_on)
+
+
+def _stage_command(stage: Stage) -> None:
+    """Register `arisk <stage>`, which runs one stage and names the command for a stale upstream."""
+
+    def command(
+        config: ConfigPath,
+        run_dir: RunDirOption = None,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        with_upstream: Annotated[
+            bool, typer.Option("--with-upstream", help="Also run the stages before it that are not fresh.")
+        ] = False,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        from arisk.configfile import load_config, run_directory
+        from arisk.pipeline import run_stages
+
+        loaded = load_config(config, overrides or [])
+        outcome = run_stages(
+            loaded,
+            run_dir=run_directory(loaded, config, run_dir),
+            only=None if with_upstream else stage,
+            last=stage,
+            force=force,
+            show=show(quiet),
+            command=reproducing(config, run_dir, overrides),
+        )
+        print_outcome(outcome, as_json)
+
+    command.__doc__ = f"Run the stage {stage} alone; its upstream must be fresh."
+    app.command(stage)(command)
+
+
+for _stage in ("collect", "subspace", "score", "rollout", "forecast", "report"):
+    _stage_command(_stage)
+
+
+@app.command()
+def status(
+    config: ConfigPath,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show each stage as fresh or stale and why, with size and time; runs nothing."""
+    from arisk.configfile import load_config, run_directory
+    from arisk.status import describe, status_rows
+
+    loaded = load_config(config, overrides or [])
+    rows = status_rows(loaded, run_directory(loaded, config, run_dir))
+    typer.echo(json.dumps(rows, indent=2) if as_json else describe(rows))
+
+
+@app.command()
+def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Validate config, files, rows and adapter targets, and print the planned work; trains nothing."""
+    from arisk.configfile import load_config
+    from arisk.models import check_task
+    from arisk.terminal import check_text
+
+    report = check_task(load_config(config, overrides or []))
+    typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("arisk.yaml"),
+    model: Annotated[str, typer.Option(help="Model folder or hub id.")] = "path/to/model",
+    safety: Annotated[str, typer.Option(help="Safety rows (prompt + safe response).")] = "safety.jsonl",
+    finetune: Annotated[str, typer.Option(help="Fine-tuning rows.")] = "finetune.jsonl",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented config.
+
+    Example: arisk init my.yaml --model ./model --safety refusals.jsonl --finetune train.jsonl
+    """
+    from arisk.configfile import starter_config
+    from arisk.errors import ConfigError
+
+    if path.exists() and not force:
+        raise ConfigError(
+            f"{path} exists already", where=str(path), fix="choose another name, or give --force"
+        )
+    path.write_text(starter_config(model, safety, finetune), encoding="utf-8")
+    typer.echo(f"wrote {path}; next: arisk check {path} && arisk run {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config (for editors)."""
+    from arisk.configfile import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    mode: Annotated[
+        Literal["full", "lora"], typer.Option(help="What the planned fine-tune trains.")
+    ] = "lora",
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Run directory.")] = Path("runs/demo"),
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run everything on the embedded model and data; no network, about a minute on two cores."""
+    from arisk.demo import demo_config
+    from arisk.pipeline import run_stages
+
+    outcome = run_stages(
+        demo_config(mode),
+        run_dir=output_dir,
+        force=force,
+        show=show(quiet),
+        command=f"arisk demo --mode {mode} --output-dir {output_dir}",
+    )
+    print_outcome(outcome, as_json)

@@ -1,0 +1,95 @@
+"""The stage graph: what each stage reads, in which order, and what its key depends on. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["STAGES", "StageSpec"]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of the graph.
+
+    Attributes:
+        name: the stage.
+        version: raised whenever the stage's numbers change.
+        upstream: stages whose outputs it reads.
+        config: dotted config values it depends on. Device and threads are none: numbers do not
+            depend on them beyond rounding.
+        inputs: fingerprints it depends on.
+        shows: optional stages whose outputs it includes where they are fresh.
+        optional: run only when asked for by name.
+        reach: dotted config value that says how far the stage goes. A stored stage belongs to the
+            plan whatever its reach; only who asks for the stage by name insists on one.
+    """
+
+    name: str
+    version: int
+    upstream: tuple[str, ...]
+    config: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    shows: tuple[str, ...] = ()
+    optional: bool = False
+    reach: str | None = None
+
+
+#: Settings of collect that change its numbers or files; its budgets do not.
+COLLECT_KEYS = ("engine", "fisher", "store", "chunk_size")
+
+#: The stage graph in order. The rollout alone depends on the whole planned training.
+STAGES = (
+    StageSpec(
+        "collect",
+        2,
+        (),
+        (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
+        ("model", "adapter", "safety"),
+    ),
+    StageSpec("subspace", 1, ("collect",), ("subspace",)),
+    StageSpec(
+        "score",
+        1,
+        ("collect", "subspace"),
+        (
+            "finetune",
+            "control",
+            "score",
+            "training.optimizer",
+            "training.betas",
+            "training.eps",
+            "training.batch_size",
+            "training.gradient_accumulation",
+            "training.weight_decay",
+        ),
+        ("finetune", "control"),
+    ),
+    StageSpec(
+        "rollout",
+        2,
+        (),
+        ("model", "safety", "finetune", "control", "training", "rollout"),
+        ("model", "adapter", "safety", "finetune", "control"),
+    ),
+    StageSpec("forecast", 4, ("collect", "score", "rollout"), ("training", "forecast")),
+    # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
+    StageSpec(
+        "verify",
+        1,
+        (),
+        (
+            *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
+            *("verify.control_samples", "verify.generate", "verify.max_new_tokens"),
+        ),
+        ("model", "adapter", "safety", "finetune", "control", "verify.safety"),
+        optional=True,
+        reach="verify.steps",
+    ),
+    StageSpec(
+        "report",
+        4,
+        ("collect", "subspace", "score", "rollout", "forecast"),
+        ("report", "verify.refusal_markers"),
+        shows=("verify",),
+    ),
+)

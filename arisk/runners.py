@@ -1,0 +1,200 @@
+"""How each stage runs on a job: its inputs taken from the job, its files written to the workspace."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arisk.artifacts import FORMAT_VERSION, read_tensors, write_tensors, write_text
+from arisk.config import planned_steps
+from arisk.configfile import dump_config
+from arisk.graph import STAGES
+from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
+from arisk.verified import VerifyResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from arisk.comparison import Comparison
+
+__all__ = ["RUNNERS", "finite"]
+
+
+def _collect(job: Job, workspace: Path) -> CollectResult:
+    from arisk.stages.collect import collect
+
+    task = job.task
+    if job.config.collect.fisher == "sampled":
+        from arisk.models.sampled import sample_labels
+
+        task = replace(task, safety=sample_labels(task.model, task.safety, job.config.run.seed))
+    return collect(task, job.config.collect, workspace, progress=job.show.progress)
+
+
+def _subspace(job: Job, workspace: Path) -> SubspaceResult:
+    import torch
+
+    from arisk.stages.subspace import subspace
+
+    del workspace
+    side, layout = job.stored(), job.layout
+    gradients: Callable[[], Tensor] | None = None
+    budget = job.config.collect.memory_budget_gb * 1e9
+    if side is not None and len(job.collected.losses) * layout.numel * 8 <= budget:
+        gradients = lambda: torch.cat([side.columns(name) for name in layout.names], dim=1)  # noqa: E731
+    return subspace(job.collected, job.config.subspace, seed=job.config.run.seed, gradients=gradients)
+
+
+def _score(job: Job, workspace: Path) -> ScoreResult:
+    from arisk.stages.safety_side import recomputed_side
+    from arisk.stages.score import score
+
+    config = job.config
+    side = job.stored()
+    if side is None:
+        engine = job.collected.engine["name"]
+        side = recomputed_side(job.task, job.layout, engine, config.collect.chunk_size)
+    made = score(
+        job.task,
+        job.collected,
+        job.record("subspace", SubspaceResult),
+        side,
+        config=config.score,
+        training=config.training,
+        seed=config.run.seed,
+        progress=job.show.progress,
+    )
+    write_tensors(workspace / "directions.safetensors", made.directions)
+    return made.record
+
+
+def _rollout(job: Job, workspace: Path) -> RolloutResult:
+    from arisk.stages.rollout import rollout, skipped_rollout
+
+    config = job.config
+    if not config.rollout.enabled:
+        return skipped_rollout("rollout.enabled is off")
+    return rollout(
+        job.task,
+        config=config.rollout,
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _forecast(job: Job, workspace: Path) -> ForecastResult:
+    from arisk.stages.forecast import forecast
+
+    del workspace
+    scored: ScoreResult = job.record("score", ScoreResult)
+    side = job.stored()
+    return forecast(
+        scored,
+        job.record("rollout", RolloutResult),
+        config=job.config.forecast,
+        training=job.config.training,
+        steps=planned_steps(job.config.training, scored.finetune_rows),
+        directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
+        dots=side.dots if side else None,
+        seed=job.config.run.seed,
+    )
+
+
+def _verify(job: Job, workspace: Path) -> VerifyResult:
+    from arisk.stages.verify import verify
+
+    config = job.config
+    # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
+    reach = job.states["verify"].ingredients["config"]["verify.steps"]
+    return verify(
+        job.task,
+        config=config.verify.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
+    """The real run beside the forecast, where one belongs to this plan."""
+    from arisk.comparison import compare
+
+    if not job.states["verify"].fresh:
+        return None
+    measured: VerifyResult = job.record("verify", VerifyResult)
+    markers = job.config.verify.refusal_markers
+    return compare(measured, forecast, threshold=forecast.threshold, markers=markers)
+
+
+def _report(job: Job, workspace: Path) -> None:
+    from arisk.report import render_report, summary_json, summary_markdown
+
+    config = job.config
+    records = (
+        job.collected,
+        job.record("subspace", SubspaceResult),
+        job.record("score", ScoreResult),
+        job.record("forecast", ForecastResult),
+    )
+    check = _check(job, records[-1])
+    title = config.report.title or job.rundir.path.resolve().name
+    page = render_report(
+        *records,
+        title=title,
+        provenance=_provenance(job),
+        show_text=config.report.show_text,
+        max_examples=config.report.max_examples,
+        check=check,
+        measured=job.record("rollout", RolloutResult),
+    )
+    write_text(workspace / REPORT_FILE, page)
+    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(*records, title=title, check=check))}
+    write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    write_text(workspace / "summary.md", summary_markdown(*records, title=title, check=check))
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is none is null, which readers must take as not measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    """What made the report: command, versions, stage keys and costs."""
+    stages = {}
+    made = [spec.name for spec in STAGES[:-1] if not spec.optional or job.states[spec.name].fresh]
+    for name in made:
+        manifest = job.rundir.manifest(name) or {}
+        size = sum(output["bytes"] for output in manifest.get("outputs", {}).values())
+        stages[name] = {
+            "key": job.states[name].key[:12],
+            "finished": manifest.get("finished"),
+            "seconds": manifest.get("seconds"),
+            "bytes": size,
+        }
+    versions = {"arisk": version("arisk"), "torch": version("torch")}
+    return {"command": job.command, "versions": versions, "stages": stages, "config": dump_config(job.config)}
+
+
+RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
+    "collect": _collect,
+    "subspace": _subspace,
+    "score": _score,
+    "rollout": _rollout,
+    "forecast": _forecast,
+    "verify": _verify,
+    "report": _report,
+}
