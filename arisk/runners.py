@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arisk.comparison import Comparison
+    from arisk.report import Extra
 
-__all__ = ["RUNNERS", "finite"]
+__all__ = ["EXTRAS", "RUNNERS", "finite"]
 
 
 def _collect(job: Job, workspace: Path) -> CollectResult:
@@ -147,6 +148,7 @@ def _report(job: Job, workspace: Path) -> None:
         job.record("forecast", ForecastResult),
     )
     check = _check(job, records[-1])
+    extras = [make(job) for stage, make in EXTRAS.items() if job.states[stage].fresh]
     title = config.report.title or job.rundir.path.resolve().name
     page = render_report(
         *records,
@@ -156,11 +158,15 @@ def _report(job: Job, workspace: Path) -> None:
         max_examples=config.report.max_examples,
         check=check,
         measured=job.record("rollout", RolloutResult),
+        extras=extras,
     )
     write_text(workspace / REPORT_FILE, page)
-    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(*records, title=title, check=check))}
+    summary = {
+        "format_version": FORMAT_VERSION,
+        **finite(summary_json(*records, title=title, check=check, extras=extras)),
+    }
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-    write_text(workspace / "summary.md", summary_markdown(*records, title=title, check=check))
+    write_text(workspace / "summary.md", summary_markdown(*records, title=title, check=check, extras=extras))
 
 
 def finite(value: Any) -> Any:
@@ -198,3 +204,6 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "verify": _verify,
     "report": _report,
 }
+
+#: What optional stages show on the report, by stage.
+EXTRAS: dict[str, Callable[[Job], Extra]] = {}

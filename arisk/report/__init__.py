@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from arisk.report.extra import Extra
 from arisk.report.page import render_report
 from arisk.report.summary import summary_json, summary_markdown
 
-__all__ = ["render_report", "summary_json", "summary_markdown"]
+__all__ = ["Extra", "render_report", "summary_json", "summary_markdown"]

@@ -7,13 +7,14 @@ plotly.js, style and data are inside the page, and a content policy forbids the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from arisk.comparison import Comparison
+from arisk.report.extra import Extra
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
 from arisk.report.rollout_section import method, rollout_section
@@ -39,7 +40,7 @@ from arisk.results import (
     Verdict,
 )
 
-__all__ = ["render_report"]
+__all__ = ["figure_section", "page", "render_report", "script_json"]
 
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
@@ -63,6 +64,7 @@ def render_report(
     max_examples: int,
     measured: RolloutResult,
     check: Comparison | None = None,
+    extras: Sequence[Extra] = (),
 ) -> str:
     """The whole report as one self-contained HTML page; equal records give equal bytes.
 
@@ -77,26 +79,25 @@ def render_report(
         max_examples: rows of the examples table.
         measured: the rollout, for its cost and its table.
         check: a real run of the same plan beside its forecast, where there is one.
+        extras: sections of optional stages.
     """
     figures = all_figures(collected, space, scored, forecast, measured, check)
-    shown = [
-        {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout}
-        for f in figures.values()
-        if not f.missing
-    ]
+    added = [figure for extra in extras for figure in extra.figures]
+    told = [*findings(collected, space, scored, forecast), *(s for extra in extras for s in extra.findings)]
     body = "\n".join(
         [
             _verdict(forecast),
-            _findings(findings(collected, space, scored, forecast)),
-            _figure(figures["forecast"], tall=True),
+            _findings(told),
+            figure_section(figures["forecast"], tall=True),
             verified_section(check, show_text) if check else "",
-            _figure(figures["truth"]) if check else "",
-            _figure(figures["what-if"], tall=True),
-            f'<div class="two">{_figure(figures["drift"])}{_figure(figures["move"])}</div>',
+            figure_section(figures["truth"]) if check else "",
+            *(extra.html + "".join(map(figure_section, extra.figures)) for extra in extras),
+            figure_section(figures["what-if"], tall=True),
+            _pair(figures["drift"], figures["move"]),
             rollout_section(measured, forecast),
             examples(scored, show_text, max_examples),
-            f'<div class="two">{_figure(figures["fisher-map"])}{_figure(figures["harm-map"])}</div>',
-            f'<div class="two">{_figure(figures["spectrum"])}{_figure(figures["overlap"])}</div>',
+            _pair(figures["fisher-map"], figures["harm-map"]),
+            _pair(figures["spectrum"], figures["overlap"]),
             conditions(scored),
             quality(collected, space, scored, forecast),
             method(),
@@ -104,6 +105,20 @@ def render_report(
             provenance_section(collected, provenance),
         ]
     )
+    return page(title, body, [*figures.values(), *added])
+
+
+def page(title: str, body: str, figures: Iterable[Figure]) -> str:
+    """One self-contained HTML page: style, script, plotly.js and the figures' data inside.
+
+    Args:
+        title: heading of the page, escaped here.
+        body: HTML of its sections, with `figure_section` for each figure.
+        figures: what is drawn; those that were not measured are passed over.
+    """
+    shown = [
+        {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout} for f in figures if not f.missing
+    ]
     folder = resources.files("arisk.report")
     return _PAGE.format(
         title=esc(title),
@@ -198,7 +213,8 @@ def _findings(sentences: Sequence[str]) -> str:
     return f'<section><h2>Findings</h2><ul class="plain">{items(sentences)}</ul></section>'
 
 
-def _figure(figure: Figure, *, tall: bool = False) -> str:
+def figure_section(figure: Figure, *, tall: bool = False) -> str:
+    """A figure with its reading line, equation and table; what is missing says so."""
     name = esc(figure.id)
     plot = (
         f'<p class="missing">{NOT_MEASURED.capitalize()}: {esc(figure.missing)}. '
@@ -214,3 +230,8 @@ def _figure(figure: Figure, *, tall: bool = False) -> str:
         "<details><summary>The numbers as a table</summary>"
         f"{table(figure.header, figure.rows)}</details></section>"
     )
+
+
+def _pair(left: Figure, right: Figure) -> str:
+    """Two figures beside each other where the screen is wide."""
+    return f'<div class="two">{figure_section(left)}{figure_section(right)}</div>'

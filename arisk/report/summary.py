@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from arisk.comparison import Comparison
+from arisk.report.extra import Extra
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
 from arisk.report.verified import verified_rows
 from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
@@ -21,6 +23,7 @@ def summary_json(
     *,
     title: str,
     check: Comparison | None = None,
+    extras: Sequence[Extra] = (),
 ) -> dict[str, Any]:
     """Plain values: verdict, forecasters, what-if grid, overlap, findings, the check. None: not measured."""
     return {
@@ -49,6 +52,7 @@ def summary_json(
         "findings": findings(collected, space, scored, forecast),
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
         "verify": check.as_json() if check else None,
+        **{extra.name: dict(extra.summary) for extra in extras},
     }
 
 
@@ -60,6 +64,7 @@ def summary_markdown(
     *,
     title: str,
     check: Comparison | None = None,
+    extras: Sequence[Extra] = (),
 ) -> str:
     """A short Markdown text, fit for a pull-request comment."""
     v = forecast.verdict
@@ -84,6 +89,7 @@ def summary_markdown(
         *[f"- caveat: {sentence}" for sentence in v.caveats],
         "",
         *(_verified(check) if check else []),
+        *(line for extra in extras for line in extra.markdown),
     ]
     return "\n".join(lines)
 
