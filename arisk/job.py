@@ -39,6 +39,9 @@ class Display(Protocol):
     def skip(self, stage: str) -> None:
         """A stage is fresh."""
 
+    def note(self, text: str) -> None:
+        """Something else to know, in one line."""
+
     def interrupted(self) -> None:
         """Ctrl-C."""
 

@@ -7,8 +7,8 @@ whose only stale stage is the report, loads no model.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from arisk.fingerprints import DigestCache, input_fingerprints
 from arisk.graph import STAGES
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Display, Job
 from arisk.plan import StageState, plan
+from arisk.reuse import take
 from arisk.rundir import RunDir
 from arisk.runners import RUNNERS, finite
 from arisk.verified import VerifyResult
@@ -39,13 +40,14 @@ RESUME_FILES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did, and the summary when a report exists."""
+    """What a run did, and the summary when a report exists; `taken`: run directory by stage."""
 
     run_dir: Path
     ran: tuple[str, ...]
     fresh: tuple[str, ...]
     report: Path | None
     summary: Mapping[str, Any] | None
+    taken: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -53,6 +55,7 @@ class Outcome:
             "run_dir": str(self.run_dir),
             "ran": list(self.ran),
             "fresh": list(self.fresh),
+            "taken": dict(self.taken),
             "report": str(self.report) if self.report else None,
             "summary": self.summary,
         }
@@ -186,6 +189,7 @@ def run_stages(
     last: str | None = None,
     only: str | None = None,
     force: bool = False,
+    reuse: Sequence[Path] = (),
 ) -> Outcome:
     """Bring stages up to date.
 
@@ -198,11 +202,13 @@ def run_stages(
         last: stop after this stage.
         only: run this stage alone; the stages before it must be fresh.
         force: run every considered stage even where it is fresh.
+        reuse: run directories from which a stage with the same key is taken instead of being run.
 
     Raises:
         AriskError: what went wrong; stages finished before are committed.
     """
     rundir = RunDir(run_dir)
+    taken: dict[str, str] = {}
     considered = NAMES[: NAMES.index(last) + 1] if last else NAMES
     wanted = (only,) if only in OPTIONAL else tuple(n for n in considered if n not in OPTIONAL)
     with rundir.lock(command):
@@ -216,7 +222,12 @@ def run_stages(
         try:
             for state in states:
                 if state.stage in due:
-                    _execute(job, state)
+                    source = take(rundir, state, reuse)
+                    if source is None:
+                        _execute(job, state)
+                    else:
+                        taken[state.stage] = str(source)
+                        show.note(f"{state.stage:<9} taken from {source}")
                 elif state.stage in wanted and state.fresh:
                     show.skip(state.stage)
         except KeyboardInterrupt:
@@ -228,7 +239,8 @@ def run_stages(
     fresh = tuple(s.stage for s in states if s.fresh and s.stage in wanted and s.stage not in due)
     report = rundir.stage_dir("report") / REPORT_FILE if "report" in wanted else None
     summary = read_json(rundir.stage_dir("report") / SUMMARY_FILE) if report else None
-    return Outcome(run_dir, tuple(due), fresh, report, summary)
+    ran = tuple(stage for stage in due if stage not in taken)
+    return Outcome(run_dir, ran, fresh, report, summary, taken)
 
 
 def _due(

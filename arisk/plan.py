@@ -19,7 +19,7 @@ from arisk.errors import ArtifactError, NewerFormatError
 from arisk.graph import STAGES, StageSpec
 from arisk.rundir import RunDir
 
-__all__ = ["Reason", "StageState", "ingredients_of", "plan", "stage_key"]
+__all__ = ["Reason", "StageState", "differences", "ingredients_of", "plan", "stage_key"]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _changes(spec: StageSpec, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     """What differs between stored and present ingredients, upstream keys left to the upstream."""
     found = False
     kinds: dict[str, Any] = {"config": "config", "inputs": "input", "seed": "seed", "upstream": "upstream"}
-    for path, before, after in _diff(old, new, ""):
+    for path, before, after in differences(old, new):
         top, _, rest = path.partition(".")
         found = True
         if top == "upstream":
@@ -208,11 +208,11 @@ def _changes(spec: StageSpec, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         yield Reason("damaged", spec.name, new="the key does not belong to the stored ingredients")
 
 
-def _diff(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(path, old, new) of every leaf that differs; config keys contain dots of their own."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _diff(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield path, old, new
 

@@ -129,6 +129,7 @@ class RunDir:
         workspace: Path,
         seconds: float,
         leave_out: Sequence[str] = (),
+        taken_from: str | None = None,
     ) -> None:
         """Turn a workspace into the stage: digests, manifest last, then two renames.
 
@@ -139,6 +140,7 @@ class RunDir:
             workspace: the folder it worked in.
             seconds: wall time it took.
             leave_out: glob patterns of files that served resuming only; deleted.
+            taken_from: the run directory that computed it, where that is another one.
 
         Raises:
             ArtifactError: the disk is full or the folder is read-only; the old stage is kept.
@@ -161,6 +163,7 @@ class RunDir:
                 "seconds": round(seconds, 3),
                 "ingredients": ingredients,
                 "outputs": outputs,
+                **({"taken_from": taken_from} if taken_from else {}),
             }
             write_text(workspace / MANIFEST, json.dumps(body, indent=1) + "\n")
             for file in (*files, workspace / MANIFEST, workspace):

@@ -68,6 +68,11 @@ class StageDisplay:
         if not self.quiet:
             self.console.print(f"{stage:<9} fresh")
 
+    def note(self, text: str) -> None:
+        """Something else to know, in one line."""
+        if not self.quiet:
+            self.console.print(text, soft_wrap=True, markup=False)
+
     def interrupted(self) -> None:
         """Ctrl-C: say what is kept and how to go on."""
         self._stop()

@@ -40,7 +40,7 @@ from arisk.results import (
     Verdict,
 )
 
-__all__ = ["figure_section", "page", "render_report", "script_json"]
+__all__ = ["ICONS", "figure_section", "page", "render_report", "script_json"]
 
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"

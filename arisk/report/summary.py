@@ -12,7 +12,7 @@ from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, per
 from arisk.report.verified import verified_rows
 from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
 
-__all__ = ["summary_json", "summary_markdown"]
+__all__ = ["markdown_text", "summary_json", "summary_markdown"]
 
 
 def summary_json(
@@ -75,7 +75,7 @@ def summary_markdown(
         for name, curve in forecast.forecasters.items()
     ]
     lines = [
-        f"### arisk: {v.level} – {_cell(title)}",
+        f"### arisk: {v.level} – {markdown_text(title)}",
         "",
         v.sentence,
         "",
@@ -96,10 +96,11 @@ def summary_markdown(
 
 def _verified(check: Comparison) -> list[str]:
     """The real run beside the forecast."""
-    rows = [f"| {' | '.join(map(_cell, row))} |" for row in verified_rows(check)]
+    rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in verified_rows(check)]
     head = ["| verified | forecast | real |", "| --- | --- | --- |"]
     return [f"Verified by a real fine-tune: {check.sentence}", "", *head, *rows, ""]
 
 
-def _cell(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text that Markdown and HTML leave as it is, on one line and safe inside a table cell."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,81 @@
+"""The verb `compare`: several planned fine-tunes of one model, ranked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from arisk.cli.app import app
+from arisk.cli.options import ForceOption, JsonOption, QuietOption, SetOption, gate, show
+
+__all__: list[str] = []
+
+
+@app.command()
+def compare(
+    plans: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_CONFIG…", help="Run directories and YAML configs, two or more."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of compare.html, compare.json and compare.md.")
+    ] = Path("runs/compare"),
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            help="Configs run in folders of this one, by their names; default: run.dir, or runs/<name>.",
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
+    overrides: SetOption = None,
+    last: Annotated[
+        Literal["forecast", "report"],
+        typer.Option("--until", help="Last stage run for configs; forecast leaves out their own reports."),
+    ] = "report",
+    force: ForceOption = False,
+    fail_on: Annotated[
+        Literal["elevated", "high"] | None,
+        typer.Option("--fail-on", help="Exit 10 when a plan reaches this level, 11 if one is inconclusive."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Rank several planned fine-tunes of one model; configs are run first, as far as they are not fresh.
+
+    The safety side is measured once and shared. Example: arisk compare runs/a runs/b plan.yaml
+    """
+    from arisk.compare import compare_plans
+    from arisk.compare.text import compare_text
+    from arisk.ranking import worst_level
+
+    found = compare_plans(
+        plans,
+        output=output,
+        show=show(quiet),
+        command=_reproducing(plans, output, run_dir, title, overrides),
+        overrides=overrides or [],
+        base=run_dir,
+        last=last,
+        force=force,
+        title=title,
+    )
+    text = compare_text(found.told, str(found.page))
+    typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
+    if fail_on:
+        gate(worst_level(found.told.runs, fail_on), fail_on)
+
+
+def _reproducing(
+    plans: list[Path], output: Path, run_dir: Path | None, title: str | None, overrides: list[str] | None
+) -> str:
+    """The command that makes this comparison again."""
+    import shlex
+
+    parts = ["arisk", "compare", *map(str, plans), "--output", str(output)]
+    parts += ["--run-dir", str(run_dir)] if run_dir else []
+    parts += ["--title", title] if title else []
+    return shlex.join([*parts, *(part for item in overrides or [] for part in ("--set", item))])

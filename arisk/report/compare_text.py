@@ -1,0 +1,193 @@
+"""A comparison in words and cells: what is shown of each run, and findings made by rules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from arisk.ranking import PlannedRun, Ranked
+from arisk.report.text import GENERAL, NO_RISE, NOT_MEASURED, collapse_text, number, percent
+
+__all__ = ["COLUMNS", "Comparative", "cells", "compare_findings", "headline", "rank_text"]
+
+#: Columns of the ranked table, with their units.
+COLUMNS = (
+    "rank",
+    "run",
+    "verdict",
+    "safe-step budget",
+    "collapse",
+    "P(collapse)",
+    "safety drift at the end (nats/token)",
+    "control drift (nats/token)",
+    "overlap / random",
+    "cost",
+    "data",
+)
+
+
+@dataclass(frozen=True)
+class Comparative:
+    """Everything a comparison shows.
+
+    Attributes:
+        title: heading.
+        ranked: the runs, safest first.
+        settings: values that are not the same in all plans, by dotted key, in that order.
+        notes: sentences on what makes the numbers less comparable.
+        command: what makes the comparison again.
+    """
+
+    title: str
+    ranked: Sequence[Ranked]
+    settings: Mapping[str, Sequence[str]]
+    notes: Sequence[str]
+    command: str
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """The runs in that order."""
+        return [entry.run for entry in self.ranked]
+
+
+def rank_text(entry: Ranked) -> str:
+    """The rank, or a dash: a run without one is not placed among the others."""
+    return "–" if entry.rank is None else str(entry.rank)
+
+
+def cells(entry: Ranked) -> list[str]:
+    """The row of one run, under `COLUMNS`."""
+    run = entry.run
+    return [
+        rank_text(entry),
+        run.name,
+        run.level if run.place != "not measured" else NOT_MEASURED,
+        NOT_MEASURED if run.safe_steps is None else f"{run.safe_steps} of {run.horizon}",
+        collapse_text(run.curve) if run.curve else NOT_MEASURED,
+        percent(run.probability),
+        final_text(run),
+        signed(run.control_change),
+        NOT_MEASURED if run.overlap_to_random is None else f"{number(run.overlap_to_random)} ×",
+        cost_text(run),
+        f"{run.finetune}, {run.finetune_rows or 'unknown number of'} rows",
+    ]
+
+
+def final_text(run: PlannedRun) -> str:
+    """Change of the safety loss at the end of the plan with its interval."""
+    if run.final is None:
+        return NOT_MEASURED
+    middle, low, high = run.final
+    return f"{signed(middle)} ({signed(low)} to {signed(high)})"
+
+
+def cost_text(run: PlannedRun) -> str:
+    """Gradients of the rollout against those of the plan, and wall time."""
+    taken = f" + {run.shared_seconds:.0f} s shared" if run.shared_seconds else ""
+    spent = f"{run.seconds:.0f} s{taken}"
+    if not run.gradient_evaluations:
+        return f"no rollout, {spent}"
+    return f"{run.gradient_evaluations} of {run.planned_evaluations} gradients, {spent}"
+
+
+def signed(value: float | None) -> str:
+    """A change with its sign."""
+    text = number(value)
+    return f"+{text}" if value is not None and value > 0 and text[0].isdigit() else text
+
+
+def headline(told: Comparative) -> str:
+    """The answer in one sentence."""
+    placed = [entry.run for entry in told.ranked if entry.rank is not None]
+    rest = len(told.ranked) - len(placed)
+    tail = f" {rest} of {len(told.ranked)} cannot be ranked." if rest else ""
+    if not placed:
+        return "No plan can be ranked: none has a conclusive forecast."
+    best, worst = placed[0], placed[-1]
+    if best.level != "low":
+        return f"No plan is low risk; the least bad is {best.name} ({best.level}).{tail}"
+    if len(placed) == 1:
+        return f"{best.name} is low risk.{tail}"
+    if worst.level == "low":
+        return f"All {len(placed)} ranked plans are low risk; {best.name} drifts least.{tail}"
+    return f"{best.name} is the safest plan (low), {worst.name} the riskiest ({worst.level}).{tail}"
+
+
+def compare_findings(told: Comparative) -> list[str]:
+    """What the numbers say about the runs together, as sentences made by rules."""
+    said = [
+        *_levels(told.runs),
+        _tied(told.ranked),
+        *_drift(told.runs),
+        _overlap(told.ranked),
+        _shared(told.runs),
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def _levels(runs: Sequence[PlannedRun]) -> list[str]:
+    return [f"{run.name}: {run.sentence}" for run in runs]
+
+
+def _tied(ranked: Sequence[Ranked]) -> str | None:
+    """Neighbours of one level whose intervals at the end overlap: their order is not sure."""
+    placed = [entry.run for entry in ranked if entry.rank is not None]
+    pairs = [
+        f"{first.name} and {second.name}"
+        for first, second in itertools.pairwise(placed)
+        if first.level == second.level and _overlapping(first, second)
+    ]
+    if not pairs:
+        return None
+    return f"Their intervals at the end of the plan overlap, so the order is not sure: {'; '.join(pairs)}."
+
+
+def _overlapping(first: PlannedRun, second: PlannedRun) -> bool:
+    """Whether the intervals at the end of the two plans have a value in common."""
+    if first.final is None or second.final is None:
+        return False
+    return first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
+
+
+def _drift(runs: Sequence[PlannedRun]) -> list[str]:
+    """Where the drift is general forgetting, and where it is specific to safety."""
+    general: list[str] = []
+    specific: list[str] = []
+    for run in runs:
+        safety, control = run.safety_change, run.control_change
+        if safety is None or control is None or not math.isfinite(safety) or safety < NO_RISE * run.threshold:
+            continue
+        (general if safety <= GENERAL * control else specific).append(run.name)
+    said: list[str] = []
+    if general:
+        said.append(
+            f"Ordinary answers drift about as much as refusals (general forgetting): {', '.join(general)}."
+        )
+    if specific:
+        said.append(f"Refusals drift more than ordinary answers (specific to safety): {', '.join(specific)}.")
+    return said
+
+
+def _overlap(ranked: Sequence[Ranked]) -> str | None:
+    """Whether the overlap alone would have ranked otherwise."""
+    placed = [e.run for e in ranked if e.rank is not None and e.run.overlap_to_random is not None]
+    if len(placed) < 2:
+        return None
+    by_overlap = sorted(placed, key=lambda run: run.overlap_to_random or 0.0)
+    if [run.name for run in by_overlap] == [run.name for run in placed]:
+        return None
+    return (
+        "The overlap of the first update with the safety subspace would rank them otherwise "
+        f"({', '.join(run.name for run in by_overlap)}); it says where training starts, not where it ends, "
+        "and does not enter the rank."
+    )
+
+
+def _shared(runs: Sequence[PlannedRun]) -> str | None:
+    taken = [run.name for run in runs if run.shared_seconds]
+    spared = sum(run.shared_seconds for run in runs)
+    if not taken:
+        return None
+    return f"The safety side was measured once and taken over by {', '.join(taken)} ({spared:.0f} s spared)."
