@@ -21,10 +21,31 @@ from arisk.fingerprints import file_digest
 from arisk.plan import StageState
 from arisk.rundir import RunDir
 
-__all__ = ["take"]
+__all__ = ["CONFIG_FILE", "check_run_dir", "take"]
+
+#: The config of a run as it was resolved; what has none is no run directory.
+CONFIG_FILE = "config.yaml"
 
 #: The page names its run, so each run makes its own.
 NEVER = ("report",)
+
+
+def check_run_dir(path: Path) -> None:
+    """Refuse what is no run directory.
+
+    Raises:
+        ArtifactError: it does not exist, is a file, a stage's folder, or holds no run.
+    """
+    fix = "give the folder that `arisk run CONFIG --run-dir FOLDER` wrote, or a YAML config"
+    if not path.exists():
+        raise ArtifactError("there is no such run directory or config", where=str(path), fix=fix)
+    if (path / CONFIG_FILE).exists():
+        return
+    if (path / "manifest.json").exists():
+        what, fix = f"this is the stage {path.name} of a run, not a run", f"give {path.parent}"
+    else:
+        what = "this is not a run directory: it has no config.yaml"
+    raise ArtifactError(what, where=str(path), fix=fix)
 
 
 def take(rundir: RunDir, state: StageState, sources: Sequence[Path]) -> Path | None:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.artifacts import FORMAT_VERSION, read_tensors, write_tensors, write_text
+from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
 from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EXTRAS", "RUNNERS", "finite"]
 
+#: Counts of the fine-tuning and control rows, beside the scores.
+DATA_FILE = "data.json"
+
 
 def _collect(job: Job, workspace: Path) -> CollectResult:
     from arisk.stages.collect import collect
@@ -35,7 +38,10 @@ def _collect(job: Job, workspace: Path) -> CollectResult:
         from arisk.models.sampled import sample_labels
 
         task = replace(task, safety=sample_labels(task.model, task.safety, job.config.run.seed))
-    return collect(task, job.config.collect, workspace, progress=job.show.progress)
+    made = collect(task, job.config.collect, workspace, progress=job.show.progress)
+    # The stage may serve other plans: it tells of the safety rows alone, `score` of the plan's data.
+    data = {"safety": made.task.get("data", {}).get("safety", {})}
+    return replace(made, task={**made.task, "data": data} if "data" in made.task else made.task)
 
 
 def _subspace(job: Job, workspace: Path) -> SubspaceResult:
@@ -72,6 +78,10 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         progress=job.show.progress,
     )
     write_tensors(workspace / "directions.safetensors", made.directions)
+    sets = {"finetune": job.task.finetune, "control": job.task.control}
+    told = {name: dict(samples.statistics) for name, samples in sets.items() if samples is not None}
+    body = {"format_version": FORMAT_VERSION, "data": told}
+    write_text(workspace / DATA_FILE, json.dumps(finite(body), indent=1) + "\n")
     return made.record
 
 
@@ -191,8 +201,14 @@ def _provenance(job: Job) -> dict[str, Any]:
             "seconds": manifest.get("seconds"),
             "bytes": size,
         }
-    versions = {"arisk": version("arisk"), "torch": version("torch")}
-    return {"command": job.command, "versions": versions, "stages": stages, "config": dump_config(job.config)}
+    path = job.rundir.stage_dir("score") / DATA_FILE
+    return {
+        "command": job.command,
+        "versions": {"arisk": version("arisk"), "torch": version("torch")},
+        "stages": stages,
+        "config": dump_config(job.config),
+        "data": read_json(path)["data"] if path.exists() else {},
+    }
 
 
 RUNNERS: dict[str, Callable[[Job, Path], Any]] = {

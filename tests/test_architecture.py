@@ -62,6 +62,7 @@ NO_TORCH = (
     "graph",
     "plan",
     "rundir",
+    "reuse",
     "fingerprints",
     "status",
     "terminal",

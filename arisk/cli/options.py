@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from arisk.errors import GateError, InconclusiveError
+from arisk.errors import ConfigError, GateError, InconclusiveError
 
 __all__ = [
     "ConfigPath",
@@ -21,6 +21,7 @@ __all__ = [
     "gate",
     "print_outcome",
     "reproducing",
+    "reusable",
     "show",
 ]
 
@@ -76,3 +77,27 @@ def reproducing(config: Path, run_dir: Path | None, overrides: list[str] | None,
     if run_dir:
         parts += ["--run-dir", str(run_dir)]
     return " ".join(parts + [f"--set {item}" for item in overrides or []])
+
+
+def reusable(given: list[Path] | None, *, again: bool) -> list[Path]:
+    """The run directories of `--reuse`.
+
+    Args:
+        given: what was named.
+        again: stages are to be run again even where they are fresh.
+
+    Raises:
+        ArtifactError: one is no run directory.
+        ConfigError: stages are to be run again and to be taken over.
+    """
+    from arisk.reuse import check_run_dir
+
+    if given and again:
+        raise ConfigError(
+            "--reuse takes stages over, and --force and --from run them again",
+            where="--reuse",
+            fix="leave one of them out",
+        )
+    for source in given or []:
+        check_run_dir(source)
+    return given or []

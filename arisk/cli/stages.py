@@ -20,6 +20,7 @@ from arisk.cli.options import (
     gate,
     print_outcome,
     reproducing,
+    reusable,
     show,
 )
 
@@ -34,6 +35,14 @@ def run(
     first: Annotated[Stage | None, typer.Option("--from", help="Re-run this stage and all after it.")] = None,
     last: Annotated[Stage | None, typer.Option("--until", help="Stop after this stage.")] = None,
     force: ForceOption = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reuse",
+            metavar="RUN",
+            help="Take stages with the same key from this run directory; repeatable.",
+        ),
+    ] = None,
     fail_on: Annotated[
         Literal["elevated", "high"] | None,
         typer.Option("--fail-on", help="Exit 10 when the verdict reaches this level, 11 if inconclusive."),
@@ -55,6 +64,7 @@ def run(
         first=first,
         last=last,
         force=force,
+        reuse=reusable(reuse, again=force or first is not None),
         show=show(quiet),
         command=reproducing(config, run_dir, overrides),
     )

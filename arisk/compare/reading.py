@@ -18,11 +18,11 @@ from arisk.job import REPORT_FILE
 from arisk.plan import StageState, plan
 from arisk.ranking import PlannedRun
 from arisk.results import Curve, ForecastResult, ScoreResult
+from arisk.reuse import CONFIG_FILE, check_run_dir
 from arisk.rundir import RunDir
 
-__all__ = ["FinishedRun", "check_run_dir", "finished"]
+__all__ = ["FinishedRun", "finished"]
 
-CONFIG_FILE = "config.yaml"
 #: Stages a comparison reads or rests on.
 NEEDED = ("collect", "subspace", "score", "rollout", "forecast")
 
@@ -52,24 +52,6 @@ class FinishedRun:
             ArtifactError: a record is damaged.
         """
         return _planned(self, name)
-
-
-def check_run_dir(path: Path) -> None:
-    """Refuse what is no run directory.
-
-    Raises:
-        ArtifactError: it does not exist, is a file, a stage's folder, or holds no run.
-    """
-    fix = "give the folder that `arisk run CONFIG --run-dir FOLDER` wrote, or a YAML config"
-    if not path.exists():
-        raise ArtifactError("there is no such run directory or config", where=str(path), fix=fix)
-    if (path / CONFIG_FILE).exists():
-        return
-    if (path / "manifest.json").exists():
-        what, fix = f"this is the stage {path.name} of a run, not a run", f"give {path.parent}"
-    else:
-        what = "this is not a run directory: it has no config.yaml"
-    raise ArtifactError(what, where=str(path), fix=fix)
 
 
 def finished(run_dir: Path) -> FinishedRun:

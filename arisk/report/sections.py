@@ -148,7 +148,10 @@ def _parity(collected: CollectResult) -> str:
 
 def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) -> str:
     """Where everything came from, and the command that makes it again."""
-    facts = [(key, _plain(value)) for key, value in collected.task.items()]
+    task = dict(collected.task)
+    if task.get("data") and provenance.get("data"):
+        task["data"] = {**task["data"], **provenance["data"]}
+    facts = [(key, _plain(value)) for key, value in task.items()]
     versions = provenance.get("versions", {})
     facts += [(f"{name} version", version) for name, version in versions.items()]
     parts = [f'<section id="provenance"><h2>Provenance</h2>{table(("what", "value"), facts)}']
