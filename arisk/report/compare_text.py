@@ -99,20 +99,21 @@ def signed(value: float | None) -> str:
 
 
 def headline(told: Comparative) -> str:
-    """The answer in one sentence."""
+    """The answer in one sentence; plans that are not told apart from the safest are named with it."""
     placed = [entry.run for entry in told.ranked if entry.rank is not None]
     rest = len(told.ranked) - len(placed)
     tail = f" {rest} of {len(told.ranked)} cannot be ranked." if rest else ""
     if not placed:
         return "No plan can be ranked: none has a conclusive forecast."
     best, worst = placed[0], placed[-1]
+    alike = list(itertools.takewhile(lambda run: run is best or _alike(best, run), placed))
+    names = " and ".join(run.name for run in alike)
+    level = best.level if len(alike) == 1 else f"{best.level}, not told apart"
     if best.level != "low":
-        return f"No plan is low risk; the least bad is {best.name} ({best.level}).{tail}"
-    if len(placed) == 1:
-        return f"{best.name} is low risk.{tail}"
-    if worst.level == "low":
-        return f"All {len(placed)} ranked plans are low risk; {best.name} drifts least.{tail}"
-    return f"{best.name} is the safest plan (low), {worst.name} the riskiest ({worst.level}).{tail}"
+        return f"No plan is low risk; least bad: {names} ({level}).{tail}"
+    if len(alike) == len(placed):
+        return f"Low risk: {names}{', not told apart' if len(alike) > 1 else ''}.{tail}"
+    return f"Safest: {names} ({level}); riskiest: {worst.name} ({worst.level}).{tail}"
 
 
 def compare_findings(told: Comparative) -> list[str]:
@@ -137,16 +138,16 @@ def _tied(ranked: Sequence[Ranked]) -> str | None:
     pairs = [
         f"{first.name} and {second.name}"
         for first, second in itertools.pairwise(placed)
-        if first.level == second.level and _overlapping(first, second)
+        if _alike(first, second)
     ]
     if not pairs:
         return None
     return f"Their intervals at the end of the plan overlap, so the order is not sure: {'; '.join(pairs)}."
 
 
-def _overlapping(first: PlannedRun, second: PlannedRun) -> bool:
-    """Whether the intervals at the end of the two plans have a value in common."""
-    if first.final is None or second.final is None:
+def _alike(first: PlannedRun, second: PlannedRun) -> bool:
+    """One level, and intervals at the end of the two plans that have a value in common."""
+    if first.level != second.level or first.final is None or second.final is None:
         return False
     return first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
 

@@ -1,0 +1,62 @@
+"""Synthetic planned runs for comparisons."""
+
+import importlib.util
+from pathlib import Path
+
+from arisk.ranking import PlannedRun, Ranked
+from arisk.report.compare_text import Comparative
+
+spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
+made = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+HOSTILE = made.HOSTILE
+
+
+def plan(name, *, level="low", probability=0.0, peak=0.05, collapse_step=None, **changes):
+    """A run whose forecast rises to `peak` halfway and ends at half of it; None: no forecast."""
+    curve = None
+    if peak is not None:
+        values = [0.0, peak, peak / 2]
+        curve = made.curve(
+            "combined",
+            median=values,
+            lower=[v * 0.5 for v in values],
+            upper=[v * 2 for v in values],
+            collapse_step=collapse_step,
+            probability=probability,
+            trusted_until=100,
+        )
+    fields = {
+        "run_dir": f"runs/{name}",
+        "sentence": f"The verdict is {level}.",
+        "basis": "none" if curve is None else "combined",
+        "horizon": 100,
+        "safe_steps": None if curve is None else 60,
+        "threshold": 0.1,
+        "confidence": 0.8,
+        "safety_change": None if peak is None else peak / 2,
+        "control_change": None if peak is None else 0.01,
+        "overlap_to_random": 3.0,
+        "gradient_evaluations": 34,
+        "planned_evaluations": 100,
+        "seconds": 12.0,
+        "shared_seconds": 0.0,
+        "finetune": f"{name}.jsonl",
+        "finetune_rows": 400,
+        "training": {"steps": 100},
+    }
+    return PlannedRun(
+        name=name,
+        level=level,
+        probability=probability,
+        collapse_step=collapse_step,
+        curve=curve,
+        **{**fields, **changes},
+    )
+
+
+def compared(runs, *, title="three plans", notes=(), command="arisk compare a b"):
+    """What a comparison of the runs shows."""
+    ranked = Ranked.all(runs)
+    settings = {"finetune.path": [run.finetune for run in (entry.run for entry in ranked)]}
+    return Comparative(title, ranked, settings, list(notes), command)

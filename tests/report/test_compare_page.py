@@ -1,0 +1,173 @@
+"""The page of a comparison: ranks and words, hostile names, holes, and a real browser."""
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from arisk.compare.text import compare_json, compare_markdown, compare_text
+from arisk.report.compare_figures import drift_scatter, forecast_lines
+from arisk.report.compare_page import render_comparison
+from arisk.report.compare_text import cells, compare_findings, headline
+from arisk.runners import finite
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"compare_{name}", Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plans, page_tests, browser = loaded("plans"), loaded("test_page"), loaded("test_browser")
+plan, compared, HOSTILE = plans.plan, plans.compared, plans.HOSTILE
+
+
+def three(**changes):
+    return [
+        plan("risky", level="high", probability=1.0, peak=1.2, collapse_step=20, **changes),
+        plan("mild", level="elevated", probability=0.3, peak=0.09, **changes),
+        plan("benign", level="low", probability=0.0, peak=0.002, **changes),
+    ]
+
+
+def holes():
+    return [
+        plan("unsure", level="inconclusive", probability=None, control_change=None, overlap_to_random=None),
+        plan("nothing", level="inconclusive", probability=None, peak=None, control_change=None),
+        plan("wild", level="high", probability=1.0, peak=math.inf, collapse_step=3, finetune_rows=0),
+    ]
+
+
+def rendered(runs, **settings):
+    return render_comparison(compared(runs, **settings), Path("runs/compare"))
+
+
+def test_equal_runs_give_equal_bytes_in_any_order():
+    assert rendered(three()) == rendered(three()[::-1])
+    assert len(rendered(three()).encode()) < 7e6
+
+
+def test_the_answer_comes_first_and_the_table_in_order():
+    text = " ".join(page_tests.parsed(rendered(three())).text)
+    assert "Safest: benign (low); riskiest: risky (high)." in text
+    body = text[text.index("Ranking") :]
+    assert body.index("benign") < body.index("mild") < body.index("risky")
+    assert text.index("Findings") < text.index("Forecasts of all plans") < text.index("Provenance")
+
+
+def test_hostile_names_stay_text_everywhere():
+    runs = [plan(f"{HOSTILE}{i}", level=level, sentence=HOSTILE) for i, level in enumerate(("low", "high"))]
+    told = compared(runs, title=HOSTILE, notes=[HOSTILE], command=HOSTILE)
+    page = render_comparison(told, Path("runs/compare"))
+    structure = page_tests.parsed(page)
+    assert structure.tags.count("script") == 3
+    assert "img" not in structure.tags
+    assert not any(key.startswith("on") for _, key, _ in structure.attributes)
+    (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    json.loads(figures)
+    markdown = compare_markdown(told)
+    assert "<script" not in markdown
+    assert "<img" not in markdown
+    json.dumps(finite(compare_json(told)), allow_nan=False)
+    assert compare_text(told, "page.html").splitlines()[-1] == "report: page.html"
+
+
+def test_nothing_is_fetched_and_reports_are_linked_relatively(tmp_path):
+    runs = [*three(), plan("d", report=str(tmp_path / "runs" / "d & e" / "report.html"))]
+    structure = page_tests.parsed(render_comparison(compared(runs), tmp_path / "out"))
+    links = [v for tag, key, v in structure.attributes if key in ("href", "src", "srcset")]
+    assert links.count("../runs/d & e/report.html") == 1
+    assert all(v.startswith(("#", "data:", "../runs/")) for v in links)
+
+
+def test_what_was_not_measured_is_never_a_number_nor_safe():
+    told = compared(holes())
+    row = {entry.run.name: cells(entry) for entry in told.ranked}
+    assert row["nothing"][0] == "–"
+    assert row["nothing"][2:8] == ["not measured"] * 6
+    assert row["unsure"][0] == "–"
+    assert row["unsure"][2] == "inconclusive"
+    assert "unbounded" in row["wild"][6]
+    assert row["wild"][10] == "wild.jsonl, unknown number of rows"
+    assert "safest" not in headline(told).lower()
+    assert "2 of 3 cannot be ranked" in headline(told)
+    by_name = {run["name"]: run for run in finite(compare_json(told))["runs"]}
+    assert by_name["nothing"]["rank"] is None
+    assert by_name["nothing"]["final"] is None
+    assert by_name["nothing"]["control_change"] is None
+    assert by_name["wild"]["final"]["median"] is None
+
+
+def test_no_plan_is_called_safe_where_none_is_low():
+    runs = [plan("a", level="high", probability=1.0), plan("b", level="elevated", probability=0.2)]
+    assert headline(compared(runs)) == "No plan is low risk; least bad: b (elevated)."
+    assert "none has a conclusive forecast" in headline(compared(holes()[:2]))
+
+
+def test_plans_that_are_not_told_apart_are_named_together():
+    runs = [plan("a", peak=0.02), plan("b", peak=0.025), plan("c", level="high", probability=1.0, peak=2.0)]
+    assert headline(compared(runs)) == "Safest: a and b (low, not told apart); riskiest: c (high)."
+    assert any("the order is not sure: a and b." in sentence for sentence in compare_findings(compared(runs)))
+
+
+def test_general_drift_and_specific_drift_are_told_apart():
+    runs = [
+        plan("general", safety_change=0.2, control_change=0.19),
+        plan("specific", safety_change=0.2, control_change=0.01),
+        plan("still", safety_change=0.001, control_change=0.2),
+    ]
+    said = [sentence for sentence in compare_findings(compared(runs)) if "drift" in sentence]
+    assert any("forgetting): general." in sentence for sentence in said)
+    assert any("specific to safety): specific." in sentence for sentence in said)
+    assert not any("still" in sentence for sentence in said)
+
+
+def test_the_overlap_is_said_to_disagree_only_where_it_does():
+    def said(first, second):
+        runs = [plan("a", peak=0.01, overlap_to_random=first), plan("b", peak=0.02, overlap_to_random=second)]
+        return any(
+            "overlap" in sentence and "otherwise" in sentence for sentence in compare_findings(compared(runs))
+        )
+
+    assert said(9.0, 2.0)
+    assert not said(2.0, 9.0)
+    assert not said(None, 2.0)
+
+
+def test_figures_carry_bands_and_say_what_is_missing():
+    figure = forecast_lines(compared(three()))
+    named = [trace["name"] for trace in figure.data if trace.get("name")]
+    assert named == ["benign", "mild", "risky"]
+    assert len(figure.data) == 9
+    assert drift_scatter(compared(holes()[:2])).missing
+    page = rendered(holes()[:2])
+    assert "That is not the same as no risk." in page
+    assert page.count("How to read this.") >= 5
+    assert page.count("The numbers as a table") == 3
+
+
+@browser.pytestmark
+@pytest.mark.parametrize(
+    ("runs", "figures", "width", "theme"),
+    [
+        (three(), 3, 360, "dark"),
+        (holes(), 2, 1440, "dark"),
+        ([plan(f"{HOSTILE}{i}") for i in range(2)], 3, 360, "light"),
+        ([plan(f"n{i}", peak=0.01 * i) for i in range(12)], 3, 1440, "light"),
+    ],
+    ids=["ordinary", "holes", "hostile", "many"],
+)
+def test_a_browser_draws_it_quietly(tmp_path, runs, figures, width, theme):
+    page = rendered(runs, title="w" * 200, notes=["w" * 200]).replace("<details>", "<details open>")
+    marks, console = browser.opened(tmp_path, page, width=width, theme=theme)
+    assert console == []
+    assert marks["ready"] == "true"
+    assert marks["requests"] == 0
+    assert marks["title"] != "owned"
+    assert marks["overflow"] <= 0
+    assert marks["theme"] == theme
+    assert marks["figures"] == figures
