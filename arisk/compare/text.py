@@ -6,32 +6,28 @@ import dataclasses
 from typing import Any
 
 from arisk.ranking import RULE, Ranked
-from arisk.report.compare_text import COLUMNS, Comparative, cells, compare_findings, headline
+from arisk.report.compare_text import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
 from arisk.report.summary import markdown_text
 from arisk.terminal import table
 
 __all__ = ["compare_json", "compare_markdown", "compare_text"]
 
-#: Columns of the terminal, which is narrower than the page.
-NARROW = {
-    "rank": "rank",
-    "run": "run",
-    "verdict": "verdict",
-    "safe-step budget": "safe steps",
-    "collapse": "collapse",
-    "P(collapse)": "P(collapse)",
-    "safety drift at the end (nats/token)": "safety drift",
-    "control drift (nats/token)": "control drift",
-}
-
 
 def compare_text(told: Comparative, page: str) -> str:
-    """The ranked table, findings and notes; the page's path as the last line."""
+    """The ranked table, what was measured beside it, findings and notes; the page's path as the last line."""
     return "\n".join(
         [
             headline(told),
             "",
-            table([_narrow(entry) for entry in told.ranked], list(NARROW.values())),
+            table(
+                [_outcome(entry) for entry in told.ranked],
+                ["rank", "run", "verdict", "safe steps", "collapse", "P", "safety drift (nats/token)"],
+            ),
+            "",
+            table(
+                [_measured(entry) for entry in told.ranked],
+                ["run", "control drift", "overlap", "gradients", "time", "data"],
+            ),
             "",
             *[f"- {sentence}" for sentence in compare_findings(told)],
             *[f"care: {sentence}" for sentence in told.notes],
@@ -41,8 +37,21 @@ def compare_text(told: Comparative, page: str) -> str:
     )
 
 
-def _narrow(entry: Ranked) -> list[str]:
-    return [cell for name, cell in zip(COLUMNS, cells(entry), strict=True) if name in NARROW]
+def _outcome(entry: Ranked) -> list[str]:
+    """The row of one run in the first table; a collapse step never without its horizon."""
+    row = cells(entry)
+    if entry.run.curve is not None:
+        step = entry.run.collapse_step
+        row[4] = f"none in {entry.run.horizon}" if step is None else f"{step} of {entry.run.horizon}"
+    return row[:7]
+
+
+def _measured(entry: Ranked) -> list[str]:
+    run = entry.run
+    _, name, *_, control, overlap, _, data = cells(entry)
+    spent = f"{run.seconds:.0f} s" + (f" + {run.shared_seconds:.0f} s shared" if run.shared_seconds else "")
+    share = f"{run.gradient_evaluations} of {run.planned_evaluations}"
+    return [name, control, overlap, share if run.gradient_evaluations else "no rollout", spent, data]
 
 
 def compare_json(told: Comparative) -> dict[str, Any]:
@@ -88,7 +97,7 @@ def compare_markdown(told: Comparative) -> str:
             *[f"- {markdown_text(sentence)}" for sentence in compare_findings(told)],
             *[f"- care: {markdown_text(sentence)}" for sentence in told.notes],
             "",
-            f"Ranking: {RULE}",
+            f"{MEANING} {RULE}",
             "",
         ]
     )

@@ -106,7 +106,7 @@ def drift_scatter(told: Comparative) -> Figure:
                 "x": [x],
                 "y": [y],
                 "text": [rank_text(entry)],
-                "textposition": "top center",
+                "textposition": "middle right",
                 "marker": {"color": look(index)[0], "size": 12},
             }
         )

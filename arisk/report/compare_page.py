@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arisk.ranking import RULE, PlannedRun, Ranked
 from arisk.report.compare_figures import budget_bars, drift_scatter, forecast_lines
-from arisk.report.compare_text import COLUMNS, Comparative, cells, compare_findings, headline
+from arisk.report.compare_text import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
 from arisk.report.page import ICONS, figure_section, page
 from arisk.report.sections import esc, listed, table
 
@@ -44,7 +44,8 @@ def _first_screen(told: Comparative) -> str:
     best = told.ranked[0]
     level = best.run.level if best.rank is not None else "inconclusive"
     placed = sum(entry.rank is not None for entry in told.ranked)
-    label = f"{placed} of {len(told.ranked)} plans ranked"
+    safest = f"Safest plan: {level}" if best.rank is not None else "Nothing is known to be safe"
+    label = f"{safest} · {placed} of {len(told.ranked)} ranked"
     return (
         f'<section class="verdict" data-level="{esc(level)}" aria-labelledby="verdict">'
         f'<p class="level"><span aria-hidden="true">{ICONS[level]}</span> {esc(label)}</p>'
@@ -58,11 +59,8 @@ def _ranked_table(told: Comparative, folder: Path) -> str:
     rows = "".join(_row(entry, folder) for entry in told.ranked)
     return (
         '<section id="ranking"><h2>Ranking</h2>'
-        f'<p class="reading"><b>How to read this.</b> {esc(RULE)} The safe-step budget is the largest number '
-        "of optimizer steps whose upper interval stays below the collapse threshold. Drifts are changes of "
-        "mean losses in nats per token at the end of the plan, with the interval at the run's confidence. "
-        "The overlap is that of the first update with the safety subspace, in multiples of a random "
-        "direction's. A heading sorts; a name opens the run's own report.</p>"
+        f'<p class="reading"><b>How to read this.</b> {esc(RULE)} {esc(MEANING)} '
+        "A heading sorts; a name opens the run's own report.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="ranking"><table><thead><tr>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )

@@ -10,18 +10,25 @@ from dataclasses import dataclass
 from arisk.ranking import PlannedRun, Ranked
 from arisk.report.text import GENERAL, NO_RISE, NOT_MEASURED, collapse_text, number, percent
 
-__all__ = ["COLUMNS", "Comparative", "cells", "compare_findings", "headline", "rank_text"]
+__all__ = ["COLUMNS", "MEANING", "Comparative", "cells", "compare_findings", "headline", "rank_text"]
 
-#: Columns of the ranked table, with their units.
+#: What the columns of the ranked table mean, and their units.
+MEANING = (
+    "Safe steps: the largest number of optimizer steps whose upper interval stays below the collapse "
+    "threshold. Drifts: changes of mean losses at the end of the plan, in nats per token, with the interval "
+    "at the run's confidence. Overlap: of the first update with the safety subspace, in multiples of a "
+    "random direction's. Cost: gradients of the rollout against those of the planned run, and wall time."
+)
+#: Columns of the ranked table.
 COLUMNS = (
     "rank",
     "run",
     "verdict",
-    "safe-step budget",
+    "safe steps",
     "collapse",
     "P(collapse)",
-    "safety drift at the end (nats/token)",
-    "control drift (nats/token)",
+    "safety drift",
+    "control drift",
     "overlap / random",
     "cost",
     "data",
@@ -94,7 +101,7 @@ def cost_text(run: PlannedRun) -> str:
 
 def signed(value: float | None) -> str:
     """A change with its sign."""
-    text = number(value)
+    text = number(value, 2)
     return f"+{text}" if value is not None and value > 0 and text[0].isdigit() else text
 
 
