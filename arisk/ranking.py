@@ -133,14 +133,15 @@ class Ranked:
         return made
 
 
-def worst_level(runs: Sequence[PlannedRun], fail_on: str) -> str:
-    """The level a gate over all runs looks at.
+def worst_level(runs: Sequence[PlannedRun], fail_on: str) -> tuple[str, str]:
+    """The level a gate over all runs looks at, and the names of the runs that have it.
 
     One that reaches the gate's level wins; else an inconclusive one, which cannot be vouched for; else
     the highest.
     """
-    levels = [run.level if run.place == "ranked" else "inconclusive" for run in runs]
-    highest = max((level for level in levels if level in LEVELS), key=LEVELS.index, default=None)
-    if highest is not None and LEVELS.index(highest) >= LEVELS.index(fail_on):
-        return highest
-    return "inconclusive" if "inconclusive" in levels or highest is None else highest
+    levels = {run.name: run.level if run.place == "ranked" else "inconclusive" for run in runs}
+    highest = max((level for level in levels.values() if level in LEVELS), key=LEVELS.index, default=None)
+    reached = highest is not None and LEVELS.index(highest) >= LEVELS.index(fail_on)
+    unknown = "inconclusive" in levels.values()
+    found = highest if highest is not None and (reached or not unknown) else "inconclusive"
+    return found, ", ".join(name for name, level in levels.items() if level == found)

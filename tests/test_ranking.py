@@ -73,9 +73,10 @@ def test_equal_runs_share_a_rank_and_the_next_one_is_not_moved_up():
 )
 def test_a_gate_sees_what_reaches_it_first_and_vouches_for_nothing_unknown(levels, elevated, high):
     runs = [plan(str(i), level=level, probability=0.0, peak=0.0) for i, level in enumerate(levels)]
-    assert worst_level(runs, "elevated") == elevated
-    assert worst_level(runs, "high") == high
+    for gate, level in (("elevated", elevated), ("high", high)):
+        names = ", ".join(str(i) for i, own in enumerate(levels) if own == level)
+        assert worst_level(runs, gate) == (level, names)
 
 
 def test_a_level_without_a_forecast_is_not_vouched_for():
-    assert worst_level([plan("a", level="low", probability=0.0, peak=None)], "high") == "inconclusive"
+    assert worst_level([plan("a", level="low", probability=0.0, peak=None)], "high") == ("inconclusive", "a")

@@ -66,7 +66,8 @@ def compare(
     text = compare_text(found.told, str(found.page))
     typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
     if fail_on:
-        gate(worst_level(found.told.runs, fail_on), fail_on)
+        level, names = worst_level(found.told.runs, fail_on)
+        gate(level, fail_on, names)
 
 
 def _reproducing(

@@ -20,6 +20,7 @@ __all__ = [
     "Stage",
     "gate",
     "print_outcome",
+    "refuse_gate_without_verdict",
     "reproducing",
     "reusable",
     "show",
@@ -54,20 +55,44 @@ def print_outcome(outcome: Any, as_json: bool) -> None:
     typer.echo(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
 
 
-def gate(level: str, fail_on: str) -> None:
-    """Turn the verdict into an exit code for continuous integration."""
+def gate(level: str, fail_on: str, why: str) -> None:
+    """Turn the verdict into an exit code for continuous integration.
+
+    Args:
+        level: of the verdict, or of the worst of several.
+        fail_on: the level that fails.
+        why: the verdict's sentence, or the names of the runs that have it.
+
+    Raises:
+        GateError: the verdict reached the level.
+        InconclusiveError: the verdict cannot be vouched for.
+    """
     order = ["low", "elevated", "high"]
     if level == "inconclusive":
         raise InconclusiveError(
-            "a gate was asked for and the verdict is inconclusive",
+            f"a gate was asked for and the verdict is inconclusive: {why}",
             where=f"--fail-on {fail_on}",
             fix="read the reasons in the report, and measure more (`score.probe_points`, more safety rows)",
         )
     if order.index(level) >= order.index(fail_on):
         raise GateError(
-            f"the verdict is {level}",
+            f"the verdict is {level}: {why}",
             where=f"--fail-on {fail_on}",
             fix="lower the learning rate or the steps (see the what-if grid), or change the data",
+        )
+
+
+def refuse_gate_without_verdict(fail_on: str | None, last: str | None) -> None:
+    """A gate that never sees a verdict must not pass.
+
+    Raises:
+        ConfigError: the run is to stop before its verdict is written.
+    """
+    if fail_on and last not in (None, "report"):
+        raise ConfigError(
+            f"a run that stops after {last} has no verdict for the gate",
+            where=f"--fail-on {fail_on} --until {last}",
+            fix="leave out --until, or --fail-on",
         )
 
 

@@ -19,6 +19,7 @@ from arisk.cli.options import (
     Stage,
     gate,
     print_outcome,
+    refuse_gate_without_verdict,
     reproducing,
     reusable,
     show,
@@ -57,6 +58,7 @@ def run(
     from arisk.configfile import load_config, run_directory
     from arisk.pipeline import run_stages
 
+    refuse_gate_without_verdict(fail_on, last)
     loaded = load_config(config, overrides or [])
     outcome = run_stages(
         loaded,
@@ -70,7 +72,8 @@ def run(
     )
     print_outcome(outcome, as_json)
     if fail_on and outcome.summary:
-        gate(outcome.summary["verdict"]["level"], fail_on)
+        verdict = outcome.summary["verdict"]
+        gate(verdict["level"], fail_on, verdict["sentence"])
 
 
 def _stage_command(stage: Stage) -> None:

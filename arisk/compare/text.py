@@ -7,7 +7,7 @@ from typing import Any
 
 from arisk.ranking import RULE, Ranked
 from arisk.report.compare_text import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
-from arisk.report.summary import markdown_text
+from arisk.report.markdown import bounded, literal
 from arisk.terminal import table
 
 __all__ = ["compare_json", "compare_markdown", "compare_text"]
@@ -83,21 +83,20 @@ def _run_json(entry: Ranked) -> dict[str, Any]:
 
 def compare_markdown(told: Comparative) -> str:
     """A short Markdown text, fit for a pull-request comment."""
-    rows = [f"| {' | '.join(map(markdown_text, cells(entry)))} |" for entry in told.ranked]
-    return "\n".join(
-        [
-            f"### arisk: {markdown_text(told.title)}",
-            "",
-            markdown_text(headline(told)),
-            "",
-            f"| {' | '.join(COLUMNS)} |",
-            f"| {' | '.join('---' for _ in COLUMNS)} |",
-            *rows,
-            "",
-            *[f"- {markdown_text(sentence)}" for sentence in compare_findings(told)],
-            *[f"- care: {markdown_text(sentence)}" for sentence in told.notes],
-            "",
-            f"{MEANING} {RULE}",
-            "",
-        ]
-    )
+    rows = [f"| {' | '.join(map(literal, cells(entry)))} |" for entry in told.ranked]
+    lines = [
+        f"### arisk: {literal(told.title)}",
+        "",
+        literal(headline(told)),
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        f"| {' | '.join('---' for _ in COLUMNS)} |",
+        *rows,
+        "",
+        *[f"- {literal(sentence)}" for sentence in compare_findings(told)],
+        *[f"- care: {literal(sentence)}" for sentence in told.notes],
+        "",
+        f"{MEANING} {RULE}",
+        "",
+    ]
+    return bounded(lines, "Curves and differences are in `compare.html`, beside this text.")

@@ -8,11 +8,17 @@ from typing import Any
 
 from arisk.comparison import Comparison
 from arisk.report.extra import Extra
+from arisk.report.markdown import bounded, literal
 from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
 from arisk.report.verified import verified_rows
-from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
 
-__all__ = ["markdown_text", "summary_json", "summary_markdown"]
+__all__ = ["summary_json", "summary_markdown"]
+
+#: Name of the page beside the summaries.
+PAGE = "report.html"
+#: Findings in the Markdown text; all of them are in the JSON and on the page.
+MOST_FINDINGS = 6
 
 
 def summary_json(
@@ -43,13 +49,15 @@ def summary_json(
             "heldout_energy": space.heldout_energy,
         },
         "samples": len(collected.losses),
+        "finetune_rows": scored.finetune_rows or None,
         "what_if": dataclasses.asdict(forecast.what_if),
         "rollout": {
             "gradient_evaluations": forecast.gradient_evaluations,
             "planned_evaluations": forecast.planned_evaluations,
             "control_change": forecast.control_change[-1] if forecast.control_change else None,
         },
-        "findings": findings(collected, space, scored, forecast),
+        "findings": _told(collected, space, scored, forecast, extras),
+        "report": PAGE,
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
         "verify": check.as_json() if check else None,
         **{extra.name: dict(extra.summary) for extra in extras},
@@ -69,38 +77,50 @@ def summary_markdown(
     """A short Markdown text, fit for a pull-request comment."""
     v = forecast.verdict
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon} steps"
-    rows = [
-        f"| {name}{' (lower bound)' if curve.kind == 'bound' else ''} | {collapse_text(curve)} | "
-        f"{percent(curve.probability)} | {number(curve.median[-1] if curve.median else None)} |"
-        for name, curve in forecast.forecasters.items()
-    ]
+    told = _told(collected, space, scored, forecast, extras)
     lines = [
-        f"### arisk: {v.level} – {markdown_text(title)}",
+        f"### arisk: {v.level} – {literal(title)}",
         "",
-        v.sentence,
+        literal(v.sentence),
         "",
         f"Safe-step budget: **{safe}** · P(collapse): **{percent(v.probability)}** · basis: {v.basis}",
         "",
+        *[f"- why: {literal(sentence)}" for sentence in v.reasons],
+        *[f"- {literal(sentence)}" for sentence in told[:MOST_FINDINGS]],
+        *[f"- caveat: {literal(sentence)}" for sentence in v.caveats],
+        "",
         "| forecaster | collapse | P(collapse) | rise at the end (nats/token) |",
         "| --- | --- | --- | --- |",
-        *rows,
-        "",
-        *[f"- {sentence}" for sentence in (*v.reasons, *findings(collected, space, scored, forecast))],
-        *[f"- caveat: {sentence}" for sentence in v.caveats],
+        *map(_forecaster, forecast.forecasters.values()),
         "",
         *(_verified(check) if check else []),
         *(line for extra in extras for line in extra.markdown),
     ]
-    return "\n".join(lines)
+    return bounded(lines, f"Everything else is in `{PAGE}`, beside this text in the run directory.")
+
+
+def _told(
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    extras: Sequence[Extra],
+) -> list[str]:
+    """Findings of the run and of its optional stages, as on the page."""
+    return [*findings(collected, space, scored, forecast), *(s for extra in extras for s in extra.findings)]
+
+
+def _forecaster(curve: Curve) -> str:
+    """Table row of one forecaster; a bound says that it is one."""
+    bound = curve.kind == "bound"
+    name = f"{literal(curve.name)}{' (lower bound)' if bound else ''}"
+    chance = "bound only" if bound else percent(curve.probability)
+    rise = number(curve.median[-1] if curve.median else None)
+    return f"| {name} | {collapse_text(curve)} | {chance} | {rise} |"
 
 
 def _verified(check: Comparison) -> list[str]:
     """The real run beside the forecast."""
-    rows = [f"| {' | '.join(map(markdown_text, row))} |" for row in verified_rows(check)]
+    rows = [f"| {' | '.join(map(literal, row))} |" for row in verified_rows(check)]
     head = ["| verified | forecast | real |", "| --- | --- | --- |"]
-    return [f"Verified by a real fine-tune: {check.sentence}", "", *head, *rows, ""]
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown and HTML leave as it is, on one line and safe inside a table cell."""
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return [f"Verified by a real fine-tune: {literal(check.sentence)}", "", *head, *rows, ""]

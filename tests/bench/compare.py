@@ -24,14 +24,15 @@ MODEL = Path("models/smollm2-135m-instruct")
 FOLDER = Path("runs/bench-compare")
 SETTINGS = {
     "safety.max_samples": 32,
-    "control.max_samples": 16,
+    "control.max_samples": 8,
     "run.threads": 1,
     "score.batches": 2,
     "score.hvp_batches": 1,
-    "score.krylov_dim": 2,
-    "score.nulls": 19,
-    "score.examples": 4,
-    "score.probe_points": 3,
+    "score.krylov_dim": 1,
+    "score.nulls": 9,
+    "score.examples": 2,
+    "score.probe_points": 1,
+    "rollout.eval_samples": 16,
 }
 
 

@@ -246,7 +246,7 @@ def test_summaries():
         "control_change": 0.08,
     }
     text = summary_markdown(*made.records(), title="a | b <c>")
-    assert text.startswith("### arisk: high – a \\| b &lt;c>")
+    assert text.startswith("### arisk: high – a \\| b &lt;c&gt;")
     assert "| local | step 70 of 100 | 90 % | 0.2 |" in text
     assert "not measured" in summary_markdown(*made.records(holes=True), title="t")
 
