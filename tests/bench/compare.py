@@ -28,7 +28,7 @@ SETTINGS = {
     "run.threads": 1,
     "score.batches": 2,
     "score.hvp_batches": 1,
-    "score.krylov_dim": 1,
+    "score.krylov_dim": 2,
     "score.nulls": 9,
     "score.examples": 2,
     "score.probe_points": 1,
