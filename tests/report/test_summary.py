@@ -1,0 +1,89 @@
+"""Summaries: documented keys where nothing was measured, hostile text, and the length of a comment."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arisk.compare.text import compare_markdown
+from arisk.report import Extra, summary_json, summary_markdown
+from arisk.report.markdown import LIMIT, bounded, literal
+from arisk.runners import finite
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(f"summary_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).parent
+records, plans = loaded(HERE / "records.py"), loaded(HERE / "plans.py")
+
+
+def test_the_documented_keys_hold_where_nothing_was_measured():
+    check = loaded(HERE.parent / "test_ci_gate.py").check_keys
+    for holes in (True, False):
+        body = finite(summary_json(*records.records(holes=holes), title="t"))
+        check({"format_version": 1, **json.loads(json.dumps(body, allow_nan=False))})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80))
+def test_any_text_stays_one_plain_line(text):
+    shown = literal(text)
+    assert "\n" not in shown
+    assert "\r" not in shown
+    assert "<" not in shown
+    bare = shown
+    for char in "\\`*_{}[]#|~":
+        bare = bare.replace(f"\\{char}", "")
+    assert not set(bare) & set("\\`*_{}[]#|~") - {"\\"}
+    assert "@a" not in shown
+
+
+def test_markup_mentions_and_directions_lose_their_power():
+    assert literal("# a\n| b `c` @team \u202eevil") == "\\# a \\| b \\`c\\` @\u200bteam evil"
+    assert literal("- a") == "\\- a"
+    assert literal("1. a") == "1\\. a"
+    assert literal("-0.4 and 1.5") == "-0.4 and 1.5"
+    assert literal("&lt;") == "&amp;lt;"
+    assert len(literal("x" * 10_000)) == 400
+
+
+def test_hostile_text_cannot_break_a_summary():
+    text = records.HOSTILE + "\n\n| x | y |\n# owned [link](http://x) @all"
+    made = summary_markdown(*records.records(text=text), title=text)
+    assert "<script" not in made
+    assert "<img" not in made
+    assert "@all" not in made
+    assert "[link]" not in made
+    assert made.splitlines()[0].startswith("### arisk: high – &lt;/script&gt;")
+    assert not any(line.startswith("# ") for line in made.splitlines())
+
+
+def test_a_summary_tells_the_answer_first_and_where_the_rest_is():
+    lines = summary_markdown(*records.records(), title="t").splitlines()
+    assert lines[0] == "### arisk: high – t"
+    assert "Safe-step budget: **40 of 100 steps** · P(collapse): **90 %**" in lines[4]
+    assert lines[6].startswith("- why: ")
+    assert "`report.html`" in lines[-1]
+
+
+def test_no_summary_outgrows_a_comment():
+    extra = Extra("x", "", markdown=["y" * 1000] * 200)
+    made = summary_markdown(*records.records(), title="t" * 100_000, extras=[extra])
+    assert len(made) <= LIMIT < 65_536
+    assert "shortened" in made
+    assert "`report.html`" in made.splitlines()[-1]
+    runs = [plans.plan(f"run {i} " + "n" * 390) for i in range(500)]
+    many = compare_markdown(plans.compared(runs))
+    assert len(many) <= LIMIT
+    assert "`compare.html`" in many.splitlines()[-1]
+
+
+def test_what_fits_is_left_alone():
+    assert bounded(["a", "b"], "c") == "a\nb\nc\n"
