@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from arisk.models.losses import KEEP
 from arisk.models.rendering import IGNORED, Rendered
 
 __all__ = ["FixedBatches", "PlannedBatches", "collate"]
 
 
-def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Any]:
     """Right-padded `input_ids`, `attention_mask`, `position_ids` and `labels`, each (B, longest).
+
+    With `logits_to_keep`, the last positions from which a response token is predicted.
 
     Padding on the right, masks and explicit positions keep a sample the same in any batch.
     """
@@ -27,7 +30,14 @@ def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Tensor]:
         mask[i, : len(tokens)] = 1
         labels[i, row.response_start : len(tokens)] = tokens[row.response_start :]
     positions = torch.arange(longest).expand(len(rows), longest).contiguous()
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    first = min(row.response_start for row in rows)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "labels": labels,
+        KEEP: min(longest, longest - first + 1),
+    }
 
 
 class FixedBatches:
@@ -44,7 +54,7 @@ class FixedBatches:
         self.size = size
         self.pad = pad
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, len(self.rows), self.size):
             yield collate(self.rows[start : start + self.size], self.pad)
 
@@ -81,7 +91,7 @@ class PlannedBatches:
         """Different rows."""
         return len(self.rows)
 
-    def of(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def of(self, rows: Sequence[int]) -> dict[str, Any]:
         """A batch of these rows."""
         return collate([self.rows[i] for i in rows], self.pad)
 
@@ -92,11 +102,11 @@ class PlannedBatches:
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(len(self.rows), generator=generator)[:count].tolist()
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         """The micro-batch with this number; there is no last one."""
         return self.of(self.indices(number))
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         number = 0
         while True:
             yield self[number]

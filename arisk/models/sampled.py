@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from arisk.errors import ConfigError
+from arisk.models.losses import KEEP
 from arisk.models.rendering import IGNORED
 from arisk.task import SampleSet
 
@@ -42,14 +44,14 @@ def sample_labels(model: nn.Module, samples: SampleSet, seed: int) -> SampleSet:
 
 def _resampled(
     model: nn.Module, batch: object, generator: torch.Generator, device: torch.device
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     if not isinstance(batch, dict) or "labels" not in batch:
         raise ConfigError(
             "the sampled Fisher needs batches with `labels` over a vocabulary",
             where="collect.fisher",
             fix="use `fisher: empirical` for models from Python",
         )
-    inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+    inputs = {key: value.to(device) for key, value in batch.items() if key not in ("labels", KEEP)}
     with torch.no_grad():
         logits = model(**inputs).logits[:, :-1].float()
     flat = torch.softmax(logits, -1).flatten(0, 1).cpu()

@@ -9,6 +9,7 @@ import torch
 
 from arisk.config import DataConfig, ModelConfig
 from arisk.errors import ConfigError, InputError
+from arisk.gradients import slice_batch
 from arisk.models.batching import PlannedBatches, collate
 from arisk.models.loading import load_model, load_tokenizer
 from arisk.models.losses import per_sample_nll
@@ -181,6 +182,24 @@ def test_nll_against_a_loop_over_tokens(tokenizer, model):
             log_p = torch.log_softmax(logits, -1)
             losses = [-float(log_p[t - 1, row.tokens[t]]) for t in range(row.response_start, len(row.tokens))]
             assert float(found[i]) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_prompt_positions_are_spared_the_vocabulary(tokenizer, model):
+    rendered = render_rows(rows()[:4], tokenizer, SAFETY, section="safety")
+    batch = collate(rendered, tokenizer.pad_token_id)
+    widths = []
+    handle = model.get_output_embeddings().register_forward_hook(
+        lambda _m, _i, out: widths.append(out.shape[1])
+    )
+    with torch.no_grad():
+        kept = per_sample_nll(model, batch)
+        part = per_sample_nll(model, slice_batch(batch, 1, 3))
+        whole = per_sample_nll(model, {k: v for k, v in batch.items() if k != "logits_to_keep"})
+    handle.remove()
+    longest = batch["labels"].shape[1]
+    assert widths == [longest - min(r.response_start for r in rendered) + 1] * 2 + [longest]
+    assert torch.allclose(kept, whole, atol=1e-6)
+    assert torch.allclose(part, whole[1:3], atol=1e-6)
 
 
 def test_planned_order_covers_every_epoch_and_wraps(tokenizer):
