@@ -51,7 +51,10 @@ class Display(Protocol):
 
 @dataclass
 class Job:
-    """One run in progress: inputs loaded when first needed, records kept as they are made."""
+    """One run in progress: inputs loaded when first needed, records kept as they are made.
+
+    `models` holds what `load_task` keeps for the runs after this one.
+    """
 
     config: Config
     rundir: RunDir
@@ -59,6 +62,7 @@ class Job:
     show: Display
     states: Mapping[str, StageState]
     records: dict[str, Any] = field(default_factory=dict[str, Any])
+    models: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
     def task(self) -> Task:
@@ -70,7 +74,7 @@ class Job:
         if self.config.run.threads:
             torch.set_num_threads(self.config.run.threads)
         self.show.progress("loading model", 0, 1)
-        task = load_task(self.config, device=_device(self.config.run.device))
+        task = load_task(self.config, device=_device(self.config.run.device), kept=self.models)
         self.show.progress("loading model", 1, 1)
         return task
 

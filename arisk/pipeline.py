@@ -190,6 +190,7 @@ def run_stages(
     only: str | None = None,
     force: bool = False,
     reuse: Sequence[Path] = (),
+    models: dict[str, Any] | None = None,
 ) -> Outcome:
     """Bring stages up to date.
 
@@ -203,6 +204,7 @@ def run_stages(
         only: run this stage alone; the stages before it must be fresh.
         force: run every considered stage even where it is fresh.
         reuse: run directories from which a stage with the same key is taken instead of being run.
+        models: models that runs before this one have loaded; those after it find its own here.
 
     Raises:
         AriskError: what went wrong; stages finished before are committed.
@@ -219,6 +221,7 @@ def run_stages(
         rundir.write("config.yaml", dump_config(config))
         due = _due(states, wanted, first, only, force)
         job = Job(config, rundir, command, show, {state.stage: state for state in states})
+        job.models = {} if models is None else models
         try:
             for state in states:
                 if state.stage in due:

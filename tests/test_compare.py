@@ -181,6 +181,24 @@ def test_a_config_beside_a_run_takes_the_safety_side_without_a_model(made, arisk
     assert (code, "no such run directory" in err) == (4, True)
 
 
+def test_the_model_is_loaded_once_and_forced_stages_are_made_once(copied, arisk, monkeypatch):
+    from arisk.models import task_loading
+
+    loads = []
+    real = task_loading.load_model
+    monkeypatch.setattr(task_loading, "load_model", lambda *a: loads.append(a) or real(*a))
+    before = snapshot(*(folder / "rollout" for folder in copied.folders))
+    code, out, err = arisk(*command(copied, "--force", "--json"))
+    assert code == 0
+    assert len(loads) == 1
+    assert err.count("collect   done") == 1
+    work = json.loads(out)["work"]
+    assert [sorted(made["taken"]) for made in work.values()] == [[], *[["collect", "subspace"]] * 2]
+    # A model that an earlier plan was rolled out on gives the later ones the same bytes.
+    after = snapshot(*(folder / "rollout" for folder in copied.folders))
+    assert all(after[name] == body for name, body in before.items() if name.endswith(".safetensors"))
+
+
 def test_a_damaged_safety_side_is_not_taken_but_measured(copied, arisk):
     for name in ("benign", "mixed"):
         shard = next((copied.runs / name / "collect" / "gradients").glob("shard-*"))

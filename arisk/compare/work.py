@@ -104,6 +104,7 @@ def _run_configs(
     """Bring every config up to date, each taking from the others what it has in common with them."""
     _refuse_before_work(plans, cache)
     done: dict[str, Outcome] = {}
+    models: dict[str, Any] = {}
     folders = [plan.run_dir for plan in plans]
     for place, plan in enumerate(plans, 1):
         if plan.config is None:
@@ -112,7 +113,14 @@ def _run_configs(
         # What is forced is run once: only runs made here may be taken from then.
         reuse = [Path(name) for name in done] if force else folders
         done[str(plan.run_dir)] = run_stages(
-            plan.config, run_dir=plan.run_dir, show=show, command=command, last=last, force=force, reuse=reuse
+            plan.config,
+            run_dir=plan.run_dir,
+            show=show,
+            command=command,
+            last=last,
+            force=force,
+            reuse=reuse,
+            models=models,
         )
     return done
 

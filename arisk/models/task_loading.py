@@ -35,12 +35,14 @@ class LoadedData:
     duplicates: int
 
 
-def load_task(config: Config, *, device: torch.device) -> Task:
+def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | None = None) -> Task:
     """Everything a run measures: model with adapter, selected parameters, data in planned order.
 
     Args:
         config: the resolved config.
         device: where the model goes.
+        kept: models loaded before, taken where settings, seed and device are equal; this one is put
+            in. Every stage leaves the model as it found it.
 
     Raises:
         AriskError: what is wrong with the model, adapter, data or selection.
@@ -51,9 +53,7 @@ def load_task(config: Config, *, device: torch.device) -> Task:
         return task
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
-    model = load_model(config.model, device)
-    if config.model.adapter is not None:
-        model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
+    model = _model(config, device, {} if kept is None else kept)
     names = select_parameters(model, config.model.parameters)
     sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
     heldout = sets.pop("verify.safety", None)
@@ -67,6 +67,19 @@ def load_task(config: Config, *, device: torch.device) -> Task:
         description=_description(config, model, names, sets),
         heldout=heldout,
     )
+
+
+def _model(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
+    """The model with its adapter, from those kept where it is the same."""
+    key = f"{config.model.model_dump_json()} {config.run.seed} {device}"
+    if key not in kept:
+        model = load_model(config.model, device)
+        if config.model.adapter is not None:
+            model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
+        # One at a time: two models may not fit.
+        kept.clear()
+        kept[key] = model
+    return kept[key]
 
 
 def load_data(config: Config, tokenizer: Any) -> dict[str, LoadedData]:
