@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,29 @@ def test_benign_before_mixed_before_risky(made):
     assert found["settings"].keys() == {"finetune.path"}
 
 
+def test_the_keys_that_the_readme_names_are_there(made):
+    readme = (ROOT / "README.md").read_text()
+    start = readme.index("`compare.json` holds")
+    head, each = readme[start : readme.index("\n\n", start)].split("each with")
+    found = compared(made)
+    for name in re.findall(r"`(\w+)`", head):
+        assert name in found
+    names = re.findall(r"`(\w+)`", each)
+    assert len(names) > 15
+    for run in found["runs"]:
+        assert all(name in run for name in names)
+        assert set(run["final"]) == {"median", "lower", "upper"}
+
+
+def test_one_plan_under_two_names_is_said(made, arisk, no_model, tmp_path):
+    shutil.copytree(made.runs / "mixed", tmp_path / "again")
+    args = [made.runs / "mixed", tmp_path / "again", "--output", tmp_path / "out"]
+    code, out, _ = arisk("compare", *args)
+    assert code == 0
+    assert "mixed and again are the same plan" in out
+    assert [line.split()[:2] for line in out.splitlines()[4:6]] == [["1", "again"], ["1", "mixed"]]
+
+
 def test_the_safety_side_is_measured_once_and_shared(made):
     for first, second in itertools.pairwise(made.folders):
         for stage in ("collect", "subspace"):
@@ -187,15 +211,16 @@ def test_the_model_is_loaded_once_and_forced_stages_are_made_once(copied, arisk,
     loads = []
     real = task_loading.load_model
     monkeypatch.setattr(task_loading, "load_model", lambda *a: loads.append(a) or real(*a))
-    before = snapshot(*(folder / "rollout" for folder in copied.folders))
+    copied.configs, folders = copied.configs[:2], copied.folders[:2]
+    before = snapshot(*(folder / "rollout" for folder in folders))
     code, out, err = arisk(*command(copied, "--force", "--json"))
     assert code == 0
     assert len(loads) == 1
     assert err.count("collect   done") == 1
     work = json.loads(out)["work"]
-    assert [sorted(made["taken"]) for made in work.values()] == [[], *[["collect", "subspace"]] * 2]
+    assert [sorted(made["taken"]) for made in work.values()] == [[], ["collect", "subspace"]]
     # A model that an earlier plan was rolled out on gives the later ones the same bytes.
-    after = snapshot(*(folder / "rollout" for folder in copied.folders))
+    after = snapshot(*(folder / "rollout" for folder in folders))
     assert all(after[name] == body for name, body in before.items() if name.endswith(".safetensors"))
 
 

@@ -78,7 +78,15 @@ def _run_json(entry: Ranked) -> dict[str, Any]:
     }
     final = None if run.final is None else dict(zip(("median", "lower", "upper"), run.final, strict=True))
     curve = None if run.curve is None else dataclasses.asdict(run.curve)
-    return {"rank": entry.rank, "place": run.place, **values, "final": final, "curve": curve}
+    rows = run.finetune_rows or None
+    return {
+        "rank": entry.rank,
+        "place": run.place,
+        **values,
+        "finetune_rows": rows,
+        "final": final,
+        "curve": curve,
+    }
 
 
 def compare_markdown(told: Comparative) -> str:

@@ -11,7 +11,7 @@ from arisk.errors import ArtifactError
 from arisk.plan import differences, stage_key
 from arisk.ranking import PlannedRun
 
-__all__ = ["differing_settings", "distinct_names", "notes", "refuse_different_safety"]
+__all__ = ["differing_settings", "distinct_names", "notes", "refuse_different_safety", "same_plans"]
 
 #: Ways to measure the same safety side: they change rounding and files, not what is measured.
 SAME_ENOUGH = ("config.collect.engine", "config.collect.store", "config.collect.chunk_size")
@@ -72,7 +72,10 @@ def _told(found: Sequence[tuple[str, Any, Any]]) -> str:
 
 def _short(value: Any) -> str:
     text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    if len(text) <= 60:
+        return text
+    # Of a path, the end tells more.
+    return "…" + text[-57:] if "/" in text else text[:57] + "…"
 
 
 def differing_settings(configs: Mapping[str, Config]) -> dict[str, list[str]]:
@@ -110,6 +113,17 @@ def notes(runs: Sequence[PlannedRun], settings: Mapping[str, Sequence[str]]) -> 
     if any(key.startswith("control.") or key == "control" for key in settings):
         said.append("The control data are not the same in all runs: compare control drift with care.")
     said += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return said
+
+
+def same_plans(keys: Mapping[str, str]) -> list[str]:
+    """Sentences on runs that are one plan run twice: keys of stage forecast by run."""
+    seen: dict[str, str] = {}
+    said: list[str] = []
+    for name, key in keys.items():
+        first = seen.setdefault(key, name)
+        if first != name:
+            said.append(f"{first} and {name} are the same plan: their forecasts are equal.")
     return said
 
 

@@ -12,7 +12,13 @@ from arisk.artifacts import FORMAT_VERSION
 from arisk.compare.arguments import Plan, plans_of
 from arisk.compare.reading import FinishedRun, finished
 from arisk.compare.text import compare_json, compare_markdown
-from arisk.compare.together import differing_settings, distinct_names, notes, refuse_different_safety
+from arisk.compare.together import (
+    differing_settings,
+    distinct_names,
+    notes,
+    refuse_different_safety,
+    same_plans,
+)
 from arisk.errors import ConfigError
 from arisk.fingerprints import DigestCache, input_fingerprints
 from arisk.graph import STAGES
@@ -146,6 +152,7 @@ def _compared(runs: Sequence[FinishedRun], title: str | None, command: str) -> C
     """Everything that is shown about the runs."""
     names = distinct_names([run.run_dir for run in runs])
     said = refuse_different_safety({name: run.safety for name, run in zip(names, runs, strict=True)})
+    said += same_plans({name: run.states["forecast"].key for name, run in zip(names, runs, strict=True)})
     planned = [run.planned(name) for name, run in zip(names, runs, strict=True)]
     ranked = Ranked.all(planned)
     configs = {name: run.config for name, run in zip(names, runs, strict=True)}

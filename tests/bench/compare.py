@@ -1,8 +1,8 @@
 """`arisk compare` over planned fine-tunes of SmolLM2-135M-Instruct: order, and what sharing spares.
 
-`python -m tests.bench compare --data FOLDER`: the folder holds safety_train and the fine-tuning sets
-named below as JSONL with prompt and response. `just model` fetches the model. Resumable: what is fresh
-in runs/bench-compare is not run again.
+`python -m tests.bench compare --data FOLDER [--sets NAME…]`: the folder holds safety_train and the
+fine-tuning sets named below as JSONL with prompt and response. `just model` fetches the model.
+Resumable: what is fresh in runs/bench-compare is not run again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
     if not (MODEL / "config.json").exists():
         sys.exit("run `just model` first")
     data = Path(sys.argv[sys.argv.index("--data") + 1])
-    plans = [str(_config(name, data)) for name in SETS]
+    names = sys.argv[sys.argv.index("--sets") + 1 :] if "--sets" in sys.argv else list(SETS)
+    plans = [str(_config(name, data)) for name in names]
     command = [sys.executable, "-m", "arisk", "compare", *plans, "--run-dir", str(FOLDER / "runs")]
     started = time.monotonic()
     done = subprocess.run(
