@@ -200,6 +200,7 @@ def _provenance(job: Job) -> dict[str, Any]:
             "finished": manifest.get("finished"),
             "seconds": manifest.get("seconds"),
             "bytes": size,
+            "taken_from": manifest.get("taken_from"),
         }
     path = job.rundir.stage_dir("score") / DATA_FILE
     return {

@@ -169,6 +169,7 @@ def test_each_report_tells_of_its_own_data(made):
     assert data["finetune"]["rows"] == 400
     page = (made.runs / "mixed" / "report" / "report.html").read_text()
     assert "&quot;finetune&quot;: {&quot;rows&quot;: 400" in page
+    assert f" s, taken from {made.runs / 'benign'}" in page
 
 
 def test_a_second_time_nothing_runs_and_no_byte_changes(made, arisk, no_model):

@@ -159,10 +159,7 @@ def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) 
         parts.append(f"<h3>Made by</h3><pre><code>{esc(provenance['command'])}</code></pre>")
     stages = provenance.get("stages", {})
     if stages:
-        rows = [
-            (name, f"{number(s['seconds'])} s", f"{s['bytes'] / 1e6:.1f} MB", s["key"])
-            for name, s in stages.items()
-        ]
+        rows = [(name, _spent(s), f"{s['bytes'] / 1e6:.1f} MB", s["key"]) for name, s in stages.items()]
         parts.append(table(("stage", "time", "size", "key"), rows))
     if provenance.get("config"):
         parts.append(
@@ -170,6 +167,12 @@ def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) 
             f"<pre><code>{esc(provenance['config'])}</code></pre></details>"
         )
     return "".join(parts) + "</section>"
+
+
+def _spent(stage: Mapping[str, Any]) -> str:
+    """Wall time of a stage, and who spent it where that is another run."""
+    taken = f", taken from {stage['taken_from']}" if stage.get("taken_from") else ""
+    return f"{number(stage['seconds'])} s{taken}"
 
 
 def _plain(value: Any) -> str:
