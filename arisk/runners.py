@@ -15,6 +15,7 @@ from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.ranks import is_first
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.verified import VerifyResult
 
@@ -77,11 +78,12 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         seed=config.run.seed,
         progress=job.show.progress,
     )
-    write_tensors(workspace / "directions.safetensors", made.directions)
-    sets = {"finetune": job.task.finetune, "control": job.task.control}
-    told = {name: dict(samples.statistics) for name, samples in sets.items() if samples is not None}
-    body = {"format_version": FORMAT_VERSION, "data": told}
-    write_text(workspace / DATA_FILE, json.dumps(finite(body), indent=1) + "\n")
+    if is_first():
+        write_tensors(workspace / "directions.safetensors", made.directions)
+        sets = {"finetune": job.task.finetune, "control": job.task.control}
+        told = {name: dict(samples.statistics) for name, samples in sets.items() if samples is not None}
+        body = {"format_version": FORMAT_VERSION, "data": told}
+        write_text(workspace / DATA_FILE, json.dumps(finite(body), indent=1) + "\n")
     return made.record
 
 

@@ -25,6 +25,7 @@ RANKS = {
     "reuse": 6,
     "compare": 8.5,
     "problems": 1,
+    "ranks": 1,
     "results": 1,
     "verified": 1,
     "sections": 1,
@@ -69,6 +70,7 @@ NO_TORCH = (
     "errors",
     "problems",
     "grid",
+    "ranks",
     "what_if",
 )
 

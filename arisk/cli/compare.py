@@ -10,6 +10,7 @@ import typer
 
 from arisk.cli.app import app
 from arisk.cli.options import ForceOption, JsonOption, QuietOption, SetOption, gate, show
+from arisk.ranks import is_first
 
 __all__: list[str] = []
 
@@ -63,8 +64,9 @@ def compare(
         force=force,
         title=title,
     )
-    text = compare_text(found.told, str(found.page))
-    typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
+    if is_first():
+        text = compare_text(found.told, str(found.page))
+        typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
     if fail_on:
         level, names = worst_level(found.told.runs, fail_on)
         gate(level, fail_on, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from arisk.job import Display
 from arisk.pipeline import Outcome, run_stages
 from arisk.plan import ingredients_of
 from arisk.ranking import Ranked
+from arisk.ranks import is_first
 from arisk.report.compare_page import Comparative, render_comparison
 from arisk.rundir import RunDir
 from arisk.runners import finite
@@ -90,17 +92,17 @@ def compare_plans(
     """
     plans = plans_of(given, overrides, base)
     _refuse_run_as_output(output)
-    with RunDir(output).lock(command):
+    with RunDir(output).lock(command) if is_first() else nullcontext():
         cache = DigestCache(output / ".digests.json")
         done = _run_configs(plans, cache, show, command, last, force)
         runs = [finished(plan.run_dir) for plan in plans]
         told = _compared(runs, title, command)
         body = {"format_version": FORMAT_VERSION, **finite(compare_json(told))}
-        page = render_comparison(told, output)
-        target = RunDir(output)
-        target.write(PAGE, page)
-        target.write(MARKDOWN, compare_markdown(told))
-        target.write(DATA, json.dumps(body, indent=1, allow_nan=False) + "\n")
+        if is_first():
+            target = RunDir(output)
+            target.write(PAGE, render_comparison(told, output))
+            target.write(MARKDOWN, compare_markdown(told))
+            target.write(DATA, json.dumps(body, indent=1, allow_nan=False) + "\n")
     return Compared(told, output / PAGE, done, body)
 
 
@@ -144,7 +146,8 @@ def _refuse_before_work(plans: Sequence[Plan], cache: DigestCache) -> None:
             sides[name] = finished(plan.run_dir).safety
         else:
             sides[name] = ingredients_of(STAGES[0], plan.config, input_fingerprints(plan.config, cache), {})
-    cache.save()
+    if is_first():
+        cache.save()
     refuse_different_safety(sides)
 
 
