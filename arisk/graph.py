@@ -87,7 +87,7 @@ STAGES = (
     ),
     StageSpec(
         "report",
-        4,
+        5,
         ("collect", "subspace", "score", "rollout", "forecast"),
         ("report", "verify.refusal_markers"),
         shows=("verify",),

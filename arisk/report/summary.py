@@ -8,9 +8,10 @@ from typing import Any
 
 from arisk.comparison import Comparison
 from arisk.report.extra import Extra
-from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
+from arisk.report.findings import findings
+from arisk.report.text import NOT_MEASURED, collapse_text, number, percent
 from arisk.report.verified import verified_rows
-from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 
 __all__ = ["summary_json", "summary_markdown"]
 
@@ -24,6 +25,7 @@ def summary_json(
     title: str,
     check: Comparison | None = None,
     extras: Sequence[Extra] = (),
+    measured: RolloutResult | None = None,
 ) -> dict[str, Any]:
     """Plain values: verdict, forecasters, what-if grid, overlap, findings, the check. None: not measured."""
     return {
@@ -49,7 +51,7 @@ def summary_json(
             "planned_evaluations": forecast.planned_evaluations,
             "control_change": forecast.control_change[-1] if forecast.control_change else None,
         },
-        "findings": findings(collected, space, scored, forecast),
+        "findings": findings(collected, space, scored, forecast, measured),
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
         "verify": check.as_json() if check else None,
         **{extra.name: dict(extra.summary) for extra in extras},
@@ -65,6 +67,7 @@ def summary_markdown(
     title: str,
     check: Comparison | None = None,
     extras: Sequence[Extra] = (),
+    measured: RolloutResult | None = None,
 ) -> str:
     """A short Markdown text, fit for a pull-request comment."""
     v = forecast.verdict
@@ -74,6 +77,7 @@ def summary_markdown(
         f"{percent(curve.probability)} | {number(curve.median[-1] if curve.median else None)} |"
         for name, curve in forecast.forecasters.items()
     ]
+    told = findings(collected, space, scored, forecast, measured)
     lines = [
         f"### arisk: {v.level} – {_cell(title)}",
         "",
@@ -85,7 +89,7 @@ def summary_markdown(
         "| --- | --- | --- | --- |",
         *rows,
         "",
-        *[f"- {sentence}" for sentence in (*v.reasons, *findings(collected, space, scored, forecast))],
+        *[f"- {sentence}" for sentence in (*v.reasons, *told)],
         *[f"- caveat: {sentence}" for sentence in v.caveats],
         "",
         *(_verified(check) if check else []),
