@@ -212,6 +212,7 @@ def run_stages(
         cache.save()
         rundir.write("config.yaml", dump_config(config))
         due = _due(states, wanted, first, only, force)
+        _drawable(config, due)
         job = Job(config, rundir, command, show, {state.stage: state for state in states})
         try:
             for state in states:
@@ -229,6 +230,14 @@ def run_stages(
     report = rundir.stage_dir("report") / REPORT_FILE if "report" in wanted else None
     summary = read_json(rundir.stage_dir("report") / SUMMARY_FILE) if report else None
     return Outcome(run_dir, tuple(due), fresh, report, summary)
+
+
+def _drawable(config: Config, due: list[str]) -> None:
+    """Refuse figures that were asked for and cannot be drawn before hours are spent, not after."""
+    if "report" in due and config.report.figures in ("png", "svg"):
+        from arisk.report.images import require_drawable
+
+        require_drawable()
 
 
 def _due(

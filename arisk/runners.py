@@ -139,6 +139,8 @@ def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
 
 def _report(job: Job, workspace: Path) -> None:
     from arisk.report import render_report, summary_json, summary_markdown
+    from arisk.report.figures import all_figures
+    from arisk.report.images import report_images
 
     config = job.config
     records = (
@@ -162,6 +164,9 @@ def _report(job: Job, workspace: Path) -> None:
         extras=extras,
     )
     write_text(workspace / REPORT_FILE, page)
+    figures = all_figures(*records, measured, check, _provenance(job))
+    added = {figure.id: figure for extra in extras for figure in extra.figures}
+    report_images({**figures, **added}, workspace, config.report.figures)
     summary = {
         "format_version": FORMAT_VERSION,
         **finite(summary_json(*records, title=title, check=check, extras=extras, measured=measured)),
