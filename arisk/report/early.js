@@ -5,8 +5,11 @@
   const asked = new URLSearchParams(location.search).get("theme");
   root.dataset.theme = asked === "dark" || asked === "light" ? asked
     : matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  const fold = () => { for (const box of document.querySelectorAll("details[data-fold][open]")) { box.open = false; } };
-  const watch = new MutationObserver(fold);
+  const watch = new MutationObserver((records) => {
+    for (const { addedNodes } of records) {
+      for (const node of addedNodes) { if (node.nodeName === "DETAILS" && "fold" in node.dataset) { node.open = false; } }
+    }
+  });
   watch.observe(root, { childList: true, subtree: true });
-  document.addEventListener("DOMContentLoaded", () => { watch.disconnect(); fold(); });
+  document.addEventListener("DOMContentLoaded", () => watch.disconnect());
 })();
