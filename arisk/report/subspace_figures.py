@@ -233,7 +233,7 @@ def overlap(scored: ScoreResult) -> Figure:
             "hovertemplate": "%{y}: %{x:.3g}<extra></extra>",
         }
     ]
-    layout = axes("‖P u‖ / ‖u‖ (share of length, 0 to 1)", "")
+    layout = axes("‖P u‖ / ‖u‖, from 0 to 1", "")
     longest = max((bar[1] for bar in shown if bar[1] is not None), default=1.0)
     layout["xaxis"]["range"] = [0, 1.2 * longest or 1]
     return Figure(

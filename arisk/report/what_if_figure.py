@@ -55,6 +55,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
     data: list[dict[str, Any]] = [unknown, known, _labels(grid, rates, steps, top)]
     layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_plan(grid))
     layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
+    layout["xaxis"]["tickangle"] = 0
     layout["xaxis"]["showgrid"] = layout["yaxis"]["showgrid"] = False
     filled = any(cell.state != "not_measured" for row in cells for cell in row)
     return Figure(
