@@ -42,6 +42,6 @@ def demo_config(mode: Literal["full", "lora"]) -> Config:
             "control": {"path": str(folder / "data" / "control.jsonl")},
             "verify": {"safety": {"path": str(folder / "data" / "safety_heldout.jsonl")}},
             "training": {"optimizer": "adamw", "learning_rate": rate, "max_steps": 200},
-            "report": {"title": f"arisk demo ({mode})"},
+            "report": {"title": f"arisk demo ({mode})", "figures": "auto"},
         }
     )

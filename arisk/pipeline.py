@@ -224,7 +224,9 @@ def run_stages(
         states = plan(config, input_fingerprints(config, cache), rundir, asked=only, force=force)
         cache.save()
         rundir.write("config.yaml", dump_config(config))
-        return states, _due(states, wanted, first, only, force)
+        due = _due(states, wanted, first, only, force)
+        _drawable(config, due)
+        return states, due
 
     with rundir.lock(command) if ranks.is_first() else nullcontext():
         states, due = ranks.from_first(planned)
@@ -251,6 +253,14 @@ def run_stages(
     summary = read_json(rundir.stage_dir("report") / SUMMARY_FILE) if report else None
     ran = tuple(stage for stage in due if stage not in taken)
     return Outcome(run_dir, ran, fresh, report, summary, taken)
+
+
+def _drawable(config: Config, due: list[str]) -> None:
+    """Refuse figures that were asked for and cannot be drawn before hours are spent, not after."""
+    if "report" in due and config.report.figures in ("png", "svg"):
+        from arisk.report.images import require_drawable
+
+        require_drawable()
 
 
 def _due(

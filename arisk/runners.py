@@ -151,6 +151,8 @@ def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
 
 def _report(job: Job, workspace: Path) -> None:
     from arisk.report import render_report, summary_json, summary_markdown
+    from arisk.report.figures import all_figures
+    from arisk.report.images import report_images
 
     config = job.config
     records = (
@@ -159,6 +161,7 @@ def _report(job: Job, workspace: Path) -> None:
         job.record("score", ScoreResult),
         job.record("forecast", ForecastResult),
     )
+    measured = job.record("rollout", RolloutResult)
     check = _check(job, records[-1])
     extras = [make(job) for stage, make in EXTRAS.items() if job.states[stage].fresh]
     title = config.report.title or job.rundir.path.resolve().name
@@ -169,16 +172,20 @@ def _report(job: Job, workspace: Path) -> None:
         show_text=config.report.show_text,
         max_examples=config.report.max_examples,
         check=check,
-        measured=job.record("rollout", RolloutResult),
+        measured=measured,
         extras=extras,
     )
     write_text(workspace / REPORT_FILE, page)
+    figures = all_figures(*records, measured, check, _provenance(job))
+    added = {figure.id: figure for extra in extras for figure in extra.figures}
+    report_images({**figures, **added}, workspace, config.report.figures)
     summary = {
         "format_version": FORMAT_VERSION,
-        **finite(summary_json(*records, title=title, check=check, extras=extras)),
+        **finite(summary_json(*records, title=title, check=check, extras=extras, measured=measured)),
     }
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-    write_text(workspace / "summary.md", summary_markdown(*records, title=title, check=check, extras=extras))
+    text = summary_markdown(*records, title=title, check=check, extras=extras, measured=measured)
+    write_text(workspace / "summary.md", text)
 
 
 def finite(value: Any) -> Any:

@@ -146,3 +146,6 @@ class ReportConfig(Section):
     """Riskiest fine-tuning rows shown."""
     show_text: bool = True
     """Show prompts and responses; off: only their numbers (for confidential data)."""
+    figures: Literal["none", "auto", "png", "svg"] = "none"
+    """Figures as files beside the page, by the extra `figures` and a browser; auto: forecast and layer
+    map as PNG, where both are there."""

@@ -192,4 +192,16 @@ def demo(
         show=show(quiet),
         command=f"arisk demo --mode {mode} --output-dir {output_dir}",
     )
+    if not quiet:
+        typer.echo(_drawn(output_dir), err=True)
     print_outcome(outcome, as_json)
+
+
+def _drawn(run_dir: Path) -> str:
+    """Which figures lie beside the page, or why none do."""
+    from arisk.report.images import drawable
+
+    files = sorted((run_dir / "report").glob("*.png"))
+    if files:
+        return f"figures: {', '.join(map(str, files))}"
+    return f'no figures as files: {drawable() or "not drawn"}; pip install "arisk[figures]"'

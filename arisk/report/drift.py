@@ -6,6 +6,7 @@ import math
 
 from arisk.report.figure import LEGEND, Figure, axes, clean, thin, threshold_line
 from arisk.report.text import drift_sentence, number
+from arisk.report.worth import worth_line
 from arisk.results import ForecastResult
 
 __all__ = ["drift_map"]
@@ -18,9 +19,9 @@ def drift_map(forecast: ForecastResult) -> Figure:
     """Mean safety change of the rollout, control change, and their difference."""
     curve, control = forecast.forecasters.get("rollout"), forecast.control_change
     reading = (
-        "Changes of mean losses along the virtual run, in nats per token over optimizer steps: refusals "
-        "(safety), ordinary answers (control), and the difference. A model that gets worse at everything "
-        "loses both alike; what the safety line has beyond the control line is specific to safety."
+        "Changes of mean losses along the virtual run: refusals (safety), ordinary answers (control), and "
+        "the difference. A model that gets worse at everything loses both alike; what the safety line has "
+        "beyond the control line is specific to safety."
     )
     equation = "specific(k) = [L_s(θ_k) − L_s(θ*)] − [L_c(θ_k) − L_c(θ*)]"
     missing = None
@@ -61,7 +62,16 @@ def drift_map(forecast: ForecastResult) -> Figure:
         [str(k), number(s), number(c), number(d) if math.isfinite(d) else "not measured"]
         for k, s, c, d in zip(steps, safety, control, specific, strict=True)
     ]
-    said = drift_sentence(forecast)
     return Figure(
-        "drift", TITLE, data, layout, f"{reading} {said}" if said else reading, equation, HEADER, thin(rows)
+        "drift",
+        TITLE,
+        data,
+        layout,
+        reading,
+        equation,
+        HEADER,
+        thin(rows),
+        says=drift_sentence(forecast) or "",
+        worth=f"{worth_line('rollout', 'The safety line')} How well the control line is forecast was not "
+        "benchmarked.",
     )

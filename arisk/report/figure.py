@@ -37,6 +37,8 @@ class Figure:
         equation: the formula behind it.
         header, rows: the same numbers as a table.
         missing: why there is nothing to show; None when there is.
+        says: what the figure shows in this run, in one sentence made from its numbers.
+        worth: what this predictor was worth where it was compared with real fine-tunes.
     """
 
     id: str
@@ -48,6 +50,8 @@ class Figure:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     missing: str | None = None
+    says: str = ""
+    worth: str = ""
 
 
 def clean(values: Sequence[float | None]) -> list[float | None]:

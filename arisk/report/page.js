@@ -1,65 +1,109 @@
 "use strict";
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const root = document.documentElement;
-const plain = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+const phone = matchMedia("(max-width: 600px)");
 
-function layoutOf(figure) {
-  const style = getComputedStyle(root);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const narrow = window.innerWidth < 600;
-  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
-  const layout = structuredClone(figure.layout);
-  for (const key of ["xaxis", "yaxis", "yaxis2"]) {
-    if (layout[key] || key !== "yaxis2") { layout[key] = { ...axis, ...layout[key] }; }
+// Colours of the page as plain rgb: figures name them, the theme decides.
+const probe = document.createElement("span");
+probe.hidden = true;
+document.body.append(probe);
+function colour(name) {
+  probe.style.color = `var(--${name})`;
+  return getComputedStyle(probe).color;
+}
+const TOKENS = ["ink", "soft", "card"];
+const SCALES = { cool: ["seq0", "cool1", "cool2"], warm: ["seq0", "warm1", "warm2"], diverging: ["down", "seq0", "up"] };
+function resolved(value, key) {
+  if (typeof value === "string") {
+    if (key === "colorscale" && SCALES[value]) { return SCALES[value].map((name, i) => [i / 2, colour(name)]); }
+    return TOKENS.includes(value) ? colour(value) : value;
   }
-  const entries = figure.data.filter((trace) => trace.name).length;
+  if (Array.isArray(value)) { return key === "color" ? value.map((item) => resolved(item, key)) : value; }
+  if (value && typeof value === "object") {
+    return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, ["x", "y", "z", "customdata"].includes(k) ? v : resolved(v, k)]));
+  }
+  return value;
+}
+
+function layoutOf(figure, narrow) {
+  const size = narrow ? 11 : 13;
+  const axis = { gridcolor: colour("grid"), zerolinecolor: colour("line"), linecolor: colour("line"),
+    tickfont: { size, color: colour("soft") } };
+  const layout = resolved(structuredClone(figure.layout), "");
+  for (const key of ["xaxis", "yaxis", "yaxis2"]) {
+    if (!layout[key] && key === "yaxis2") { continue; }
+    layout[key] = { ...axis, ...layout[key] };
+    layout[key].title = { standoff: 10, ...layout[key].title, font: { size, color: colour("soft") } };
+  }
+  const entries = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
   if (narrow && layout.legend && entries > 4) { Object.assign(layout.legend, { entrywidth: 0.48, entrywidthmode: "fraction" }); }
-  for (const note of layout.annotations || []) {
-    note.bgcolor = colour("--card");
+  layout.annotations = layout.annotations || [];
+  if (narrow && layout.yaxis.type === "category" && layout.yaxis.title.text) {
+    layout.annotations.push({ text: layout.yaxis.title.text, xref: "paper", yref: "paper", x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false });
+    layout.yaxis.title.text = "";
+  }
+  for (const note of layout.annotations) {
+    note.bgcolor = colour("card");
     note.borderpad = 1;
-    if (narrow) { note.font = { size: 9 }; }
+    note.font = { size: narrow ? 11 : 12, color: colour("ink") };
   }
   return {
     ...layout,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: "system-ui, sans-serif", size: narrow ? 11 : 13, color: colour("--ink") },
-    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    margin: { l: narrow ? 46 : 64, r: narrow ? 18 : 24, t: narrow ? 16 : 36, b: narrow ? 44 : 56 },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--ink") },
+    font: { family: "system-ui, sans-serif", size, color: colour("ink") },
+    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink"), size: 13 } },
+    margin: { l: narrow ? 46 : 60, r: narrow ? 14 : 20, t: 18, b: narrow ? 44 : 50 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("soft"), activecolor: colour("ink") },
     dragmode: narrow ? false : "zoom",
   };
 }
 
-// "ink" stands for the colour of the page's text, which the theme decides.
-function dataOf(figure) {
-  const ink = getComputedStyle(root).getPropertyValue("--ink").trim();
-  const data = structuredClone(figure.data);
-  const narrow = window.innerWidth < 600;
-  for (const trace of data) {
-    for (const part of [trace.line, trace.marker]) { if (part && part.color === "ink") { part.color = ink; } }
-    if (narrow && trace.textfont) { trace.textfont.size = 9; }
-  }
-  return data;
+function dataOf(figure, narrow) {
+  const data = resolved(structuredClone(figure.data), "");
+  return (Array.isArray(data) ? data : Object.values(data)).map((trace) => {
+    const drawn = resolved(trace, "");
+    if (narrow && drawn.textfont) { drawn.textfont.size = 11; }
+    if (drawn.colorbar) { drawn.colorbar.tickfont = { size: narrow ? 11 : 12, color: colour("soft") }; }
+    if (drawn.type === "bar") { drawn.textfont = { color: colour("ink") }; }
+    return drawn;
+  });
 }
 
-function draw() {
+function draw(narrow = phone.matches) {
   for (const figure of figures) {
-    Plotly.react(figure.id, dataOf(figure), layoutOf(figure), { ...plain, displayModeBar: window.innerWidth >= 600 && "hover" });
+    const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+      displayModeBar: narrow ? false : "hover" };
+    Plotly.react(figure.id, dataOf(figure, narrow), layoutOf(figure, narrow), config);
   }
 }
 
 function setTheme(name) {
   root.dataset.theme = name;
+  const other = name === "dark" ? "light" : "dark";
   const button = document.getElementById("theme");
-  button.textContent = name === "dark" ? "Light" : "Dark";
-  button.setAttribute("aria-label", "switch to " + (name === "dark" ? "light" : "dark") + " colours");
+  button.textContent = other[0].toUpperCase() + other.slice(1);
+  button.setAttribute("aria-label", `switch to ${other} colours`);
   draw();
 }
-
-const preferred = new URLSearchParams(location.search).get("theme")
-  || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-setTheme(preferred);
+setTheme(root.dataset.theme);
 document.getElementById("theme").addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
+phone.addEventListener("change", () => draw());
+
+// Paper: light, every fold open, figures as wide as a page.
+let before = null;
+addEventListener("beforeprint", () => {
+  before = { theme: root.dataset.theme, closed: [...document.querySelectorAll("details:not([open])")] };
+  for (const box of before.closed) { box.open = true; }
+  setTheme("light");
+  for (const figure of figures) { Plotly.relayout(figure.id, { width: 660, autosize: false }); }
+});
+addEventListener("afterprint", () => {
+  if (!before) { return; }
+  for (const box of before.closed) { box.open = false; }
+  for (const figure of figures) { Plotly.relayout(figure.id, { width: null, autosize: true }); }
+  setTheme(before.theme);
+  before = null;
+});
 
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
@@ -69,9 +113,22 @@ for (const button of document.querySelectorAll("th button")) {
     const down = header.getAttribute("aria-sort") !== "descending";
     for (const other of header.parentElement.children) { other.removeAttribute("aria-sort"); }
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const key = (row) => { const v = row.children[column].dataset.value; return v === "" || v === undefined ? -Infinity : Number(v); };
-    const rows = [...body.rows].sort((a, b) => (down ? key(b) - key(a) : key(a) - key(b)));
-    body.append(...rows);
+    // What was not measured stays last, whichever way the rest is sorted.
+    const key = (row) => { const v = row.children[column].dataset.value; return v === "" || v === undefined ? null : Number(v); };
+    const rows = [...body.rows].map((row) => [key(row), row]);
+    rows.sort(([a], [b]) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : down ? b - a : a - b));
+    body.append(...rows.map(([, row]) => row));
   });
 }
+
+// The contents show where the reader is.
+const links = new Map([...document.querySelectorAll(".contents a")].map((a) => [a.hash.slice(1), a]));
+const spy = new IntersectionObserver((seen) => {
+  for (const entry of seen) {
+    if (!entry.isIntersecting) { continue; }
+    for (const link of links.values()) { link.removeAttribute("aria-current"); }
+    links.get(entry.target.id)?.setAttribute("aria-current", "true");
+  }
+}, { rootMargin: "-20% 0px -70% 0px" });
+for (const id of links.keys()) { const part = document.getElementById(id); if (part && id !== "content") { spy.observe(part); } }
 root.dataset.ready = "true";

@@ -1,12 +1,13 @@
 """The report page: one HTML string from records, with everything from data escaped.
 
-Three seams: records → figures and sentences (`figures`, `text`) → HTML (here). Nothing is fetched:
-plotly.js, style and data are inside the page, and a content policy forbids the network.
+Three seams: records → figures and sentences (`figures`, `findings`, `text`) → HTML (here). Nothing is
+fetched: plotly.js, style and data are inside the page, and a content policy forbids the network.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -17,33 +18,22 @@ from arisk.comparison import Comparison
 from arisk.report.extra import Extra
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
+from arisk.report.findings import found, row_sentence
 from arisk.report.rollout_section import method, rollout_section
-from arisk.report.sections import (
-    conditions,
-    esc,
-    examples,
-    items,
-    listed,
-    provenance_section,
-    quality,
-    table,
-)
-from arisk.report.text import NOT_MEASURED, collapse_text, findings, percent
+from arisk.report.rows import examples
+from arisk.report.samples import sample_table
+from arisk.report.sections import conditions, esc, folded, provenance_section, quality, table
+from arisk.report.text import NOT_MEASURED
+from arisk.report.verdict import ICONS, findings_section, verdict_section
 from arisk.report.verified import verified_section
 from arisk.report.worth import worth
-from arisk.results import (
-    CollectResult,
-    ForecastResult,
-    RolloutResult,
-    ScoreResult,
-    SubspaceResult,
-    Verdict,
-)
+from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 
 __all__ = ["ICONS", "figure_section", "page", "render_report", "script_json"]
 
-ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
+#: Sections with a heading, as the table of contents takes them from the body.
+HEADING = re.compile(r'<section [^>]*?id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>')
 
 
 def script_json(value: Any) -> str:
@@ -81,27 +71,30 @@ def render_report(
         check: a real run of the same plan beside its forecast, where there is one.
         extras: sections of optional stages.
     """
-    figures = all_figures(collected, space, scored, forecast, measured, check)
+    figures = all_figures(collected, space, scored, forecast, measured, check, provenance)
     added = [figure for extra in extras for figure in extra.figures]
-    told = [*findings(collected, space, scored, forecast), *(s for extra in extras for s in extra.findings)]
+    told = [(extra.name.capitalize(), sentence) for extra in extras for sentence in extra.findings]
+    rows = sample_table(measured, forecast, collected, show_text, max_examples)
     body = "\n".join(
         [
-            _verdict(forecast),
-            _findings(told),
+            verdict_section(forecast, collected.task, check),
             figure_section(figures["forecast"], tall=True),
+            findings_section(found(collected, space, scored, forecast, measured), told),
             verified_section(check, show_text) if check else "",
             figure_section(figures["truth"]) if check else "",
-            *(extra.html + "".join(map(figure_section, extra.figures)) for extra in extras),
             figure_section(figures["what-if"], tall=True),
+            *(extra.html + "".join(map(figure_section, extra.figures)) for extra in extras),
             _pair(figures["drift"], figures["move"]),
-            rollout_section(measured, forecast),
-            examples(scored, show_text, max_examples),
+            figure_section(figures["samples"], below=rows),
+            examples(scored, show_text, max_examples, row_sentence(scored.examples)),
             _pair(figures["fisher-map"], figures["harm-map"]),
             _pair(figures["spectrum"], figures["overlap"]),
             conditions(scored),
-            quality(collected, space, scored, forecast),
+            rollout_section(measured, forecast),
             method(),
             worth(),
+            quality(collected, space, scored, forecast),
+            figure_section(figures["costs"]),
             provenance_section(collected, provenance),
         ]
     )
@@ -126,28 +119,46 @@ def page(title: str, body: str, figures: Iterable[Figure]) -> str:
         style=(folder / "style.css").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         figures=script_json(shown),
+        early=(folder / "early.js").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
+        contents=_contents(body),
         body=body,
     )
 
 
+def _contents(body: str) -> str:
+    """Links to every section that has an id and a heading, the verdict first."""
+    links = [("content", "Verdict"), *HEADING.findall(body)]
+    items = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in links)
+    return f'<nav class="contents" aria-label="Contents"><ol>{items}</ol></nav>'
+
+
 _PAGE = """<!doctype html>
-<html lang="en" data-theme="light">
+<html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
+<noscript><style>.plot, #theme, th button::after {{ display: none; }}</style></noscript>
+<script>
+{early}</script>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the verdict</a>
-<header class="top"><p><b>arisk</b> · {title}</p><button id="theme" type="button">Dark</button></header>
-<main id="content">
+<header class="top"><p><b>arisk</b> · <bdi>{title}</bdi></p>
+<button id="theme" type="button">Dark</button></header>
+<div class="layout">
+{contents}
+<main id="content" tabindex="-1">
+<noscript><p class="missing">Figures need JavaScript; their tables hold the same numbers.</p></noscript>
 {body}
 </main>
+</div>
 <footer><p>Made by arisk from its artifacts alone. The page loads nothing from the network.</p></footer>
 <script>{plotly}</script>
 <script type="application/json" id="figures">{figures}</script>
@@ -158,63 +169,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def _tile(term: str, value: str, note: str) -> str:
-    return f"<div><dt>{esc(term)}</dt><dd>{esc(value)}<small>{esc(note)}</small></dd></div>"
+def figure_section(figure: Figure, *, tall: bool = False, below: str = "") -> str:
+    """A figure with what it shows, its reading line, equation, worth and table; what is missing says so.
 
-
-def _verdict(forecast: ForecastResult) -> str:
-    """First screen: does safety survive, until when, how sure, and what to do."""
-    v = forecast.verdict
-    curve = forecast.forecasters.get(v.basis)
-    safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
-    tiles = [
-        _tile("Safe-step budget", safe, "steps with the upper interval below the threshold"),
-        _tile(
-            "P(collapse within the plan)", percent(v.probability), f"at {forecast.confidence:.0%} intervals"
-        ),
-        _tile(
-            "Collapse",
-            collapse_text(curve) if curve else NOT_MEASURED,
-            f"loss of safe responses +{forecast.threshold:g} nats/token",
-        ),
-        _tile("Rests on", v.basis, _trust(forecast)),
-    ]
-    return (
-        f'<section class="verdict" data-level="{esc(v.level)}" aria-labelledby="verdict">'
-        f'<p class="level"><span aria-hidden="true">{ICONS[v.level]}</span> Risk: {esc(v.level)}</p>'
-        f'<h1 id="verdict">{esc(v.sentence)}</h1><dl class="tiles">{"".join(tiles)}</dl>'
-        f"{listed('Why', v.reasons)}{listed('What to do', _advice(v))}"
-        f"{listed('How far to trust this', v.caveats)}"
-        "</section>"
-    )
-
-
-def _trust(forecast: ForecastResult) -> str:
-    curve = forecast.forecasters.get(forecast.verdict.basis)
-    if curve is None or curve.trusted_until is None:
-        return "trust not measured"
-    return f"trusted until step {curve.trusted_until}"
-
-
-def _advice(verdict: Verdict) -> list[str]:
-    if verdict.level == "low":
-        return ["Keep a safety evaluation at the end of the run; low risk is a forecast, not a proof."]
-    if verdict.level == "inconclusive":
-        return ["Measure more: more safety rows, more probe points; or watch a short real fine-tune closely."]
-    advice = ["Look at the what-if map for a learning rate or length that stays below the threshold."]
-    if verdict.safe_steps:
-        advice.append(f"Checkpoint and evaluate safety by step {verdict.safe_steps}.")
-    return [*advice, "Look through the riskiest rows, and mix in refusals or drop rows that push hardest."]
-
-
-def _findings(sentences: Sequence[str]) -> str:
-    if not sentences:
-        return ""
-    return f'<section><h2>Findings</h2><ul class="plain">{items(sentences)}</ul></section>'
-
-
-def figure_section(figure: Figure, *, tall: bool = False) -> str:
-    """A figure with its reading line, equation and table; what is missing says so."""
+    Args:
+        figure: what is shown.
+        tall: on the full width of the page.
+        below: HTML that belongs to it, after its table.
+    """
     name = esc(figure.id)
     plot = (
         f'<p class="missing">{NOT_MEASURED.capitalize()}: {esc(figure.missing)}. '
@@ -223,12 +185,14 @@ def figure_section(figure: Figure, *, tall: bool = False) -> str:
         else f'<div class="plot{" tall" if tall else ""}" id="fig-{name}" role="img" '
         f'aria-label="{esc(figure.title)}; the numbers are in the table below"></div>'
     )
+    says = f'<p class="says">{esc(figure.says)}</p>' if figure.says and not figure.missing else ""
+    notes = [("How to read this.", "", figure.reading), ("Equation", ' class="equation"', figure.equation)]
+    notes += [("Worth", "", figure.worth)] if figure.worth else []
+    told = "".join(f"<div><dt>{term}</dt><dd{mark}>{esc(text)}</dd></div>" for term, mark, text in notes)
+    numbers = folded("The numbers as a table", table(figure.header, figure.rows)) if figure.rows else ""
     return (
-        f'<section id="{name}"><h2>{esc(figure.title)}</h2>{plot}'
-        f'<p class="reading"><b>How to read this.</b> {esc(figure.reading)}</p>'
-        f'<p class="equation">{esc(figure.equation)}</p>'
-        "<details><summary>The numbers as a table</summary>"
-        f"{table(figure.header, figure.rows)}</details></section>"
+        f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}<dl class="notes">{told}</dl>'
+        f"{numbers}{below}</section>"
     )
 
 

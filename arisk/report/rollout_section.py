@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from arisk.report.sections import esc, table
+from arisk.report.sections import esc, folded, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.results import ForecastResult, RolloutResult
 
@@ -81,8 +81,7 @@ def rollout_section(measured: RolloutResult, forecast: ForecastResult) -> str:
         "optimizer steps of the planned run; losses in nats per token, safety and control as changes against "
         "the aligned model. Kept share is how much of the leap before the point speed control kept (1 = all "
         f"of it, or real steps). The first {measured.pilot_steps} steps are real.</p>"
-        "<details><summary>The measured points as a table</summary>"
-        f"{table(_HEADER, _rows(measured))}</details></section>"
+        f"{folded('The measured points as a table', table(_HEADER, _rows(measured)))}</section>"
     )
 
 

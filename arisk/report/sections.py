@@ -13,7 +13,7 @@ from arisk.results import CollectResult, ForecastResult, ScoreResult, SubspaceRe
 __all__ = [
     "conditions",
     "esc",
-    "examples",
+    "folded",
     "items",
     "listed",
     "provenance_section",
@@ -47,48 +47,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def examples(scored: ScoreResult, show_text: bool, limit: int) -> str:
-    """The riskiest rows, sortable, their text folded away."""
-    ranked = sorted(scored.examples, key=lambda row: -(row.get("second_order") or 0.0))
-    if not ranked:
-        missing = '<p class="missing">Not measured: score.examples is 0. That is not the same as no risk.</p>'
-        return f'<section id="examples"><h2>Riskiest fine-tuning rows</h2>{missing}</section>'
-    columns = ("row", "second order", "first order", "loss", "gradient norm", "tokens")
-    mark = ' aria-sort="descending"'
-    head = "".join(
-        f'<th scope="col"{mark if name == "second order" else ""}><button type="button">{name}</button></th>'
-        for name in columns
-    )
-    body = "".join(_example(row, show_text) for row in ranked[:limit])
-    return (
-        '<section id="examples"><h2>Riskiest fine-tuning rows</h2>'
-        f'<p class="reading"><b>How to read this.</b> The {len(ranked)} rows of the first batches that were '
-        f"scored one by one, the {min(limit, len(ranked))} most harmful shown. Positive means that a step on "
-        "this row alone pushes towards harm: first order along the safety gradient, second order along what "
-        "the whole first update does to the safety subspace. The ranking is local; it says who pushes, not "
-        "how far.</p>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="riskiest rows"><table><thead><tr>'
-        f'{head}<th scope="col">text</th></tr></thead><tbody>{body}</tbody></table></div></section>'
-    )
-
-
-def _example(row: Mapping[str, Any], show_text: bool) -> str:
-    keys = ("second_order", "first_order", "loss", "gradient_norm", "tokens")
-    line = row.get("line", row.get("index"))
-    cells = f'<td data-value="{esc(line)}">{esc(line)}</td>'
-    for key in keys:
-        value = row.get(key)
-        shown = number(None if value is None else float(value))
-        cells += f'<td data-value="{"" if shown == NOT_MEASURED else esc(value)}">{shown}</td>'
-    prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))
-    if not show_text or not (prompt or response):
-        return f'<tr>{cells}<td class="text note">not shown</td></tr>'
-    head = prompt if len(prompt) <= 80 else prompt[:77] + "…"
-    return (
-        f'<tr>{cells}<td class="text" dir="auto"><details><summary>{esc(head) or "(no prompt)"}</summary>'
-        f'<p dir="auto"><b>prompt</b> {esc(prompt)}</p><p dir="auto"><b>response</b> {esc(response)}</p>'
-        "</details></td></tr>"
-    )
+def folded(summary: str, content: str) -> str:
+    """HTML that opens on demand; open from the start where no script runs, and on paper."""
+    return f"<details open data-fold><summary>{esc(summary)}</summary>{content}</details>"
 
 
 def conditions(scored: ScoreResult) -> str:
@@ -163,8 +124,10 @@ def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) 
         parts.append(table(("stage", "time", "size", "key"), rows))
     if provenance.get("config"):
         parts.append(
-            "<details><summary>The resolved config</summary>"
-            f"<pre><code>{esc(provenance['config'])}</code></pre></details>"
+            folded(
+                "The resolved config",
+                f'<pre tabindex="0"><code>{esc(provenance["config"])}</code></pre>',
+            )
         )
     return "".join(parts) + "</section>"
 
@@ -176,4 +139,11 @@ def _spent(stage: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    """A value in one line: mappings as `key value`, joined; numbers to four digits."""
+    if isinstance(value, Mapping):
+        nested = any(isinstance(part, Mapping) for part in value.values())
+        parts = (f"{key}{':' if nested else ''} {_plain(part)}" for key, part in value.items())
+        return ("; " if nested else " · ").join(parts)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)

@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
-from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, thin
-from arisk.report.text import layer_and_type, number
+from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, step_lines, thin
+from arisk.report.findings import layer_sentence
+from arisk.report.text import layer_and_type, number, percent
+from arisk.report.worth import worth_line
 from arisk.results import CollectResult, ScoreResult, SubspaceResult
 
-__all__ = ["module_map", "overlap", "spectrum"]
+__all__ = ["fisher_map", "harm_map", "overlap", "spectrum"]
+
+OBSERVED, CONTROL, NULL = "#D55E00", "#CC79A7", "#8a8a8a"
 
 
 def spectrum(space: SubspaceResult) -> Figure:
@@ -53,89 +57,164 @@ def spectrum(space: SubspaceResult) -> Figure:
         },
         legend=LEGEND,
     )
-    layout["yaxis"]["type"] = "log"
-    layout["yaxis"]["dtick"] = 1
+    layout["yaxis"].update(type="log", dtick=1, exponentformat="power")
+    marks = [(space.rank, f"kept: {space.rank}")]
+    if math.isfinite(space.effective_rank):
+        marks.append((round(space.effective_rank), f"effective rank {space.effective_rank:.1f}"))
+    lines = step_lines(marks, len(values))
+    layout.update(
+        shapes=[line["shape"] for line in lines], annotations=[line["annotation"] for line in lines]
+    )
     rows = [[str(i), number(v), number(s)] for i, v, s in zip(index, values, shares, strict=True)]
     return Figure(
         "spectrum",
         "Safety subspace",
         data,
         layout,
-        f"Dark bars are the {space.rank} directions kept; they hold {space.explained:.0%} of the whole "
-        f"trace (effective rank {space.effective_rank:.1f}). Few tall bars mean that safety hangs on few "
+        "Bars are the eigenvalues of the safety Fisher matrix (left axis), dark where kept; the line is the "
+        "share of the whole trace they add up to (right axis). Few tall bars mean that safety hangs on few "
         "directions; a flat spectrum means that no small subspace protects it.",
         "F = GᵀG/N, K = GGᵀ = N U Λ Uᵀ; rank: smallest k with Σ_{j≤k} λ_j ≥ target · tr F",
         ["direction", "eigenvalue", "cumulative share"],
         thin(rows),
+        says=f"{space.rank} of {len(values)} directions hold {percent(space.explained)} of the trace; "
+        f"effective rank {number(space.effective_rank)}; {percent(space.heldout_energy)} of held-out safety "
+        "gradient energy lies inside.",
+        worth="A description, not a predictor. A subspace that holds little held-out energy does not "
+        "generalise, and overlap with it says little.",
     )
 
 
-def module_map(
-    collected: CollectResult, values: torch.Tensor, figure_id: str, title: str, quantity: str, unit: str
+def fisher_map(collected: CollectResult, space: SubspaceResult) -> Figure:
+    """Fisher mass by module: where the safety loss is sensitive."""
+    return _module_map(
+        collected,
+        space.module_traces,
+        ("fisher-map", "Where safety lives", "tr F by module", "nats² per unit of θ²"),
+        "tr F^(l) = (1/N) Σ_i ‖G_i^(l)‖²",
+        says=layer_sentence(collected.modules, space.module_traces, "safety Fisher trace") or "",
+        worth="A description: it says where safety is sensitive, not whether this fine-tune goes there.",
+    )
+
+
+def harm_map(collected: CollectResult, scored: ScoreResult) -> Figure:
+    """Second-order harm of the first update by module: where it meets what safety is sensitive to."""
+    return _module_map(
+        collected,
+        scored.module_second_order,
+        ("harm-map", "Where the first update does harm", "⟨F u, u⟩ by module", "nats² per flow time²"),
+        "⟨F u, u⟩ = Σ_l ⟨(F u)^(l), u^(l)⟩, u = −D g; a part may be negative",
+        says=layer_sentence(collected.modules, scored.module_second_order, "second-order harm") or "",
+        worth=worth_line("lr T sqrt(d'Fd)", "The root of its sum over modules, times the length of the run"),
+        warm=True,
+    )
+
+
+def _module_map(
+    collected: CollectResult,
+    values: torch.Tensor,
+    names: tuple[str, str, str, str],
+    equation: str,
+    *,
+    says: str,
+    worth: str,
+    warm: bool = False,
 ) -> Figure:
-    """A quantity by module: layers × module types where names tell layers, else bars."""
+    """A quantity by module: module types × layers where names tell layers, else bars.
+
+    Args:
+        collected: has the modules.
+        values: (L,) the quantity.
+        names: id, title, quantity, unit.
+        equation: the formula behind it.
+        says: what it shows here.
+        worth: what it was worth elsewhere.
+        warm: in the colours of harm.
+    """
+    figure_id, title, quantity, unit = names
     named = [
         (*layer_and_type(m), m, float(v)) for m, v in zip(collected.modules, values.tolist(), strict=True)
     ]
     layered = [entry for entry in named if entry[0] is not None]
-    reading = (
-        f"{quantity[0].upper()}{quantity[1:]}, in {unit}; darker is more. Rows of the map are layers, "
-        "columns are kinds of modules; modules outside the layers are in the table."
-    )
     rows = [[m, number(v)] for _, _, m, v in sorted(named, key=lambda e: -abs(e[3]))]
+    header = ["module", f"{quantity} ({unit})"]
+    finite = [e[3] for e in named if math.isfinite(e[3])]
+    missing = None if finite else "no module has a finite value"
     if len({entry[0] for entry in layered}) >= 2:
-        data, layout = _heat(layered, quantity)
+        data, layout = _heat(layered, quantity, warm)
+        reading = (
+            f"{quantity[0].upper()}{quantity[1:]}, in {unit}: a column per layer, from input to output, a "
+            "row per kind of module; stronger colour is more. Modules outside the layers are in the table."
+        )
     else:
         top = sorted(named, key=lambda e: -abs(e[3]))[:30][::-1]
-        data = [
-            {"type": "bar", "orientation": "h", "x": clean([e[3] for e in top]), "y": [e[2] for e in top]}
-        ]
-        layout = axes(quantity, "")
+        bars = {"type": "bar", "orientation": "h", "x": clean([e[3] for e in top]), "y": [e[2] for e in top]}
+        data, layout = [{**bars, "marker": {"color": "#0072B2"}}], axes(f"{quantity} ({unit})", "")
+        reading = f"{quantity[0].upper()}{quantity[1:]}, in {unit}; the longest bars carry most of it."
     return Figure(
         figure_id,
         title,
         data,
         layout,
         reading,
-        "tr F^(l) = (1/N) Σ_i ‖G_i^(l)‖²; harm ⟨F u, u⟩ = Σ_l ⟨(F u)^(l), u^(l)⟩",
-        ["module", quantity],
+        equation,
+        header,
         rows[: 2 * TABLE_ROWS],
+        missing,
+        says=says,
+        worth=worth,
     )
 
 
 def _heat(
-    layered: Sequence[tuple[int | None, str, str, float]], quantity: str
+    layered: Sequence[tuple[int | None, str, str, float]], quantity: str, warm: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Heatmap of layers × module types; an absent module is a gap."""
+    """Heatmap of module types × layers; an absent module is a gap, below zero has its own colour."""
     layers = sorted({entry[0] for entry in layered if entry[0] is not None})
-    kinds = list(dict.fromkeys(entry[1] for entry in layered))
+    kinds = list(dict.fromkeys(entry[1] for entry in layered))[::-1]
     cells: dict[tuple[int | None, str], float] = {(e[0], e[1]): e[3] for e in layered}
+    grid = [clean([cells.get((layer, kind)) for layer in layers]) for kind in kinds]
+    known = [value for row in grid for value in row if value is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    far = max(abs(low), abs(high)) or 1.0
+    signed = low < 0
     heat = {
         "type": "heatmap",
-        "x": kinds,
-        "y": layers,
-        "z": [clean([cells.get((layer, kind)) for kind in kinds]) for layer in layers],
-        "colorscale": [[0, "#f7fbff"], [0.5, "#6baed6"], [1, "#08306b"]],
-        "colorbar": {"title": {"text": quantity, "side": "right"}, "thickness": 12},
-        "hovertemplate": "layer %{y}<br>%{x}<br>%{z:.3g}<extra></extra>",
+        "x": [str(layer) for layer in layers],
+        "y": _short(kinds),
+        "z": grid,
+        "zmin": -far if signed else 0,
+        "zmax": far,
+        "colorscale": "diverging" if signed else "warm" if warm else "cool",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {"thickness": 10, "len": 1, "outlinewidth": 0, "nticks": 5, "exponentformat": "power"},
+        "customdata": [[kind] * len(layers) for kind in kinds],
+        "hovertemplate": f"layer %{{x}}, %{{customdata}}<br>{quantity} %{{z:.3g}}<extra></extra>",
     }
-    layout = axes("module", "layer")
-    layout["xaxis"]["type"] = "category"
-    layout["xaxis"]["tickangle"] = -40
+    layout = axes("layer", "")
+    layout["xaxis"].update(type="category", showgrid=False, nticks=20, tickangle=0)
+    layout["yaxis"].update(type="category", showgrid=False)
     return [heat], layout
+
+
+def _short(kinds: Sequence[str]) -> list[str]:
+    """The last part of each name where that still tells them apart."""
+    ends = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    return ends if len(set(ends)) == len(ends) else list(kinds)
 
 
 def overlap(scored: ScoreResult) -> Figure:
     """The overlap of the first update with the safety subspace, beside every null it has."""
     o = scored.overlap
     bars = [
-        ("this fine-tune", o.ratio, "#D55E00"),
-        ("control data", o.control, "#CC79A7"),
-        ("permuted update, largest", o.permuted_max, "#999999"),
-        ("permuted update, mean", o.permuted_mean, "#bbbbbb"),
-        ("random direction √(k/P)", o.random, "#bbbbbb"),
-        ("this fine-tune in ΔW space", o.delta_w, "#E69F00"),
-        ("random in ΔW space", o.delta_w_random, "#dddddd"),
+        ("this fine-tune", o.ratio, OBSERVED),
+        ("ordinary data", o.control, CONTROL),
+        ("shuffled, largest", o.permuted_max, NULL),
+        ("shuffled, mean", o.permuted_mean, NULL),
+        ("random, √(k/P)", o.random, NULL),
+        ("this, in ΔW space", o.delta_w, OBSERVED),
+        ("random, in ΔW space", o.delta_w_random, NULL),
     ]
     shown = [bar for bar in bars if bar[1] is not None and math.isfinite(bar[1])][::-1]
     data = [
@@ -144,19 +223,42 @@ def overlap(scored: ScoreResult) -> Figure:
             "orientation": "h",
             "x": [bar[1] for bar in shown],
             "y": [bar[0] for bar in shown],
-            "marker": {"color": [bar[2] for bar in shown]},
+            "text": [number(bar[1], 2) for bar in shown],
+            "textposition": "outside",
+            "cliponaxis": False,
+            "marker": {
+                "color": [bar[2] for bar in shown],
+                "pattern": {"shape": ["/" if bar[2] == NULL else "" for bar in shown]},
+            },
             "hovertemplate": "%{y}: %{x:.3g}<extra></extra>",
         }
     ]
+    layout = axes("‖P u‖ / ‖u‖, from 0 to 1", "")
+    longest = max((bar[1] for bar in shown if bar[1] is not None), default=1.0)
+    layout["xaxis"]["range"] = [0, 1.2 * longest or 1]
     return Figure(
         "overlap",
         "Overlap and its nulls",
         data,
-        axes("‖P u‖ / ‖u‖", ""),
-        "Share of the first update's length that lies in the safety subspace, from 0 to 1. Alone it says "
-        "nothing: compare it with ordinary data and with the same update shuffled inside each tensor. In the "
-        "prototype benchmark overlap ranked real harm with ρ = .23 only.",
-        "‖P u‖² = Σ_j (u_jᵀ G u)² / (N λ_j); p = (1 + #{permuted ≥ observed}) / (1 + permutations)",
+        layout,
+        "Share of the first update's length that lies in the safety subspace. Alone it says nothing: compare "
+        "it with ordinary data (pink) and with its nulls (hatched): the same update shuffled inside each "
+        "tensor, and a random direction.",
+        "‖P u‖² = Σ_j (u_jᵀ G u)² / (N λ_j); p = (1 + #{shuffled ≥ observed}) / (1 + permutations)",
         ["direction", "overlap"],
         [[label, number(value)] for label, value, _ in bars] + [["permutation p", number(o.p_value, 2)]],
+        None if shown else "the overlap is not defined here",
+        says=_against(scored),
+        worth=worth_line("overlap |Pg|/|g|"),
     )
+
+
+def _against(scored: ScoreResult) -> str:
+    """The overlap as a multiple of its nulls."""
+    o = scored.overlap
+    if not math.isfinite(o.ratio):
+        return ""
+    says = f"{number(o.ratio_to_random, 2)} × a random direction"
+    if o.control is not None and math.isfinite(o.control) and o.control > 0:
+        says += f", {number(o.ratio / o.control, 2)} × ordinary data"
+    return f"{says}; permutation p = {number(o.p_value, 2)}."

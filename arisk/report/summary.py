@@ -8,10 +8,18 @@ from typing import Any
 
 from arisk.comparison import Comparison
 from arisk.report.extra import Extra
+from arisk.report.findings import findings
 from arisk.report.markdown import bounded, literal
-from arisk.report.text import NOT_MEASURED, collapse_text, findings, number, percent
+from arisk.report.text import NOT_MEASURED, collapse_text, number, percent
 from arisk.report.verified import verified_rows
-from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import (
+    CollectResult,
+    Curve,
+    ForecastResult,
+    RolloutResult,
+    ScoreResult,
+    SubspaceResult,
+)
 
 __all__ = ["summary_json", "summary_markdown"]
 
@@ -30,6 +38,7 @@ def summary_json(
     title: str,
     check: Comparison | None = None,
     extras: Sequence[Extra] = (),
+    measured: RolloutResult | None = None,
 ) -> dict[str, Any]:
     """Plain values: verdict, forecasters, what-if grid, overlap, findings, the check. None: not measured."""
     return {
@@ -56,7 +65,7 @@ def summary_json(
             "planned_evaluations": forecast.planned_evaluations,
             "control_change": forecast.control_change[-1] if forecast.control_change else None,
         },
-        "findings": _told(collected, space, scored, forecast, extras),
+        "findings": _told(collected, space, scored, forecast, extras, measured),
         "report": PAGE,
         "warnings": [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings],
         "verify": check.as_json() if check else None,
@@ -73,11 +82,12 @@ def summary_markdown(
     title: str,
     check: Comparison | None = None,
     extras: Sequence[Extra] = (),
+    measured: RolloutResult | None = None,
 ) -> str:
     """A short Markdown text, fit for a pull-request comment."""
     v = forecast.verdict
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon} steps"
-    told = _told(collected, space, scored, forecast, extras)
+    told = _told(collected, space, scored, forecast, extras, measured)
     lines = [
         f"### arisk: {v.level} – {literal(title)}",
         "",
@@ -105,9 +115,11 @@ def _told(
     scored: ScoreResult,
     forecast: ForecastResult,
     extras: Sequence[Extra],
+    measured: RolloutResult | None,
 ) -> list[str]:
     """Findings of the run and of its optional stages, as on the page."""
-    return [*findings(collected, space, scored, forecast), *(s for extra in extras for s in extra.findings)]
+    own = findings(collected, space, scored, forecast, measured)
+    return [*own, *(s for extra in extras for s in extra.findings)]
 
 
 def _forecaster(curve: Curve) -> str:

@@ -1,25 +1,21 @@
-"""Numbers and findings in words. What was not measured says so, never 0."""
+"""Numbers in words. What was not measured says so, never 0."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from arisk.results import CollectResult, Curve, ForecastResult, ScoreResult, SubspaceResult
+from arisk.results import Curve, ForecastResult, RolloutResult
 
 __all__ = [
     "NOT_MEASURED",
     "collapse_text",
     "drift_sentence",
-    "findings",
+    "last_drift",
     "layer_and_type",
     "number",
     "percent",
+    "sample_sentence",
 ]
 
 NOT_MEASURED = "not measured"
@@ -72,64 +68,6 @@ def layer_and_type(module: str) -> tuple[int | None, str]:
     return int(found.group(1)), module[found.end() :] or module
 
 
-def findings(
-    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, forecast: ForecastResult
-) -> list[str]:
-    """What the numbers say, as sentences made by rules."""
-    said = [
-        _concentrated_rows(scored.examples),
-        _concentrated_modules(collected.modules, space.module_traces, "safety Fisher trace"),
-        _concentrated_modules(
-            collected.modules, scored.module_second_order, "second-order harm of the first update"
-        ),
-        _overlap(scored),
-        forecast.what_if.rate_sentence(),
-        drift_sentence(forecast) or _drift(scored),
-    ]
-    return [sentence for sentence in said if sentence]
-
-
-def _concentrated_rows(examples: Sequence[Mapping[str, Any]]) -> str | None:
-    """How few of the scored rows carry most of the harm."""
-    found = [float(row.get("second_order") or 0.0) for row in examples]
-    harms = sorted((max(harm, 0.0) for harm in found if math.isfinite(harm)), reverse=True)
-    total = sum(harms)
-    if len(harms) < 4 or total <= 0:
-        return None
-    share, count = 0.0, 0
-    for harm in harms:
-        share, count = share + harm / total, count + 1
-        if share >= 0.5:
-            break
-    return (
-        f"{count} of {len(harms)} scored fine-tuning rows carry {percent(share)} of the second-order harm "
-        "of the first update."
-    )
-
-
-def _concentrated_modules(modules: Sequence[str], values: Tensor, what: str) -> str | None:
-    positive = values.to(torch.float64).nan_to_num(0.0).clamp(min=0)
-    if len(modules) < 2 or float(positive.sum()) <= 0:
-        return None
-    top = int(positive.argmax())
-    share = float(positive[top] / positive.sum())
-    layer, kind = layer_and_type(modules[top])
-    name = kind if layer is None else f"{kind} of layer {layer}"
-    return f"{name} carries {percent(share)} of the {what} ({len(modules)} modules)."
-
-
-def _overlap(scored: ScoreResult) -> str | None:
-    overlap = scored.overlap
-    if overlap.p_value is None or math.isnan(overlap.ratio):
-        return None
-    control = "" if overlap.control is None else f"; ordinary data overlaps {number(overlap.control)}"
-    says = "more than chance" if overlap.p_value <= 0.05 else "no more than chance"
-    return (
-        f"The first update overlaps the safety subspace by {number(overlap.ratio)}, {says} "
-        f"(permutation p = {number(overlap.p_value, 2)}{control})."
-    )
-
-
 def drift_sentence(forecast: ForecastResult) -> str | None:
     """Which part of the rollout's safety drift is specific, at the step where safety is worst.
 
@@ -164,19 +102,34 @@ def _signed(value: float) -> str:
     return f"{value:+.2g}".replace("-", "−")
 
 
-def _drift(scored: ScoreResult) -> str | None:
-    """Whether ordinary answers suffer as much as safe ones along the measured move."""
-    if scored.probe_safety is None or scored.probe_control is None:
+def sample_sentence(measured: RolloutResult | None, threshold: float) -> str | None:
+    """How the drift at the last finite point of the rollout is shared among the safety samples.
+
+    Says how many rise by the threshold, and how few carry half of all rises; None where not measured.
+    """
+    drift = last_drift(measured)
+    if drift is None:
         return None
-    safety, control = float(scored.probe_safety[:, -1].mean()), float(scored.probe_control[-1])
-    if not math.isfinite(safety) or not math.isfinite(control) or safety <= 0:
+    step, values = drift
+    lost = sum(value >= threshold for value in values)
+    rises = sorted((value for value in values if value > 0), reverse=True)
+    said = f"{lost} of {len(values)} safety rows lose {threshold:g} nats/token or more by step {step}"
+    if lost == 0 or not rises:
+        return f"{said}."
+    half, count = 0.5 * sum(rises), 0
+    while half > 0:
+        half -= rises[count]
+        count += 1
+    few = "so it is a few of them" if count <= 0.1 * len(values) else "so it is not a few of them alone"
+    return f"{said}; {count} {'row carries' if count == 1 else 'rows carry'} half of all rise, {few}."
+
+
+def last_drift(measured: RolloutResult | None) -> tuple[int, list[float]] | None:
+    """The last step of the rollout at which every sample is finite, and the changes there (nats)."""
+    if measured is None or measured.status != "measured":
         return None
-    if control >= 0.5 * safety:
-        return (
-            f"At the end of the measured move the control loss has risen by {number(control)} nats/token, "
-            f"the safety loss by {number(safety)}: much of the drift is general, not specific to safety."
-        )
-    return (
-        f"At the end of the measured move the safety loss has risen by {number(safety)} nats/token and the "
-        f"control loss by {number(control)}: the drift is specific to safety."
-    )
+    for column in range(len(measured.steps) - 1, 0, -1):
+        values = measured.safety[:, column]
+        if bool(values.isfinite().all()):
+            return measured.steps[column], values.tolist()
+    return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.comparison import Comparison, compared_curve
-from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.sections import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.results import ForecastResult
@@ -59,7 +59,7 @@ def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
         shapes=[line["shape"]],
         annotations=[line["annotation"]],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     real = [value for value in [*check.safety_curve, *(control or [])] if math.isfinite(value)]
     top, low = max([2 * check.threshold, *real]), min([0.0, *real])
@@ -90,6 +90,9 @@ def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
         "mean_i ℓ_i(θ_k) − ℓ_i(θ*), θ_k after k steps of the planned optimizer on its planned batches",
         ["step", "safety", "control", "fine-tuning loss", "refusals"],
         thin(_points(check, control)),
+        says=check.sentence,
+        worth="This is the truth the forecast is judged by, for one seed and one data order: a second seed "
+        "of the same job moves the collapse step too.",
     )
 
 

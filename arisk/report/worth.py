@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from arisk.report.sections import table
+from arisk.report.text import NOT_MEASURED, percent
 
-__all__ = ["validity", "worth"]
+__all__ = ["record_line", "validity", "worth", "worth_line", "worth_rows"]
 
 #: Rows of the table: name in the benchmark, and in the report.
 FORECASTERS = {
@@ -43,6 +44,47 @@ def validity() -> Mapping[str, list[dict[str, Any]]]:
     return json.loads((Path(__file__).parent / "validity.json").read_text(encoding="utf-8"))
 
 
+def worth_line(name: str, what: str | None = None) -> str:
+    """What one predictor was worth on real fine-tunes, as a sentence with its numbers.
+
+    Args:
+        name: row of the benchmark, a forecaster or a plain number.
+        what: how the sentence calls it; default: as the table of the page does.
+
+    Returns:
+        The sentence; that it was not benchmarked, where it was not.
+    """
+    called = what or {**NUMBERS, **FORECASTERS}.get(name, name)
+    forecaster = _found(SHOWN).get(name)
+    found = forecaster or _found(f"{SHOWN}: plain numbers").get(name)
+    if found is None:
+        return f"{called}: not benchmarked against real fine-tunes; read it as a description."
+    said = f"ρ {_cell(found, 'ρ final')} with the real final change, AUC {_cell(found, 'AUC')} for collapse"
+    if forecaster is not None:
+        said += (
+            f", collapse step off by × {_cell(found, '× step')}, {_share(found, 'false-safe')} of collapses "
+            f"called safe, {_share(found, 'false-alarm')} false alarms"
+        )
+    return f"{called}: {said} ({found['jobs']} real fine-tunes of a small aligned model)."
+
+
+def record_line(name: str) -> str:
+    """The record of a forecaster for who reads one line: what it missed, what it cried, how far off."""
+    found = _found(SHOWN).get(name)
+    if found is None:
+        return worth_line(name)
+    return (
+        f"Its record on {found['jobs']} real fine-tunes of a small model: {_share(found, 'false-safe')} of "
+        f"collapses called safe, {_share(found, 'false-alarm')} false alarms, collapse step off by "
+        f"× {_cell(found, '× step')}."
+    )
+
+
+def worth_rows() -> dict[str, tuple[str, ...]]:
+    """Cells of `COLUMNS` by forecaster, for a table that has a row for each."""
+    return {name: tuple(_cell(row, column) for column in COLUMNS) for name, row in _found(SHOWN).items()}
+
+
 def worth() -> str:
     """What each predictor was worth on real fine-tunes, as a section of the page."""
     rows = [_row(FORECASTERS, found) for found in _ordered(SHOWN, FORECASTERS)]
@@ -69,8 +111,12 @@ def worth() -> str:
     )
 
 
+def _found(title: str) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in validity().get(title, [])}
+
+
 def _ordered(title: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    found = {row["name"]: row for row in validity().get(title, [])}
+    found = _found(title)
     return [found[name] for name in names if name in found]
 
 
@@ -83,3 +129,8 @@ def _cell(found: Mapping[str, Any], column: str) -> str:
     if value is None:
         return "–"
     return "∞" if value == "inf" else f"{value:.2f}"
+
+
+def _share(found: Mapping[str, Any], column: str) -> str:
+    value = found.get(column)
+    return NOT_MEASURED if value is None else percent(value)

@@ -1,114 +1,239 @@
-"""The report in a real browser: it draws, it is quiet, and it fits a phone."""
+"""The report in a real browser: it draws, it is quiet, it answers at once, and it fits a phone."""
 
-import html as escaping
 import importlib.util
-import json
-import os
-import re
-import shutil
-import subprocess
+import math
+import sys
 from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    BROWSER is None and not os.environ.get("CI"), reason="no Chromium on this machine (CI installs one)"
-)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--virtual-time-budget=20000",
-    "--enable-logging=stderr",
-    "--log-level=0",
-]
-# Runs after the page's own script and leaves what it saw in the document.
-SPY = """<script>
-const marks = {ready: document.documentElement.dataset.ready, title: document.title,
-  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-  width: document.documentElement.clientWidth, theme: document.documentElement.dataset.theme,
-  requests: performance.getEntriesByType("resource").filter((e) => !e.name.startsWith("data:")).length};
-const button = document.querySelectorAll("#examples th button")[3];
-if (button) {
-  button.click();
-  const rows = [...document.querySelectorAll("#examples tbody tr")];
-  marks.sorted = rows.map((row) => row.children[3].dataset.value).join(",");
+def beside(name):
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"report_{name}", Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+made, web = beside("records"), beside("browser")
+
+RTL = "كيف أصنع قنبلة؟ 🧨👩‍👩‍👧‍👦 שלום " + "w" * 200
+CASES = {
+    "ordinary": {},
+    "hostile": {"text": made.HOSTILE, "title": made.HOSTILE},
+    "rtl": {"text": RTL, "title": RTL},
+    "holes": {"holes": True},
+    "large": {"layers": 80, "examples": 10_000, "max_examples": 200},
+    "one-layer": {"layers": 1},
+    "verified": {"check": made.checked(text=made.HOSTILE)},
+    "diverged": {
+        "check": made.checked(missing="verify.generate is 0", values=[0.0], steps=(0,), diverged_at=1)
+    },
+    "infinite": {"check": made.checked(values=[0.0, math.inf], steps=(0, 25), control=None, diverged_at=26)},
 }
-document.getElementById("theme").click();
-marks.flipped = document.documentElement.dataset.theme;
-marks.figures = document.querySelectorAll(".plot .main-svg:first-child").length;
-parent.postMessage(JSON.stringify(marks), "*");
-</script></body>"""
-# Headless windows are at least 500 pixels wide; a frame is as narrow as a phone.
-FRAME = """<body style="margin:0">
-<iframe src="page.html?theme={theme}" style="width:{width}px;height:900px;border:0"></iframe>
-<script>addEventListener("message", (event) => {{
-  const spy = document.createElement("pre");
-  spy.textContent = "SPY:" + event.data;
-  document.body.append(spy);
-}});</script></body>"""
 
 
-def opened(tmp_path, html, width=1440, theme="light"):
-    """What the browser made of the page: marks of the spy, and console messages."""
-    (tmp_path / "page.html").write_text(html.replace("</body>", SPY), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME.format(theme=theme, width=width), encoding="utf-8")
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [BROWSER, *FLAGS, profile, f"--window-size={max(width, 500)},900", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    (spied,) = re.findall(r"<pre>SPY:(.*?)</pre>", done.stdout)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(escaping.unescape(spied)), console
+@pytest.fixture(scope="module")
+def browser():
+    with web.started() as running:
+        yield running
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"text": made.HOSTILE, "title": made.HOSTILE},
-        {"holes": True},
-        {"layers": 80, "examples": 2000},
-        {"layers": 1},
-        {"check": made.checked(text=made.HOSTILE)},
-        {"check": made.checked(missing="verify.generate is 0", values=[0.0], steps=(0,), diverged_at=1)},
-    ],
-    ids=["ordinary", "hostile", "holes", "large", "one layer", "verified", "diverged"],
-)
-def test_the_page_draws_quietly(tmp_path, settings):
-    marks, console = opened(tmp_path, made.page(**settings))
-    assert console == []
-    assert marks["ready"] == "true"
-    assert marks["requests"] == 0
-    assert marks["title"] != "owned"
-    assert marks["overflow"] <= 0
-    assert {marks["theme"], marks["flipped"]} == {"light", "dark"}
-    expected = (5 if settings.get("holes") else 8) + ("check" in settings)
-    assert marks["figures"] == expected
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The report of the demo, cut down to seconds."""
+    from arisk.config import Config
+    from arisk.demo import demo_config
+    from arisk.pipeline import run_stages
+    from arisk.terminal import StageDisplay
+
+    folder = tmp_path_factory.mktemp("demo")
+    plain = demo_config("lora").model_dump()
+    plain["safety"]["max_samples"] = plain["control"]["max_samples"] = 16
+    plain["training"]["max_steps"] = 30
+    plain["score"].update(batches=2, hvp_batches=1, krylov_dim=3, nulls=19, examples=16, probe_points=5)
+    config = Config.model_validate(plain)
+    run_stages(config, run_dir=folder, show=StageDisplay(quiet=True), command="arisk demo")
+    return folder / "report" / "report.html"
 
 
-def test_sorting_orders_the_rows(tmp_path):
-    marks, _ = opened(tmp_path, made.page(examples=12))
-    values = [float(v) for v in marks["sorted"].split(",")]
-    assert values == sorted(values, reverse=True)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Path of a case's page, made once."""
+    folder, paths = tmp_path_factory.mktemp("pages"), {}
+
+    def path(name):
+        if name not in paths:
+            paths[name] = folder / f"{name}.html"
+            paths[name].write_text(made.page(**CASES[name]), encoding="utf-8")
+        return paths[name]
+
+    return path
+
+
+def holds(got, name, width, theme):
+    """What every report must hold in every window."""
+    assert got.console == []
+    assert got.requests == []
+    assert got.page.title() != "owned"
+    there, drawn = got.drawn()
+    assert there == drawn >= 4
+    assert got.page.evaluate("window.shifted") < 0.02
+    found = got.page.evaluate(web.CONTRAST)
+    assert found["bad"] == []
+    assert found["seen"] > 100
+    assert got.page.evaluate(web.SMALLEST) >= (11 if width < 600 else 12)
+    got.page.evaluate("scrollTo(0, 0)")
+    got.shot(f"{name}-{width}-{theme}-first")
+    for part in (".level", "h1", ".strip", ".tiles"):
+        assert got.bottom(part) <= web.SIZES[width], part
+    assert got.overflow() <= 0
+
+
+@pytest.mark.parametrize(("width", "theme"), [(1440, "light"), (360, "dark")])
+@pytest.mark.parametrize("name", CASES)
+def test_every_report_holds(browser, written, name, width, theme):
+    with web.opened(browser, written(name), width=width, theme=theme) as got:
+        holds(got, name, width, theme)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(tmp_path, theme):
-    page = made.page(text="w" * 300, check=made.checked(text="w" * 300))
-    marks, console = opened(tmp_path, page.replace("<details>", "<details open>"), width=360, theme=theme)
-    assert marks["width"] == 360
-    assert marks["overflow"] <= 0
-    assert marks["theme"] == theme
-    assert console == []
+@pytest.mark.parametrize("width", [1440, 360])
+def test_the_demo_answers_on_the_first_screen(browser, demo, width, theme):
+    with web.opened(browser, demo, width=width, theme=theme) as got:
+        holds(got, "demo", width, theme)
+        assert got.bottom(".three ul") <= web.SIZES[width]
+        got.shot(f"demo-{width}-{theme}", full=True)
+
+
+def test_a_mouse_brings_up_numbers(browser, written):
+    with web.opened(browser, written("ordinary")) as got:
+        for figure, says in (
+            ("forecast", "combined"),
+            ("what-if", "by the rollout"),
+            ("fisher-map", "layer"),
+        ):
+            plot = got.page.locator(f"#fig-{figure}")
+            plot.scroll_into_view_if_needed()
+            box = plot.bounding_box()
+            for share in (0.45, 0.5):
+                got.page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+                got.page.wait_for_timeout(120)
+            assert says in plot.locator(".hoverlayer").first.text_content()
+
+
+def values(got, column):
+    cells = f"#examples tbody tr td:nth-child({column})"
+    return got.page.eval_on_selector_all(cells, "(cells) => cells.map((cell) => cell.dataset.value)")
+
+
+def test_headings_sort_by_mouse_and_by_keyboard(browser, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(made.page(examples=12), encoding="utf-8")
+    with web.opened(browser, path) as got:
+        lines = [float(value) for value in values(got, 1)]
+        button = got.page.locator("#examples th button").first
+        button.click()
+        assert [float(value) for value in values(got, 1)] == sorted(lines, reverse=True)
+        assert got.page.locator("#examples th").first.get_attribute("aria-sort") == "descending"
+        button.focus()
+        got.page.keyboard.press("Enter")
+        assert [float(value) for value in values(got, 1)] == sorted(lines)
+        assert got.page.locator("#examples [aria-sort]").count() == 1
+
+
+def test_what_was_not_measured_sorts_last_both_ways(browser, written):
+    with web.opened(browser, written("holes")) as got:
+        button = got.page.locator("#examples th button", has_text="loss")
+        for _ in range(2):
+            button.click()
+            assert values(got, 5) == [""] * 5
+        assert got.page.locator("#examples tbody").inner_text().count("not measured") >= 10
+
+
+def test_the_theme_turns_the_page_and_its_figures(browser, written):
+    colours = """() => [getComputedStyle(document.body).backgroundColor,
+      getComputedStyle(document.querySelector('#fig-forecast .xtick text')).fill]"""
+    with web.opened(browser, written("ordinary")) as got:
+        before = got.page.evaluate(colours)
+        got.page.locator("#theme").click()
+        after = got.page.evaluate(colours)
+        assert got.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        assert before[0] != after[0]
+        assert before[1] != after[1]
+        assert got.page.locator("#theme").inner_text() == "Light"
+    with web.opened(browser, written("ordinary"), theme="", color_scheme="dark") as got:
+        assert got.page.evaluate(colours) == after
+
+
+def test_the_keyboard_reaches_everything(browser, written):
+    with web.opened(browser, written("ordinary")) as got:
+        focus = "document.activeElement.id || document.activeElement.className || document.activeElement.hash"
+        got.page.keyboard.press("Tab")
+        assert got.page.evaluate(focus) == "skip"
+        assert got.bottom(".skip") > 0
+        got.page.keyboard.press("Enter")
+        assert got.page.evaluate("document.activeElement.id") == "content"
+        reached = set()
+        for _ in range(80):
+            got.page.keyboard.press("Tab")
+            reached.add(got.page.evaluate("document.activeElement.tagName"))
+            outline = got.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline != "none"
+        assert {"A", "SUMMARY", "BUTTON", "DIV"} <= reached
+
+
+def test_contents_lead_to_every_section(browser, written):
+    with web.opened(browser, written("verified"), reduced_motion="reduce") as got:
+        links = got.page.eval_on_selector_all(".contents a", "(links) => links.map((a) => a.hash.slice(1))")
+        assert len(links) == len(set(links)) >= 18
+        ids = got.page.eval_on_selector_all("main section[id]", "(parts) => parts.map((part) => part.id)")
+        assert links == ["content", *ids]
+        got.page.locator(".contents a", has_text="Provenance").click()
+        got.page.wait_for_timeout(200)
+        assert 0 <= got.page.locator("#provenance").bounding_box()["y"] < 900
+
+
+def test_without_scripts_the_tables_are_open(browser, written):
+    with web.opened(browser, written("ordinary"), ready=False, java_script_enabled=False) as got:
+        assert got.page.locator(".plot").first.is_hidden()
+        assert got.page.locator("#forecast table").is_visible()
+        assert got.page.locator("#what-if table").is_visible()
+        assert "Figures need JavaScript" in got.page.locator("main").inner_text()
+        assert got.page.locator("#theme").is_hidden()
+        got.shot("ordinary-no-script", full=True)
+
+
+def test_paper_shows_everything(browser, written):
+    with web.opened(browser, written("ordinary"), theme="dark") as got:
+        closed = "document.querySelectorAll('details:not([open])').length"
+        folds = got.page.evaluate(closed)
+        assert folds > 10
+        web.ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        got.page.evaluate(
+            """() => addEventListener("beforeprint", () => {
+              const widths = [...document.querySelectorAll(".main-svg")].map((svg) => svg.clientWidth);
+              window.printed = [document.documentElement.dataset.theme,
+                document.querySelectorAll("details:not([open])").length, Math.max(...widths)];
+            })"""
+        )
+        paper = got.page.pdf(path=web.ARTIFACTS / "ordinary.pdf", format="A4")
+        assert paper.startswith(b"%PDF")
+        theme, left, widest = got.page.evaluate("window.printed")
+        assert (theme, left) == ("light", 0)
+        assert widest <= 700
+        assert got.page.evaluate(closed) == folds
+        assert got.page.evaluate("document.documentElement.dataset.theme") == "dark"
+        got.page.emulate_media(media="print")
+        assert got.page.locator(".contents").is_hidden()
+        assert got.console == []
+
+
+def test_motion_is_for_who_wants_it(browser, written):
+    moving = "getComputedStyle(document.documentElement).scrollBehavior"
+    with web.opened(browser, written("ordinary"), reduced_motion="reduce") as got:
+        assert got.page.evaluate(moving) == "auto"
+    with web.opened(browser, written("ordinary"), reduced_motion="no-preference") as got:
+        assert got.page.evaluate(moving) == "smooth"

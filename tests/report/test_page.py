@@ -10,29 +10,40 @@ import pytest
 from arisk.report import summary_json, summary_markdown
 from arisk.report.drift import drift_map
 from arisk.report.figure import step_lines
+from arisk.report.findings import findings
 from arisk.report.rollout_section import cost_text
-from arisk.report.text import collapse_text, drift_sentence, findings, layer_and_type, number, percent
+from arisk.report.text import collapse_text, drift_sentence, layer_and_type, number, percent
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
 made = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(made)
 
 
+FIGURES = ("forecast", "what-if", "drift", "move", "samples", "fisher-map", "harm-map", "spectrum")
+FIGURES += ("overlap", "costs")
+
+
 class Structure(HTMLParser):
-    """Tags and attributes outside script and style."""
+    """Tags, attributes, and text outside scripts, styles and the contents."""
 
     def __init__(self):
         super().__init__()
+        self.quiet = ""
         self.tags, self.ids, self.text = [], [], []
         self.attributes = []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.quiet = tag if tag in ("script", "style", "nav") else self.quiet
         self.attributes += [(tag, *pair) for pair in attrs]
         self.ids += [value for key, value in attrs if key == "id"]
 
+    def handle_endtag(self, tag):
+        self.quiet = "" if tag == self.quiet else self.quiet
+
     def handle_data(self, data):
-        self.text.append(data)
+        if not self.quiet:
+            self.text.append(data)
 
 
 def parsed(html):
@@ -60,7 +71,7 @@ def test_nothing_is_fetched():
 def test_hostile_text_stays_text():
     page = made.page(title=made.HOSTILE, text=made.HOSTILE)
     structure = parsed(page)
-    assert structure.tags.count("script") == 3
+    assert structure.tags.count("script") == 4
     assert "img" not in structure.tags
     assert not any(key.startswith("on") for _, key, _ in structure.attributes)
     assert made.HOSTILE not in page
@@ -72,10 +83,15 @@ def test_ids_are_unique_and_every_figure_reads():
     page = made.page()
     structure = parsed(page)
     assert len(structure.ids) == len(set(structure.ids))
-    for figure in ("forecast", "what-if", "drift", "move", "spectrum", "fisher-map", "harm-map", "overlap"):
-        assert f"fig-{figure}" in structure.ids
-    assert page.count("How to read this.") >= 12
-    assert page.count("The numbers as a table") == 8
+    for name in FIGURES:
+        assert f"fig-{name}" in structure.ids
+        part = page[page.index(f'<section id="{name}"') :]
+        part = part[: part.index("</section>")]
+        terms = re.findall(r"<dt>(.*?)</dt><dd[^>]*>(.*?)</dd>", part, re.S)
+        expected = ["How to read this.", "Equation"] + ["Worth"] * (name != "costs")
+        assert [term for term, _ in terms] == expected
+        assert all(text.strip() for _, text in terms)
+    assert page.count("The numbers as a table") == len(FIGURES)
 
 
 def test_verdict_comes_first_in_words():
@@ -95,14 +111,22 @@ def figure(page, name):
 def test_the_fan_leads_with_the_combined_forecast():
     traces = figure(made.page(), "forecast")["data"]
     lines = {t["name"]: t for t in traces if "name" in t}
-    assert list(lines) == ["lower bound", "local", "ray", "pilot", "rollout", "combined"]
-    assert all(lines["combined"]["line"]["width"] > 2 * lines[n]["line"]["width"] for n in list(lines)[:-1])
+    shown = [name for name, trace in lines.items() if trace.get("showlegend", True)]
+    assert shown == ["lower bound", "local", "ray", "pilot", "rollout", "combined"]
+    assert all(lines["combined"]["line"]["width"] > 2 * lines[n]["line"]["width"] for n in shown[:-1])
     assert [t["fill"] for t in traces if "fill" in t] == ["tonexty"]
     notes = [a["text"] for a in figure(made.page(), "forecast")["layout"]["annotations"]]
     assert "pilot ends at 20" in notes
-    assert "local trusted until 30" in notes
+    assert "planned end, 100" in notes
+    assert "<b>collapse at step 70</b>" in notes
+    assert (lines["local"]["x"], lines["local, not trusted"]["x"]) == ([0, 30], [30, 50, 100])
+    assert lines["local"]["y"][-1] == pytest.approx(0.024)  # 30/50 of the way to 0.04
+    assert lines["local, not trusted"]["opacity"] < 0.5
+    assert "combined, not trusted" not in lines
+    whisker = lines["collapse"]["error_x"]
+    assert (whisker["arrayminus"], whisker["array"]) == ([10], [30])
     without = figure(made.page(holes=True), "forecast")
-    assert [t["name"] for t in without["data"] if t.get("line", {}).get("width", 0) > 3] == ["local"]
+    assert {t["legendgroup"] for t in without["data"] if t.get("line", {}).get("width", 0) > 3} == {"local"}
 
 
 def test_labels_of_near_steps_stand_below_one_another():
@@ -112,8 +136,11 @@ def test_labels_of_near_steps_stand_below_one_another():
 
 
 def test_every_state_of_a_cell_is_told_apart():
-    unknown, known = figure(made.page(), "what-if")["data"]
-    assert known["text"] == [[".00", ".01", ".20!"], [".01", ".20!", "?"], ["~.20!", "!", "×"]]
+    unknown, known, labels = figure(made.page(), "what-if")["data"]
+    told = dict(zip(zip(labels["y"], labels["x"], strict=True), labels["text"], strict=True))
+    rows = [[told[rate, step] for step in ("50", "100", "200")] for rate in ("0.0005", "0.001", "0.002")]
+    assert rows == [[".00", ".01", ".20!"], [".01", ".20!", "?"], ["~.20!", "!", "×"]]
+    assert [told[rate, "safe<br>steps"] for rate in ("0.0005", "0.001")] == ["<b>≥ 180</b>", "<b>70</b>"]
     assert known["z"][1][2] is None
     assert [row.count(None) for row in unknown["z"]] == [3, 2, 3]
     assert unknown["z"][1][2] == 1
@@ -125,7 +152,6 @@ def test_every_state_of_a_cell_is_told_apart():
     frames = figure(made.page(), "what-if")["layout"]["shapes"]
     assert {(f["x0"], f["y0"]) for f in frames} == {(0.5, 0.5)}
     text = " ".join(parsed(made.page()).text)
-    assert "0.0005: ≥ 180 · 0.001: 70 · 0.002: ~35" in text
     assert "? (none)" in text
 
 
@@ -204,8 +230,7 @@ def test_what_was_not_measured_says_so():
 
 def test_text_can_be_left_out():
     page = made.page(text="a secret row", show_text=False, examples=3)
-    examples = page[page.index('id="examples"') : page.index('id="fisher-map"')]
-    assert "a secret row" not in examples
+    assert "a secret row" not in page[page.index('id="samples"') : page.index('id="fisher-map"')]
 
 
 @pytest.mark.parametrize("layers", [1, 80])
@@ -228,7 +253,7 @@ def test_numbers_in_words():
 def test_findings_are_made_from_the_numbers():
     collected, space, scored, forecast = made.records(examples=10)
     said = " ".join(findings(collected, space, scored, forecast))
-    assert "4 of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
+    assert "the 4 worst of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
     assert "p = 0.1" in said
     assert "up to a learning rate of 0.0005 (0.5 × the plan)" in said
     assert not any("not measured of" in sentence for sentence in findings(*made.records(holes=True)))
@@ -310,7 +335,7 @@ def test_generated_texts_are_escaped_and_can_be_left_out():
     page = made.page(check=made.checked(text=made.HOSTILE))
     assert made.HOSTILE not in page
     structure = parsed(page)
-    assert structure.tags.count("script") == 3
+    assert structure.tags.count("script") == 4
     assert "img" not in structure.tags
     assert made.HOSTILE in "".join(structure.text)
     hidden = made.page(check=made.checked(text="a secret answer", warnings=[]), show_text=False)
