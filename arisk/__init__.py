@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arisk.api import AlignmentRiskPipeline, assess, verify
     from arisk.comparison import Comparison
-    from arisk.config import Config, PipelineConfig
+    from arisk.config import Config
     from arisk.errors import AriskError
     from arisk.guard import AlignGuardConfig, LoRAMitigator
+    from arisk.python_config import FisherConfig, PipelineConfig
     from arisk.risk_report import RiskReport
     from arisk.task import LoraPair, SampleSet, Task
     from arisk.verified import VerifyResult
@@ -24,6 +25,7 @@ __all__ = [
     "AriskError",
     "Comparison",
     "Config",
+    "FisherConfig",
     "LoRAMitigator",
     "LoraPair",
     "PipelineConfig",
@@ -41,9 +43,10 @@ _HOME = {
     "AriskError": "arisk.errors",
     "Comparison": "arisk.comparison",
     "Config": "arisk.config",
+    "FisherConfig": "arisk.python_config",
     "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
-    "PipelineConfig": "arisk.config",
+    "PipelineConfig": "arisk.python_config",
     "RiskReport": "arisk.risk_report",
     "SampleSet": "arisk.task",
     "Task": "arisk.task",

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.config import PipelineConfig, planned_steps
+from arisk.config import planned_steps
 from arisk.configfile import validate_mapping
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.models.selection import select_parameters
 from arisk.progress import Progress, silent
+from arisk.python_config import PipelineConfig
 from arisk.results import (
     CollectResult,
     SubspaceResult,

@@ -30,6 +30,7 @@ RANKS = {
     "geometry": 2,
     "artifacts": 2,
     "comparison": 3,
+    "python_config": 3,
     "configfile": 3,
     "fingerprints": 3,
     "demo": 3,
@@ -55,6 +56,7 @@ RANKS = {
 NO_TORCH = (
     "cli",
     "config",
+    "python_config",
     "configfile",
     "sections",
     "graph",
