@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from arisk.config import Config
     from arisk.errors import AriskError
     from arisk.guard import AlignGuardConfig, LoRAMitigator
+    from arisk.peer_results import (
+        CurvatureCouplingResult,
+        InitialRiskScore,
+        ParameterSlice,
+        SafetyForecast,
+        SensitivitySubspace,
+    )
     from arisk.python_config import FisherConfig, PipelineConfig
     from arisk.risk_report import RiskReport
     from arisk.task import LoraPair, SampleSet, Task
@@ -25,12 +32,17 @@ __all__ = [
     "AriskError",
     "Comparison",
     "Config",
+    "CurvatureCouplingResult",
     "FisherConfig",
+    "InitialRiskScore",
     "LoRAMitigator",
     "LoraPair",
+    "ParameterSlice",
     "PipelineConfig",
     "RiskReport",
+    "SafetyForecast",
     "SampleSet",
+    "SensitivitySubspace",
     "Task",
     "VerifyResult",
     "assess",
@@ -43,12 +55,17 @@ _HOME = {
     "AriskError": "arisk.errors",
     "Comparison": "arisk.comparison",
     "Config": "arisk.config",
+    "CurvatureCouplingResult": "arisk.peer_results",
     "FisherConfig": "arisk.python_config",
+    "InitialRiskScore": "arisk.peer_results",
     "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
+    "ParameterSlice": "arisk.peer_results",
     "PipelineConfig": "arisk.python_config",
     "RiskReport": "arisk.risk_report",
+    "SafetyForecast": "arisk.peer_results",
     "SampleSet": "arisk.task",
+    "SensitivitySubspace": "arisk.peer_results",
     "Task": "arisk.task",
     "VerifyResult": "arisk.verified",
     "assess": "arisk.api",
