@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arisk.checked_loss import checked_loss
 from arisk.config import planned_steps
 from arisk.configfile import validate_mapping
+from arisk.errors import ConfigError
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.loaders import keeping_random_state, kept, taken
@@ -138,13 +140,15 @@ class AlignmentRiskPipeline:
             AriskError: what is wrong, where, and how to fix it.
         """
         config, seed = self.config, self.config.seed
+        safety_loss_fn = checked_loss(safety_loss_fn, "safety_loss_fn")
+        fine_tune_loss_fn = checked_loss(fine_tune_loss_fn, "fine_tune_loss_fn")
         first = taken(safety_dataloader, "safety", samples=config.fisher.max_samples, seed=seed)
         safety = SampleSet("safety", first, safety_loss_fn)
         planned = kept(fine_tune_dataloader, "fine_tune", self._batches_needed(), seed)
         finetune = SampleSet("finetune", planned, fine_tune_loss_fn)
         control = heldout = None
         if control_dataloader is not None:
-            loss_fn = control_loss_fn or fine_tune_loss_fn
+            loss_fn = checked_loss(control_loss_fn or fine_tune_loss_fn, "control_loss_fn")
             ordinary = taken(control_dataloader, "control", batches=CONTROL_BATCHES, seed=seed)
             control = SampleSet("control", ordinary, loss_fn)
         if heldout_dataloader is not None:
@@ -165,6 +169,13 @@ class AlignmentRiskPipeline:
     def _selected(self, model: nn.Module) -> list[str]:
         """Names of the parameters that train."""
         config = self.config
+        parameters = list(model.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            raise ConfigError(
+                "no parameter of the model requires a gradient, so nothing would be trained",
+                where="model",
+                fix="call `requires_grad_(True)` on what the fine-tune trains, or attach an adapter",
+            )
         if config.fisher.parameter_names is not None:
             return allowed_parameters(model, config.fisher.parameter_names)
         if config.mode == "full":

@@ -60,25 +60,35 @@ class SteadyLoader:
     def __init__(self, loader: Iterable[Batch], seed: int) -> None:
         self.loader = loader
         self.seed = seed
+        self._generators = _generators(loader)
 
     def __iter__(self) -> Iterator[Batch]:
         own: tuple[Any, ...] | None = None
         batches: Iterator[Batch] | None = None
         while True:
-            outside = _states()
+            outside, theirs = _states(), self._generator_states()
             try:
                 if own is None:
                     self._seed()
                 else:
-                    _restore(own)
+                    _restore(own[0])
+                    self._put_back(own[1])
                 batches = iter(self.loader) if batches is None else batches
                 batch = next(batches, None)
-                own = _states()
+                own = _states(), self._generator_states()
             finally:
                 _restore(outside)
+                self._put_back(theirs)
             if batch is None:
                 return
             yield batch
+
+    def _generator_states(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _put_back(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
 
     def _seed(self) -> None:
         # Only the CPU's generator, which `_restore` puts back; `manual_seed` would seed devices too.
@@ -87,6 +97,14 @@ class SteadyLoader:
         numpy: Any = sys.modules.get("numpy")
         if numpy:
             numpy.random.seed(self.seed)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Generators that a `DataLoader` or its samplers were given by the caller."""
+    holders = [loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    distinct = {id(g): g for g in found if isinstance(g, torch.Generator)}
+    return list(distinct.values())
 
 
 def taken(

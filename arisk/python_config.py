@@ -155,8 +155,9 @@ class FisherConfig(PythonSection):
     """How the eigenpairs are found (`subspace.method`)."""
     vmap_chunk_size: PositiveInt | None = None
     """Samples per forward and backward pass, whatever the engine (`collect.chunk_size`)."""
-    target_explained_variance: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the whole trace that the rank reaches (`subspace.target_explained_variance`)."""
+    target_explained_variance: Annotated[float, Field(gt=0, le=1)] | None = 0.9
+    """Share of the whole trace that the rank reaches (`subspace.target_explained_variance`); None: `top_rank`
+    alone decides."""
     top_rank: PositiveInt = 32
     """Upper limit of the rank (`subspace.max_rank`)."""
     top_weight_count: Annotated[int, Field(ge=0)] = 256
@@ -211,14 +212,16 @@ class PipelineConfig(PythonSection):
     @property
     def subspace_settings(self) -> SubspaceConfig:
         """`subspace`, with what was set in `fisher`."""
-        return self.subspace.model_copy(
-            update=self._given(
-                subspace_method="method",
-                target_explained_variance="target_explained_variance",
-                top_rank="max_rank",
-                top_weight_count="top_weights",
-            )
+        update = self._given(
+            subspace_method="method",
+            target_explained_variance="target_explained_variance",
+            top_rank="max_rank",
+            top_weight_count="top_weights",
         )
+        if self.fisher.target_explained_variance is None:
+            # The whole trace is reached by no smaller rank.
+            update["target_explained_variance"] = 1.0
+        return self.subspace.model_copy(update=update)
 
     def _given(self, **names: str) -> dict[str, Any]:
         """Values set in `fisher`, by the names that stages know them under."""

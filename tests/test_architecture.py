@@ -41,6 +41,7 @@ RANKS = {
     "graph": 4,
     "plan": 5,
     "guard": 5,
+    "checked_loss": 5,
     "loaders": 5,
     "stages": 5,
     "job": 6,

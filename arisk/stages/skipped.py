@@ -65,7 +65,7 @@ def _blank(cls: type[Record], **given: Any) -> Record:
     """A record with these fields, and the others undefined by their type."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] - records are dataclasses
-    return cls(**{name: given.get(name, _undefined(hints[name])) for name in names})
+    return cls(**{name: given[name] if name in given else _undefined(hints[name]) for name in names})
 
 
 def _undefined(hint: Any) -> Any:
