@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arisk.api import AlignmentRiskPipeline, assess, verify
     from arisk.comparison import Comparison
-    from arisk.config import Config, PipelineConfig
+    from arisk.config import Config
     from arisk.errors import AriskError
     from arisk.guard import AlignGuardConfig, LoRAMitigator
+    from arisk.peer_results import (
+        CurvatureCouplingResult,
+        InitialRiskScore,
+        ParameterSlice,
+        SafetyForecast,
+        SensitivitySubspace,
+    )
+    from arisk.python_config import FisherConfig, PipelineConfig
     from arisk.risk_report import RiskReport
     from arisk.task import LoraPair, SampleSet, Task
     from arisk.verified import VerifyResult
@@ -24,11 +32,17 @@ __all__ = [
     "AriskError",
     "Comparison",
     "Config",
+    "CurvatureCouplingResult",
+    "FisherConfig",
+    "InitialRiskScore",
     "LoRAMitigator",
     "LoraPair",
+    "ParameterSlice",
     "PipelineConfig",
     "RiskReport",
+    "SafetyForecast",
     "SampleSet",
+    "SensitivitySubspace",
     "Task",
     "VerifyResult",
     "assess",
@@ -41,11 +55,17 @@ _HOME = {
     "AriskError": "arisk.errors",
     "Comparison": "arisk.comparison",
     "Config": "arisk.config",
+    "CurvatureCouplingResult": "arisk.peer_results",
+    "FisherConfig": "arisk.python_config",
+    "InitialRiskScore": "arisk.peer_results",
     "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
-    "PipelineConfig": "arisk.config",
+    "ParameterSlice": "arisk.peer_results",
+    "PipelineConfig": "arisk.python_config",
     "RiskReport": "arisk.risk_report",
+    "SafetyForecast": "arisk.peer_results",
     "SampleSet": "arisk.task",
+    "SensitivitySubspace": "arisk.peer_results",
     "Task": "arisk.task",
     "VerifyResult": "arisk.verified",
     "assess": "arisk.api",

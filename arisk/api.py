@@ -6,21 +6,25 @@ directory. The caller's model, gradients and random state are left as found.
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arisk.config import PipelineConfig, planned_steps
+from arisk.checked_loss import checked_loss
+from arisk.config import planned_steps
 from arisk.configfile import validate_mapping
+from arisk.errors import ConfigError
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
-from arisk.models.selection import select_parameters
+from arisk.loaders import keeping_random_state, kept, taken
+from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters
+from arisk.peer_results import SensitivitySubspace
 from arisk.progress import Progress, silent
+from arisk.python_config import PipelineConfig
 from arisk.results import (
     CollectResult,
     SubspaceResult,
@@ -31,6 +35,7 @@ from arisk.stages.forecast import forecast
 from arisk.stages.rollout import rollout, skipped_rollout
 from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
 from arisk.stages.score import score
+from arisk.stages.skipped import skipped_records
 from arisk.stages.subspace import subspace
 from arisk.stages.verify import verify as real_run
 from arisk.task import Batch, LossFn, SampleSet, Task
@@ -59,21 +64,23 @@ class AlignmentRiskPipeline:
 
     def run(
         self,
-        *,
         model: nn.Module,
         safety_dataloader: Iterable[Batch],
         safety_loss_fn: LossFn,
         fine_tune_dataloader: Iterable[Batch],
         fine_tune_loss_fn: LossFn,
+        *,
         control_dataloader: Iterable[Batch] | None = None,
         control_loss_fn: LossFn | None = None,
         progress: Progress = silent,
     ) -> RiskReport:
         """Measure, forecast and judge the planned fine-tune of `model`.
 
+        The model, its gradients, modes and flags, and the global random states are left as found.
+
         Args:
             model: the aligned model.
-            safety_dataloader: batches of safety samples; every one is used.
+            safety_dataloader: batches of safety samples.
             safety_loss_fn: `(model, batch)` → per-sample losses (B,), or their mean as a scalar.
             fine_tune_dataloader: batches in training order, one micro-batch each, repeated when the
                 plan needs more. A one-shot iterator is read once, as far as the plan goes.
@@ -82,19 +89,28 @@ class AlignmentRiskPipeline:
             control_loss_fn: its loss; default the fine-tuning loss.
             progress: told of finished parts.
 
+        Returns:
+            The report; its status is "skipped" where `require_lora_match` is off and the model has no
+            LoRA weights.
+
         Raises:
             AriskError: what is wrong, where, and how to fix it.
         """
-        task = self.task(
-            model=model,
-            safety_dataloader=safety_dataloader,
-            safety_loss_fn=safety_loss_fn,
-            fine_tune_dataloader=fine_tune_dataloader,
-            fine_tune_loss_fn=fine_tune_loss_fn,
-            control_dataloader=control_dataloader,
-            control_loss_fn=control_loss_fn,
-        )
-        return assess(task, self.config, progress=progress)
+        config = self.config
+        if config.mode == "lora" and not config.require_lora_match and not self._lora(model):
+            reason = "mode is lora, and the model has no LoRA parameters"
+            return RiskReport(*skipped_records(reason, config.training, config.forecast), "skipped", reason)
+        with keeping_random_state():
+            task = self.task(
+                model=model,
+                safety_dataloader=safety_dataloader,
+                safety_loss_fn=safety_loss_fn,
+                fine_tune_dataloader=fine_tune_dataloader,
+                fine_tune_loss_fn=fine_tune_loss_fn,
+                control_dataloader=control_dataloader,
+                control_loss_fn=control_loss_fn,
+            )
+            return assess(task, config, progress=progress)
 
     def task(
         self,
@@ -123,35 +139,60 @@ class AlignmentRiskPipeline:
         Raises:
             AriskError: what is wrong, where, and how to fix it.
         """
-        needed = self._batches_needed()
-        safety = SampleSet("safety", _take(safety_dataloader, None), safety_loss_fn)
-        finetune = SampleSet("finetune", _kept(fine_tune_dataloader, needed), fine_tune_loss_fn)
-        control = None
+        config, seed = self.config, self.config.seed
+        safety_loss_fn = checked_loss(safety_loss_fn, "safety_loss_fn")
+        fine_tune_loss_fn = checked_loss(fine_tune_loss_fn, "fine_tune_loss_fn")
+        first = taken(safety_dataloader, "safety", samples=config.fisher.max_samples, seed=seed)
+        safety = SampleSet("safety", first, safety_loss_fn)
+        planned = kept(fine_tune_dataloader, "fine_tune", self._batches_needed(), seed)
+        finetune = SampleSet("finetune", planned, fine_tune_loss_fn)
+        control = heldout = None
         if control_dataloader is not None:
-            loss_fn = control_loss_fn or fine_tune_loss_fn
-            control = SampleSet("control", _take(control_dataloader, CONTROL_BATCHES), loss_fn)
-        heldout = None
+            loss_fn = checked_loss(control_loss_fn or fine_tune_loss_fn, "control_loss_fn")
+            ordinary = taken(control_dataloader, "control", batches=CONTROL_BATCHES, seed=seed)
+            control = SampleSet("control", ordinary, loss_fn)
         if heldout_dataloader is not None:
-            heldout = SampleSet("heldout", _take(heldout_dataloader, None), safety_loss_fn)
+            heldout = SampleSet("heldout", taken(heldout_dataloader, "heldout", seed=seed), safety_loss_fn)
         self._data = (safety, finetune)
+        names = self._selected(model)
         return Task(
             model=model,
             safety=safety,
             finetune=finetune,
             control=control,
-            parameter_names=select_parameters(model, self.config.mode),
-            description={"model": type(model).__name__, "mode": self.config.mode},
+            parameter_names=names,
+            lora_pairs=lora_pairs(model, names),
+            description={"model": type(model).__name__, "mode": config.mode},
             heldout=heldout,
         )
+
+    def _selected(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that train."""
+        config = self.config
+        parameters = list(model.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            raise ConfigError(
+                "no parameter of the model requires a gradient, so nothing would be trained",
+                where="model",
+                fix="call `requires_grad_(True)` on what the fine-tune trains, or attach an adapter",
+            )
+        if config.fisher.parameter_names is not None:
+            return allowed_parameters(model, config.fisher.parameter_names)
+        if config.mode == "full":
+            return select_parameters(model, "full")
+        return self._lora(model) or select_parameters(model, "lora")
+
+    def _lora(self, model: nn.Module) -> list[str]:
+        return lora_names(model, self.config.lora_name_markers)
 
     def build_lora_mitigator(
         self,
         model: nn.Module,
-        subspace: SubspaceResult | None = None,
+        subspace: SubspaceResult | SensitivitySubspace | None = None,
         *,
         config: AlignGuardConfig | None = None,
         safety: SampleSet | None = None,
-        require_lora_match: bool = True,
+        require_lora_match: bool | None = None,
     ) -> LoRAMitigator:
         """A penalty that keeps fine-tuning off what the safety of `model` is sensitive to.
 
@@ -162,7 +203,8 @@ class AlignmentRiskPipeline:
             subspace: `report.subspace`, whose rank is used where the config names none.
             config: weights and form; default the peer's.
             safety: other safety samples; needed where this pipeline has not run.
-            require_lora_match: False gives a skipped mitigator where LoRA pairs are missing.
+            require_lora_match: False gives a skipped mitigator where LoRA pairs are missing; default
+                the config's.
 
         Raises:
             ConfigError: adapter pairs or safety samples are missing.
@@ -174,8 +216,10 @@ class AlignmentRiskPipeline:
             config,
             sites=weight_sites(select_parameters(model, "full")) if self.config.mode == "full" else None,
             finetune=finetune,
-            rank=subspace.rank if subspace else None,
-            require_lora_match=require_lora_match,
+            rank=(subspace.rank or None) if subspace else None,
+            require_lora_match=self.config.require_lora_match
+            if require_lora_match is None
+            else require_lora_match,
         )
 
     def _batches_needed(self) -> int:
@@ -195,9 +239,9 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
         progress: told of finished parts.
     """
     with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
-        collected = collect(task, config.collect, Path(folder), progress=progress)
+        collected = collect(task, config.collect_settings, Path(folder), progress=progress)
         side, dots, dense = _safety_side(task, config, collected, Path(folder))
-        space = subspace(collected, config.subspace, seed=config.seed, gradients=dense)
+        space = subspace(collected, config.subspace_settings, seed=config.seed, gradients=dense)
         scored = score(
             task,
             collected,
@@ -224,7 +268,8 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             dots=dots,
             seed=config.seed,
         )
-    return RiskReport(collected, space, scored.record, measured, result)
+        basis = _basis(config, collected, space, side)
+    return RiskReport(collected, space, scored.record, measured, result, basis=basis)
 
 
 def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> VerifyResult:
@@ -257,7 +302,7 @@ def _safety_side(
     """Products with G, their store-only form for the forecast, and dense G where it was stored."""
     layout = layout_of(task.model, task.parameter_names)
     if collected.store == "gram":
-        side = recomputed_side(task, layout, collected.engine["name"], config.collect.chunk_size)
+        side = recomputed_side(task, layout, collected.engine["name"], config.collect_settings.chunk_size)
         return side, side.dots, None
     side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout)
 
@@ -267,12 +312,19 @@ def _safety_side(
     return side, side.dots, dense
 
 
-def _take(loader: Iterable[Batch], count: int | None) -> list[Batch]:
-    """The first batches of a loader, read once, without consuming the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        return list(itertools.islice(iter(loader), count))
-
-
-def _kept(loader: Iterable[Batch], count: int) -> Iterable[Batch]:
-    """The loader itself when it can be read again, else its first `count` batches."""
-    return _take(loader, count) if isinstance(loader, Iterator) else loader
+def _basis(
+    config: PipelineConfig, collected: CollectResult, space: SubspaceResult, side: SafetySide
+) -> Tensor | None:
+    """(P, k) b_j = Gᵀu_j/√(Nλ_j), or unit vectors of `diag_topk`; None above the memory budget."""
+    parameters = collected.fisher_diagonal.numel()
+    itemsize = collected.fisher_diagonal.element_size()
+    too_large = parameters * space.rank * itemsize > config.collect_settings.memory_budget_gb * 1e9
+    if collected.store == "gram" or too_large:
+        return None
+    if space.method == "diag_topk":
+        basis = torch.zeros(parameters, space.rank, dtype=collected.fisher_diagonal.dtype)
+        basis[space.coordinates, torch.arange(space.rank)] = 1
+        return basis
+    weights = space.dual_vectors / torch.sqrt(len(space.dual_vectors) * space.eigenvalues)
+    blocks = [side.columns(name).to(torch.float64).T @ weights for name in collected.parameter_names]
+    return torch.cat(blocks).to(collected.fisher_diagonal.dtype)

@@ -11,11 +11,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from arisk.errors import ConfigError
-from arisk.problems import config_error
 from arisk.refusals import DEFAULT_MARKERS
 from arisk.sections import (
     CollectConfig,
@@ -38,8 +37,6 @@ __all__ = [
     "ForecastConfig",
     "ModelConfig",
     "ParameterGlobs",
-    "PipelineConfig",
-    "PythonSection",
     "ReportConfig",
     "RolloutConfig",
     "RunConfig",
@@ -285,47 +282,3 @@ def data_sets(config: Config) -> dict[str, DataConfig]:
         "verify.safety": config.verify.safety,
     }
     return {name: data for name, data in given.items() if data is not None}
-
-
-class PythonSection(Section):
-    """Base of settings that are built from Python: mistakes are told like those of the YAML."""
-
-    def __init__(self, **values: Any) -> None:
-        """Validate like the YAML.
-
-        Raises:
-            ConfigError: with every mistake.
-        """
-        try:
-            super().__init__(**values)
-        except ValidationError as err:
-            raise config_error(type(self), err, type(self).__name__) from err
-
-
-class PipelineConfig(PythonSection):
-    """Configuration of `arisk.AlignmentRiskPipeline`, for models and loaders given from Python."""
-
-    mode: Literal["full", "lora"] = "full"
-    """full: every parameter that requires a gradient; lora: those named like LoRA weights."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of every sampler."""
-    training: TrainingConfig = TrainingConfig()
-    """The planned fine-tune."""
-    collect: CollectConfig = CollectConfig()
-    """Per-sample safety gradients."""
-    subspace: SubspaceConfig = SubspaceConfig()
-    """The safety subspace."""
-    score: ScoreConfig = ScoreConfig()
-    """How the planned update meets the subspace."""
-    rollout: RolloutConfig = RolloutConfig()
-    """Losses measured along an accelerated virtual run."""
-    forecast: ForecastConfig = ForecastConfig()
-    """From artifacts to a verdict."""
-    verify: VerifyConfig = VerifyConfig()
-    """The check of the forecast by a real fine-tune."""
-
-    @model_validator(mode="after")
-    def _loaders_hold_the_data(self) -> Self:
-        if self.verify.safety is not None:
-            raise ValueError("held-out rows come as `Task.heldout` here, not as `verify.safety`")
-        return self

@@ -45,7 +45,8 @@ def _problem(cls: type[BaseModel], detail: Any, where: str) -> ConfigError:
         return ConfigError(f"`{location[-1]}` is required", where=place, fix=_describe(cls, location))
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
-    shown = "" if isinstance(given, (dict, list)) and len(str(given)) > 60 else f" (given: {given!r})"
+    long = isinstance(given, BaseModel) or (isinstance(given, (dict, list)) and len(str(given)) > 60)
+    shown = "" if long else f" (given: {given!r})"
     return ConfigError(f"{message}{shown}", where=place, fix=_describe(cls, location))
 
 

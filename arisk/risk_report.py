@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from torch import Tensor
+
+from arisk.artifacts import (
+    FORMAT_VERSION,
+    read_json,
+    read_record,
+    read_tensors,
+    write_record,
+    write_tensors,
+    write_text,
+)
 from arisk.comparison import Comparison, compare
+from arisk.errors import ArtifactError
+from arisk.peer_results import (
+    CurvatureCouplingResult,
+    InitialRiskScore,
+    SafetyForecast,
+    SensitivitySubspace,
+    curvature_of,
+)
 from arisk.refusals import DEFAULT_MARKERS
 from arisk.results import (
     CollectResult,
     ForecastResult,
-    OverlapNulls,
     RolloutResult,
     ScoreResult,
     SubspaceResult,
@@ -20,6 +42,15 @@ from arisk.verified import VerifyResult
 
 __all__ = ["RiskReport"]
 
+#: Folder and class of each record of a saved report.
+RECORDS: Mapping[str, type] = {
+    "collected": CollectResult,
+    "space": SubspaceResult,
+    "scored": ScoreResult,
+    "rollout": RolloutResult,
+    "forecasted": ForecastResult,
+}
+
 
 @dataclass(frozen=True, repr=False)
 class RiskReport:
@@ -27,41 +58,106 @@ class RiskReport:
 
     Attributes:
         collected: per-sample safety gradients through their inner products.
-        subspace: the safety subspace.
+        space: the safety subspace.
         scored: how the planned update meets it.
         rollout: losses measured along the virtual run.
-        forecast: curves and verdict; `forecast.collapse_step`, `forecast.forecasters["local"]`.
+        forecasted: curves and verdict.
+        status: "measured", or "skipped" with its `reason`: then nothing was looked at, the verdict is
+            inconclusive, and no number means anything.
+        basis: (P, k) orthonormal basis of the subspace, None where it was not kept.
     """
 
     collected: CollectResult
-    subspace: SubspaceResult
+    space: SubspaceResult
     scored: ScoreResult
     rollout: RolloutResult
-    forecast: ForecastResult
+    forecasted: ForecastResult
+    status: Literal["measured", "skipped"] = "measured"
+    reason: str | None = None
+    basis: Tensor | None = None
 
     @property
     def verdict(self) -> Verdict:
         """Level, sentence and reasons."""
-        return self.forecast.verdict
+        return self.forecasted.verdict
 
     @property
     def warning(self) -> str:
-        """The verdict in one line, level first."""
-        return f"{self.verdict.level}: {self.verdict.sentence}"
+        """The verdict in one line, level first; "skipped" where nothing was measured."""
+        level = self.verdict.level if self.status == "measured" else self.status
+        return f"{level}: {self.verdict.sentence}"
 
     @property
-    def initial_risk(self) -> OverlapNulls:
+    def subspace(self) -> SensitivitySubspace:
+        """The safety subspace, under both packages' names."""
+        return SensitivitySubspace(self.space, self.collected, self.basis)
+
+    @property
+    def initial_risk(self) -> InitialRiskScore:
         """Overlap of the update with the safety subspace, with its nulls."""
-        return self.scored.overlap
+        rate = float(self.forecasted.training["learning_rate"])
+        return InitialRiskScore(self.scored.overlap, rate * self.scored.update_norm)
 
     @property
-    def curvature(self) -> Mapping[str, float]:
+    def curvature(self) -> CurvatureCouplingResult:
         """γ̂ and ε̂ of the Alignment Instability Condition."""
-        return {"gamma_hat": self.scored.gamma_hat, "epsilon_hat": self.scored.epsilon_hat}
+        return curvature_of(self.scored, self.space)
+
+    @property
+    def forecast(self) -> SafetyForecast:
+        """Curves and verdict; `forecast.collapse_step`, `forecast.forecasters["local"]`."""
+        return SafetyForecast(self.forecasted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, as in the run directory's `summary.json`, and `status`, `reason`.
+
+        NaN (not measured) is None.
+        """
+        from arisk.report import summary_json
+
+        found = summary_json(self.collected, self.space, self.scored, self.forecasted, title="arisk")
+        return _plain({"status": self.status, "reason": self.reason, "warning": self.warning, **found})
+
+    def save(self, folder: str | Path) -> None:
+        """Write safetensors and JSON into a folder, made if needed; `RiskReport.load` reads them.
+
+        Raises:
+            ArtifactError: the disk is full or the folder cannot be written.
+        """
+        folder = Path(folder)
+        for name in RECORDS:
+            write_record(folder / name, getattr(self, name))
+        write_tensors(folder / "basis.safetensors", {} if self.basis is None else {"basis": self.basis})
+        head = {
+            "format_version": FORMAT_VERSION,
+            "type": "RiskReport",
+            "status": self.status,
+            "reason": self.reason,
+        }
+        write_text(folder / "report.json", json.dumps({**head, "warning": self.warning}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RiskReport:
+        """Read a saved report back.
+
+        Raises:
+            ArtifactError: a file is missing, damaged, of a newer format, or of something else.
+        """
+        folder = Path(folder)
+        head = read_json(folder / "report.json")
+        if head.get("type") != "RiskReport" or head.get("status") not in ("measured", "skipped"):
+            raise ArtifactError(
+                "this is no saved report",
+                where=str(folder / "report.json"),
+                fix="give the folder that RiskReport.save wrote",
+            )
+        records: dict[str, Any] = {name: read_record(folder / name, kind) for name, kind in RECORDS.items()}
+        basis = read_tensors(folder / "basis.safetensors").get("basis")
+        return cls(**records, status=head["status"], reason=head.get("reason"), basis=basis)
 
     def compare(self, measured: VerifyResult, markers: Sequence[str] = DEFAULT_MARKERS) -> Comparison:
         """A real run of the same plan beside this forecast."""
-        return compare(measured, self.forecast, threshold=self.forecast.threshold, markers=markers)
+        return compare(measured, self.forecasted, threshold=self.forecasted.threshold, markers=markers)
 
     def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
         """The report as one self-contained HTML page, with the real run where `check` has one."""
@@ -69,9 +165,9 @@ class RiskReport:
 
         return render_report(
             self.collected,
-            self.subspace,
+            self.space,
             self.scored,
-            self.forecast,
+            self.forecasted,
             title=title,
             provenance={"source": "Python API"},
             show_text=show_text,
@@ -82,3 +178,16 @@ class RiskReport:
 
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"
+
+
+def _plain(value: Any) -> Any:
+    """JSON values; NaN and infinities, which JSON lacks, become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not -float("inf") < value < float("inf"):
+        return None
+    return value

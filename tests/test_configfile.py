@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arisk.config import Config, PipelineConfig
+from arisk.config import Config
 from arisk.configfile import (
     dump_config,
     json_schema,
@@ -13,6 +13,7 @@ from arisk.configfile import (
     validate_mapping,
 )
 from arisk.errors import ConfigError
+from arisk.python_config import PipelineConfig
 
 MINIMAL = "model: {path: m}\nsafety: {path: s.jsonl}\nfinetune: {path: f.jsonl}\n"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from arisk.config import PythonSection
+from arisk.python_config import PythonSection
 from arisk.sections import NonNegativeFloat, PositiveInt
 
 __all__ = ["AlignGuardConfig"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -11,10 +12,10 @@ from arisk.config import ParameterGlobs
 from arisk.errors import ConfigError
 from arisk.task import LoraPair
 
-__all__ = ["LORA_MARKERS", "lora_pairs", "select_parameters"]
+__all__ = ["LORA_MARKERS", "allowed_parameters", "lora_names", "lora_pairs", "select_parameters"]
 
 #: A parameter whose name contains one of these (case ignored) belongs to a LoRA adapter.
-LORA_MARKERS = ("lora_", "lora_a", "lora_b")
+LORA_MARKERS = ("lora_", "lora_A", "lora_B")
 
 
 def select_parameters(model: nn.Module, choice: str | ParameterGlobs) -> list[str]:
@@ -30,13 +31,59 @@ def select_parameters(model: nn.Module, choice: str | ParameterGlobs) -> list[st
         ConfigError: nothing matches, or a pattern matches nothing.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.is_floating_point()]
-    lora = [name for name, _ in named if any(marker in name.lower() for marker in LORA_MARKERS)]
+    lora = lora_names(model)
     if isinstance(choice, ParameterGlobs):
         return _matching([name for name, _ in named], choice)
     if choice == "lora" or (choice == "auto" and lora):
         return _require(lora, "mode is lora, and the model has no LoRA parameters", named)
     trainable = [name for name, p in named if p.requires_grad] or [name for name, _ in named]
     return _require(trainable, "the model has no floating-point parameters", named)
+
+
+def lora_names(model: nn.Module, markers: Sequence[str] = LORA_MARKERS) -> list[str]:
+    """Names of floating-point parameters that contain a marker, case ignored.
+
+    Where some of them require a gradient, only those: a frozen adapter may lie beside one that trains.
+    """
+    wanted = [marker.lower() for marker in markers]
+    found = {
+        name: p.requires_grad
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and any(marker in name.lower() for marker in wanted)
+    }
+    return [name for name, trained in found.items() if trained] or list(found)
+
+
+def allowed_parameters(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Exactly these parameters, in the model's order.
+
+    Args:
+        model: the model.
+        names: as `named_parameters` gives them; all of them must require a gradient.
+
+    Raises:
+        ConfigError: names are missing, frozen or given twice; every one is named.
+    """
+    parameters = dict(model.named_parameters())
+    wrong = {
+        "not in the model": [name for name in dict.fromkeys(names) if name not in parameters],
+        "frozen": [n for n in dict.fromkeys(names) if n in parameters and not parameters[n].requires_grad],
+        "given twice": [name for name in dict.fromkeys(names) if list(names).count(name) > 1],
+    }
+    said = [f"{why}: {', '.join(map(repr, which))}" for why, which in wrong.items() if which]
+    if said or not names:
+        close = [difflib.get_close_matches(n, parameters, n=1) for n in wrong["not in the model"]]
+        near = [f"{n!r} → {c[0]!r}" for n, c in zip(wrong["not in the model"], close, strict=True) if c]
+        raise ConfigError(
+            "parameter names that cannot be selected: " + "; ".join(said)
+            if said
+            else "no parameter is named",
+            where="fisher.parameter_names",
+            fix=f"did you mean {', '.join(near)}?"
+            if near
+            else "take names from `model.named_parameters()` that require a gradient, each once",
+        )
+    return [name for name in parameters if name in set(names)]
 
 
 def _require(names: list[str], what: str, named: Sequence[tuple[str, nn.Parameter]]) -> list[str]:

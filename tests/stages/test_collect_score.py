@@ -260,5 +260,5 @@ def test_shuffled_loaders_do_not_touch_the_global_random_state():
 
 def test_an_empty_task_set_is_named():
     empty = SampleSet("safety", [], lambda m, b: b)
-    with pytest.raises(InputError, match="two safety samples"):
+    with pytest.raises(InputError, match="safety loader gives no batch"):
         AlignmentRiskPipeline().run(**{**linear(), "safety_dataloader": empty.batches})
