@@ -34,6 +34,7 @@ OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
     *("state.json", "state-*.safetensors"),
+    *("point-*.safetensors", "rows-*.safetensors"),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from arisk.configfile import dump_config
 from arisk.graph import STAGES
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
+from arisk.screened import ScreenResult
 from arisk.verified import VerifyResult
 
 if TYPE_CHECKING:
@@ -126,6 +128,89 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     )
 
 
+def _screen(job: Job, workspace: Path) -> ScreenResult:
+    from arisk.stages.screen import flagged_anew, screen
+    from arisk.stages.screen_what_if import dropping
+
+    config, task = job.config, job.task
+    steps = planned_steps(config.training, len(task.finetune.rows))
+    old = _screened_before(job)
+    if old is None:
+        made = screen(
+            task,
+            config=config.screen,
+            training=config.training,
+            steps=steps,
+            workspace=workspace,
+            progress=job.show.progress,
+        )
+    else:
+        made = flagged_anew(old, config.screen)
+    what_if: Mapping[str, Any] = {"status": "not_measured", "reason": "screen.what_if is off"}
+    if config.screen.what_if:
+        what_if = dropping(
+            task,
+            made.flagged,
+            config=config.rollout,
+            training=config.training,
+            steps=steps,
+            workspace=workspace,
+            progress=job.show.progress,
+        )
+        for name in ("before", "after"):
+            shutil.rmtree(workspace / name, ignore_errors=True)
+    made = replace(made, what_if=what_if, **_split(job, made, workspace))
+    write_tensors(
+        workspace / "scores.safetensors",
+        {
+            name: value
+            for name in ("scores", "first_order", "control_order", "losses", "gradient_norms", "p_values")
+            if (value := getattr(made, name)) is not None
+        },
+    )
+    return made
+
+
+def _screened_before(job: Job) -> ScreenResult | None:
+    """A stored screening that differs in nothing but which of its scores are flagged."""
+    new = job.states["screen"].ingredients
+    manifest = job.rundir.manifest("screen") or {}
+    old = manifest.get("ingredients", {})
+    if not old or job.states["screen"].fresh:
+        return None
+
+    def scoring(given: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {k: v for k, v in given["config"]["screen"].items() if k not in FLAGGING}
+        return {**given, "config": {**given["config"], "screen": settings}}
+
+    if old.get("stage_version") != new["stage_version"] or finite(scoring(old)) != json.loads(
+        json.dumps(finite(scoring(new)))
+    ):
+        return None
+    return job.record("screen", ScreenResult)
+
+
+def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
+    """Kept and flagged rows as JSONL, where the rows come from a file or the hub."""
+    data, rows = job.config.finetune, job.task.finetune.rows
+    if job.config.model.source != "hf" or data is None:
+        return {"files": [], "files_missing": "rows of a Python loader are scored by number only"}
+    from arisk.models.split_rows import FLAGGED_FILE, KEPT_FILE, split_rows
+
+    flagged = frozenset(made.flagged)
+    rank = {row: place for place, row in enumerate(made.order, start=1)}
+    added = [
+        {
+            "arisk_score": score,
+            "arisk_rank": rank[row],
+            "arisk_reasons": made.reasons(row) if row in flagged else [],
+        }
+        for row, score in enumerate(made.scores.tolist())
+    ]
+    split_rows(data, [row["line"] for row in rows], added, flagged, workspace)
+    return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
+
+
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
     from arisk.comparison import compare
@@ -195,6 +280,9 @@ def _provenance(job: Job) -> dict[str, Any]:
     return {"command": job.command, "versions": versions, "stages": stages, "config": dump_config(job.config)}
 
 
+#: Settings of screen that only say which of its scores are flagged, and what is shown of that.
+FLAGGING = ("drop", "false_discovery", "what_if")
+
 RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "collect": _collect,
     "subspace": _subspace,
@@ -202,6 +290,7 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "rollout": _rollout,
     "forecast": _forecast,
     "verify": _verify,
+    "screen": _screen,
     "report": _report,
 }
 

@@ -24,6 +24,7 @@ RANKS = {
     "problems": 1,
     "results": 1,
     "verified": 1,
+    "screened": 1,
     "sections": 1,
     "config": 2,
     "geometry": 2,
@@ -48,8 +49,9 @@ RANKS = {
     "pipeline": 8,
     "status": 8,
     "what_if": 8,
-    "cli": 9,
-    "__main__": 10,
+    "screening": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 NO_TORCH = (
     "cli",
@@ -66,6 +68,7 @@ NO_TORCH = (
     "problems",
     "grid",
     "what_if",
+    "screening",
 )
 
 
