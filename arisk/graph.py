@@ -89,7 +89,7 @@ STAGES = (
         "screen",
         1,
         (),
-        ("model", "safety", "finetune", "control", "training", "screen"),
+        ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
         ("model", "adapter", "safety", "finetune", "control"),
         optional=True,
     ),

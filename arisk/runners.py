@@ -16,6 +16,7 @@ from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.plan import stage_key
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.screened import ScreenResult
 from arisk.verified import VerifyResult
@@ -173,21 +174,21 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
 
 def _screened_before(job: Job) -> ScreenResult | None:
     """A stored screening that differs in nothing but which of its scores are flagged."""
-    new = job.states["screen"].ingredients
-    manifest = job.rundir.manifest("screen") or {}
-    old = manifest.get("ingredients", {})
-    if not old or job.states["screen"].fresh:
+    state = job.states["screen"]
+    if state.fresh or any(reason.kind == "damaged" for reason in state.reasons):
+        return None
+    new = state.ingredients
+    old = (job.rundir.manifest("screen") or {}).get("ingredients")
+    if not old:
         return None
 
     def scoring(given: Mapping[str, Any]) -> dict[str, Any]:
         settings = {k: v for k, v in given["config"]["screen"].items() if k not in FLAGGING}
-        return {**given, "config": {**given["config"], "screen": settings}}
+        # The rollout's settings serve the what-if alone.
+        return {**given, "config": {**given["config"], "screen": settings, "rollout": None}}
 
-    if old.get("stage_version") != new["stage_version"] or finite(scoring(old)) != json.loads(
-        json.dumps(finite(scoring(new)))
-    ):
-        return None
-    return job.record("screen", ScreenResult)
+    same = stage_key(scoring(old)) == stage_key(scoring(new))
+    return job.record("screen", ScreenResult) if same else None
 
 
 def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
