@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.config import Config, ScreenConfig, planned_steps
+from arisk.config import Config, planned_steps
 from arisk.configfile import load_config
 from arisk.demo import embedded_folder
 from arisk.gradients import choose_engine, layout_of, measuring, move_batch
@@ -125,7 +125,7 @@ def judged(
     made = screen(task, config=config.screen, training=config.training, steps=steps)
     seconds = time.process_time() - started
     scores = {"score": made.scores.tolist(), "safety alone": made.first_order.tolist()}
-    scores |= baselines(task) if plain else {}
+    scores |= baselines(task)
     hits = sum(labels[row] for row in made.flagged)
     point = made.points[-1]
     found = {
