@@ -295,5 +295,14 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "report": _report,
 }
 
+
+def _screening(job: Job) -> Extra:
+    from arisk.report.screening import screening_extra
+
+    shown = job.config.report
+    found: ScreenResult = job.record("screen", ScreenResult)
+    return screening_extra(found, show_text=shown.show_text, max_examples=shown.max_examples)
+
+
 #: What optional stages show on the report, by stage.
-EXTRAS: dict[str, Callable[[Job], Extra]] = {}
+EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": _screening}

@@ -127,6 +127,11 @@ class ScreenResult:
         rows_are = "row is" if flagged == 1 else "rows are"
         return f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the positive scores."
 
+    @property
+    def rule_sentence(self) -> str:
+        """The rule that flagged, in a sentence."""
+        return f"Flagged: {self.rule}."
+
     def findings(self) -> list[str]:
         """Tested sentences about the result."""
         said: list[str] = []
