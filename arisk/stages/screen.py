@@ -158,7 +158,8 @@ class _Scoring:
                     samples.loss_fn,
                     self.layout,
                     place.directions,
-                    place.metric,
+                    # Only control rows are left out of a mean, which takes their D-norm.
+                    place.metric if samples is self.task.control else None,
                     engine=self.engine,
                 )
                 for group in shard

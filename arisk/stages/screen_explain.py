@@ -67,7 +67,6 @@ def explained(
             task.finetune.loss_fn,
             layout,
             place.directions[:, :1],
-            place.metric,
             engine=engine,
             by_module=True,
         )

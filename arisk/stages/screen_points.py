@@ -132,7 +132,8 @@ class _Walk:
             weight=weight,
         )
         theta = torch.cat([p.detach().reshape(-1) for p in self.run.parameters]).cpu()
-        directions = torch.stack([-d * column.to(d) for column in columns], dim=1)
+        # Each direction lies in one piece of memory, as products with rows read it.
+        directions = torch.stack([-d * column.to(d) for column in columns]).T
         return Place(point, theta, directions, d)
 
     def _control_gradient(self) -> Tensor:
@@ -206,7 +207,7 @@ def _write(path: Path, place: Place) -> None:
     point = place.point
     control = float("nan") if point.control_rise is None else point.control_rise
     numbers = torch.tensor([point.step, point.safety_rise, control, point.weight], dtype=torch.float64)
-    parts = {"theta": place.theta, "directions": place.directions, "metric": place.metric, "point": numbers}
+    parts = {"theta": place.theta, "directions": place.directions.T, "metric": place.metric, "point": numbers}
     write_tensors(path, parts)
 
 
@@ -214,4 +215,4 @@ def _read(path: Path) -> Place:
     held = read_tensors(path)
     step, safety, control, weight = held["point"].tolist()
     point = ScreenPoint(int(step), safety, None if math.isnan(control) else control, weight)
-    return Place(point, held["theta"], held["directions"], held["metric"])
+    return Place(point, held["theta"], held["directions"].T, held["metric"])

@@ -19,8 +19,8 @@ from arisk.task import Batch, LossFn, RowBatches, SampleSet
 
 __all__ = ["RowGroup", "row_groups", "row_products"]
 
-#: Product columns that every pass adds behind those of the directions.
-NORMS = ("gradient_norm", "metric_norm", "loss")
+#: Entries of a row's gradient multiplied at a time.
+COLUMNS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def row_products(
     loss_fn: LossFn,
     layout: ParameterLayout,
     directions: Tensor,
-    metric: Tensor,
+    metric: Tensor | None = None,
     *,
     engine: str,
     by_module: bool = False,
@@ -109,13 +109,13 @@ def row_products(
         loss_fn: their loss.
         layout: the selected parameters.
         directions: (P, m).
-        metric: (P,) D of the optimizer.
+        metric: (P,) D of the optimizer; None where the D-norm is not needed.
         engine: engine of the per-sample gradients.
         by_module: keep the products apart by module.
 
     Returns:
-        (B, m + 3) float64: products, ‖g_j‖, √⟨g_j, D g_j⟩ and ℓ_j (nats per response token); or
-        (B, L, m) products by module.
+        (B, m + 3) float64: products, ‖g_j‖, √⟨g_j, D g_j⟩ (NaN without a metric) and ℓ_j (nats per
+        response token); or (B, L, m) products by module.
 
     Raises:
         NumericsError: a loss or gradient is not finite; names the row.
@@ -125,18 +125,19 @@ def row_products(
     place = dict(zip(layout.names, layout.module_of_parameter, strict=True))
     products = torch.zeros(size, modules, width, dtype=torch.float64)
     squares = torch.zeros(size, 2, dtype=torch.float64)
-    plain = bool((metric == 1).all())
 
     def sink(name: str, block: Tensor) -> None:
         where = layout.slice_of(name)
-        flat = block.flatten(1).cpu()
-        part = flat @ directions[where].to(flat.dtype)
-        products[:, place[name] if by_module else 0] += part.to(torch.float64)
-        if by_module:
-            return
-        squares[:, 0] += torch.linalg.vector_norm(flat, dim=1).to(torch.float64).square()
-        if not plain:
-            squares[:, 1] += (flat.square_() @ metric[where].to(flat.dtype)).to(torch.float64)
+        flat, target = block.flatten(1).cpu(), products[:, place[name] if by_module else 0]
+        # A few columns at a time: they are still in the cache when they are read again.
+        for start in range(0, flat.shape[1], COLUMNS):
+            part = flat[:, start : start + COLUMNS]
+            columns = slice(where.start + start, where.start + start + part.shape[1])
+            target += (part @ directions[columns].to(part.dtype)).to(torch.float64)
+            if not by_module:
+                squares[:, 0] += torch.linalg.vector_norm(part, dim=1).to(torch.float64).square()
+                if metric is not None:
+                    squares[:, 1] += (part.square() @ metric[columns].to(part.dtype)).to(torch.float64)
 
     batch = move_batch(group.batch, next(model.parameters()).device)
     try:
@@ -145,8 +146,8 @@ def row_products(
         raise _with_row(err, group) from err
     if by_module:
         return products
-    if plain:
-        squares[:, 1] = squares[:, 0]
+    if metric is None:
+        squares[:, 1] = torch.nan
     loss = losses.detach().reshape(-1, 1).to("cpu", torch.float64)
     return torch.cat([products[:, 0], squares.sqrt(), loss], dim=1)
 

@@ -30,6 +30,7 @@ from arisk.stages.screen_rows import row_groups, row_products
 from arisk.stages.screen_what_if import without_rows
 from arisk.task import Task
 from tests.bench.measure import print_table
+from tests.bench.screening_cost import cost_tables
 from tests.bench.validity.jobs import heldout
 from tests.bench.validity.truth import trained
 
@@ -100,11 +101,10 @@ def baselines(task: Task) -> dict[str, list[float]]:
         side = recomputed_side(task, layout, engine, 8)
         count = len(task.safety.rows)
         safety = side.weighted_sum(torch.full((count,), 1 / count, dtype=torch.float64)).float()
-        ones = torch.ones(layout.numel)
         table = torch.zeros(len(task.finetune.rows), 4, dtype=torch.float64)
         for group in groups:
             table[list(group.rows)] = row_products(
-                task.model, group, task.finetune.loss_fn, layout, -safety[:, None], ones, engine=engine
+                task.model, group, task.finetune.loss_fn, layout, -safety[:, None], engine=engine
             )
     lengths = [float(row["tokens"]) for row in task.finetune.rows]
     return {
@@ -234,7 +234,7 @@ def _row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """All tables."""
+    """All tables; with `--data` those of SmolLM2 alone."""
     if "--data" in sys.argv:
         kit_main(Path(sys.argv[sys.argv.index("--data") + 1]))
         return
@@ -252,6 +252,7 @@ def main() -> None:
     print_table("AUC against the labels, 400 rows", _header("mixture"), rows)
     header = ["mixture", "all rows", "as many random rows dropped", "flagged rows dropped"]
     print_table("Real fine-tune of 200 steps: held-out safety (control) change", header, truths)
+    cost_tables()
 
 
 if __name__ == "__main__":
