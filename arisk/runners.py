@@ -163,11 +163,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
     made = replace(made, what_if=what_if, **_split(job, made, workspace))
     write_tensors(
         workspace / "scores.safetensors",
-        {
-            name: value
-            for name in ("scores", "first_order", "control_order", "losses", "gradient_norms", "p_values")
-            if (value := getattr(made, name)) is not None
-        },
+        {name: value for name in SCORES if (value := getattr(made, name)) is not None},
     )
     return made
 
@@ -281,6 +277,11 @@ def _provenance(job: Job) -> dict[str, Any]:
     return {"command": job.command, "versions": versions, "stages": stages, "config": dump_config(job.config)}
 
 
+#: Numbers by row that `scores.safetensors` holds.
+SCORES = (
+    *("scores", "first_order", "control_order", "second_order"),
+    *("losses", "gradient_norms", "p_values"),
+)
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.
 FLAGGING = ("drop", "false_discovery", "what_if")
 

@@ -206,6 +206,7 @@ def _record(
         scores=first if against is None else first - against,
         first_order=first,
         control_order=against,
+        second_order=_sum(weights, [table[:, 1] for table in rows.tables]),
         losses=rows.tables[-1][:, -1],
         gradient_norms=rows.tables[-1][:, -3],
         null=null,

@@ -115,7 +115,9 @@ def oracle(step):
     d = preconditioner(means.mean(0), means.var(0), TRAINING)
     left_out = torch.stack([torch.cat([control[:k], control[k + 1 :]]).mean(0) for k in range(20)])
     null = ((left_out - safety.mean(0)) * d * control).sum(1)
-    return -(rows * d) @ safety.mean(0), -(rows * d) @ control.mean(0), null, safety @ (rows * d).T
+    first, against = -(rows * d) @ safety.mean(0), -(rows * d) @ control.mean(0)
+    second = (rows * d) @ (safety.T @ (safety @ (d * means.mean(0)))) / len(safety)
+    return first, against, null, safety @ (rows * d).T, second
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +126,13 @@ def made():
 
 
 def test_scores_are_those_of_dense_gradients(made):
-    first, control, null, cross = oracle(7)
+    first, control, null, cross, second = oracle(7)
     assert [point.step for point in made.points] == [7]
     assert made.first_order.tolist() == pytest.approx(first.tolist(), rel=1e-9)
     assert made.control_order.tolist() == pytest.approx(control.tolist(), rel=1e-9)
     assert made.scores.tolist() == pytest.approx((first - control).tolist(), rel=1e-9)
     assert made.null.tolist() == pytest.approx(null.tolist(), rel=1e-9)
+    assert made.second_order.tolist() == pytest.approx(second.tolist(), rel=1e-9)
     for example in made.examples:
         rises = -cross[:, example["row"]]
         worst = torch.argsort(rises, descending=True)[:3].tolist()
