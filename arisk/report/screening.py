@@ -208,7 +208,8 @@ def _share_curve(found: ScreenResult) -> Figure:
     running = (positive.cumsum(0) / total).tolist() if total > 0 else []
     count = len(running)
     step = max(1, count // CURVE)
-    kept = sorted({*range(0, count, step), *range(min(count, 40)), *([count - 1] if count else [])})
+    places = {i for i in range(count) if i % step == 0 or i < 40 or i == count - 1}
+    kept: list[int] = sorted(places)
     x, y = [(i + 1) / count for i in kept], [running[i] for i in kept]
     layout = axes("share of rows dropped, most harmful first", "share of the positive scores")
     layout["xaxis"]["tickformat"] = layout["yaxis"]["tickformat"] = ".0%"
