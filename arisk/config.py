@@ -25,6 +25,7 @@ from arisk.sections import (
     ReportConfig,
     RolloutConfig,
     ScoreConfig,
+    ScreenConfig,
     Section,
     SubspaceConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "ScoreConfig",
+    "ScreenConfig",
     "SubspaceConfig",
     "TrainingConfig",
     "VerifyConfig",
@@ -262,6 +264,8 @@ class Config(Section):
     """The HTML page."""
     verify: VerifyConfig = VerifyConfig()
     """The check of the forecast by a real fine-tune."""
+    screen: ScreenConfig = ScreenConfig()
+    """Which fine-tuning rows push towards harm."""
 
     @model_validator(mode="after")
     def _data_for_hf(self) -> Self:

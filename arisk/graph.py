@@ -86,10 +86,18 @@ STAGES = (
         reach="verify.steps",
     ),
     StageSpec(
+        "screen",
+        1,
+        (),
+        ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
+        ("model", "adapter", "safety", "finetune", "control"),
+        optional=True,
+    ),
+    StageSpec(
         "report",
         5,
         ("collect", "subspace", "score", "rollout", "forecast"),
         ("report", "verify.refusal_markers"),
-        shows=("verify",),
+        shows=("verify", "screen"),
     ),
 )

@@ -39,6 +39,7 @@ SHARED = ("collect", "score", "rollout", "verify")
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
     *("state.json", "state-*.safetensors"),
+    *("point-*.safetensors", "rows-*.safetensors"),
 )
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "ReportConfig",
     "RolloutConfig",
     "ScoreConfig",
+    "ScreenConfig",
     "Section",
     "SubspaceConfig",
 ]
@@ -149,3 +150,28 @@ class ReportConfig(Section):
     figures: Literal["none", "auto", "png", "svg"] = "none"
     """Figures as files beside the page, by the extra `figures` and a browser; auto: forecast and layer
     map as PNG, where both are there."""
+
+
+class ScreenConfig(Section):
+    """Which fine-tuning rows push towards harm (`arisk screen`)."""
+
+    rise: PositiveFloat = 0.02
+    """Rows are scored where the planned run has raised the mean safety loss by this (nats per token)."""
+    max_steps: PositiveInt = 120
+    """Real steps of the plan taken at most to get there; no rise within them flags no row."""
+    points: Literal["risen", "start", "both"] = "risen"
+    """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
+    batches: Annotated[int, Field(ge=2)] = 8
+    """Fine-tuning batches that give the optimizer's preconditioner there."""
+    batch_size: PositiveInt = 8
+    """Rows per forward and backward pass; does not change a score."""
+    control_samples: PositiveInt = 64
+    """Control rows scored in the same way: the null that flagged rows must leave behind."""
+    false_discovery: Fraction = 0.05
+    """Share of flagged rows that may be false by the null."""
+    drop: Fraction | None = None
+    """Flag exactly this share of the rows, the most harmful ones, in place of the rule."""
+    examples: Annotated[int, Field(ge=0)] = 16
+    """Most harmful rows that are explained: safety samples they hurt, modules that carry it."""
+    what_if: bool = True
+    """Roll the plan out with and without the flagged rows, where the rows can be regrouped."""

@@ -28,6 +28,7 @@ RANKS = {
     "ranks": 1,
     "results": 1,
     "verified": 1,
+    "screened": 1,
     "sections": 1,
     "config": 2,
     "geometry": 2,
@@ -56,8 +57,9 @@ RANKS = {
     "pipeline": 8,
     "status": 8,
     "what_if": 8,
-    "cli": 9,
-    "__main__": 10,
+    "screening": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 NO_TORCH = (
     "cli",
@@ -77,6 +79,7 @@ NO_TORCH = (
     "grid",
     "ranks",
     "what_if",
+    "screening",
 )
 
 

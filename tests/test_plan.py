@@ -69,7 +69,7 @@ def test_nothing_changed_nothing_stale(world):
 
 
 AFTER_SCORE = ["score", "forecast", "report"]
-AFTER_ROLLOUT = ["rollout", "forecast", "verify", "report"]
+AFTER_ROLLOUT = ["rollout", "forecast", "verify", "screen", "report"]
 BOTH = ["score", *AFTER_ROLLOUT]
 
 
@@ -81,7 +81,7 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("training.max_steps", 77, AFTER_ROLLOUT),
         ("training.epochs", 2.0, AFTER_ROLLOUT),
         ("training.max_grad_norm", 1.0, AFTER_ROLLOUT),
-        ("rollout.segments", 3, ["rollout", "forecast", "report"]),
+        ("rollout.segments", 3, ["rollout", "forecast", "screen", "report"]),
         ("forecast.collapse_threshold", 0.2, ["forecast", "report"]),
         ("training.optimizer", "sgd", BOTH),
         ("training.batch_size", 4, BOTH),
@@ -92,13 +92,15 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("safety.max_length", 64, ALL),
         ("model.dtype", "bfloat16", ALL),
         ("model.adapter", {"r": 4}, ALL),
-        ("collect.chunk_size", 4, [name for name in ALL if name not in ("rollout", "verify")]),
+        ("collect.chunk_size", 4, [name for name in ALL if name not in ("rollout", "verify", "screen")]),
         ("verify.safety.max_length", 64, ["verify", "report"]),
         ("verify.generate", 3, ["verify", "report"]),
         ("verify.max_new_tokens", 3, ["verify", "report"]),
         ("verify.control_samples", 3, ["verify", "report"]),
         ("verify.refusal_markers", ["nay"], ["report"]),
         ("verify.steps", 7, []),
+        ("screen.drop", 0.1, ["screen", "report"]),
+        ("screen.rise", 0.05, ["screen", "report"]),
         ("run.seed", 1, ALL),
         ("report.max_examples", 3, ["report"]),
         ("run.device", "cpu", []),
@@ -207,7 +209,7 @@ def test_a_truth_belongs_to_its_plan_again_when_the_plan_comes_back(world):
     other = changed(values, "training.learning_rate", 0.5)
     for name in ("rollout", "forecast", "report"):
         commit(name, other, rundir)
-    assert stale(other, rundir) == ["verify"]
+    assert stale(other, rundir) == ["verify", "screen"]
     for name in ("rollout", "forecast"):
         commit(name, values, rundir)
     assert stale(values, rundir) == ["report"]

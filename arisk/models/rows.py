@@ -14,7 +14,7 @@ from arisk.config import DataConfig
 from arisk.errors import InputError
 from arisk.models.extras import hf_module
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "raw_rows", "read_rows"]
 
 #: Bad rows named in one error.
 LISTED = 10
@@ -55,7 +55,7 @@ def read_rows(config: DataConfig, *, section: str, seed: int) -> list[Row]:
     """
     rows: list[Row] = []
     bad: list[InputError] = []
-    for line, raw in _raw_rows(config, section):
+    for line, raw in raw_rows(config, section):
         try:
             rows.append(_parse(raw, line, config))
         except InputError as err:
@@ -75,8 +75,19 @@ def read_rows(config: DataConfig, *, section: str, seed: int) -> list[Row]:
     return rows
 
 
-def _raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
-    """(line or row number from 1, mapping) of every row; blank lines are passed over."""
+def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
+    """(line or row number from 1, mapping) of every row as it stands in the file; blank lines left out.
+
+    Args:
+        config: path and layout.
+        section: name of the config section, for messages.
+
+    Yields:
+        A line that is no JSON comes as its `JSONDecodeError`.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
     path = Path(config.path)
     if path.suffix in (".jsonl", ".ndjson"):
         yield from _json_lines(path, section)

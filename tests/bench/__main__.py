@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import compare, gradients, guard, smollm2, store
+from tests.bench import compare, gradients, guard, screening, smollm2, store
 
 BENCHES = {
     "compare": compare.main,
     "gradients": gradients.main,
     "store": store.main,
     "guard": guard.main,
+    "screen": screening.main,
     "smollm2": smollm2.main,
 }
 

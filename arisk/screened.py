@@ -1,0 +1,181 @@
+"""What a screening of the fine-tuning rows found: the record of stage screen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+__all__ = ["ScreenPoint", "ScreenResult"]
+
+
+@dataclass(frozen=True)
+class ScreenPoint:
+    """Where on the planned run gradients were taken.
+
+    Attributes:
+        step: real optimizer steps before it; 0 is the aligned model θ*.
+        safety_rise: rise of the mean safety loss there (nats per response token).
+        control_rise: the same on control rows; None without them.
+        weight: Σ η of the planned steps it stands for, over that of all points; in (0, 1].
+    """
+
+    step: int
+    safety_rise: float
+    control_rise: float | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class ScreenResult:
+    """Harm that every fine-tuning row is predicted to push, and the rows that are flagged.
+
+    Attributes:
+        scores: (N,) s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety
+            loss less that of the control loss per unit learning rate, where `contrasted`; else the
+            first term alone. Positive is harmful.
+        first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
+            measured.
+        second_order: (N,) ⟨F u, −D g_j⟩ summed likewise, with u = −D g the planned update and F the
+            empirical Fisher matrix of the safety samples there; for comparison.
+        losses, gradient_norms: (N,) at the last point; nats per response token.
+        null: (N_c,) scores of control rows, each left out of its own ∇L_c; None where there are none.
+        p_values: (N,) probability that a harmless row scores as high, by `null_source`.
+        flagged: row numbers, the most harmful first.
+        rule: how they were chosen, in words. threshold: smallest score that the rule flags, NaN
+            where it flags none.
+        null_source: "control", or "rows" where the bulk of the rows themselves had to serve.
+        points: where gradients were taken. rise_reached: whether the planned run raised the safety
+            loss as far as `rise` within the steps looked at.
+        planned_steps: T. rise: the wanted rise (nats).
+        share: share of the rows' total positive score that the flagged rows carry, NaN where no
+            score is positive.
+        examples: most harmful rows, explained.
+        what_if: forecasts with and without the flagged rows; `status` says where not measured.
+        files: names of the JSONL files beside the record; empty where `files_missing` says why.
+        warnings: sentences for the report.
+    """
+
+    scores: Tensor
+    first_order: Tensor
+    control_order: Tensor | None
+    second_order: Tensor
+    losses: Tensor
+    gradient_norms: Tensor
+    null: Tensor | None
+    p_values: Tensor
+    contrasted: bool
+    flagged: Sequence[int]
+    rule: str
+    threshold: float
+    null_source: Literal["control", "rows"]
+    points: Sequence[ScreenPoint]
+    rise_reached: bool
+    rise: float
+    planned_steps: int
+    share: float
+    examples: Sequence[Mapping[str, Any]]
+    what_if: Mapping[str, Any]
+    files: Sequence[str]
+    files_missing: str | None
+    warnings: Sequence[str]
+
+    @property
+    def order(self) -> list[int]:
+        """Row numbers by falling score; equal scores keep the data's order."""
+        import torch
+
+        return torch.argsort(self.scores, descending=True, stable=True).tolist()
+
+    def reasons(self, row: int) -> list[str]:
+        """Why a flagged row is flagged, in words."""
+        point = self.points[-1]
+        where = f"at step {point.step} of the planned run" if point.step else "at the aligned model"
+        said = [
+            f"score {float(self.scores[row]):+.3g} nats per unit learning rate {where}, flagged from "
+            f"{self.threshold:.3g}: {self.rule}"
+        ]
+        if self.control_order is not None:
+            said.append(
+                f"pushes the safety loss by {float(self.first_order[row]):+.3g} and the control loss by "
+                f"{float(self.control_order[row]):+.3g}"
+            )
+        for example in self.examples:
+            if example["row"] != row:
+                continue
+            hurts = example.get("hurts") or []
+            if hurts:
+                said.append(f"hurts most the safety sample: {hurts[0]['prompt'] or hurts[0]['sample']}")
+            if example.get("modules"):
+                top = example["modules"][0]
+                said.append(f"{top['share']:.0%} of the safety part in {top['module']}")
+        return said
+
+    @property
+    def sentence(self) -> str:
+        """The result in one sentence."""
+        rows, flagged = len(self.scores), len(self.flagged)
+        if flagged == 0:
+            why = (
+                ""
+                if self.rise_reached
+                else ": the planned run does not hurt safety within the steps looked at"
+            )
+            return f"No row of {rows} is flagged{why}."
+        carried = "not measured" if math.isnan(self.share) else f"{self.share:.0%}"
+        rows_are = "row is" if flagged == 1 else "rows are"
+        return f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the positive scores."
+
+    @property
+    def rule_sentence(self) -> str:
+        """The rule that flagged, in a sentence."""
+        return f"Flagged: {self.rule}."
+
+    def findings(self) -> list[str]:
+        """Tested sentences about the result."""
+        said: list[str] = []
+        if len(self.flagged) > len(self.scores) / 2:
+            said.append(
+                "More than half of the rows are flagged: the data as a whole pushes towards harm, or it is "
+                "unlike the control rows."
+            )
+        curves = self.what_if
+        if curves.get("status") == "measured":
+            before, after = curves["before"]["safety"][-1], curves["after"]["safety"][-1]
+            last = curves["before"]["steps"][-1]
+            word = "lowers" if after < before else "does not lower"
+            said.append(
+                f"Dropping the flagged rows {word} the forecast rise of the safety loss at step {last}: "
+                f"{before:+.3g} with them, {after:+.3g} without (nats/token, rollout)."
+            )
+        elif curves:
+            said.append(f"The forecast without the flagged rows was not measured: {curves['reason']}.")
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; NaN where not measured."""
+        return {
+            "sentence": self.sentence,
+            "rows": len(self.scores),
+            "flagged": [int(row) for row in self.flagged],
+            "flagged_share": len(self.flagged) / len(self.scores),
+            "harm_share": self.share,
+            "rule": self.rule,
+            "threshold": self.threshold,
+            "null": self.null_source,
+            "null_rows": None if self.null is None else len(self.null),
+            "contrasted": self.contrasted,
+            "points": [dataclasses.asdict(point) for point in self.points],
+            "rise_reached": self.rise_reached,
+            "planned_steps": self.planned_steps,
+            "examples": [dict(row) for row in self.examples],
+            "what_if": dict(self.what_if),
+            "findings": self.findings(),
+            "files": list(self.files),
+            "files_missing": self.files_missing,
+            "warnings": list(self.warnings),
+        }

@@ -1,0 +1,324 @@
+"""Screening: every score against plain float64 autograd, and the properties a ranking must have."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from arisk.artifacts import read_record, write_record
+from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
+from arisk.errors import InputError, NumericsError
+from arisk.geometry.schedule import learning_rates
+from arisk.gradients import layout_of
+from arisk.screened import ScreenResult
+from arisk.stages import screen as stage
+from arisk.stages.planned_run import PlannedRun, keeping_parameters
+from arisk.stages.screen import flagged_anew, screen
+from arisk.stages.screen_what_if import WithoutRows, dropping
+from arisk.stages.update import preconditioner
+from arisk.task import SampleSet, Task
+
+NAMES = ["0.weight", "0.bias", "2.weight"]
+TRAINING = TrainingConfig(optimizer="adamw", learning_rate=0.02, batch_size=4)
+STEPS = 12
+
+
+def classify(model, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def points(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+class Rows:
+    """Planned batches that can be regrouped: rows in order, epoch after epoch."""
+
+    def __init__(self, data, size=4):
+        self.data, self.size = data, size
+
+    @property
+    def row_count(self):
+        return len(self.data[0])
+
+    def indices(self, number):
+        return [(number * self.size + i) % self.row_count for i in range(self.size)]
+
+    def of(self, rows):
+        return tuple(part[list(rows)] for part in self.data)
+
+    def sample(self, count):
+        return list(range(min(count, self.row_count)))
+
+    def __getitem__(self, number):
+        return self.of(self.indices(number))
+
+    def __iter__(self):
+        number = 0
+        while True:
+            yield self[number]
+            number += 1
+
+
+def task_of(*, finetune=None, control=True, model=None):
+    finetune = finetune or Rows(points(2, 30))
+    held = isinstance(finetune, Rows)
+    rows = [{"tokens": 1 + j % 7, "prompt": f"p{j}", "line": j + 1} for j in range(30)] if held else []
+    x, y = points(1, 12)
+    return Task(
+        model=model or net(),
+        safety=SampleSet("safety", [(x[:8], y[:8]), (x[8:], y[8:])], classify),
+        finetune=SampleSet("finetune", finetune, classify, rows),
+        control=SampleSet("control", Rows(points(3, 20)), classify, [{}] * 20) if control else None,
+        parameter_names=NAMES,
+    )
+
+
+def run(task=None, **settings):
+    config = ScreenConfig(**{"rise": 1e9, "max_steps": 7, "batches": 3, "examples": 5, **settings})
+    return screen(task or task_of(), config=config, training=TRAINING, steps=STEPS)
+
+
+def gradients(model, batch):
+    """(B, P) one row at a time."""
+    parameters = [dict(model.named_parameters())[name] for name in NAMES]
+    rows = []
+    for i in range(len(batch[0])):
+        loss = classify(model, tuple(part[i : i + 1] for part in batch))[0]
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)]))
+    return torch.stack(rows)
+
+
+def oracle(step):
+    """Safety and control part of every row's score, and K, from dense gradients at θ after `step` steps."""
+    task = task_of()
+    layout = layout_of(task.model, NAMES)
+    planned = PlannedRun(task, layout, TRAINING, learning_rates(TRAINING.learning_rate, STEPS))
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_(name in NAMES)
+    for number in range(1, step + 1):
+        planned.step(number)
+    batch = [torch.cat(parts) for parts in zip(*task.safety.batches, strict=True)]
+    safety, rows = gradients(task.model, batch), gradients(task.model, points(2, 30))
+    control = gradients(task.model, points(3, 20))
+    means = torch.stack([gradients(task.model, task.finetune.batches[i]).mean(0) for i in range(3)])
+    d = preconditioner(means.mean(0), means.var(0), TRAINING)
+    left_out = torch.stack([torch.cat([control[:k], control[k + 1 :]]).mean(0) for k in range(20)])
+    null = ((left_out - safety.mean(0)) * d * control).sum(1)
+    first, against = -(rows * d) @ safety.mean(0), -(rows * d) @ control.mean(0)
+    second = (rows * d) @ (safety.T @ (safety @ (d * means.mean(0)))) / len(safety)
+    return first, against, null, safety @ (rows * d).T, second
+
+
+@pytest.fixture(scope="module")
+def made():
+    return run()
+
+
+def test_scores_are_those_of_dense_gradients(made):
+    first, control, null, cross, second = oracle(7)
+    assert [point.step for point in made.points] == [7]
+    assert made.first_order.tolist() == pytest.approx(first.tolist(), rel=1e-9)
+    assert made.control_order.tolist() == pytest.approx(control.tolist(), rel=1e-9)
+    assert made.scores.tolist() == pytest.approx((first - control).tolist(), rel=1e-9)
+    assert made.null.tolist() == pytest.approx(null.tolist(), rel=1e-9)
+    assert made.second_order.tolist() == pytest.approx(second.tolist(), rel=1e-9)
+    for example in made.examples:
+        rises = -cross[:, example["row"]]
+        worst = torch.argsort(rises, descending=True)[:3].tolist()
+        assert [h["sample"] for h in example["hurts"]] == [i for i in worst if rises[i] > 0]
+        assert [h["rise"] for h in example["hurts"]] == pytest.approx(
+            [float(rises[i]) for i in worst if rises[i] > 0], rel=1e-9
+        )
+        assert sum(m["share"] for m in example["modules"]) == pytest.approx(1)
+
+
+def test_both_points_are_weighed_by_the_learning_rates_they_stand_for():
+    made = run(points="both")
+    early, late = made.points
+    assert (early.step, late.step) == (0, 7)
+    assert early.weight == pytest.approx(3 / 12)
+    assert late.weight == pytest.approx(9 / 12)
+    start, end = oracle(0), oracle(7)
+    assert made.first_order.tolist() == pytest.approx((0.25 * start[0] + 0.75 * end[0]).tolist(), rel=1e-9)
+
+
+def test_the_walk_stops_where_safety_has_risen():
+    task = task_of()
+    x = torch.cat([batch[0] for batch in task.safety.batches])
+    # Answers that the model gives already can only be lost.
+    aligned = SampleSet("safety", [(x, task.model(x).argmax(1))], classify)
+    found = run(dataclasses.replace(task, safety=aligned), rise=1e-3, max_steps=12)
+    assert found.points[-1].step in (5, 10)
+    assert found.rise_reached
+    assert found.points[-1].safety_rise >= 1e-3
+    still = run(rise=1e9)
+    assert not still.rise_reached
+    assert still.flagged == []
+    assert "no finding about later steps" in " ".join(still.warnings)
+
+
+def test_batch_size_changes_no_score(made):
+    for size in (1, 7, 64):
+        assert run(batch_size=size).scores.tolist() == pytest.approx(made.scores.tolist(), rel=1e-9)
+
+
+def test_permuted_rows_have_permuted_scores():
+    """The rows of one full batch per step, so that the order changes nothing else."""
+    x, y = points(2, 30)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(5))
+    plain = run(task_of(finetune=Rows((x, y), size=30)))
+    moved = run(task_of(finetune=Rows((x[order], y[order]), size=30)))
+    assert moved.scores.tolist() == pytest.approx(plain.scores[order].tolist(), rel=1e-7)
+
+
+def test_a_loader_that_cannot_be_regrouped_is_scored_by_number(made):
+    x, y = points(2, 30)
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 30, 4)]
+
+    def forever():
+        while True:
+            yield from batches
+
+    class Endless:
+        def __iter__(self):
+            return forever()
+
+    for loader in (batches, Endless()):
+        found = run(task_of(finetune=loader), points="start")
+        expected = run(points="start", batches=3)
+        count = min(30, len(found.scores))
+        assert len(found.scores) == (30 if loader is batches else STEPS * TRAINING.batch_size)
+        assert found.scores[:count].tolist() == pytest.approx(expected.scores[:count].tolist(), rel=1e-9)
+    assert dropping(
+        task_of(finetune=batches), [1], config=RolloutConfig(), training=TRAINING, steps=STEPS
+    ) == {"status": "not_measured", "reason": "the fine-tuning data cannot be regrouped by row"}
+
+
+def test_the_model_is_left_as_found():
+    task = task_of()
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    state = torch.random.get_rng_state()
+    run(task)
+    assert all(torch.equal(before[name], p) for name, p in task.model.named_parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_without_control_the_contrast_is_said_not_to_be_measured():
+    found = run(task_of(control=False))
+    assert found.control_order is None
+    assert found.null is None
+    assert not found.contrasted
+    assert found.null_source == "rows"
+    assert torch.equal(found.scores, found.first_order)
+    assert "was not measured" in found.warnings[0]
+
+
+def test_a_row_that_is_not_finite_is_named():
+    x, y = points(2, 30)
+    x[17] = math.nan
+    with pytest.raises(NumericsError) as caught:
+        run(task_of(finetune=Rows((x, y))), points="start", batches=2)
+    assert caught.value.where.startswith("row 17 ")
+
+
+def test_a_share_is_flagged_exactly_and_the_rest_kept(made):
+    found = flagged_anew(made, ScreenConfig(drop=0.1))
+    assert found.flagged == made.order[:3]
+    assert found.threshold == float(made.scores[found.flagged[-1]])
+    assert torch.equal(found.scores, made.scores)
+    assert [row["flagged"] for row in found.examples] == [True] * 3 + [False] * 2
+
+
+def test_rows_far_outside_the_null_are_flagged_and_no_others(made):
+    scores = made.null[torch.arange(30) % 20].clone()
+    scores[[4, 11]] = 1e3 * made.null.abs().max()
+    told = dataclasses.replace(made, scores=scores, rise_reached=True)
+    assert sorted(flagged_anew(told, ScreenConfig()).flagged) == [4, 11]
+    clean = dataclasses.replace(told, scores=made.null[torch.arange(30) % 20])
+    assert flagged_anew(clean, ScreenConfig()).flagged == []
+    assert flagged_anew(clean, ScreenConfig()).sentence == "No row of 30 is flagged."
+
+
+def test_a_data_set_of_which_nothing_would_be_kept_is_an_error(made):
+    told = dataclasses.replace(made, scores=made.null.abs().max() * torch.full((30,), 1e6), rise_reached=True)
+    with pytest.raises(InputError, match="none would be kept"):
+        flagged_anew(told, ScreenConfig())
+
+
+def test_a_killed_screening_goes_on_and_ends_the_same(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "SHARD_ROWS", 8)
+    done = 0
+    products = stage.row_products
+
+    def dying(*given, **settings):
+        nonlocal done
+        done += 1
+        if done == 4:
+            raise KeyboardInterrupt
+        return products(*given, **settings)
+
+    config = ScreenConfig(rise=1e9, max_steps=7, batches=3, examples=5)
+    monkeypatch.setattr(stage, "row_products", dying)
+    with pytest.raises(KeyboardInterrupt):
+        screen(task_of(), config=config, training=TRAINING, steps=STEPS, workspace=tmp_path)
+    kept = sorted(path.name for path in tmp_path.glob("rows-finetune-*.safetensors"))
+    assert len(kept) == 3
+    monkeypatch.setattr(stage, "row_products", products)
+    monkeypatch.setattr(stage, "SHARD_ROWS", 8)
+    again = screen(task_of(), config=config, training=TRAINING, steps=STEPS, workspace=tmp_path)
+    assert torch.equal(again.scores, made.scores)
+    assert torch.equal(again.null, made.null)
+
+
+def test_a_plan_without_rows_trains_on_all_others_in_order():
+    base = Rows(points(2, 10), size=3)
+    left = WithoutRows(base, [1, 4])
+    assert left.row_count == 8
+    assert [left.indices(i) for i in range(3)] == [[0, 2, 3], [5, 6, 7], [8, 9, 0]]
+    assert left.sample(4) == [0, 2, 3, 5]
+    assert torch.equal(left[0][0], base.data[0][[0, 2, 3]])
+
+
+def test_dropping_rolls_the_plan_out_with_and_without():
+    task = task_of()
+    layout = layout_of(task.model, NAMES)
+    config = RolloutConfig(pilot_steps=12, rare_rows=False)
+    found = dropping(task, [3, 5], config=config, training=TRAINING, steps=STEPS)
+    rates = learning_rates(TRAINING.learning_rate, STEPS)
+    ends = {}
+    for name, batches in (
+        ("before", task.finetune.batches),
+        ("after", WithoutRows(task.finetune.batches, [3, 5])),
+    ):
+        one = task_of(finetune=None)
+        one = dataclasses.replace(one, finetune=dataclasses.replace(one.finetune, batches=batches))
+        with keeping_parameters(one.model, layout):
+            planned = PlannedRun(one, layout, TRAINING, rates)
+            before = torch.cat([classify(one.model, b) for b in one.safety.batches]).mean()
+            for number in range(1, STEPS + 1):
+                planned.step(number)
+            ends[name] = float(
+                (torch.cat([classify(one.model, b) for b in one.safety.batches]).mean() - before).detach()
+            )
+    for name, end in ends.items():
+        assert found[name]["safety"][-1] == pytest.approx(end, rel=1e-6)
+    assert dropping(task, [], config=config, training=TRAINING, steps=STEPS)["reason"] == "no row is flagged"
+
+
+def test_the_record_survives_the_disk(made, tmp_path):
+    write_record(tmp_path, made)
+    again = read_record(tmp_path, ScreenResult)
+    assert again.points == list(made.points)
+    assert torch.equal(again.scores, made.scores)
+    assert again.as_json()["sentence"] == made.sentence
