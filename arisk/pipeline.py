@@ -33,7 +33,7 @@ OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
-    *("state.json", "state-*.safetensors"),
+    *("state.json", "state-*.safetensors", "arm-*/*"),
 )
 
 

@@ -14,6 +14,7 @@ from arisk.artifacts import FORMAT_VERSION, read_tensors, write_tensors, write_t
 from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
+from arisk.guarded import GuardResult
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.verified import VerifyResult
@@ -126,6 +127,28 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     )
 
 
+def _guard(job: Job, workspace: Path) -> GuardResult:
+    from arisk.stages.guard import guard
+
+    config = job.config
+    reach = job.states["guard"].ingredients["config"]["guard.steps"]
+    return guard(
+        job.task,
+        config=config.guard.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _guard_extra(job: Job) -> Extra:
+    from arisk.report.guarding import guard_extra
+
+    return guard_extra(job.record("guard", GuardResult), job.config)
+
+
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
     from arisk.comparison import compare
@@ -202,8 +225,9 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "rollout": _rollout,
     "forecast": _forecast,
     "verify": _verify,
+    "guard": _guard,
     "report": _report,
 }
 
 #: What optional stages show on the report, by stage.
-EXTRAS: dict[str, Callable[[Job], Extra]] = {}
+EXTRAS: dict[str, Callable[[Job], Extra]] = {"guard": _guard_extra}

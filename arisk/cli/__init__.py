@@ -6,7 +6,7 @@ Results go to stdout, progress and errors to stderr. No torch is imported here: 
 
 from __future__ import annotations
 
-from arisk.cli import acts, stages
+from arisk.cli import acts, guarding, stages
 from arisk.cli.app import app, main
 
-__all__ = ["acts", "app", "main", "stages"]
+__all__ = ["acts", "app", "guarding", "main", "stages"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,10 @@ from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.layout import parameters_of
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
-__all__ = ["BatchStream", "PlannedRun", "keeping_parameters", "put"]
+__all__ = ["BatchStream", "PlannedRun", "Protect", "keeping_parameters", "put"]
+
+#: `protect(step)` changes `.grad` of the parameters in place and tells values for the record.
+Protect = Callable[[int], Mapping[str, float]]
 
 
 @contextmanager
@@ -120,6 +123,10 @@ class PlannedRun:
         self.stream = BatchStream(task.finetune, self.parameters[0].device)
         self.optimizer = planned_optimizer(self.parameters, training)
         self.gradient_evaluations = 0
+        #: Called with the step's number between the backward pass and clipping; changes `.grad`.
+        self.protect: Protect | None = None
+        #: What it gave back for the last step.
+        self.notes: Mapping[str, float] = {}
 
     def step(self, number: int) -> float:
         """Optimizer step `number` (from 1) on its planned batches; returns the mean loss before it.
@@ -164,6 +171,8 @@ class PlannedRun:
             (loss / count).backward()
             total += float(loss.detach()) / count
         self.gradient_evaluations += count
+        if self.protect is not None:
+            self.notes = self.protect(number)
         if self.training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
         return total
