@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 from typing import Any
 
-__all__ = ["Arm", "Choice", "GuardResult", "choose", "drift_share", "guard_summary", "task_cost"]
+__all__ = [
+    "Arm",
+    "Choice",
+    "GuardResult",
+    "choose",
+    "drift_share",
+    "guard_summary",
+    "paired_error",
+    "task_cost",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,17 @@ def drift_share(arm: Arm, plain: Arm) -> float:
     if arm.diverged_at is not None or plain.diverged_at is not None or plain.safety[-1] <= 0:
         return math.nan
     return arm.safety[-1] / plain.safety[-1]
+
+
+def paired_error(arm: Arm, plain: Arm) -> float:
+    """Standard error of the mean difference of the safety samples' final losses, arm minus plain (nats).
+
+    Paired by sample; NaN below two samples, or where one diverged.
+    """
+    if arm.diverged_at is not None or plain.diverged_at is not None or len(arm.final_safety) < 2:
+        return math.nan
+    pairs = [a - b for a, b in zip(arm.final_safety, plain.final_safety, strict=True)]
+    return stdev(pairs) / math.sqrt(len(pairs))
 
 
 def choose(result: GuardResult, *, threshold: float, tolerated: float, wanted: float) -> Choice:

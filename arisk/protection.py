@@ -18,22 +18,30 @@ __all__ = [
 ]
 
 Method = Literal["plain", "alignguard", "ewc", "projection", "replay"]
-Strengths = Annotated[list[PositiveFloat], Field(min_length=1)]
+Relaxation = Annotated[float, Field(gt=0, lt=4)]
 
 
 class AlignGuardArm(Section):
     """The AlignGuard penalty, in ΔW coordinates."""
 
     strengths: Annotated[list[PositiveFloat | Literal["as_given"]], Field(min_length=1)] = Field(
-        default=["as_given", 3.0, 30.0]
+        default=["as_given", 10.0]
     )
     """One arm each: the penalty's gradient over the task's after the calibration steps; as_given: the
-    weights λ of `AlignGuardConfig` as they are."""
+    weights λ of `AlignGuardConfig` and directions of rank 32 at temperature 1."""
+    relaxations: list[Relaxation] = Field(default=[1.5])
+    """One arm each: the Fisher term applied after each optimizer step instead of in the loss, by this share
+    of Polyak's step; needs no λ."""
+    repeats: PositiveInt = 3
+    """Relaxation steps per optimizer step."""
+    temperature: PositiveFloat | None = None
+    """Directions are those of the safety loss at logits / this: at 1 the gradients of a well aligned model
+    have all but vanished, and with them most directions. Default 4, or 1 for a loss given from Python."""
     task_share: NonNegativeFloat = 0.0
     """Gradient of the task term ‖ΔW_T‖² over that of the Fisher term, set at calibration."""
     overlap_share: NonNegativeFloat = 0.0
     """Gradient of the overlap term over that of the Fisher term, set at calibration."""
-    rank: PositiveInt = 32
+    rank: PositiveInt = 96
     """Directions of the safety subspace in ΔW space."""
     width: PositiveInt = 32
     """Rows and columns of the core into which each matrix's safety gradients are compressed."""
@@ -46,8 +54,14 @@ class AlignGuardArm(Section):
 class EwcArm(Section):
     """Elastic weight consolidation: λ Σ_j F_jj (θ_j − θ*_j)², F of the safety data, θ what trains."""
 
-    strengths: Strengths = Field(default=[3.0, 30.0])
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[10.0])
     """One arm each: the penalty's gradient over the task's after the calibration steps."""
+    relaxations: list[Relaxation] = Field(default=[1.5])
+    """One arm each: the penalty applied after each optimizer step, as for alignguard."""
+    repeats: PositiveInt = 3
+    """Relaxation steps per optimizer step."""
+    temperature: PositiveFloat = 1.0
+    """The Fisher diagonal is that of the safety loss at logits / this."""
 
 
 class ProjectionArm(Section):
@@ -65,7 +79,7 @@ class ProjectionArm(Section):
 class ReplayArm(Section):
     """A small safety minibatch's loss, mixed into every step: the plain remedy."""
 
-    strengths: Strengths = Field(default=[0.1, 0.3])
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[0.1, 0.3])
     """One arm each: λ of L = L_task + λ L_safety."""
     rows: PositiveInt = 8
     """Safety rows per optimizer step."""

@@ -8,6 +8,7 @@ from arisk.guard.ewc import ewc_penalty, fisher_diagonals, per_sample_rows
 from arisk.guard.factored import Factored
 from arisk.guard.mitigator import LoRAMitigator, PenaltyTerms, RegularizedLoss
 from arisk.guard.projection import leading_directions, outside, without_conflict
+from arisk.guard.relaxation import relax
 from arisk.guard.replay import SafetyBatches
 from arisk.guard.settings import AlignGuardConfig
 from arisk.guard.sites import Site, adapter_sites, weight_sites
@@ -31,6 +32,7 @@ __all__ = [
     "matched_sites",
     "outside",
     "per_sample_rows",
+    "relax",
     "safety_directions",
     "weight_sites",
     "without_conflict",

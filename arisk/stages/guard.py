@@ -69,13 +69,13 @@ def guard(
         judged = task_rows(task, fresh().stream, config.task_samples, last * training.gradient_accumulation)
         plan = Plan(task, layout, fresh, config, frozenset(points), seed)
         names = arm_names(config)
-        for number, (label, method, strength) in enumerate(names):
+        for number, name in enumerate(names):
             folder = workspace / f"arm-{number:02d}" if workspace else None
             done = _finished(folder)
             if done is None:
                 with keeping_parameters(task.model, layout):
-                    run = ArmRun(plan, judged, points, label, f"arm {number + 1} of {len(names)}", progress)
-                    done = run.carry_out(method, strength, folder)
+                    run = ArmRun(plan, judged, points, name, f"arm {number + 1} of {len(names)}", progress)
+                    done = run.carry_out(folder)
                 _keep(folder, done)
             arms.append(done)
             if number == 0 and done.diverged_at is not None:

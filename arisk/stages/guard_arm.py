@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from arisk.errors import NumericsError
 from arisk.guarded import Arm
 from arisk.progress import Progress
-from arisk.stages.guard_methods import Plan, Protection, protection
+from arisk.stages.guard_methods import ArmName, Plan, Protection, protection
 from arisk.stages.guard_task import TaskRows
 from arisk.stages.probe import sample_losses
 from arisk.stages.rollout import limited
@@ -35,7 +34,7 @@ class ArmRun:
         plan: model, data, recipe.
         judged: rows of the task loss.
         points: steps at which losses are measured, from 0.
-        label: the arm's name.
+        name: which arm.
         said: the arm for the progress display.
         progress: told of optimizer steps done.
     """
@@ -45,11 +44,11 @@ class ArmRun:
         plan: Plan,
         judged: TaskRows,
         points: Sequence[int],
-        label: str,
+        name: ArmName,
         said: str,
         progress: Progress,
     ) -> None:
-        self.plan, self.judged, self.points, self.label = plan, judged, list(points), label
+        self.plan, self.judged, self.points, self.name = plan, judged, list(points), name
         self.said, self.progress = said, progress
         task = plan.task
         self.run = plan.fresh()
@@ -62,7 +61,7 @@ class ArmRun:
         self.reason: str | None = None
         self.next_save = time.monotonic() + SAVE_EVERY
 
-    def carry_out(self, method: str, strength: Any, folder: Path | None) -> Arm:
+    def carry_out(self, folder: Path | None) -> Arm:
         """Build the protection, take all steps that are left, and give the record.
 
         Raises:
@@ -70,14 +69,14 @@ class ArmRun:
                 be built.
             ConfigError: the method cannot be used on this model.
         """
-        self.progress(f"{self.said}: {self.label}", 0, self.points[-1])
+        self.progress(f"{self.said}: {self.name.label}", 0, self.points[-1])
         started = time.process_time()
-        made = protection(self.plan, method, strength)
-        self.run.protect = made.protect
+        made = protection(self.plan, self.name)
+        self.run.protect, self.run.correct = made.protect, made.correct
         setup = time.process_time() - started
         self.resume(folder)
         self.to_the_end(folder)
-        return self.arm(method, strength if isinstance(strength, float) else None, made, setup)
+        return self.arm(made, setup)
 
     def resume(self, folder: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
@@ -97,7 +96,7 @@ class ArmRun:
         """All optimizer steps that are left; a divergence ends the arm."""
         last = self.points[-1]
         for number in range(self.track.at + 1, last + 1):
-            self.progress(f"{self.said}: {self.label}", number - 1, last)
+            self.progress(f"{self.said}: {self.name.label}", number - 1, last)
             started = time.process_time()
             try:
                 with dropping_out(self.dropouts, self.plan.seed + number):
@@ -110,7 +109,7 @@ class ArmRun:
                 break
             if folder and time.monotonic() > self.next_save:
                 self.save(folder)
-        self.progress(f"{self.said}: {self.label}", last, last)
+        self.progress(f"{self.said}: {self.name.label}", last, last)
 
     def save(self, folder: Path) -> None:
         """Keep the state; a large model, whose state takes long to write, is saved less often."""
@@ -139,14 +138,14 @@ class ArmRun:
                 track.others.setdefault(name, []).append(losses)
         return True
 
-    def arm(self, method: str, strength: float | None, made: Protection, setup: float) -> Arm:
+    def arm(self, made: Protection, setup: float) -> Arm:
         """The record: changes against the start, and the notes of the steps as means between points."""
         track = self.track
         safety = torch.stack(track.safety)
         return Arm(
-            label=self.label,
-            method=method,
-            strength=strength,
+            label=self.name.label,
+            method=self.name.method,
+            strength=self.name.strength,
             weights=dict(made.weights),
             note=made.note,
             steps=track.steps,

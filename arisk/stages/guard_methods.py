@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arisk.config import GuardConfig
 from arisk.errors import ConfigError, NumericsError
@@ -30,17 +30,21 @@ from arisk.guard import (
     matched_sites,
     outside,
     per_sample_rows,
+    relax,
     weight_sites,
     without_conflict,
 )
+from arisk.models.sampled import tempered
 from arisk.stages.guard_gradients import Terms, add_gradients, calibrated, gradients_of, put_gradients
 from arisk.stages.planned_run import PlannedRun, Protect
 from arisk.task import Task
 
-__all__ = ["Plan", "Protection", "arm_names", "protection"]
+__all__ = ["ArmName", "Plan", "Protection", "arm_names", "protection"]
 
 #: Largest matrix of per-sample gradients that `projection: subspace` holds (GB).
 MEMORY_GB = 2.0
+#: Rank of the directions of the arm with the weights as given.
+GIVEN_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class ArmName:
+    """Which arm: a method at a strength, in one of its kinds.
+
+    Attributes:
+        label: unique.
+        method: `plain`, `alignguard`, `ewc`, `projection` or `replay`.
+        strength: c or λ; None where there is none.
+        kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection.
+    """
+
+    label: str
+    method: str
+    strength: float | None
+    kind: str = "loss"
+
+
+@dataclass(frozen=True)
 class Protection:
     """What is done to the gradients: `protect` of a planned run, and what there is to say about it.
 
     Attributes:
-        protect: None changes nothing.
+        protect: changes the gradients; None changes nothing.
+        correct: changes the parameters after the optimizer's step; None changes nothing.
         weights: λ by term.
         note: what is guarded, and what is not.
     """
@@ -77,42 +99,49 @@ class Protection:
     protect: Protect | None
     weights: Mapping[str, float]
     note: str
+    correct: Protect | None = None
 
 
-def arm_names(config: GuardConfig) -> list[tuple[str, str, Any]]:
-    """(label, method, strength or kind) of every arm in order."""
-    arms: list[tuple[str, str, Any]] = []
+def arm_names(config: GuardConfig) -> list[ArmName]:
+    """Every arm in order."""
+    arms: list[ArmName] = []
     for method in config.methods:
         if method == "plain":
-            arms.append(("plain", "plain", None))
+            arms.append(ArmName("plain", method, None))
         elif method == "projection":
-            arms += [(f"projection {kind}", method, kind) for kind in dict.fromkeys(config.projection.kinds)]
+            kinds = dict.fromkeys(config.projection.kinds)
+            arms += [ArmName(f"projection {kind}", method, None, kind) for kind in kinds]
         else:
-            strengths: Sequence[Any] = getattr(config, method).strengths
-            arms += [(f"{method} {_name(value)}", method, value) for value in dict.fromkeys(strengths)]
+            settings: Any = getattr(config, method)
+            arms += [_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)]
+            after = dict.fromkeys(getattr(settings, "relaxations", ()))
+            arms += [ArmName(f"{method} after {c:g}", method, c, "after") for c in after]
     return arms
 
 
-def _name(strength: float | str) -> str:
-    return strength.replace("_", " ") if isinstance(strength, str) else f"{strength:g}"
+def _in_the_loss(method: str, strength: float | str) -> ArmName:
+    if isinstance(strength, str):
+        return ArmName(f"{method} as given", method, None, "as_given")
+    return ArmName(f"{method} {strength:g}", method, strength, "loss")
 
 
-def protection(plan: Plan, method: str, strength: Any) -> Protection:
-    """Build one protection.
+def protection(plan: Plan, arm: ArmName) -> Protection:
+    """Build the protection of one arm.
 
     Raises:
         ConfigError: the method cannot be used on this model.
         NumericsError: a safety gradient is not finite, or all are zero.
     """
-    return _BUILDERS[method](plan, strength)
+    return _BUILDERS[arm.method](plan, arm)
 
 
-def _plain(plan: Plan, strength: Any) -> Protection:
-    del plan, strength
+def _plain(plan: Plan, arm: ArmName) -> Protection:
+    del plan, arm
     return Protection(None, {}, "No protection.")
 
 
-def _replay(plan: Plan, strength: float) -> Protection:
+def _replay(plan: Plan, arm: ArmName) -> Protection:
+    strength = arm.strength or 0.0
     task, parameters = plan.task, plan.fresh().parameters
     stream = SafetyBatches(task.safety, plan.config.replay.rows, plan.seed, _device(plan))
 
@@ -123,26 +152,54 @@ def _replay(plan: Plan, strength: float) -> Protection:
     return Protection(protect, {"safety loss": strength}, "Trains on safety rows; it needs them at hand.")
 
 
-def _ewc(plan: Plan, strength: float) -> Protection:
-    task, parameters = plan.task, plan.fresh().parameters
-    diagonals = fisher_diagonals(task.model, plan.layout, task.safety)
+def _ewc(plan: Plan, arm: ArmName) -> Protection:
+    task, settings, parameters = plan.task, plan.config.ewc, plan.fresh().parameters
+    safety = tempered(task.safety, settings.temperature, "guard.ewc.temperature")
+    diagonals = fisher_diagonals(task.model, plan.layout, safety)
     reference = [p.detach().clone() for p in parameters]
     blind = sum(d.numel() for d in diagonals if not bool(d.any()))
     total = sum(d.numel() for d in diagonals)
     if blind == total:
         raise _all_zero("ewc")
-    one = lambda: {"fisher": ewc_penalty(parameters, reference, diagonals)}  # noqa: E731
-    weights = calibrated(plan.fresh, one, {"fisher": strength}, plan.config.calibration_steps)
     note = "Coordinates: the parameters that train."
     if blind:
         note += f" {blind / total:.0%} of them (a fresh adapter's A) have Fisher 0 and are not guarded."
-    weighted = lambda _: {name: weights[name] * value for name, value in one().items()}  # noqa: E731
+
+    def penalty() -> Tensor:
+        return ewc_penalty(parameters, reference, diagonals)
+
+    if arm.kind == "after":
+        return _after(plan, arm, penalty, parameters, settings.repeats, note)
+    wanted = {"fisher": arm.strength or 0.0}
+    weights = calibrated(plan.fresh, lambda: {"fisher": penalty()}, wanted, plan.config.calibration_steps)
+    weighted = lambda _: {"fisher": weights["fisher"] * penalty()}  # noqa: E731
     return Protection(_penalising(plan, parameters, weighted), weights, note)
 
 
-def _projection(plan: Plan, kind: str) -> Protection:
+def _after(
+    plan: Plan,
+    arm: ArmName,
+    penalty: Callable[[], Tensor],
+    parameters: Sequence[nn.Parameter],
+    repeats: int,
+    note: str,
+) -> Protection:
+    """The penalty applied beside the optimizer."""
+    del plan
+    factor = arm.strength or 0.0
+
+    def correct(number: int) -> Mapping[str, float]:
+        del number
+        before, after = relax(penalty, parameters, factor=factor, repeats=repeats)
+        return {"fisher before relaxation": before, "fisher": after}
+
+    said = f"{note} Applied after each optimizer step, {repeats} times {factor:g} of Polyak's step."
+    return Protection(None, {}, said, correct)
+
+
+def _projection(plan: Plan, arm: ArmName) -> Protection:
     task, parameters = plan.task, plan.fresh().parameters
-    if kind == "subspace":
+    if arm.kind == "subspace":
         return _subspace(plan, parameters)
     stream = SafetyBatches(task.safety, plan.config.projection.rows, plan.seed, _device(plan))
 
@@ -180,25 +237,40 @@ def _subspace(plan: Plan, parameters: Sequence[nn.Parameter]) -> Protection:
     return Protection(protect, {}, note)
 
 
-def _alignguard(plan: Plan, strength: float | str) -> Protection:
+def _alignguard(plan: Plan, arm: ArmName) -> Protection:
     settings, parameters = plan.config.alignguard, plan.fresh().parameters
-    form = {name: getattr(settings, name) for name in ("rank", "width", "split", "overlap_rows")}
-    given = AlignGuardConfig(**form, seed=plan.seed)
+    given = arm.kind == "as_given"
+    form = {name: getattr(settings, name) for name in ("width", "split", "overlap_rows")}
+    rank = GIVEN_RANK if given else settings.rank
+    config = AlignGuardConfig(**form, rank=rank, seed=plan.seed)
     sites, note = _sites(plan)
-    guard = build_mitigator(plan.task.model, plan.task.safety, given, sites=sites)
+    safety = tempered(
+        plan.task.safety, 1.0 if given else settings.temperature, "guard.alignguard.temperature"
+    )
+    guard = build_mitigator(plan.task.model, safety, config, sites=sites)
     assert guard.directions is not None
     note += f" {len(guard.directions.eigenvalues)} directions hold {guard.directions.explained:.0%} of tr F."
-    if not isinstance(strength, str):
-        shares = {"fisher": 1.0, "task": settings.task_share, "overlap": settings.overlap_share}
-        wanted = {name: strength * share for name, share in shares.items() if share > 0}
-        single = _reweighted(plan, guard, dict.fromkeys(wanted, 1.0))
-        one = lambda: _acting(single, wanted)  # noqa: E731
-        found = calibrated(plan.fresh, one, wanted, plan.config.calibration_steps)
-        guard = _reweighted(plan, guard, found)
+    if arm.kind == "after":
+        single = _reweighted(plan, guard, {"fisher": 1.0})
+        return _after(plan, arm, lambda: single.penalty().fisher, parameters, settings.repeats, note)
+    if not given:
+        guard = _weighed(plan, arm.strength or 0.0, guard)
     weights = {name: weight for name, weight in _weights(guard.config).items() if weight > 0}
+    if config.split == "subspace" and "geodesic" in weights:
+        note += " The geodesic term is zero by construction with this split."
     return Protection(
         _penalising(plan, parameters, lambda step: _acting(guard, weights, step)), weights, note
     )
+
+
+def _weighed(plan: Plan, strength: float, guard: LoRAMitigator) -> LoRAMitigator:
+    """The mitigator with λ by calibration, the geodesic term left out."""
+    settings = plan.config.alignguard
+    shares = {"fisher": 1.0, "task": settings.task_share, "overlap": settings.overlap_share}
+    wanted = {name: strength * share for name, share in shares.items() if share > 0}
+    single = _reweighted(plan, guard, dict.fromkeys(wanted, 1.0))
+    found = calibrated(plan.fresh, lambda: _acting(single, wanted), wanted, plan.config.calibration_steps)
+    return _reweighted(plan, guard, found)
 
 
 def _reweighted(plan: Plan, guard: LoRAMitigator, weights: Mapping[str, float]) -> LoRAMitigator:
@@ -268,7 +340,7 @@ def _all_zero(where: str) -> NumericsError:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[Plan, Any], Protection]] = {
+_BUILDERS: Mapping[str, Callable[[Plan, ArmName], Protection]] = {
     "plain": _plain,
     "alignguard": _alignguard,
     "ewc": _ewc,

@@ -18,7 +18,7 @@ from arisk.task import Batch, RowBatches, SampleSet, Task
 
 __all__ = ["BatchStream", "PlannedRun", "Protect", "keeping_parameters", "put"]
 
-#: `protect(step)` changes `.grad` of the parameters in place and tells values for the record.
+#: `protect(step)` changes `.grad`, or the parameters, in place and tells values for the record.
 Protect = Callable[[int], Mapping[str, float]]
 
 
@@ -125,7 +125,9 @@ class PlannedRun:
         self.gradient_evaluations = 0
         #: Called with the step's number between the backward pass and clipping; changes `.grad`.
         self.protect: Protect | None = None
-        #: What it gave back for the last step.
+        #: Called with the step's number after the optimizer's step; changes the parameters.
+        self.correct: Protect | None = None
+        #: What they gave back for the last step.
         self.notes: Mapping[str, float] = {}
 
     def step(self, number: int) -> float:
@@ -138,6 +140,8 @@ class PlannedRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[number - 1]
         self.optimizer.step()
+        if self.correct is not None:
+            self.notes = {**self.notes, **self.correct(number)}
         return loss
 
     def loss(self, number: int) -> float:
