@@ -12,6 +12,7 @@ from arisk.guard.relaxation import relax
 from arisk.guard.replay import SafetyBatches
 from arisk.guard.settings import AlignGuardConfig
 from arisk.guard.sites import Site, adapter_sites, weight_sites
+from arisk.guard.watch import mean_loss
 
 __all__ = [
     "AlignGuardConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "fisher_mass",
     "leading_directions",
     "matched_sites",
+    "mean_loss",
     "outside",
     "per_sample_rows",
     "relax",

@@ -37,7 +37,12 @@ def main() -> None:
     safety = SampleSet("safety", data[:2], per_sample_nll)
     step = seconds(lambda: per_sample_nll(model, data[3]).mean().backward())
     rows = [["training step", f"{step:.3f}", "1"]]
-    for name, settings in (("all terms", {}), ("without overlap", {"alpha": 0.0})):
+    for name, settings in (
+        ("all terms, overlap exact", {}),
+        ("all terms, overlap on 64 rows a matrix", {"overlap_rows": 64}),
+        ("all terms, overlap on 16 rows a matrix", {"overlap_rows": 16}),
+        ("without overlap", {"alpha": 0.0}),
+    ):
         guard = build_mitigator(model, safety, AlignGuardConfig(rank=16, **settings))
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):
