@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import gradients, guard, smollm2, store
+from tests.bench import gradients, guard, guard_arms, guard_smollm2, smollm2, store
 
-BENCHES = {"gradients": gradients.main, "store": store.main, "guard": guard.main, "smollm2": smollm2.main}
+BENCHES = {
+    "gradients": gradients.main,
+    "store": store.main,
+    "guard-cost": guard.main,
+    "guard": lambda: (guard.main(), guard_arms.main([])),
+    "guard-smollm2": guard_smollm2.main,
+    "smollm2": smollm2.main,
+}
 
 
 def main() -> None:

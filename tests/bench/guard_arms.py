@@ -125,13 +125,13 @@ def measured(mode: str, name: str, folder: Path, *, quick: bool) -> GuardResult:
     return made
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a table per job and the arm that the rule recommends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer arms, two jobs")
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--work", type=Path, default=None)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
     jobs = [job for job in JOBS if given.only is None or "-".join(job) in given.only][
         : 2 if given.quick else None

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=None)
-    given = parser.parse_args()
+    given, _ = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         found = run(given.data.resolve(), given.work or Path(folder))
     print_table(f"SmolLM2, identity rows, {found['last']} steps", HEADER, [cells(a) for a in found["arms"]])
