@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from arisk import ranks
 from arisk.artifacts import read_record
 from arisk.config import Config
 from arisk.errors import ConfigError
@@ -65,7 +66,7 @@ class Job:
         from arisk.models import load_task
 
         if self.config.run.threads:
-            torch.set_num_threads(self.config.run.threads)
+            torch.set_num_threads(max(1, self.config.run.threads // ranks.local_world()))
         self.show.progress("loading model", 0, 1)
         task = load_task(self.config, device=_device(self.config.run.device))
         self.show.progress("loading model", 1, 1)
@@ -117,7 +118,7 @@ def _device(name: str) -> Any:
 
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", ranks.local_rank() % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

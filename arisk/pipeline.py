@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arisk import ranks
 from arisk.artifacts import read_json, read_record, write_record
 from arisk.comparison import compare
 from arisk.config import Config
@@ -30,6 +32,8 @@ __all__ = ["Outcome", "VerifyOutcome", "run_optional", "run_stages", "run_verify
 NAMES = tuple(spec.name for spec in STAGES)
 #: Stages that only their own command runs.
 OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
+#: Stages in which all processes of a run take part; the others are small, and the first one's alone.
+SHARED = ("collect", "score", "rollout", "verify")
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
@@ -205,13 +209,17 @@ def run_stages(
     rundir = RunDir(run_dir)
     considered = NAMES[: NAMES.index(last) + 1] if last else NAMES
     wanted = (only,) if only in OPTIONAL else tuple(n for n in considered if n not in OPTIONAL)
-    with rundir.lock(command):
+    ranks.join()
+
+    def planned() -> tuple[list[StageState], list[str]]:
         cache = DigestCache(run_dir / ".digests.json")
-        inputs = input_fingerprints(config, cache)
-        states = plan(config, inputs, rundir, asked=only, force=force)
+        states = plan(config, input_fingerprints(config, cache), rundir, asked=only, force=force)
         cache.save()
         rundir.write("config.yaml", dump_config(config))
-        due = _due(states, wanted, first, only, force)
+        return states, _due(states, wanted, first, only, force)
+
+    with rundir.lock(command) if ranks.is_first() else nullcontext():
+        states, due = ranks.from_first(planned)
         job = Job(config, rundir, command, show, {state.stage: state for state in states})
         try:
             for state in states:
@@ -256,19 +264,29 @@ def _execute(job: Job, state: StageState) -> None:
     why = "; ".join(reason.sentence() for reason in state.reasons) or "forced"
     job.show.start(state.stage, why)
     started = time.monotonic()
-    workspace = job.rundir.workspace(state.stage, state.key)
+    workspace = ranks.from_first(lambda: job.rundir.workspace(state.stage, state.key))
     job.records.pop(state.stage, None)
-    made = RUNNERS[state.stage](job, workspace)
-    if made is not None:
-        write_record(workspace, made)
-    job.rundir.commit(
-        state.stage,
-        key=state.key,
-        ingredients=state.ingredients,
-        workspace=workspace,
-        seconds=time.monotonic() - started,
-        leave_out=RESUME_FILES,
-    )
+    made = None
+    if state.stage in SHARED:
+        made = RUNNERS[state.stage](job, workspace)
+    elif ranks.is_first():
+        with ranks.alone():
+            made = RUNNERS[state.stage](job, workspace)
+
+    def commit() -> None:
+        if made is not None:
+            write_record(workspace, made)
+        job.rundir.commit(
+            state.stage,
+            key=state.key,
+            ingredients=state.ingredients,
+            workspace=workspace,
+            seconds=time.monotonic() - started,
+            leave_out=RESUME_FILES,
+        )
+
+    ranks.barrier()  # Every file of the workspace is written.
+    ranks.from_first(commit)
     job.show.finish(state.stage)
     if made is not None:
         job.records[state.stage] = made

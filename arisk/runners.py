@@ -16,6 +16,7 @@ from arisk.configfile import dump_config
 from arisk.graph import STAGES
 from arisk.guarded import GuardResult
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.ranks import is_first
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.verified import VerifyResult
 
@@ -72,7 +73,8 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         seed=config.run.seed,
         progress=job.show.progress,
     )
-    write_tensors(workspace / "directions.safetensors", made.directions)
+    if is_first():
+        write_tensors(workspace / "directions.safetensors", made.directions)
     return made.record
 
 

@@ -22,6 +22,7 @@ RANKS = {
     "task": 0,
     "refusals": 0,
     "problems": 1,
+    "ranks": 1,
     "results": 1,
     "verified": 1,
     "protection": 1.5,
@@ -68,6 +69,7 @@ NO_TORCH = (
     "errors",
     "problems",
     "grid",
+    "ranks",
     "what_if",
 )
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from arisk.errors import AriskError
+from arisk.ranks import is_first
 
 __all__ = ["app", "main"]
 
@@ -54,5 +55,6 @@ def main() -> None:
     except AriskError as err:
         if os.environ.get("ARISK_DEBUG"):
             raise
-        typer.echo("\n".join(err.lines()), err=True)
+        who = "" if is_first() else f"process {os.environ.get('RANK')}: "
+        typer.echo(who + "\n".join(err.lines()), err=True)
         sys.exit(err.exit_code)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from arisk.errors import GateError, InconclusiveError
+from arisk.ranks import is_first
 
 __all__ = [
     "ConfigPath",
@@ -43,12 +44,15 @@ def show(quiet: bool) -> Any:
     """Progress display on stderr: bars in a terminal, a line per stage in a pipe, or nothing."""
     from arisk.terminal import StageDisplay
 
-    return StageDisplay(quiet=quiet)
+    return StageDisplay(quiet=quiet or not is_first())
 
 
 def print_outcome(outcome: Any, as_json: bool) -> None:
     """The result of a run on stdout: the verdict table, or JSON."""
     from arisk.terminal import outcome_text
+
+    if not is_first():
+        return
 
     typer.echo(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
 

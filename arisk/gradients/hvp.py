@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from arisk.errors import ConfigError
 from arisk.gradients.layout import ParameterLayout, parameters_of
 from arisk.gradients.mean import mean_gradient
+from arisk.ranks import share, summed
 from arisk.task import Batch, LossFn
 
 __all__ = ["HvpPlan", "choose_hvp", "hvp"]
@@ -63,8 +64,10 @@ def hvp(
     if norm == 0:
         return torch.zeros_like(vector)
     if method == "autograd":
-        parts = [_double_backward(model, batch, loss_fn, layout, vector) for batch in batches]
-        return torch.stack(parts).mean(0)
+        total = torch.zeros(layout.numel, dtype=_wide(parameters_of(model, layout)[0].dtype))
+        for number in share(len(batches)):
+            total += _double_backward(model, batches[number], loss_fn, layout, vector)
+        return summed(total) / len(batches)
     step = step or STEP_SHARES[1] * _theta_norm(model, layout)
     ahead = _gradient_at(model, batches, loss_fn, layout, vector, step / norm)
     behind = _gradient_at(model, batches, loss_fn, layout, vector, -step / norm)
@@ -171,13 +174,13 @@ def _gradient_at(
             for p, part in zip(parameters, layout.split(vector).values(), strict=True):
                 p.add_(part.to(p.device, p.dtype), alpha=scale)
         total = torch.zeros(layout.numel, dtype=_wide(parameters[0].dtype))
-        for batch in batches:
-            total += mean_gradient(model, batch, loss_fn, layout)[1].to("cpu", total.dtype)
+        for number in share(len(batches)):
+            total += mean_gradient(model, batches[number], loss_fn, layout)[1].to("cpu", total.dtype)
     finally:
         with torch.no_grad():
             for p, old in zip(parameters, saved, strict=True):
                 p.copy_(old)
-    return total / len(batches)
+    return summed(total) / len(batches)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from arisk.artifacts import write_tensors
 from arisk.errors import ArtifactError
 from arisk.geometry.gram import COLUMNS, gram
 from arisk.gradients.layout import ParameterLayout
+from arisk.ranks import rank, summed, world
 
 __all__ = ["GradientStore"]
 
@@ -107,14 +108,17 @@ class GradientStore:
         return shards
 
     def _blocks(self, layout: ParameterLayout) -> Iterator[tuple[int, slice, Tensor]]:
-        """(parameter index, place in the flat vector, (N, columns) block) over all of θ."""
+        """(parameter index, place in the flat vector, (N, columns) block) over this rank's share of θ."""
         samples = self.samples()
         width = max(COLUMNS, BLOCK_ENTRIES // max(samples, 1) // COLUMNS * COLUMNS)
+        number = -1
         for i, name in enumerate(layout.names):
             begin, end = layout.offsets[i], layout.offsets[i + 1]
             for start in range(0, end - begin, width):
                 stop = min(start + width, end - begin)
-                yield i, slice(begin + start, begin + stop), self.rows(name, start, stop)
+                number += 1
+                if number % world() == rank():
+                    yield i, slice(begin + start, begin + stop), self.rows(name, start, stop)
 
     def samples(self) -> int:
         """N, the samples in all shards."""
@@ -145,7 +149,7 @@ class GradientStore:
         grams = torch.zeros(len(layout.modules), samples, samples, dtype=torch.float64)
         # Filled in place: small results kept between large temporaries would fragment the heap.
         dtype = self.rows(layout.names[0], 0, 1).dtype
-        mean, diagonal = torch.empty(layout.numel, dtype=dtype), torch.empty(layout.numel, dtype=dtype)
+        mean, diagonal = torch.zeros(layout.numel, dtype=dtype), torch.zeros(layout.numel, dtype=dtype)
         weights = torch.full((samples,), 1 / samples, dtype=dtype)
         for i, where, block in self._blocks(layout):
             # Three results from one visit of the cache.
@@ -155,7 +159,7 @@ class GradientStore:
                 grams[layout.module_of_parameter[i]] += gram(part)
                 mean[place] = weights @ part
                 diagonal[place] = weights @ part.square()
-        return grams, mean, diagonal
+        return summed(grams), summed(mean), summed(diagonal)
 
     def dots(self, layout: ParameterLayout, directions: Tensor) -> Tensor:
         """G V (N, m) float64 for directions V (P, m)."""
@@ -165,8 +169,11 @@ class GradientStore:
             for start in range(0, block.shape[1], COLUMNS):
                 part = block[:, start : start + COLUMNS]
                 total += part @ directions[where][start : start + COLUMNS].to(part.dtype)
-        return total
+        return summed(total)
 
     def weighted_sum(self, layout: ParameterLayout, weights: Tensor) -> Tensor:
         """Gᵀw (P,) for weights w (N,), in the store's dtype."""
-        return torch.cat([weights.to(block.dtype) @ block for _, _, block in self._blocks(layout)])
+        total = torch.zeros(layout.numel, dtype=self.rows(layout.names[0], 0, 1).dtype)
+        for _, where, block in self._blocks(layout):
+            total[where] = weights.to(block.dtype) @ block
+        return summed(total)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from arisk.gradients import (
     slice_batch,
 )
 from arisk.progress import Progress, silent
+from arisk.ranks import barrier, from_first, gathered, share, world
 from arisk.results import CollectResult
 from arisk.task import Batch, Task
 
@@ -98,7 +100,7 @@ def collect(task: Task, config: CollectConfig, folder: Path, *, progress: Progre
         sizes = [batch_size(batch) for batch in batches]
         choice, invariance = _self_test(task, layout, batches, config.engine)
         run = _Pass(task, layout, batches, sizes, choice.engine, progress)
-        store = _choose_store(config, layout, sum(sizes), folder)
+        store = from_first(partial(_choose_store, config, layout, sum(sizes), folder))
         measure = _measure_stored if store == "gradients" else _measure_gram
         products = measure(run, folder, config.memory_budget_gb)
     _require_gradient(products.gram)
@@ -166,22 +168,24 @@ def _measure_stored(run: _Pass, folder: Path, memory_budget_gb: float) -> _Produ
     """One pass that writes every batch's gradients as a shard, then one sweep over the shards."""
     del memory_budget_gb  # the sweep reads fixed-size column blocks
     store = GradientStore(folder / GRADIENTS_FOLDER)
-    finished = set(store.finished())
+    finished = from_first(lambda: set(store.finished()))
+    count = len(run.batches)
     losses: list[Tensor] = []
-    for index, batch in enumerate(run.batches):
-        run.progress("safety gradients", index, len(run.batches))
+    for index in share(count):
+        run.progress("safety gradients", index, count)
         loss_file = folder / f"losses-{index:05d}.safetensors"
         if index in finished and loss_file.exists():
             losses.append(read_tensors(loss_file)["losses"])
             continue
         blocks: dict[str, Tensor] = {}
-        batch_losses = _gradients(run, run.layout, index, batch, blocks)
+        batch_losses = _gradients(run, run.layout, index, run.batches[index], blocks)
         write_tensors(loss_file, {"losses": batch_losses})
         store.write_shard(index, blocks)
         losses.append(batch_losses)
-    run.progress("safety gradients", len(run.batches), len(run.batches))
+    everyone = torch.cat(gathered(losses, count))  # Waits until every shard is written.
+    run.progress("safety gradients", count, count)
     gram, mean, diagonal = store.sweep(run.layout)
-    return _Products(gram, mean, diagonal, torch.cat(losses))
+    return _Products(gram, mean, diagonal, everyone)
 
 
 def _gradients(
@@ -208,17 +212,24 @@ def _gradients(
 def _measure_gram(run: _Pass, folder: Path, memory_budget_gb: float) -> _Products:
     """One pass per group of parameters that fits the memory budget; nothing of size N × P is kept."""
     # A killed run may have found more free disk and begun a store.
-    shutil.rmtree(folder / GRADIENTS_FOLDER, ignore_errors=True)
+    from_first(lambda: shutil.rmtree(folder / GRADIENTS_FOLDER, ignore_errors=True))
     samples = sum(run.sizes)
     limit = max(1, int(memory_budget_gb * 1e9 / (samples * 4)))
+    # A group is a whole pass over the samples, so ranks take groups: none is left without one.
+    if world() > 1:
+        limit = min(limit, -(-run.layout.numel // world()))
     groups = list(_groups(run.layout, limit))
     gram = torch.zeros(len(run.layout.modules), samples, samples, dtype=torch.float64)
     means: dict[str, Tensor] = {}
     diagonals: dict[str, Tensor] = {}
     losses = torch.zeros(samples, dtype=torch.float64)
-    for index, names in enumerate(groups):
+    files = [folder / f"group-{index:05d}.safetensors" for index in range(len(groups))]
+    for index in share(len(groups)):
         run.progress("safety gradients", index, len(groups))
-        part = _group_products(run, names, folder / f"group-{index:05d}.safetensors")
+        _group_products(run, groups[index], files[index])
+    barrier()
+    for index, names in enumerate(groups):
+        part = _group_products(run, names, files[index])
         losses = part["losses"]
         for name in names:
             position = run.layout.names.index(name)
@@ -245,7 +256,10 @@ def _groups(layout: ParameterLayout, limit: int) -> Iterator[list[str]]:
 def _group_products(run: _Pass, names: Sequence[str], file: Path) -> dict[str, Tensor]:
     """Gram, mean and diagonal of some parameters, from one pass over all samples; kept in `file`."""
     if file.exists():
-        return read_tensors(file)
+        kept = read_tensors(file)
+        # Another budget or number of processes groups the parameters otherwise.
+        if {f"gram.{name}" for name in names} <= kept.keys():
+            return kept
     part_layout = layout_of(run.task.model, names)
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     losses: list[Tensor] = []

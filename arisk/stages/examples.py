@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arisk.gradients import ParameterLayout, batch_size, choose_engine, per_sample_gradients
+from arisk.ranks import gathered, share
 from arisk.stages.update import Update
 from arisk.task import Batch, Task
 
@@ -46,15 +47,11 @@ def score_examples(
     loss_fn = task.finetune.loss_fn
     engine = choose_engine(task.model, batches[0], loss_fn, layout, "auto").engine
     targets = torch.stack([-update.preconditioner * safety_gradient, -update.preconditioner * pull], dim=1)
-    indices: Callable[[int], Sequence[int]] | None = getattr(task.finetune.batches, "indices", None)
+    which = _rows_until(task, batches, limit)
+    own = [_batch_scores(task, layout, batches[i], targets, engine) for i in share(len(which))]
     rows: dict[int, dict[str, Any]] = {}
-    seen = 0
-    for number, batch in enumerate(batches):
-        size = batch_size(batch)
-        scores, norms, losses = _batch_scores(task, layout, batch, targets, engine)
-        which = indices(number) if indices else range(seen, seen + size)
-        seen += size
-        for j, index in enumerate(which):
+    for numbers, (scores, norms, losses) in zip(which, gathered(own, len(which)), strict=True):
+        for j, index in enumerate(numbers):
             if index in rows or len(rows) >= limit:
                 continue
             rows[index] = {
@@ -65,9 +62,23 @@ def score_examples(
                 "first_order": float(scores[j, 0]),
                 "second_order": float(scores[j, 1]),
             }
-        if len(rows) >= limit:
-            break
     return [rows[index] for index in sorted(rows)]
+
+
+def _rows_until(task: Task, batches: Sequence[Batch], limit: int) -> list[Sequence[int]]:
+    """Row numbers of the first batches, as many batches as hold `limit` different rows."""
+    indices: Callable[[int], Sequence[int]] | None = getattr(task.finetune.batches, "indices", None)
+    which: list[Sequence[int]] = []
+    met: set[int] = set()
+    seen = 0
+    for number, batch in enumerate(batches):
+        size = batch_size(batch)
+        which.append(indices(number) if indices else range(seen, seen + size))
+        seen += size
+        met.update(which[-1])
+        if len(met) >= limit:
+            break
+    return which
 
 
 def _batch_scores(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from arisk.config import TrainingConfig
 from arisk.errors import InputError, NumericsError
-from arisk.gradients import ParameterLayout, move_batch
+from arisk.gradients import ParameterLayout, batch_size, move_batch, slice_batch
 from arisk.gradients.layout import parameters_of
+from arisk.ranks import rank, summed, world
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
 __all__ = ["BatchStream", "PlannedRun", "Protect", "keeping_parameters", "put"]
@@ -129,6 +131,8 @@ class PlannedRun:
         self.correct: Protect | None = None
         #: What they gave back for the last step.
         self.notes: Mapping[str, float] = {}
+        #: Whether ranks share the rows of a micro-batch; off where noise is drawn for a whole batch.
+        self.shared = True
 
     def step(self, number: int) -> float:
         """Optimizer step `number` (from 1) on its planned batches; returns the mean loss before it.
@@ -148,11 +152,8 @@ class PlannedRun:
         """The mean loss over the micro-batches of step `number`, without a gradient."""
         count = self.training.gradient_accumulation
         with torch.no_grad():
-            losses = [
-                float(self.task.finetune.loss_fn(self.task.model, self.stream.at(i)).mean())
-                for i in range((number - 1) * count, number * count)
-            ]
-        return sum(losses) / count
+            losses = [self._loss(self.stream.at(i)) for i in range((number - 1) * count, number * count)]
+        return float(self._total(torch.stack(losses))) / count
 
     def gradient(self, number: int) -> float:
         """Clipped `.grad` of the mean loss over the micro-batches of step `number`; returns that loss.
@@ -164,22 +165,52 @@ class PlannedRun:
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for i in range(count):
-            batch = self.stream.at((number - 1) * count + i)
-            loss = self.task.finetune.loss_fn(self.task.model, batch).mean()
-            if not bool(torch.isfinite(loss)):
+            part = self._loss(self.stream.at((number - 1) * count + i))
+            loss = float(self._total(part.detach()))
+            if not math.isfinite(loss):
                 raise NumericsError(
-                    f"training diverges: the loss is {float(loss.detach())} at step {number}",
+                    f"training diverges: the loss is {loss} at step {number}",
                     where=f"planned step {number}",
                     fix="lower `training.learning_rate`, or set `training.max_grad_norm`",
                 )
-            (loss / count).backward()
-            total += float(loss.detach()) / count
+            if part.requires_grad:
+                (part / count).backward()
+            total += loss / count
+        if self._splits:
+            self._sum_gradients()
         self.gradient_evaluations += count
         if self.protect is not None:
             self.notes = self.protect(number)
         if self.training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
         return total
+
+    @property
+    def _splits(self) -> bool:
+        return self.shared and world() > 1
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a micro-batch, or this rank's part of that sum."""
+        model, loss_fn = self.task.model, self.task.finetune.loss_fn
+        if not self._splits:
+            return loss_fn(model, batch).mean()
+        size = batch_size(batch)
+        own = slice(size * rank() // world(), size * (rank() + 1) // world())
+        if own.start == own.stop:
+            return torch.zeros((), device=self.stream.device)
+        weight = (own.stop - own.start) / size
+        return loss_fn(model, slice_batch(batch, own.start, own.stop)).mean() * weight
+
+    def _sum_gradients(self) -> None:
+        """Sum of all ranks' gradients; a parameter that no rank used keeps none, as with one process."""
+        used = summed(torch.tensor([float(p.grad is not None) for p in self.parameters]))
+        for parameter, count in zip(self.parameters, used.tolist(), strict=True):
+            if count:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = summed(own)
+
+    def _total(self, losses: Tensor) -> Tensor:
+        return summed(losses).sum() if self._splits else losses.sum()
 
 
 def planned_optimizer(parameters: list[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from arisk.gradients import ParameterLayout, batch_size, slice_batch
 from arisk.progress import Progress
+from arisk.ranks import gathered, share
 from arisk.task import Batch, LossFn, SampleSet, Task
 
 __all__ = ["Probe", "displaced", "probe_along", "sample_losses"]
@@ -55,16 +56,17 @@ def displaced(model: nn.Module, layout: ParameterLayout, delta: Tensor) -> Gener
 
 
 def sample_losses(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Tensor:
-    """ℓ_i of every sample, (N,) float64; a scalar loss is asked one sample at a time."""
+    """ℓ_i of every sample, (N,) float64; a scalar loss is asked one sample at a time. Shared over ranks."""
     losses: list[Tensor] = []
     with torch.no_grad():
-        for batch in batches:
+        for number in share(len(batches)):
+            batch = batches[number]
             loss = loss_fn(model, batch)
             size = batch_size(batch)
             if loss.ndim == 0 and size > 1:
                 loss = torch.stack([loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(size)])
             losses.append(loss.reshape(-1).to("cpu", torch.float64))
-    return torch.cat(losses)
+    return torch.cat(gathered(losses, len(batches)))
 
 
 def probe_along(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from arisk.gradients import move_batch
+from arisk.ranks import gathered, share
 from arisk.stages.planned_run import PlannedRun
 from arisk.task import RowBatches
 
@@ -104,10 +105,11 @@ class RareRows:
         size = self.batches.size
         found: list[Tensor] = []
         with torch.no_grad():
-            for start in range(0, len(rows), size):
+            starts = range(0, len(rows), size)
+            for start in (starts[number] for number in share(len(starts))):
                 batch = move_batch(self.batches.of(rows[start : start + size]), self.run.stream.device)
                 found.append(self.run.task.finetune.loss_fn(self.run.task.model, batch).reshape(-1).cpu())
-        losses = torch.cat(found).to(torch.float64)
+        losses = torch.cat(gathered(found, len(starts))).to(torch.float64)
         if len(losses) != len(rows):
             return torch.zeros(len(rows))
         return torch.where(losses.isfinite(), losses, -math.inf)

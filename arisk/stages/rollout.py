@@ -21,6 +21,7 @@ from arisk.geometry.schedule import learning_rates
 from arisk.geometry.segments import planned_points
 from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
 from arisk.progress import Progress, silent
+from arisk.ranks import barrier, gathered, is_first, share, world
 from arisk.results import RolloutResult
 from arisk.stages.leap import Block, Leaper
 from arisk.stages.outputs import losses_between, outputs_of
@@ -140,6 +141,7 @@ class _Walk:
     def resume(self, workspace: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
         found = load_state(workspace, self.planned) if workspace else None
+        barrier()  # No rank may save before every one has read.
         if found is not None:
             self.track, self.block = found
             return
@@ -166,7 +168,7 @@ class _Walk:
             except NumericsError:
                 self.track.diverged_at = done + 1
                 break
-            if workspace and time.monotonic() - self.saved > SAVE_EVERY:
+            if workspace and is_first() and time.monotonic() - self.saved > SAVE_EVERY:
                 save_state(workspace, self.planned, self.track, self.block)
                 self.saved = time.monotonic()
         self.progress("rollout", total, total)
@@ -199,18 +201,18 @@ class _Walk:
     def extrapolate(self) -> Tensor | None:
         """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
         loss_fn, model = self.task.safety.loss_fn, self.task.model
-        parts: list[Tensor] = []
-        for batch in self.safety:
+        parts: list[Tensor | None] = []
+        for number in share(len(self.safety)):
+            batch = self.safety[number]
             last = outputs_of(model, batch, loss_fn)
             with self.at_start():
                 first = outputs_of(model, batch, loss_fn)
-            if first is None or last is None:
+            known = first is not None and last is not None
+            parts.append(losses_between(model, batch, loss_fn, first, last, SCALES) if known else None)
+            if parts[-1] is None and world() == 1:
                 return None
-            losses = losses_between(model, batch, loss_fn, first, last, SCALES)
-            if losses is None:
-                return None
-            parts.append(losses)
-        return torch.cat(parts)
+        found = [part for part in gathered(parts, len(self.safety)) if part is not None]
+        return torch.cat(found) if len(found) == len(self.safety) else None
 
     @contextmanager
     def at_start(self) -> Generator[None]:

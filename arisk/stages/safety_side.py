@@ -18,6 +18,7 @@ from arisk.gradients import (
     per_sample_gradients,
     slice_batch,
 )
+from arisk.ranks import rank, summed, world
 from arisk.task import Task
 
 __all__ = ["SafetySide", "recomputed_side", "stored_side"]
@@ -66,15 +67,17 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
     """
     device = next(task.model.parameters()).device
 
-    def run(sink: Callable[[int, str, Tensor], None], names: ParameterLayout) -> None:
-        offset = 0
+    def run(sink: Callable[[int, str, Tensor], None], names: ParameterLayout, *, shared: bool = True) -> None:
+        offset = number = 0
         with measuring(task.model, layout):
             for batch in task.safety.batches:
                 for start in range(0, batch_size(batch), chunk_size):
-                    chunk = move_batch(
-                        slice_batch(batch, start, min(start + chunk_size, batch_size(batch))), device
-                    )
-                    at = offset
+                    stop = min(start + chunk_size, batch_size(batch))
+                    number, at = number + 1, offset
+                    offset += stop - start
+                    if shared and number % world() != rank():
+                        continue
+                    chunk = move_batch(slice_batch(batch, start, stop), device)
                     per_sample_gradients(
                         task.model,
                         chunk,
@@ -84,7 +87,6 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
                         engine=engine,
                         offset=at,
                     )
-                    offset += batch_size(chunk)
 
     samples = sum(batch_size(batch) for batch in task.safety.batches)
 
@@ -97,7 +99,7 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
             out[at : at + len(flat)] += part.to(torch.float64)
 
         run(sink, layout)
-        return out
+        return summed(out)
 
     def weighted_sum(weights: Tensor) -> Tensor:
         out = torch.zeros(layout.numel, dtype=torch.float64)
@@ -107,11 +109,12 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
             out[layout.slice_of(name)] += weights[at : at + len(flat)].to(flat.dtype) @ flat
 
         run(sink, layout)
-        return out
+        return summed(out)
 
     def columns(name: str) -> Tensor:
         parts: list[Tensor] = []
-        run(lambda _at, _name, block: parts.append(block.flatten(1).cpu()), layout_of(task.model, [name]))
+        names = layout_of(task.model, [name])
+        run(lambda _at, _name, block: parts.append(block.flatten(1).cpu()), names, shared=False)
         return torch.cat(parts)
 
     return SafetySide(dots=dots, weighted_sum=weighted_sum, columns=columns)

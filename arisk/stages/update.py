@@ -13,6 +13,7 @@ from arisk.config import TrainingConfig
 from arisk.errors import InputError, NumericsError
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
 from arisk.progress import Progress
+from arisk.ranks import gathered, share
 from arisk.task import Batch, SampleSet, Task
 
 __all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
@@ -95,11 +96,12 @@ def measure_update(
     """
     losses: list[float] = []
     gradients: list[Tensor] = []
-    for index, batch in enumerate(batches):
+    for index in share(len(batches)):
         progress(f"{samples.name} gradients", index, len(batches))
-        loss, gradient = mean_gradient(task.model, batch, samples.loss_fn, layout)
+        loss, gradient = mean_gradient(task.model, batches[index], samples.loss_fn, layout)
         losses.append(loss)
         gradients.append(gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu())
+    losses, gradients = gathered(losses, len(batches)), gathered(gradients, len(batches))
     progress(f"{samples.name} gradients", len(batches), len(batches))
     stacked = torch.stack(gradients, dim=1)
     del gradients

@@ -22,6 +22,7 @@ from arisk.geometry.dynamics import recorded_steps
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.progress import Progress, silent
+from arisk.ranks import barrier, is_first
 from arisk.stages.generation import writer, writing_steps
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
 from arisk.stages.probe import sample_losses
@@ -115,12 +116,15 @@ class _RealRun:
         self.writer = writer(self.samples, config.generate, config.max_new_tokens)
         self.writing = writing_steps(self.points)
         self.dropouts = active_dropouts(task.model)
+        # Ranks that share a batch would drop other units than one process.
+        planned.shared = not self.dropouts
         self.track = Track()
         self.next_save = time.monotonic() + SAVE_EVERY
 
     def resume(self, workspace: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
         found = load_state(workspace, self.planned) if workspace else None
+        barrier()  # No rank may save before every one has read.
         if found is not None:
             self.track = found[0]
             return
@@ -144,7 +148,7 @@ class _RealRun:
                 break
             if number in self.points:
                 self.measure(number)
-            if workspace and time.monotonic() > self.next_save:
+            if workspace and is_first() and time.monotonic() > self.next_save:
                 self.save(workspace)
         self.progress("real fine-tune", self.last, self.last)
 

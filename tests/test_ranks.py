@@ -1,0 +1,122 @@
+"""Several processes at one run: the numbers of one process, and a killed one loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arisk import ranks
+from arisk.errors import ArtifactError
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = [
+    "model.dtype=float64",
+    "safety.max_samples=13",
+    "collect.chunk_size=3",
+    "score.batches=3",
+    "score.hvp_batches=3",
+    "score.krylov_dim=2",
+    "score.nulls=5",
+    "score.examples=9",
+    "score.probe_points=1",
+    "training.max_steps=40",
+    "training.batch_size=3",
+    "training.gradient_accumulation=2",
+    "training.max_grad_norm=1.0",
+    "training.weight_decay=0.01",
+    "rollout.control_samples=8",
+    "forecast.bootstrap_samples=20",
+    "run.threads=1",
+    "run.device=cpu",
+]
+
+
+def start(folder, count, *extra, errors=None):
+    """`arisk run` on the demo's config by so many processes."""
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
+    command = [sys.executable, "-m", *(several if count > 1 else []), "arisk", "run"]
+    command += [str(ROOT / "configs" / "demo.yaml"), "--run-dir", str(folder)]
+    command += [*(part for item in SETTINGS for part in ("--set", item)), *extra]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def differences(one, two):
+    """Tensors of two run directories that differ by more than 1e-9 of their size."""
+    found = []
+    files = sorted(one.rglob("*.safetensors"))
+    assert len(files) >= 4
+    for file in files:
+        ours, theirs = load_file(file), load_file(two / file.relative_to(one))
+        for name, value in ours.items():
+            scale = float(value.nan_to_num().abs().max()) if value.numel() else 0.0
+            if not torch.allclose(value, theirs[name], rtol=0, atol=1e-9 * scale, equal_nan=True):
+                found.append(f"{file.relative_to(one)}: {name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("--until", "rollout"),
+        ("--until", "score", *("--set", "collect.store=gram", "--set", "score.nulls=0")),
+    ],
+    ids=["gradients", "gram"],
+)
+def test_two_processes_give_the_numbers_of_one(tmp_path, extra):
+    finish(start(tmp_path / "one", 1, *extra))
+    out = finish(start(tmp_path / "two", 2, *extra))
+    assert out.count("run directory") == 1  # one of them speaks
+    assert differences(tmp_path / "one", tmp_path / "two") == []
+
+
+def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, 2, "--until", "collect", "--set", "collect.chunk_size=1", errors=subprocess.PIPE)
+    shards = folder / ".partial"
+    deadline = time.monotonic() + 120
+    while len(list(shards.rglob("shard-*.safetensors"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
+    victim[0].send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "SIGKILL" in err  # torchrun names the process that died
+    kept = {p: p.stat().st_mtime_ns for p in shards.rglob("shard-*.safetensors")}
+    assert len(kept) >= 4
+    finish(start(folder, 2, "--until", "collect", "--set", "collect.chunk_size=1"))
+    made = folder / "collect" / "gradients"
+    assert len(list(made.iterdir())) == 13
+    assert {(made / p.name).stat().st_mtime_ns for p in kept} == set(kept.values())
+
+
+def test_a_broken_collective_says_what_it_means():
+    with (
+        pytest.raises(ArtifactError, match="another process of this run has stopped") as caught,
+        ranks._together(),
+    ):
+        raise RuntimeError("Connection reset by peer")
+    assert "run the same command again" in caught.value.fix
+
+
+def test_one_process_has_everything():
+    assert (ranks.rank(), ranks.world(), ranks.is_first()) == (0, 1, True)
+    assert list(ranks.share(5)) == [0, 1, 2, 3, 4]
+    assert ranks.gathered(["a", "b"], 2) == ["a", "b"]
+    value = torch.ones(2)
+    assert ranks.summed(value) is value
+    assert ranks.from_first(lambda: 3) == 3
+    ranks.barrier()
