@@ -25,7 +25,7 @@ class AlignGuardArm(Section):
     """The AlignGuard penalty, in ΔW coordinates."""
 
     strengths: Annotated[list[PositiveFloat | Literal["as_given"]], Field(min_length=1)] = Field(
-        default=["as_given", 10.0]
+        default=["as_given", 3.0]
     )
     """One arm each: the penalty's gradient over the task's after the calibration steps; as_given: the
     weights λ of `AlignGuardConfig` and directions of rank 32 at temperature 1."""

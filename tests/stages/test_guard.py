@@ -92,7 +92,7 @@ def test_every_method_runs_alters_the_run_and_leaves_no_trace():
     assert torch.equal(state, torch.random.get_rng_state())
     labels = [arm.label for arm in found.arms]
     assert labels == [
-        *("plain", "alignguard as given", "alignguard 10", "alignguard after 1.5", "ewc 10"),
+        *("plain", "alignguard as given", "alignguard 3", "alignguard after 1.5", "ewc 10"),
         *("ewc after 1.5", "projection conflict", "projection subspace", "replay 0.1", "replay 0.3"),
     ]
     for arm in found.arms[1:]:
