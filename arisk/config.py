@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from arisk.errors import ConfigError
+from arisk.protection import GuardSettings
 from arisk.refusals import DEFAULT_MARKERS
 from arisk.sections import (
     CollectConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ForecastConfig",
+    "GuardConfig",
     "ModelConfig",
     "ParameterGlobs",
     "ReportConfig",
@@ -235,6 +237,13 @@ class VerifyConfig(Section):
     """An answer refuses when its first sentence has one of these, or opens like the row's response."""
 
 
+class GuardConfig(GuardSettings):
+    """The planned fine-tune with and without protection (`arisk guard`)."""
+
+    task: DataConfig | None = None
+    """Clean rows for the task loss, best not trained on; default: rows of `finetune`, surprising apart."""
+
+
 class Config(Section):
     """One run: what `arisk run config.yaml` reads."""
 
@@ -266,6 +275,8 @@ class Config(Section):
     """The check of the forecast by a real fine-tune."""
     screen: ScreenConfig = ScreenConfig()
     """Which fine-tuning rows push towards harm."""
+    guard: GuardConfig = GuardConfig()
+    """Protected fine-tunes beside the plain one."""
 
     @model_validator(mode="after")
     def _data_for_hf(self) -> Self:
@@ -274,6 +285,8 @@ class Config(Section):
             raise ValueError(f"source: hf needs the sections {missing}")
         if self.model.source == "python" and self.verify.safety is not None:
             raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
+        if self.model.source == "python" and self.guard.task is not None:
+            raise ValueError("source: python gives clean task rows as `Task.clean`, not `guard.task`")
         return self
 
 
@@ -284,5 +297,6 @@ def data_sets(config: Config) -> dict[str, DataConfig]:
         "finetune": config.finetune,
         "control": config.control,
         "verify.safety": config.verify.safety,
+        "guard.task": config.guard.task,
     }
     return {name: data for name, data in given.items() if data is not None}

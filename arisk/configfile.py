@@ -39,6 +39,7 @@ PATHS = (
     ("finetune", "path"),
     ("control", "path"),
     ("verify", "safety", "path"),
+    ("guard", "task", "path"),
 )
 
 

@@ -37,6 +37,12 @@ class StageSpec:
 #: Settings of collect that change its numbers or files; its budgets do not.
 COLLECT_KEYS = ("engine", "fisher", "store", "chunk_size")
 
+#: Settings of guard that change its numbers; its limits only change the recommendation.
+GUARD_KEYS = (
+    *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
+    *("calibration_steps", "control_samples"),
+)
+
 #: The stage graph in order. The rollout alone depends on the whole planned training.
 STAGES = (
     StageSpec(
@@ -94,10 +100,22 @@ STAGES = (
         optional=True,
     ),
     StageSpec(
+        "guard",
+        1,
+        (),
+        (
+            *("model", "safety", "finetune", "control", "training", "verify.safety"),
+            *(f"guard.{key}" for key in GUARD_KEYS),
+        ),
+        ("model", "adapter", "safety", "finetune", "control", "verify.safety", "guard.task"),
+        optional=True,
+        reach="guard.steps",
+    ),
+    StageSpec(
         "report",
         5,
         ("collect", "subspace", "score", "rollout", "forecast"),
-        ("report", "verify.refusal_markers"),
-        shows=("verify", "screen"),
+        ("report", "verify.refusal_markers", "guard.tolerated_task_loss", "guard.wanted_drift"),
+        shows=("verify", "screen", "guard"),
     ),
 )

@@ -38,8 +38,8 @@ SHARED = ("collect", "score", "rollout", "verify")
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
-    *("state.json", "state-*.safetensors"),
     *("point-*.safetensors", "rows-*.safetensors"),
+    *("state.json", "state-*.safetensors", "arm-*/*"),
 )
 
 

@@ -149,6 +149,9 @@ class RunDir:
             for pattern in leave_out:
                 for file in workspace.glob(pattern):
                     file.unlink()
+                    if file.parent != workspace:
+                        with suppress(OSError):
+                            file.parent.rmdir()
             files = sorted(file for file in workspace.rglob("*") if file.is_file())
             outputs = {
                 str(file.relative_to(workspace)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}

@@ -15,9 +15,10 @@ from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tenso
 from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
+from arisk.guarded import GuardResult
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
-from arisk.ranks import is_first
 from arisk.plan import stage_key
+from arisk.ranks import is_first
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.screened import ScreenResult
 from arisk.verified import VerifyResult
@@ -220,6 +221,28 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
     return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
 
 
+def _guard(job: Job, workspace: Path) -> GuardResult:
+    from arisk.stages.guard import guard
+
+    config = job.config
+    reach = job.states["guard"].ingredients["config"]["guard.steps"]
+    return guard(
+        job.task,
+        config=config.guard.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _guard_extra(job: Job) -> Extra:
+    from arisk.report.guarding import guard_extra
+
+    return guard_extra(job.record("guard", GuardResult), job.config)
+
+
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
     from arisk.comparison import compare
@@ -319,6 +342,7 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "forecast": _forecast,
     "verify": _verify,
     "screen": _screen,
+    "guard": _guard,
     "report": _report,
 }
 
@@ -332,4 +356,4 @@ def _screening(job: Job) -> Extra:
 
 
 #: What optional stages show on the report, by stage.
-EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": _screening}
+EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": _screening, "guard": _guard_extra}

@@ -92,7 +92,8 @@ class Task:
             one optimizer step's micro-batch.
         control: ordinary (utility) data, the null against which safety drift is judged.
         heldout: safety samples that no forecast may see, on which a real fine-tune is measured
-            (`arisk verify`).
+            (`arisk verify`, `arisk guard`).
+        clean: rows on which the fine-tune's use is measured, best not trained on (`arisk guard`).
         parameter_names: the selected parameters, in the model's order; they need not all have
             ``requires_grad`` set.
         lora_pairs: adapters among the selected parameters.
@@ -107,3 +108,4 @@ class Task:
     lora_pairs: Sequence[LoraPair] = ()
     description: Mapping[str, Any] = field(default_factory=dict[str, Any])
     heldout: SampleSet | None = None
+    clean: SampleSet | None = None

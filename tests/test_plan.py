@@ -69,7 +69,7 @@ def test_nothing_changed_nothing_stale(world):
 
 
 AFTER_SCORE = ["score", "forecast", "report"]
-AFTER_ROLLOUT = ["rollout", "forecast", "verify", "screen", "report"]
+AFTER_ROLLOUT = ["rollout", "forecast", "verify", "screen", "guard", "report"]
 BOTH = ["score", *AFTER_ROLLOUT]
 
 
@@ -92,8 +92,12 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("safety.max_length", 64, ALL),
         ("model.dtype", "bfloat16", ALL),
         ("model.adapter", {"r": 4}, ALL),
-        ("collect.chunk_size", 4, [name for name in ALL if name not in ("rollout", "verify", "screen")]),
-        ("verify.safety.max_length", 64, ["verify", "report"]),
+        (
+            "collect.chunk_size",
+            4,
+            [name for name in ALL if name not in ("rollout", "verify", "screen", "guard")],
+        ),
+        ("verify.safety.max_length", 64, ["verify", "guard", "report"]),
         ("verify.generate", 3, ["verify", "report"]),
         ("verify.max_new_tokens", 3, ["verify", "report"]),
         ("verify.control_samples", 3, ["verify", "report"]),
@@ -101,6 +105,11 @@ BOTH = ["score", *AFTER_ROLLOUT]
         ("verify.steps", 7, []),
         ("screen.drop", 0.1, ["screen", "report"]),
         ("screen.rise", 0.05, ["screen", "report"]),
+        ("guard.methods", ["replay"], ["guard", "report"]),
+        ("guard.replay.strengths", [1.0], ["guard", "report"]),
+        ("guard.calibration_steps", 3, ["guard", "report"]),
+        ("guard.wanted_drift", 0.2, ["report"]),
+        ("guard.steps", 7, []),
         ("run.seed", 1, ALL),
         ("report.max_examples", 3, ["report"]),
         ("run.device", "cpu", []),
@@ -125,7 +134,7 @@ def test_a_changed_setting_makes_exactly_these_stale(world, dotted, value, expec
         ("finetune.jsonl", BOTH, "input"),
         ("control.jsonl", BOTH, "input"),
         ("model/config.json", ALL, "input"),
-        ("heldout.jsonl", ["verify", "report"], "input"),
+        ("heldout.jsonl", ["verify", "guard", "report"], "input"),
     ],
 )
 def test_a_changed_file_makes_exactly_these_stale(world, file, expected, kind):
@@ -209,7 +218,7 @@ def test_a_truth_belongs_to_its_plan_again_when_the_plan_comes_back(world):
     other = changed(values, "training.learning_rate", 0.5)
     for name in ("rollout", "forecast", "report"):
         commit(name, other, rundir)
-    assert stale(other, rundir) == ["verify", "screen"]
+    assert stale(other, rundir) == ["verify", "screen", "guard"]
     for name in ("rollout", "forecast"):
         commit(name, values, rundir)
     assert stale(values, rundir) == ["report"]

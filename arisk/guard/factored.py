@@ -40,6 +40,10 @@ class Factored:
         left = u.T @ self.left
         return left @ v if self.right is None else left @ (self.right @ v)
 
+    def rows(self, index: Tensor) -> Factored:
+        """The rows of M with these numbers, (m, in)."""
+        return Factored(self.left[index], self.right)
+
     def with_rows(self, weights: Tensor) -> Factored:
         """diag(weights) M."""
         return Factored(weights[:, None] * self.left, self.right)

@@ -133,6 +133,7 @@ class LoRAMitigator:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._parameters = [[parameters[name] for name in site.trained] for site in self.sites]
         self._reference: list[list[Tensor]] = []
+        self._calls = 0
         self.reset_reference()
 
     @property
@@ -144,8 +145,11 @@ class LoRAMitigator:
         """Anchor ΔW = 0 at the parameters as they are now; the safety directions stay."""
         self._reference = [[p.detach().clone() for p in group] for group in self._parameters]
 
-    def penalty(self) -> PenaltyTerms:
+    def penalty(self, step: int | None = None) -> PenaltyTerms:
         """The weighted terms at the parameters as they are now, with gradient to A and B.
+
+        Args:
+            step: names the rows that `overlap_rows` draws; None draws other ones at every call.
 
         Raises:
             NumericsError: a term is NaN or infinite; names it.
@@ -157,9 +161,7 @@ class LoRAMitigator:
         terms = PenaltyTerms(
             fisher=config.lambda_a * fisher_term(split.coefficients, self._now().eigenvalues),
             task=config.lambda_t * self._task_norm(split.task),
-            overlap=_weighted(
-                config.lambda_nc * config.alpha, lambda: overlap_term(split, config.beta, config.tau), split
-            ),
+            overlap=_weighted(config.lambda_nc * config.alpha, lambda: self._overlap(split, step), split),
             geodesic=_weighted(config.lambda_nc * (1 - config.alpha), lambda: geodesic_term(split), split),
         )
         for name, value in terms.named().items():
@@ -249,6 +251,12 @@ class LoRAMitigator:
         if self.config.split == "subspace":
             return subspace_split(drift, constants.frames, constants.basis)
         return block_split(drift, constants.frames, constants.basis, constants.shares)
+
+    def _overlap(self, split: SplitDrift, step: int | None) -> Tensor:
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed + (self._calls if step is None else step))
+        self._calls += 1
+        return overlap_term(split, config.beta, config.tau, rows=config.overlap_rows, generator=generator)
 
     def _task_norm(self, task: Sequence[Factored]) -> Tensor:
         """‖H^½ΔW_T‖² for the configured metric."""

@@ -28,6 +28,9 @@ class AlignGuardConfig(PythonSection):
     """β in η_j = 1 + βσ(|ΔW_j| − τ), the extra weight of large entries in the overlap term."""
     tau: NonNegativeFloat = 0.01
     """τ in η_j, in units of a weight."""
+    overlap_rows: PositiveInt | None = None
+    """Output rows per matrix on which the overlap term is estimated, other ones at every call: unbiased,
+    and cheap. null: all of them, exactly."""
     task_metric: Literal["identity", "fisher_diagonal"] | Callable[..., Any] = "identity"
     """H. identity: plain ‖ΔW_T‖²; fisher_diagonal: of the fine-tuning loss, rank one per matrix, mean 1;
     or `(weight name, ΔW_T as arisk.guard.Factored) -> scalar tensor` in its place."""

@@ -89,21 +89,40 @@ def fisher_term(coefficients: Tensor, eigenvalues: Tensor) -> Tensor:
     return (eigenvalues * coefficients.square()).sum()
 
 
-def overlap_term(split: SplitDrift, beta: float, tau: float) -> Tensor:
+def overlap_term(
+    split: SplitDrift,
+    beta: float,
+    tau: float,
+    *,
+    rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """Mean over all P entries of η_j|ΔW_A,j ΔW_T,j| with η_j = 1 + βσ(|ΔW_j| − τ).
 
     The one term that looks at single entries: each matrix is formed, and formed again in the backward
     pass, one at a time, so that memory holds one matrix and not all.
+
+    Args:
+        split: the drift.
+        beta: β.
+        tau: τ, in units of a weight.
+        rows: m output rows per matrix, drawn without replacement and weighted out/m: value and gradient
+            are then unbiased and cost m/out of the exact ones. None, or m ≥ out: all rows.
+        generator: draws the rows (CPU).
     """
 
     def total(drift: Factored, safety: Factored, task: Factored) -> Tensor:
         eta = 1 + beta * torch.sigmoid(drift.dense().abs() - tau)
         return (eta * (safety.dense() * task.dense()).abs()).sum()
 
-    sums = [
-        checkpoint(total, *parts, use_reentrant=False, preserve_rng_state=False)
-        for parts in zip(split.drift, split.safety, split.task, strict=True)
-    ]
+    sums: list[Tensor] = []
+    for parts in zip(split.drift, split.safety, split.task, strict=True):
+        out = parts[0].left.shape[0]
+        if rows is None or rows >= out:
+            sums.append(checkpoint(total, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            drawn = torch.randperm(out, generator=generator)[:rows].to(parts[0].left.device)
+            sums.append(total(*(part.rows(drawn) for part in parts)) * (out / rows))
     return torch.stack(sums).sum() / sum(matrix.entries for matrix in split.drift)
 
 

@@ -18,13 +18,14 @@ __all__ = ["KEEP", "per_sample_nll"]
 KEEP = "logits_to_keep"
 
 
-def per_sample_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def per_sample_nll(model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
     """ℓ_i = −(1/S_i) Σ_s log p(y_is | y_i,<s) over the S_i response tokens of sample i (nats).
 
     Args:
         model: a causal LM whose output has `logits` (B, S, V).
         batch: `input_ids`, `attention_mask`, `position_ids` and `labels` (−100 = no loss), (B, S), and
             optionally `logits_to_keep`, an int k: no label lies before the last k positions but one.
+        temperature: logits are divided by this first.
 
     Returns:
         (B,) in at least float32; every sample has the same weight whatever its length.
@@ -40,7 +41,10 @@ def per_sample_nll(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     labels = labels[:, -logits.shape[1] :]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses = torch.nn.functional.cross_entropy(
-        wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        (wide if temperature == 1 else wide / temperature).flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
     ).view(labels.shape)
     counted = labels != IGNORED
     return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)

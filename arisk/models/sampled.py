@@ -1,19 +1,23 @@
-"""Labels drawn from the model itself, for the sampled Fisher matrix."""
+"""Other Fisher matrices than the empirical one: labels drawn from the model, losses at a temperature."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from arisk.errors import ConfigError
-from arisk.models.losses import KEEP
+from arisk.models.losses import KEEP, per_sample_nll
 from arisk.models.rendering import IGNORED
 from arisk.task import SampleSet
 
-__all__ = ["sample_labels"]
+__all__ = ["sample_labels", "tempered"]
+
+#: Temperature where none is named and the loss allows one.
+DEFAULT_TEMPERATURE = 4.0
 
 
 def sample_labels(model: nn.Module, samples: SampleSet, seed: int) -> SampleSet:
@@ -59,3 +63,27 @@ def _resampled(
     labels = batch["labels"].clone()
     labels[:, 1:] = torch.where(labels[:, 1:] == IGNORED, labels[:, 1:], drawn)
     return {**batch, "labels": labels}
+
+
+def tempered(samples: SampleSet, temperature: float | None, where: str) -> SampleSet:
+    """The same samples with the loss −log softmax(z / T): no vanishing gradients where it is sure.
+
+    Args:
+        samples: of a causal LM, with the loss of this package.
+        temperature: T; 1 gives the samples themselves; None is 4, or 1 for a loss of another kind.
+        where: the setting, for messages.
+
+    Raises:
+        ConfigError: T is not 1 and the loss is of another kind.
+    """
+    own = samples.loss_fn is per_sample_nll
+    temperature = temperature or (DEFAULT_TEMPERATURE if own else 1.0)
+    if temperature == 1:
+        return samples
+    if not own:
+        raise ConfigError(
+            "a temperature needs the loss of a Hugging Face causal LM, and this one is given from Python",
+            where=where,
+            fix="set it to 1",
+        )
+    return replace(samples, loss_fn=partial(per_sample_nll, temperature=temperature))

@@ -56,7 +56,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
     model = _model(config, device, {} if kept is None else kept)
     names = select_parameters(model, config.model.parameters)
     sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
-    heldout = sets.pop("verify.safety", None)
+    heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
     return Task(
         model=model,
         safety=sets["safety"],
@@ -66,6 +66,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         lora_pairs=lora_pairs(model, names),
         description=_description(config, model, names, sets),
         heldout=heldout,
+        clean=clean,
     )
 
 
@@ -117,11 +118,13 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
         batches = FixedBatches(rendered, config.collect.chunk_size, pad)
         # Plain text has no prompt to answer.
         generate = None if loaded.config.format == "text" else GreedyAnswers(tokenizer, rendered)
+    elif section == "guard.task":
+        batches = FixedBatches(rendered, config.training.batch_size, pad)
     else:
         batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.config))
     statistics = statistics_of(replace(loaded, rendered=rendered))
     rows = [_metadata(row) for row in rendered]
-    name = "heldout" if section == "verify.safety" else section
+    name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)
     return SampleSet(name, batches, per_sample_nll, rows, statistics, generate)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,10 @@ from arisk.gradients.layout import parameters_of
 from arisk.ranks import rank, summed, world
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
-__all__ = ["BatchStream", "PlannedRun", "keeping_parameters", "put"]
+__all__ = ["BatchStream", "PlannedRun", "Protect", "keeping_parameters", "put"]
+
+#: `protect(step)` changes `.grad`, or the parameters, in place and tells values for the record.
+Protect = Callable[[int], Mapping[str, float]]
 
 
 @contextmanager
@@ -122,6 +125,12 @@ class PlannedRun:
         self.stream = BatchStream(task.finetune, self.parameters[0].device)
         self.optimizer = planned_optimizer(self.parameters, training)
         self.gradient_evaluations = 0
+        #: Called with the step's number between the backward pass and clipping; changes `.grad`.
+        self.protect: Protect | None = None
+        #: Called with the step's number after the optimizer's step; changes the parameters.
+        self.correct: Protect | None = None
+        #: What they gave back for the last step.
+        self.notes: Mapping[str, float] = {}
         #: Whether ranks share the rows of a micro-batch; off where noise is drawn for a whole batch.
         self.shared = True
 
@@ -135,6 +144,8 @@ class PlannedRun:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[number - 1]
         self.optimizer.step()
+        if self.correct is not None:
+            self.notes = {**self.notes, **self.correct(number)}
         return loss
 
     def loss(self, number: int) -> float:
@@ -168,6 +179,8 @@ class PlannedRun:
         if self._splits:
             self._sum_gradients()
         self.gradient_evaluations += count
+        if self.protect is not None:
+            self.notes = self.protect(number)
         if self.training.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
         return total

@@ -36,6 +36,8 @@ class Track:
         diverged_at: first step that could not be taken.
         pending: training losses of the steps after the last point.
         texts: generated answers by step.
+        others: losses of further data sets at each point, by name.
+        notes: values of every step, by name.
     """
 
     steps: list[int] = field(default_factory=list[int])
@@ -47,6 +49,8 @@ class Track:
     diverged_at: int | None = None
     pending: list[float] = field(default_factory=list[float])
     texts: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+    others: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    notes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
     @property
     def at(self) -> int:
@@ -66,6 +70,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         tensors["control"] = torch.stack(track.control)
     if track.extrapolated is not None:
         tensors["extrapolated"] = track.extrapolated
+    tensors |= {f"other.{key}": torch.stack(losses) for key, losses in track.others.items()}
     for i, parameter in enumerate(run.parameters):
         tensors[f"parameter.{i}"] = parameter.detach()
         for key, value in run.optimizer.state[parameter].items():
@@ -83,6 +88,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         "kept_share": track.kept_share,
         "pending": track.pending,
         "texts": list(track.texts.items()),
+        "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
         "gradient_evaluations": run.gradient_evaluations,
         "block": None if block is None else {key: getattr(block, key) for key in BLOCK_VALUES},
     }
@@ -124,5 +130,9 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] |
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),
+        others={
+            k.removeprefix("other."): list(kept) for k, kept in tensors.items() if k.startswith("other.")
+        },
+        notes=[{k: float("nan") if v is None else v for k, v in note.items()} for note in values["notes"]],
     )
     return track, block

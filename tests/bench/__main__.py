@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import compare, gradients, guard, screening, smollm2, store
+from tests.bench import (
+    compare,
+    gradients,
+    guard,
+    guard_arms,
+    guard_smollm2,
+    screening,
+    smollm2,
+    store,
+)
 
 BENCHES = {
     "compare": compare.main,
     "gradients": gradients.main,
     "store": store.main,
-    "guard": guard.main,
+    "guard-cost": guard.main,
+    "guard": lambda: (guard.main(), guard_arms.main([])),
+    "guard-smollm2": guard_smollm2.main,
     "screen": screening.main,
     "smollm2": smollm2.main,
 }

@@ -7,6 +7,8 @@ from torch import nn
 from arisk.models.trainer import GuardedTrainerMixin
 
 transformers = pytest.importorskip("transformers")
+# peft asks transformers for a name that transformers itself calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
 class Pull:
@@ -73,3 +75,100 @@ def test_two_steps_move_the_parameter_by_two_gradients(tmp_path, accumulation, l
     assert torch.allclose(model.theta, torch.full((3,), -0.2))
     model.eval()
     assert float(trainer.compute_loss(model, {"x": torch.zeros(1)}).detach()) == 0
+
+
+def arguments(folder, **changes):
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    return transformers.TrainingArguments(**{**values, **changes})
+
+
+def tiny():
+    """A one-layer Llama with a peft adapter, its rows, and safety samples."""
+    peft = pytest.importorskip("peft")
+    from arisk.models.losses import per_sample_nll
+    from arisk.task import SampleSet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        base = transformers.LlamaForCausalLM(config)
+        adapted = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=0.1)
+        model = peft.get_peft_model(base, adapted)
+        ids = torch.randint(1, 32, (24, 8))
+    batch = {"input_ids": ids[:8], "attention_mask": torch.ones(8, 8, dtype=torch.long), "labels": ids[:8]}
+    rows = [{"input_ids": row, "labels": row} for row in ids[8:]]
+    return model, rows, SampleSet("safety", [batch], per_sample_nll)
+
+
+def test_a_real_trainer_with_the_mitigator_drifts_less_along_the_guarded_directions(tmp_path):
+    from arisk.guard import AlignGuardConfig, build_mitigator
+
+    drifts = {}
+    for weight in (0.0, 1e5):
+        model, rows, safety = tiny()
+        settings = AlignGuardConfig(lambda_a=weight, lambda_t=0, lambda_nc=0, rank=4, width=64)
+        guard = build_mitigator(model, safety, settings)
+        arms = arguments(tmp_path, optim="adamw_torch")
+        with torch.random.fork_rng():
+            trainer = Guarded(model=model, args=arms, train_dataset=rows, mitigator=guard)
+            done = trainer.train()
+        assert done.global_step == 8
+        aligned, _, _ = tiny()
+        probe = build_mitigator(aligned, safety, settings.model_copy(update={"lambda_a": 1.0}))
+        aligned.load_state_dict(model.state_dict())
+        drifts[weight] = float(probe.penalty().fisher.detach())
+    assert 0 < drifts[1e5] < 0.7 * drifts[0.0]
+
+
+def test_the_watch_measures_logs_and_stops(tmp_path):
+    from arisk.guard import mean_loss
+    from arisk.models.trainer import drift_watch
+
+    model, rows, safety = tiny()
+    measure = mean_loss(safety)
+    model.eval()
+    start = measure(model)
+    model.train()
+    only = drift_watch(measure, every=2)
+    with torch.random.fork_rng():
+        trainer = transformers.Trainer(
+            model=model, args=arguments(tmp_path), train_dataset=rows, callbacks=[only]
+        )
+        trainer.train()
+    assert [step for step, _ in only.history] == [2, 4, 6, 8]
+    assert only.stopped_at is None
+    model.eval()
+    assert only.history[-1][1] == pytest.approx(measure(model) - start, abs=1e-6)
+    logged = [entry for entry in trainer.state.log_history if "safety_drift" in entry]
+    assert [(entry["step"], entry["safety_drift"]) for entry in logged] == only.history
+    model, rows, safety = tiny()
+    strict = drift_watch(lambda _: float("nan") if strict.history else 1.0, every=3, threshold=0.5)
+    with torch.random.fork_rng():
+        trainer = transformers.Trainer(
+            model=model, args=arguments(tmp_path), train_dataset=rows, callbacks=[strict]
+        )
+        done = trainer.train()
+    assert done.global_step == strict.stopped_at == 6
+    assert model.training
+
+
+def test_a_watch_that_never_looks_is_refused():
+    from arisk.errors import ConfigError
+    from arisk.models.trainer import drift_watch
+
+    with pytest.raises(ConfigError, match="every"):
+        drift_watch(lambda _: 0.0, every=0)

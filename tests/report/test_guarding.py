@@ -1,0 +1,76 @@
+"""The section of protected fine-tunes: findings by rule, hostile labels escaped, holes said to be holes."""
+
+import json
+
+import pytest
+
+from arisk.config import Config
+from arisk.report.guarding import guard_extra, guard_findings
+from arisk.runners import finite
+from tests.report.records import HOSTILE
+from tests.test_guarded import arm, result
+
+CONFIG = Config.model_validate({"model": {"source": "python", "entry": "a.py:b"}})
+
+
+def extra(*arms, **changes):
+    return guard_extra(result(*arms, **changes), CONFIG)
+
+
+def told(*arms):
+    found = result(*arms)
+    return guard_findings(found, guard_extra(found, CONFIG).summary)
+
+
+def test_each_method_gets_one_sentence_by_its_best_arm():
+    sentences = told(
+        arm("plain", 1.0, final_safety=[1.0, 1.1]),
+        arm("replay 0.1", 0.2, 1.01, final_safety=[0.2, 0.31]),
+        arm("replay 0.3", 0.1, 1.02, final_safety=[0.1, 0.21]),
+        arm("ewc 10", 0.05, 1.6),
+        arm("alignguard 3", 0.99, 1.0, final_safety=[1.5, 0.5]),
+        arm("projection conflict", 1.4, 1.0, final_safety=[1.4, 1.5]),
+    )
+    assert len(sentences) == 5
+    assert sentences[0].startswith("replay 0.3: safety +0.100 instead of +1.000")
+    assert "replay 0.3: 10 % of the plain drift at 2 % more task loss." in sentences
+    assert any(s.startswith("ewc: no arm stays within the task limit; ewc 10") for s in sentences)
+    assert any(
+        s.startswith("alignguard 3: no difference of the safety drift beyond its error") for s in sentences
+    )
+    assert any(s.startswith("projection conflict: more safety drift than plain") for s in sentences)
+
+
+def test_a_method_whose_arms_all_diverged_is_never_praised():
+    bad = arm("ewc 10", 0.0, 0.1, diverged_at=3, reason="inf")
+    assert "ewc: every arm diverged." in told(arm("plain"), bad)
+    html = extra(arm("plain"), bad).html
+    assert "diverged at step 3: inf" in html
+    assert "ewc 10 (recommended)" not in html
+
+
+def test_labels_and_reasons_are_escaped():
+    made = extra(arm("plain"), arm(f"x {HOSTILE}", note=HOSTILE, diverged_at=1, reason=HOSTILE))
+    assert "<script>" not in made.html
+    assert "<img" not in made.html
+
+
+def test_the_summary_is_json_and_figures_have_no_nan():
+    made = extra(
+        arm("plain", 0.0),
+        arm("replay 0.1", 0.1, control=[], surprising=[1.0, 0.9, 0.8]),
+        arm("ewc 3", diverged_at=2),
+    )
+    json.dumps(finite(dict(made.summary)), allow_nan=False)
+    for figure in made.figures:
+        json.dumps([list(figure.data), figure.layout], allow_nan=False)
+        assert figure.rows
+    assert "not measured" in made.html
+    assert made.markdown[0].startswith("Protected fine-tunes: ")
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_plain_run_that_diverged_has_no_figure_of_costs(shift):
+    made = extra(arm("plain", diverged_at=shift, reason="nan"))
+    assert made.figures[0].missing
+    assert made.summary["rule"] == "plain diverged"
