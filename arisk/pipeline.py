@@ -221,6 +221,7 @@ def run_stages(
     with rundir.lock(command) if ranks.is_first() else nullcontext():
         states, due = ranks.from_first(planned)
         job = Job(config, rundir, command, show, {state.stage: state for state in states})
+        show.planned(due)
         try:
             for state in states:
                 if state.stage in due:
