@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 
-__all__ = ["StageDisplay", "fancy", "peak_memory", "wrapped"]
+__all__ = ["StageDisplay", "clock", "columns", "fancy", "peak_memory", "wrapped"]
 
 #: Seconds between two renewals of the line.
 RENEW = 0.1

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.display import columns, fancy, wrapped
+from arisk.display import clock, columns, fancy, wrapped
 
 __all__ = ["check_text", "outcome_text", "table", "verify_text"]
 
@@ -183,8 +183,30 @@ def _fraction(count: Mapping[str, Any]) -> str:
 def check_text(report: Mapping[str, Any]) -> str:
     """What `arisk check` found, as indented text."""
     lines: list[str] = []
-    _indent(report, 0, lines)
+    _indent({key: value for key, value in report.items() if key != "plan"}, 0, lines)
+    if "plan" in report:
+        lines += ["", *_plan_lines(report["plan"])]
     return "\n".join(lines)
+
+
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The stages to come with their estimated time, memory and disk."""
+    rows = [
+        [
+            stage,
+            clock(cost["seconds"]),
+            f"{cost['memory_gb']:.2f} GB",
+            f"{cost['disk_gb']:.2f} GB" if cost["disk_gb"] else "–",
+            cost["work"],
+        ]
+        for stage, cost in plan["stages"].items()
+    ]
+    return [
+        "plan of work (estimated here; verify is optional):",
+        table(rows, ["stage", "time", "peak memory", "disk", "passes of the model"], width=_width()),
+        f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
+        *[_said(f"warning: {warning}", " " * 9) for warning in plan["warnings"]],
+    ]
 
 
 def _indent(value: Any, depth: int, lines: list[str]) -> None:

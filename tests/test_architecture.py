@@ -44,6 +44,7 @@ RANKS = {
     "job": 6,
     "terminal": 6,
     "display": 5,
+    "estimate": 7,
     "risk_report": 5,
     "runners": 7,
     "api": 6,

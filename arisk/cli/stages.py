@@ -134,11 +134,14 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
     Example: arisk check my.yaml
     """
-    from arisk.configfile import load_config
+    from arisk.configfile import load_config, run_directory
+    from arisk.estimate import estimate
     from arisk.models import check_task
     from arisk.terminal import check_text
 
-    report = check_task(load_config(config, overrides or []))
+    loaded = load_config(config, overrides or [])
+    plan = estimate(loaded, run_directory(loaded, config, None))
+    report = {**check_task(loaded), "plan": plan}
     typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import gradients, guard, smollm2, store
+from tests.bench import check, gradients, guard, smollm2, store
 
-BENCHES = {"gradients": gradients.main, "store": store.main, "guard": guard.main, "smollm2": smollm2.main}
+BENCHES = {
+    "check": check.main,
+    "gradients": gradients.main,
+    "store": store.main,
+    "guard": guard.main,
+    "smollm2": smollm2.main,
+}
 
 
 def main() -> None:
