@@ -104,7 +104,8 @@ def _calibrated(task: Any, config: Config) -> dict[str, float]:
         choice = choose_engine(model, largest, task.safety.loss_fn, layout, config.collect.engine)
         batch_invariance(model, largest, task.safety.loss_fn, layout, choice.engine)
         engine = time.perf_counter() - start
-        direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(layout.numel, generator=generator).to(device)
         start = time.perf_counter()
         plan = choose_hvp(model, training[:1], loss, layout, direction, config.score.hvp)
         hvp_setup = time.perf_counter() - start
@@ -118,7 +119,14 @@ def _calibrated(task: Any, config: Config) -> dict[str, float]:
         def rowwise() -> None:
             per_sample_gradients(model, safety, task.safety.loss_fn, layout, nowhere, engine=choice.engine)
 
+        block = direction.expand(batch_size(safety), -1).contiguous()
+
+        def permuted() -> None:
+            # One null of the overlap: a permuted update, and its products with a block of gradients.
+            torch.mv(block, direction[torch.randperm(layout.numel, generator=generator).to(device)])
+
         return {
+            "permutations": _seconds(permuted),
             "forward rows": _seconds(lambda: sample_losses(model, [safety], task.safety.loss_fn))
             / batch_size(safety),
             "gradient rows": _seconds(lambda: [mean_gradient(model, b, loss, layout) for b in training])
@@ -160,6 +168,7 @@ def _counts(task: Any, config: Config) -> dict[str, dict[str, float]]:
             "curvature tests": 1,
             "single-row gradients": min(score.examples, finetune),
             "forward rows": probe * probed,
+            "permutations": score.nulls,
         },
         "rollout": {},
     }
