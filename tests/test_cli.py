@@ -324,6 +324,7 @@ def test_missing_extra_prints_the_install_command(tmp_path):
 
 KILL = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 stage, when = sys.argv[1:3]
 sys.argv = ["arisk", *sys.argv[3:]]
 from arisk import cli, rundir
