@@ -192,6 +192,8 @@ def starter_config(model: str, safety: str, finetune: str) -> str:
     """A YAML file with every key, its default and its documentation; loads back as it is."""
     given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
     lines = [
+        "# yaml-language-server: $schema=arisk.schema.json",
+        "# (the editor's hint: `arisk schema > arisk.schema.json` beside this file)",
         "# arisk check THIS_FILE && arisk run THIS_FILE",
         "# Keys that are commented out show their defaults.",
         "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +27,9 @@ REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 
 class Display(Protocol):
     """Who shows progress to a person."""
+
+    def planned(self, due: Sequence[str]) -> None:
+        """These stages will run, in this order."""
 
     def start(self, stage: str, why: str) -> None:
         """A stage begins, for this reason."""

@@ -233,6 +233,7 @@ def run_stages(
         states, due = ranks.from_first(planned)
         job = Job(config, rundir, command, show, {state.stage: state for state in states})
         job.models = {} if models is None else models
+        show.planned(due)
         try:
             for state in states:
                 if state.stage in due:

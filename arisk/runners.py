@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arisk.acting import guard_extra, run_guard, run_screen, screen_extra
 from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
 from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
-from arisk.guarded import GuardResult
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
-from arisk.plan import stage_key
 from arisk.ranks import is_first
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
-from arisk.screened import ScreenResult
 from arisk.verified import VerifyResult
 
 if TYPE_CHECKING:
@@ -142,107 +139,6 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     )
 
 
-def _screen(job: Job, workspace: Path) -> ScreenResult:
-    from arisk.stages.screen import flagged_anew, screen
-    from arisk.stages.screen_what_if import dropping
-
-    config, task = job.config, job.task
-    steps = planned_steps(config.training, len(task.finetune.rows))
-    old = _screened_before(job)
-    if old is None:
-        made = screen(
-            task,
-            config=config.screen,
-            training=config.training,
-            steps=steps,
-            workspace=workspace,
-            progress=job.show.progress,
-        )
-    else:
-        made = flagged_anew(old, config.screen)
-    what_if: Mapping[str, Any] = {"status": "not_measured", "reason": "screen.what_if is off"}
-    if config.screen.what_if:
-        what_if = dropping(
-            task,
-            made.flagged,
-            config=config.rollout,
-            training=config.training,
-            steps=steps,
-            workspace=workspace,
-            progress=job.show.progress,
-        )
-        for name in ("before", "after"):
-            shutil.rmtree(workspace / name, ignore_errors=True)
-    made = replace(made, what_if=what_if, **_split(job, made, workspace))
-    write_tensors(
-        workspace / "scores.safetensors",
-        {name: value for name in SCORES if (value := getattr(made, name)) is not None},
-    )
-    return made
-
-
-def _screened_before(job: Job) -> ScreenResult | None:
-    """A stored screening that differs in nothing but which of its scores are flagged."""
-    state = job.states["screen"]
-    if state.fresh or any(reason.kind == "damaged" for reason in state.reasons):
-        return None
-    new = state.ingredients
-    old = (job.rundir.manifest("screen") or {}).get("ingredients")
-    if not old:
-        return None
-
-    def scoring(given: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {k: v for k, v in given["config"]["screen"].items() if k not in FLAGGING}
-        # The rollout's settings serve the what-if alone.
-        return {**given, "config": {**given["config"], "screen": settings, "rollout": None}}
-
-    same = stage_key(scoring(old)) == stage_key(scoring(new))
-    return job.record("screen", ScreenResult) if same else None
-
-
-def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
-    """Kept and flagged rows as JSONL, where the rows come from a file or the hub."""
-    data, rows = job.config.finetune, job.task.finetune.rows
-    if job.config.model.source != "hf" or data is None:
-        return {"files": [], "files_missing": "rows of a Python loader are scored by number only"}
-    from arisk.models.split_rows import FLAGGED_FILE, KEPT_FILE, split_rows
-
-    flagged = frozenset(made.flagged)
-    rank = {row: place for place, row in enumerate(made.order, start=1)}
-    added = [
-        {
-            "arisk_score": score,
-            "arisk_rank": rank[row],
-            "arisk_reasons": made.reasons(row) if row in flagged else [],
-        }
-        for row, score in enumerate(made.scores.tolist())
-    ]
-    split_rows(data, [row["line"] for row in rows], added, flagged, workspace)
-    return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
-
-
-def _guard(job: Job, workspace: Path) -> GuardResult:
-    from arisk.stages.guard import guard
-
-    config = job.config
-    reach = job.states["guard"].ingredients["config"]["guard.steps"]
-    return guard(
-        job.task,
-        config=config.guard.model_copy(update={"steps": reach}),
-        training=config.training,
-        steps=planned_steps(config.training, len(job.task.finetune.rows)),
-        seed=config.run.seed,
-        workspace=workspace,
-        progress=job.show.progress,
-    )
-
-
-def _guard_extra(job: Job) -> Extra:
-    from arisk.report.guarding import guard_extra
-
-    return guard_extra(job.record("guard", GuardResult), job.config)
-
-
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
     from arisk.comparison import compare
@@ -326,14 +222,6 @@ def _provenance(job: Job) -> dict[str, Any]:
     }
 
 
-#: Numbers by row that `scores.safetensors` holds.
-SCORES = (
-    *("scores", "first_order", "control_order", "second_order"),
-    *("losses", "gradient_norms", "p_values"),
-)
-#: Settings of screen that only say which of its scores are flagged, and what is shown of that.
-FLAGGING = ("drop", "false_discovery", "what_if")
-
 RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "collect": _collect,
     "subspace": _subspace,
@@ -341,19 +229,11 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
     "rollout": _rollout,
     "forecast": _forecast,
     "verify": _verify,
-    "screen": _screen,
-    "guard": _guard,
+    "screen": run_screen,
+    "guard": run_guard,
     "report": _report,
 }
 
 
-def _screening(job: Job) -> Extra:
-    from arisk.report.screening import screening_extra
-
-    shown = job.config.report
-    found: ScreenResult = job.record("screen", ScreenResult)
-    return screening_extra(found, show_text=shown.show_text, max_examples=shown.max_examples)
-
-
 #: What optional stages show on the report, by stage.
-EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": _screening, "guard": _guard_extra}
+EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": screen_extra, "guard": guard_extra}

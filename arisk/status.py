@@ -47,8 +47,14 @@ def status_rows(config: Config, run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table of reasons."""
+def describe(rows: Sequence[dict[str, Any]], *, width: int | None = None, command: str = "") -> str:
+    """The rows as a table of reasons, with the total size and the command to type next.
+
+    Args:
+        rows: of `status_rows`.
+        width: columns of the terminal; None: no wrapping.
+        command: the command that brings the stages up to date; empty: not said.
+    """
     cells = [
         [
             row["stage"],
@@ -59,7 +65,13 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return table(cells, ["stage", "state", "time", "size", "why"])
+    total = sum(row["bytes"] for row in rows)
+    lines = [table(cells, ["stage", "state", "time", "size", "why"], width=width), ""]
+    lines.append(f"total size: {_size(total)}")
+    if command:
+        stale = any(row["state"] == "stale" for row in rows)
+        lines.append(f"next: {command}" if stale else "next: nothing to do, all is fresh")
+    return "\n".join(lines)
 
 
 def _state(state: StageState, optional: bool) -> str:

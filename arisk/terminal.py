@@ -1,117 +1,65 @@
-"""What the terminal shows: progress on stderr, and results as plain text tables."""
+"""What the terminal shows of results: plain text tables, readable at 80 columns and in a pipe."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from arisk.display import clock, columns, fancy, wrapped
 
-__all__ = ["StageDisplay", "check_text", "outcome_text", "table", "verify_text"]
+__all__ = ["check_text", "outcome_text", "table", "verify_text"]
+
+FORECASTS = ("forecaster", "collapse step", "P(collapse)", "final rise", "trusted until")
 
 
-class StageDisplay:
-    """Shows stages and their progress on stderr: bars in a terminal, one line per stage in a pipe.
+def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, width: int | None = None) -> str:
+    """A plain aligned table.
 
     Args:
-        quiet: show nothing.
+        rows: the cells; an empty tail of a row leaves its last text free to run to the right.
+        header: names of the columns.
+        width: columns of the terminal, to which the last text of a row is wrapped; None: no wrapping.
     """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.console = Console(stderr=True, highlight=False)
-        self._bars: Progress | None = None
-        self._stage = ""
-        self._task: Any = None
-        self._label = ""
-        self._started = 0.0
-
-    def start(self, stage: str, why: str) -> None:
-        """A stage begins; `why` says what made it stale."""
-        self._stage, self._label, self._started = stage, "", time.monotonic()
-        if self.quiet:
-            return
-        self.console.print(f"[bold]{stage:<9}[/bold] {why}" if why else f"[bold]{stage}[/bold]")
-        if self.console.is_terminal:
-            self._bars = Progress(
-                TextColumn("          {task.description:<20}"),
-                BarColumn(bar_width=28),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[memory]}"),
-                console=self.console,
-                transient=True,
-            )
-            self._bars.start()
-
-    def progress(self, label: str, done: int, total: int) -> None:
-        """The `arisk.progress.Progress` callback of the running stage."""
-        if self._bars is None:
-            return
-        if label != self._label:
-            self._label = label
-            self._task = self._bars.add_task(label, total=total, memory="")
-        self._bars.update(self._task, completed=done, total=total, memory=_memory())
-
-    def finish(self, stage: str) -> None:
-        """A stage is committed."""
-        self._stop()
-        if not self.quiet:
-            self.console.print(f"{stage:<9} done in {time.monotonic() - self._started:.1f} s")
-
-    def skip(self, stage: str) -> None:
-        """A stage is fresh."""
-        if not self.quiet:
-            self.console.print(f"{stage:<9} fresh")
-
-    def note(self, text: str) -> None:
-        """Something else to know, in one line."""
-        if not self.quiet:
-            self.console.print(text, soft_wrap=True, markup=False)
-
-    def interrupted(self) -> None:
-        """Ctrl-C: say what is kept and how to go on."""
-        self._stop()
-        self.console.print(
-            f"interrupted in {self._stage or 'planning'}: finished stages and finished parts "
-            "of this one are kept; run the same command again to go on",
-            soft_wrap=True,
-        )
-
-    def failed(self) -> None:
-        """An error ends the stage; the bars must not stay."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
-
-
-def _memory() -> str:
-    """Resident memory of this process, where the system tells it."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - not a stored file
-            pages = int(file.read().split()[1])
-    except OSError:
-        return ""
-    return f"{pages * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB"
-
-
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """A plain aligned table, readable in a pipe and at 80 columns."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    filled = [_without_tail(row) for row in [header, *rows]]
+    sizes = [max((len(r[i]) for r in filled if i < len(r) - 1), default=0) for i in range(len(header))]
+    sizes = [max(size, len(name)) for size, name in zip(sizes, header, strict=True)]
+    full = [row[-1] for row in filled if len(row) == len(header)]
+    sizes[-1] = max([len(header[-1]), *map(len, full)])
+    if width is not None:
+        sizes[-1] = max(len(header[-1]), min(sizes[-1], width - sum(sizes[:-1]) - 2 * len(header) + 2))
+    lines = [line for row in filled for line in _row_lines(row, sizes, width)]
+    lines.insert(1, "  ".join("-" * size for size in sizes))
     return "\n".join(lines)
+
+
+def _without_tail(row: Sequence[str]) -> list[str]:
+    """The cells up to the last one that is not empty."""
+    cells = list(row)
+    while len(cells) > 1 and not cells[-1]:
+        cells.pop()
+    return cells
+
+
+def _row_lines(row: Sequence[str], sizes: Sequence[int], width: int | None) -> list[str]:
+    """One row, its last text wrapped below itself."""
+    start = "".join(cell.ljust(size) + "  " for cell, size in zip(row[:-1], sizes, strict=False))
+    if width is None or len(start) + len(row[-1]) <= width:
+        return [(start + row[-1]).rstrip()]
+    room = max(16, width - len(start))
+    parts = textwrap.wrap(row[-1], room, break_on_hyphens=False, break_long_words=False)
+    return [(start + part if i == 0 else " " * len(start) + part).rstrip() for i, part in enumerate(parts)]
+
+
+def _width() -> int | None:
+    """Columns to wrap to: those of the terminal, none in a pipe."""
+    return columns(sys.stdout) - 1 if sys.stdout.isatty() else None
+
+
+def _said(text: str, indent: str = "") -> str:
+    return wrapped(text, sys.stdout, indent=indent)
 
 
 def outcome_text(outcome: Any) -> str:
@@ -123,14 +71,20 @@ def outcome_text(outcome: Any) -> str:
     rows = [[name, *_forecaster(curve)] for name, curve in outcome.summary["forecasters"].items()]
     lines = [
         _coloured(f"verdict: {verdict['level']}", verdict["level"]),
-        verdict["sentence"],
+        _said(verdict["sentence"]),
         "",
-        table(rows, ["forecaster", "collapse step", "P(collapse)", "final rise", "trusted until"]),
+        table(
+            rows,
+            ["forecaster", "collapse step", "P(collapse)", "final rise", "trusted until"],
+            width=_width(),
+        ),
         "",
-        f"safe-step budget: {_or(verdict['safe_steps'], 'not measured')} of {verdict['horizon']} planned"
-        f" steps (basis: {verdict['basis']})",
-        *[f"because: {reason}" for reason in verdict["reasons"]],
-        *[f"caveat:  {caveat}" for caveat in verdict["caveats"]],
+        _said(
+            f"safe-step budget: {_or(verdict['safe_steps'], 'not measured')} of {verdict['horizon']} planned"
+            f" steps (basis: {verdict['basis']})"
+        ),
+        *[_said(f"because: {reason}", " " * 9) for reason in verdict["reasons"]],
+        *[_said(f"caveat:  {caveat}", " " * 9) for caveat in verdict["caveats"]],
         f"report: {outcome.report}",
     ]
     return "\n".join(lines)
@@ -156,7 +110,7 @@ def _or(value: Any, fallback: str) -> str:
 
 def _coloured(text: str, level: str) -> str:
     """Colour on a terminal only, and never as the only sign."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+    if not fancy(sys.stdout) or os.environ.get("NO_COLOR"):
         return text
     code = {"low": "32", "elevated": "33", "high": "31"}.get(level, "35")
     return f"\x1b[1;{code}m{text}\x1b[0m"
@@ -176,19 +130,20 @@ def verify_text(outcome: Any) -> str:
         ["refusals at the start", "", refusals[0]],
         ["refusals at the end", "", refusals[1]],
     ]
+    reach = f"after {found['last_step']} of {found['horizon']} steps"
     factor = "–" if found["error_factor"] is None else f"× {found['error_factor']:.2f}"
     if found["error_factor"] is None and found["error_at_least"] is not None:
         factor = f"more than × {found['error_at_least']:.2f}"
     lines = [
-        found["sentence"],
+        _said(found["sentence"]),
         "",
-        table(rows, [f"after {found['last_step']} of {found['horizon']} steps", "forecast", "real"]),
+        table(rows, [reach, "forecast", "real"], width=_width()),
         "",
         f"error factor of the collapse step: {factor}",
         "real curve inside the forecast's interval: "
         + ("not measured" if inside is None else f"{inside:.0%} of the measured steps"),
         *([f"refusals not measured: {found['refusals_missing']}"] if found["refusals_missing"] else []),
-        *[f"caveat: {warning}" for warning in found["warnings"]],
+        *[_said(f"caveat: {warning}", " " * 8) for warning in found["warnings"]],
     ]
     if outcome.report is None:
         return "\n".join([*lines, f"no report: stage {outcome.missing} is not fresh; next: {outcome.next}"])
@@ -228,8 +183,30 @@ def _fraction(count: Mapping[str, Any]) -> str:
 def check_text(report: Mapping[str, Any]) -> str:
     """What `arisk check` found, as indented text."""
     lines: list[str] = []
-    _indent(report, 0, lines)
+    _indent({key: value for key, value in report.items() if key != "plan"}, 0, lines)
+    if "plan" in report:
+        lines += ["", *_plan_lines(report["plan"])]
     return "\n".join(lines)
+
+
+def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The stages to come with their estimated time, memory and disk."""
+    rows = [
+        [
+            stage,
+            clock(cost["seconds"]),
+            f"{cost['memory_gb']:.2f} GB",
+            f"{cost['disk_gb']:.2f} GB" if cost["disk_gb"] else "–",
+            cost["work"],
+        ]
+        for stage, cost in plan["stages"].items()
+    ]
+    return [
+        "plan of work (estimated here; verify is optional):",
+        table(rows, ["stage", "time", "peak memory", "disk", "passes of the model"], width=_width()),
+        f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
+        *[_said(f"warning: {warning}", " " * 9) for warning in plan["warnings"]],
+    ]
 
 
 def _indent(value: Any, depth: int, lines: list[str]) -> None:

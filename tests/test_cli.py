@@ -324,6 +324,7 @@ def test_missing_extra_prints_the_install_command(tmp_path):
 
 KILL = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 stage, when = sys.argv[1:3]
 sys.argv = ["arisk", *sys.argv[3:]]
 from arisk import cli, rundir
@@ -409,7 +410,24 @@ def test_check_prints_work_and_rendered_rows(arisk):
     assert code == 0
     assert "gradient store" in out
     assert "«" in out
-    assert json.loads(arisk("check", DEMO, "--json", *arguments())[1])["data"]["safety"]["rows"] == 8
+    body = json.loads(arisk("check", DEMO, "--json", *arguments())[1])
+    assert body["data"]["safety"]["rows"] == 8
+    assert "safety: 8 rows are few, 32 or more are advised" in body["warnings"]
+    stages = body["plan"]["stages"]
+    assert list(stages) == ["collect", "subspace", "score", "rollout", "forecast", "report", "verify"]
+    assert "8 single-row gradients" in stages["collect"]["work"]
+    assert "120 gradient rows" in stages["verify"]["work"]  # 60 steps of 2 rows
+    total = sum(cost["seconds"] for stage, cost in stages.items() if stage != "verify")
+    assert body["plan"]["seconds"] == pytest.approx(total, abs=0.1)
+    assert body["plan"]["warnings"] == []
+
+
+def test_check_says_what_is_over_budget(arisk):
+    more = ["collect.store=gradients", "collect.disk_budget_gb=0.0001"]
+    _, out, _ = arisk("check", DEMO, "--json", *arguments(*more))
+    (warning,) = json.loads(out)["plan"]["warnings"]
+    assert "collect.disk_budget_gb is 0.0001" in warning
+    assert "set collect.store to gram" in warning
 
 
 def test_init_then_check(arisk, tmp_path):

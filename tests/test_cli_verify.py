@@ -286,6 +286,7 @@ def test_a_python_task_counts_no_refusals(monkeypatch, capsys, tmp_path):
 
 KILL = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 when = sys.argv[1]
 sys.argv = ["arisk", *sys.argv[2:]]
 from arisk.stages import verify

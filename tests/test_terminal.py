@@ -1,8 +1,9 @@
 from pathlib import Path
 
+from arisk.display import StageDisplay
 from arisk.pipeline import Outcome
 from arisk.status import describe
-from arisk.terminal import StageDisplay, check_text, outcome_text, table
+from arisk.terminal import check_text, outcome_text, table
 
 
 def test_table_is_aligned():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -13,6 +14,9 @@ from arisk.ranks import is_first
 
 __all__ = ["app", "main"]
 
+#: Exit code of a run that SIGTERM ended: 128 + 15.
+TERMINATED = 143
+
 app = typer.Typer(
     name="arisk",
     help="Will this fine-tune break the model's safety, when, and because of which data and layers?",
@@ -21,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 2 config, 3 input, 4 artifact, 5 shape, 6 numerics, 7 missing extra, "
-    "10 gate failed, 11 inconclusive gate, 130 interrupted.",
+    "10 gate failed, 11 inconclusive gate, 130 interrupted (Ctrl-C), 143 terminated.",
 )
 
 
@@ -46,10 +50,24 @@ def _options(
         os.environ["ARISK_DEBUG"] = "1"
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run as Ctrl-C does."""
+
+    seen = False
+
+
+def _terminated(number: int, frame: object) -> None:
+    del number, frame
+    _Terminated.seen = True
+    raise _Terminated
+
+
 def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _Terminated.seen = False
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except AriskError as err:
@@ -58,3 +76,9 @@ def main() -> None:
         who = "" if is_first() else f"process {os.environ.get('RANK')}: "
         typer.echo(who + "\n".join(err.lines()), err=True)
         sys.exit(err.exit_code)
+    except SystemExit:
+        if _Terminated.seen:  # Typer makes 130 of every interruption.
+            sys.exit(TERMINATED)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

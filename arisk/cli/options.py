@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,10 +45,10 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on
 
 
 def show(quiet: bool) -> Any:
-    """Progress display on stderr: bars in a terminal, a line per stage in a pipe, or nothing."""
-    from arisk.terminal import StageDisplay
+    """Progress display on stderr: a moving line in a terminal, a line per stage in a pipe, or nothing."""
+    from arisk.display import StageDisplay
 
-    return StageDisplay(quiet=quiet or not is_first())
+    return StageDisplay(quiet=quiet or not is_first(), resume=shlex.join(["arisk", *sys.argv[1:]]))
 
 
 def print_outcome(outcome: Any, as_json: bool) -> None:
@@ -102,10 +104,10 @@ def refuse_gate_without_verdict(fail_on: str | None, last: str | None) -> None:
 
 def reproducing(config: Path, run_dir: Path | None, overrides: list[str] | None, verb: str = "run") -> str:
     """The command that reproduces this run."""
-    parts = [f"arisk {verb}", str(config)]
+    parts = ["arisk", verb, str(config)]
     if run_dir:
         parts += ["--run-dir", str(run_dir)]
-    return " ".join(parts + [f"--set {item}" for item in overrides or []])
+    return shlex.join([*parts, *[part for item in overrides or [] for part in ("--set", item)]])
 
 
 def reusable(given: list[Path] | None, *, again: bool) -> list[Path]:

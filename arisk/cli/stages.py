@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -105,7 +106,10 @@ def _stage_command(stage: Stage) -> None:
         )
         print_outcome(outcome, as_json)
 
-    command.__doc__ = f"Run the stage {stage} alone; its upstream must be fresh."
+    command.__doc__ = (
+        f"Run the stage {stage} alone; its upstream must be fresh.\n\n"
+        f"Example: arisk {stage} my.yaml --with-upstream"
+    )
     app.command(stage)(command)
 
 
@@ -120,23 +124,37 @@ def status(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show each stage as fresh or stale and why, with size and time; runs nothing."""
+    """Show each stage as fresh or stale and why, with size and time; runs nothing.
+
+    Example: arisk status my.yaml --set training.learning_rate=1e-4
+    """
     from arisk.configfile import load_config, run_directory
+    from arisk.display import columns
     from arisk.status import describe, status_rows
 
     loaded = load_config(config, overrides or [])
     rows = status_rows(loaded, run_directory(loaded, config, run_dir))
-    typer.echo(json.dumps(rows, indent=2) if as_json else describe(rows))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    width = columns(sys.stdout) - 1 if sys.stdout.isatty() else None
+    typer.echo(describe(rows, width=width, command=reproducing(config, run_dir, overrides)))
 
 
 @app.command()
 def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Validate config, files, rows and adapter targets, and print the planned work; trains nothing."""
-    from arisk.configfile import load_config
+    """Validate config, files, rows and adapter targets, and print the planned work; trains nothing.
+
+    Example: arisk check my.yaml
+    """
+    from arisk.configfile import load_config, run_directory
+    from arisk.estimate import estimate
     from arisk.models import check_task
     from arisk.terminal import check_text
 
-    report = check_task(load_config(config, overrides or []))
+    loaded = load_config(config, overrides or [])
+    plan = estimate(loaded, run_directory(loaded, config, None))
+    report = {**check_task(loaded), "plan": plan}
     typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 
@@ -165,7 +183,10 @@ def init(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of the config (for editors)."""
+    """Print the JSON Schema of the config (for editors).
+
+    Example: arisk schema > arisk.schema.json
+    """
     from arisk.configfile import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
@@ -181,7 +202,10 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run everything on the embedded model and data; no network, about a minute on two cores."""
+    """Run everything on the embedded model and data; no network, about a minute on two cores.
+
+    Example: arisk demo --mode full
+    """
     from arisk.demo import demo_config
     from arisk.pipeline import run_stages
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ import torch
 from arisk.config import Config, planned_steps
 from arisk.geometry.segments import rollout_cost
 from arisk.models.adapters import attach_adapter, target_modules
-from arisk.models.batching import collate
 from arisk.models.loading import load_model, load_tokenizer
-from arisk.models.losses import per_sample_nll
 from arisk.models.python_source import task_from_entry
 from arisk.models.rendering import Rendered
 from arisk.models.selection import select_parameters
-from arisk.models.task_loading import load_data, statistics_of
+from arisk.models.task_loading import LoadedData, load_data, statistics_of
 from arisk.task import Task
 
 __all__ = ["check_task"]
@@ -28,8 +25,8 @@ __all__ = ["check_task"]
 SHOWN = 2
 #: Gradient evaluations of a probe point, as forward passes are a third of one.
 FORWARD = 1 / 3
-#: Copies of the selected parameters in a rollout: θ*, three of the last real steps, the leap, two moments.
-COPIES = 7
+#: A data set of fewer rows is said to be small.
+FEW = 32
 
 
 def check_task(config: Config) -> dict[str, Any]:
@@ -39,8 +36,8 @@ def check_task(config: Config) -> dict[str, Any]:
         config: the resolved config.
 
     Returns:
-        A mapping for display: `model`, `data` (statistics and two rendered rows each) and `work`
-        (parameters, samples, disk and memory in GB, gradient evaluations of one row).
+        A mapping for display: `model`, `data` (statistics and two rendered rows each), `warnings` and `work`
+        (parameters, samples, disk in GB, gradient evaluations of one row).
 
     Raises:
         AriskError: the first thing that would stop the run.
@@ -55,7 +52,6 @@ def check_task(config: Config) -> dict[str, Any]:
     if adapter is not None:
         model = attach_adapter(model, adapter, seed=config.run.seed)
     names = select_parameters(model, config.model.parameters)
-    seconds = _seconds_per_row(model, collate(data["safety"].rendered[:4], int(tokenizer.pad_token_id or 0)))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in names)
     total = sum(p.numel() for p in model.parameters())
@@ -71,31 +67,41 @@ def check_task(config: Config) -> dict[str, Any]:
             **({"adapter wraps": f"{len(wrapped)} modules, e.g. {wrapped[0]}"} if wrapped else {}),
         },
         "data": shown,
-        "work": _work(config, selected, total, {name: len(d.rendered) for name, d in data.items()}, seconds),
+        "warnings": _warnings(data),
+        "work": _work(config, selected, {name: len(d.rendered) for name, d in data.items()}),
     }
 
 
-def _seconds_per_row(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    """Wall time of one row's forward and backward pass here, from a second pass over a few rows."""
-    took: list[float] = []
-    for _ in range(2):
-        start = time.perf_counter()
-        per_sample_nll(model, batch).mean().backward()
-        model.zero_grad(set_to_none=True)
-        took.append(time.perf_counter() - start)
-    return took[-1] / len(batch["labels"])
+def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
+    """What in the rows makes a run say less than it seems to."""
+    found: list[str] = []
+    for section, loaded in data.items():
+        facts = statistics_of(loaded)
+        if facts["duplicates"]:
+            found.append(f"{section}: {facts['duplicates']} repeated rows are dropped")
+        if facts["prompts_truncated"] or facts["responses_truncated"]:
+            found.append(
+                f"{section}: {facts['prompts_truncated']} prompts and {facts['responses_truncated']} "
+                f"responses are cut; raise {section}.max_length"
+            )
+        if facts["rows"] < FEW:
+            found.append(f"{section}: {facts['rows']} rows are few, {FEW} or more are advised")
+    prompts = {row.row.prompt for row in data["safety"].rendered if row.row.prompt}
+    shared = sum(row.row.prompt in prompts for row in data["finetune"].rendered)
+    if shared:
+        found.append(f"finetune: {shared} rows have a prompt of the safety set")
+    return found
 
 
 def _check_python(task: Task, config: Config) -> dict[str, Any]:
     """The same for a task from local code, whose rows arisk does not know."""
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in task.parameter_names)
-    total = sum(p.numel() for p in task.model.parameters())
     rows = {"safety": len(task.safety.rows), "finetune": len(task.finetune.rows)}
     return {
         "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
         "data": rows,
-        "work": _work(config, selected, total, rows, None),
+        "work": _work(config, selected, rows),
     }
 
 
@@ -106,9 +112,7 @@ def _marked(rendered: Rendered, tokenizer: Any) -> str:
     return f"{prompt}«{tokenizer.decode(list(rendered.tokens[start:]))}»".replace("\n", "\\n")
 
 
-def _work(
-    config: Config, selected: int, total: int, rows: Mapping[str, int], seconds: float | None
-) -> dict[str, Any]:
+def _work(config: Config, selected: int, rows: Mapping[str, int]) -> dict[str, Any]:
     """Planned work: the disk and memory that grow with the run, and gradients of single rows."""
     samples, score = rows.get("safety", 0), config.score
     krylov = 12 if score.krylov_dim == "auto" else score.krylov_dim
@@ -136,17 +140,11 @@ def _work(
         gradients["rollout (forward passes, in gradients)"] = round(passes * measured * FORWARD)
         share = f"{rolled} of {steps} planned optimizer steps ({rolled / steps:.0%})"
     planned = sum(gradients.values())
-    copies = COPIES * selected * 4 / 1e9 if config.rollout.enabled else 0.0
     return {
         "gradients of one row": {**gradients, "sum": planned},
         "rollout": share,
-        "time": "not estimated"
-        if seconds is None
-        else f"about {planned * seconds / 60:.1f} minutes here ({seconds:.2g} s per row and gradient)",
         "gradient store": f"{disk:.2f} GB on disk" if keeps else "none (gram): disk budget or config",
         "disk": f"{(disk if keeps else 0) + directions:.2f} GB of {free:.0f} GB free",
-        "memory": f"about {total * 4 / 1e9 + max(directions, copies) + 1.0:.1f} GB "
-        "(model, directions, blocks) plus activations",
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.bench import (
+    check,
     compare,
     gradients,
     guard,
@@ -16,6 +17,7 @@ from tests.bench import (
 )
 
 BENCHES = {
+    "check": check.main,
     "compare": compare.main,
     "gradients": gradients.main,
     "store": store.main,
