@@ -46,8 +46,8 @@ def demo(tmp_path_factory):
     """The report of the demo, cut down to seconds."""
     from arisk.config import Config
     from arisk.demo import demo_config
+    from arisk.display import StageDisplay
     from arisk.pipeline import run_stages
-    from arisk.terminal import StageDisplay
 
     folder = tmp_path_factory.mktemp("demo")
     plain = demo_config("lora").model_dump()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from arisk.runners import finite
 def loaded(name):
     spec = importlib.util.spec_from_file_location(f"compare_{name}", Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-plans, page_tests, browser = loaded("plans"), loaded("test_page"), loaded("test_browser")
+plans, page_tests, web = loaded("plans"), loaded("test_page"), loaded("browser")
 plan, compared, HOSTILE = plans.plan, plans.compared, plans.HOSTILE
 
 
@@ -64,7 +66,7 @@ def test_hostile_names_stay_text_everywhere():
     told = compared(runs, title=HOSTILE, notes=[HOSTILE], command=HOSTILE)
     page = render_comparison(told, Path("runs/compare"))
     structure = page_tests.parsed(page)
-    assert structure.tags.count("script") == 3
+    assert structure.tags.count("script") == 4
     assert "img" not in structure.tags
     assert not any(key.startswith("on") for _, key, _ in structure.attributes)
     (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
@@ -150,7 +152,12 @@ def test_figures_carry_bands_and_say_what_is_missing():
     assert page.count("The numbers as a table") == 3
 
 
-@browser.pytestmark
+@pytest.fixture(scope="module")
+def browser():
+    with web.started() as running:
+        yield running
+
+
 @pytest.mark.parametrize(
     ("runs", "figures", "width", "theme"),
     [
@@ -161,13 +168,14 @@ def test_figures_carry_bands_and_say_what_is_missing():
     ],
     ids=["ordinary", "holes", "hostile", "many"],
 )
-def test_a_browser_draws_it_quietly(tmp_path, runs, figures, width, theme):
+def test_a_browser_draws_it_quietly(browser, tmp_path, runs, figures, width, theme):
     page = rendered(runs, title="w" * 200, notes=["w" * 200]).replace("<details>", "<details open>")
-    marks, console = browser.opened(tmp_path, page, width=width, theme=theme)
-    assert console == []
-    assert marks["ready"] == "true"
-    assert marks["requests"] == 0
-    assert marks["title"] != "owned"
-    assert marks["overflow"] <= 0
-    assert marks["theme"] == theme
-    assert marks["figures"] == figures
+    path = tmp_path / "compare.html"
+    path.write_text(page, encoding="utf-8")
+    with web.opened(browser, path, width=width, theme=theme) as got:
+        assert got.console == []
+        assert got.requests == []
+        assert got.page.title() != "owned"
+        assert got.overflow() <= 0
+        assert got.page.evaluate("document.documentElement.dataset.theme") == theme
+        assert got.drawn() == [figures, figures]
