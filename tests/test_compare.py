@@ -168,7 +168,7 @@ def test_each_report_tells_of_its_own_data(made):
     data = json.loads((made.runs / "mixed" / "score" / "data.json").read_text())["data"]
     assert data["finetune"]["rows"] == 400
     page = (made.runs / "mixed" / "report" / "report.html").read_text()
-    assert "&quot;finetune&quot;: {&quot;rows&quot;: 400" in page
+    assert "finetune: rows 400" in page
     assert f" s, taken from {made.runs / 'benign'}" in page
 
 
