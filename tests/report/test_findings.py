@@ -63,6 +63,18 @@ def test_the_narrowest_band_of_layers(shares, says):
     assert says in layer_sentence(*modules(shares), "mass")
 
 
+def test_modules_outside_the_layers_are_named_where_they_carry_much():
+    names = ["embed_tokens", *[f"layers.{i}.mlp" for i in range(4)]]
+    narrow = torch.tensor([0.45, 0.5, 0.03, 0.01, 0.01], dtype=torch.float64)
+    assert layer_sentence(names, narrow, "mass") == (
+        "embed_tokens carries 45 % of the mass, 50 % lies in layer 0 of 4."
+    )
+    flat = torch.tensor([0.4, 0.15, 0.15, 0.15, 0.15], dtype=torch.float64)
+    assert layer_sentence(names, flat, "mass") == "embed_tokens carries 40 % of the mass."
+    little = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    assert "no narrow band" in layer_sentence(names, little, "mass")
+
+
 def test_layers_without_numbers_or_mass():
     values = torch.tensor([0.25, 0.75, math.nan], dtype=torch.float64)
     assert layer_sentence(["a", "b", "c"], values, "mass") == "b carries 75 % of the mass (3 modules)."
@@ -109,7 +121,7 @@ def test_the_samples_that_lose_most_come_first_with_their_text():
     )
     forecast, measured = made.records()[3], rolled([0.0, 0.3, 0.05], [0.05, 0.4, 0.2])
     table = sample_table(measured, forecast, collected, True, 2)
-    cells = re.findall(r'<td data-value="(.*?)">(.*?)</td>', table)
+    cells = re.findall(r'<td [^>]*data-value="(.*?)">(.*?)</td>', table)
     assert [text for _, text in cells] == ["8", "0.4", "0.02", "50", "9", "0.2", "0.03", "100"]
     assert "ask 1 &lt;b&gt;" in table
     assert "ask 0" not in table
