@@ -189,6 +189,22 @@ def test_the_first_screen_answers_in_order():
     assert "learning rate 0.001 · 100 steps" in html
 
 
+def test_the_first_screen_says_what_to_do_and_what_really_happened():
+    collected, *_, forecast = made.records()
+    check = made.checked()
+    assert check.real_collapse is not None
+    plain = verdict_section(forecast, collected.task, None)
+    assert "Lower the peak learning rate to 0.0005: all 100 steps stay below the alarm level there." in plain
+    assert f"Stop or evaluate safety by step {forecast.verdict.safe_steps}." in plain
+    early = made.replaced(check, real_collapse=20, sentence="It collapsed.")
+    html = verdict_section(forecast, collected.task, early)
+    assert "Stop or evaluate safety by step 19." in html
+    assert "too many: the real run collapsed at step 20" in html
+    assert "<li>It collapsed.</li>" in html
+    nothing = made.replaced(forecast, what_if=made.grid(holes=True))
+    assert "Plan fewer steps and a lower rate together" in verdict_section(nothing, collected.task, None)
+
+
 def test_costs_come_from_the_manifests():
     stages = {
         "a": {"seconds": 1.0, "bytes": 0},
