@@ -65,6 +65,9 @@ function dataOf(figure, narrow) {
   const data = resolved(structuredClone(figure.data), "");
   return (Array.isArray(data) ? data : Object.values(data)).map((trace) => {
     const drawn = resolved(trace, "");
+    // Names beside points run into one another on a phone: hover and table have them.
+    const long = drawn.mode === "markers+text" && [drawn.text].flat().some((text) => text.length > 3);
+    if (narrow && long) { drawn.mode = "markers"; }
     if (narrow && drawn.textfont) {
       drawn.textfont.size = 11;
       // A phone's cell holds four characters; that a row is rough is said beside it too.

@@ -70,7 +70,7 @@ def render_report(
     rows = sample_table(measured, forecast, collected, show_text, max_examples)
     body = "\n".join(
         [
-            verdict_section(forecast, collected.task, check),
+            verdict_section(forecast, collected.task, check, [a for extra in extras for a in extra.advice]),
             figure_section(figures["forecast"], tall=True),
             findings_section(found(collected, space, scored, forecast, measured), told),
             verified_section(check, show_text) if check else "",

@@ -44,7 +44,8 @@ def rows_table(
 
     Args:
         columns: headings.
-        rows: cells (numbers, None for not measured, or plain text) with the row's `prompt`, `response`.
+        rows: cells (numbers, None for not measured, or plain text) with the row's `prompt`, `response` and,
+            where there is one, `why`: pairs of a label and a text that are shown in any case.
         show_text: show prompts and responses, or only the numbers.
         label: what the table is, for screen readers.
     """
@@ -72,7 +73,8 @@ def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: 
         if len(prompt) + len(response) > left:
             prompt, response = (_clipped(prompt), "") if left >= HEAD else ("", "")
         left -= len(prompt) + len(response)
-        data.append([*(_shown(value) for value in cells), prompt, response])
+        why = "".join(f"\n{label}: {text}" for label, text in row.get("why") or ())
+        data.append([*(_shown(value) for value in cells), prompt, response + why])
     return (
         f'<script type="application/json" class="others">{script_json(data)}</script>'
         f'<p class="more note"><span aria-live="polite">{AT_ONCE} of {len(told)} rows are shown; a heading '
@@ -119,14 +121,16 @@ def _clipped(prompt: str) -> str:
 
 
 def _text(row: Mapping[str, Any], show_text: bool) -> str:
-    prompt, response = _texts(row)
-    if not show_text or not (prompt or response):
+    prompt, response = _texts(row) if show_text else ("", "")
+    parts = [("prompt", prompt), ("response", response)] if prompt or response else []
+    head = _clipped(prompt) or "(no prompt)" if parts else "why"
+    parts += row.get("why") or []
+    if not parts:
         return '<td role="cell" class="text note">not shown</td>'
+    told = "".join(f'<p dir="auto"><b>{esc(label)}</b> {esc(text)}</p>' for label, text in parts)
     return (
-        '<td role="cell" class="text" dir="auto"><details><summary>'
-        f"{esc(_clipped(prompt)) or '(no prompt)'}</summary>"
-        f'<p dir="auto"><b>prompt</b> {esc(prompt)}</p><p dir="auto"><b>response</b> {esc(response)}</p>'
-        "</details></td>"
+        f'<td role="cell" class="text" dir="auto"><details><summary>{esc(head)}</summary>'
+        f"{told}</details></td>"
     )
 
 

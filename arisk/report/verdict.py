@@ -14,11 +14,25 @@ from arisk.results import Curve, ForecastResult
 
 __all__ = ["ICONS", "findings_section", "run_strip", "verdict_section"]
 
+#: Where no optional stage has found a remedy yet.
+HELP = "Find the rows that do it: arisk screen. Train with protection: arisk guard."
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 
 
-def verdict_section(forecast: ForecastResult, task: Mapping[str, Any], check: Comparison | None) -> str:
-    """Level, sentence, the planned run as a strip, four numbers, advice and reasons."""
+def verdict_section(
+    forecast: ForecastResult,
+    task: Mapping[str, Any],
+    check: Comparison | None,
+    advice: Sequence[str] = (),
+) -> str:
+    """Level, sentence, the planned run as a strip, four numbers, advice and reasons.
+
+    Args:
+        forecast: the verdict and what it rests on.
+        task: what the plan is about.
+        check: a real run beside the forecast, where there is one.
+        advice: what optional stages found to help.
+    """
     v = forecast.verdict
     curve = forecast.forecasters.get(v.basis)
     worth = [record_line(v.basis)] if v.basis in forecast.forecasters else []
@@ -30,7 +44,7 @@ def verdict_section(forecast: ForecastResult, task: Mapping[str, Any], check: Co
         f'<h1 id="verdict">{_sentence(v.sentence)}</h1>'
         f'<p class="plan">{esc(_plan(forecast.training, task))}</p>'
         f'{run_strip(forecast, check)}<dl class="tiles">{"".join(_tiles(forecast, curve, check))}</dl>'
-        f'<div class="three"><div>{listed("What to do", _advice(forecast, check))}</div>'
+        f'<div class="three"><div>{listed("What to do", _advice(forecast, check, advice))}</div>'
         f"<div>{listed('Why', v.reasons)}</div>"
         f"<div>{listed('How far to trust this', [*real, *v.caveats, *worth])}</div></div></section>"
     )
@@ -146,7 +160,7 @@ def _trust(forecast: ForecastResult) -> str:
     return f"trusted until step {curve.trusted_until}"
 
 
-def _advice(forecast: ForecastResult, check: Comparison | None) -> list[str]:
+def _advice(forecast: ForecastResult, check: Comparison | None, measured: Sequence[str]) -> list[str]:
     """What follows from the verdict, with the numbers to do it by."""
     verdict, grid = forecast.verdict, forecast.what_if
     if verdict.level == "low":
@@ -165,10 +179,7 @@ def _advice(forecast: ForecastResult, check: Comparison | None) -> list[str]:
     last = verdict.safe_steps if real is None else min(verdict.safe_steps or real, real - 1)
     if last:
         advice.append(f"Stop or evaluate safety by step {number(last, 9)}.")
-    return [
-        *advice,
-        "Find the rows that do it: arisk screen. Train with protection: arisk guard.",
-    ]
+    return [*measured, *advice] if measured else [*advice, HELP]
 
 
 def findings_section(found: Sequence[Finding], more: Sequence[tuple[str, str]]) -> str:

@@ -201,6 +201,10 @@ def test_the_first_screen_says_what_to_do_and_what_really_happened():
     assert "Stop or evaluate safety by step 19." in html
     assert "too many: the real run collapsed at step 20" in html
     assert "<li>It collapsed.</li>" in html
+    assert "arisk screen" in plain
+    told = verdict_section(forecast, collected.task, None, ["Drop the <3> rows."])
+    assert "<li>Drop the &lt;3&gt; rows.</li>" in told
+    assert "arisk screen" not in told
     nothing = made.replaced(forecast, what_if=made.grid(holes=True))
     assert "Plan fewer steps and a lower rate together" in verdict_section(nothing, collected.task, None)
 
