@@ -21,6 +21,7 @@ from arisk.problems import config_error, models_in
 __all__ = [
     "dump_config",
     "json_schema",
+    "known_keys",
     "load_config",
     "run_directory",
     "set_value",
@@ -186,6 +187,20 @@ def dump_config(config: BaseModel) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the config, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that `--set` takes, in the order of the config."""
+    return list(_keys(Config, ""))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = next(iter(models_in(field.annotation)), None)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _keys(inner, f"{prefix}{name}.")
 
 
 def starter_config(model: str, safety: str, finetune: str) -> str:
