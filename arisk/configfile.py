@@ -31,6 +31,15 @@ __all__ = [
 
 Model = TypeVar("Model", bound=BaseModel)
 
+#: Sections of a written config in the order a user decides on them; the others follow.
+FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
+#: What begins before a section.
+HEADINGS = {
+    "model": "What you are about to fine-tune, on what, and how",
+    "forecast": "What counts as collapse, and where the run lives",
+    "collect": "How it is measured: the defaults are good ones",
+    "verify": "Stages that run only by their own command",
+}
 #: Config values that are files or folders.
 PATHS = (
     ("model", "path"),
@@ -213,8 +222,12 @@ def starter_config(model: str, safety: str, finetune: str) -> str:
         "# Keys that are commented out show their defaults.",
         "",
     ]
-    for name, field in Config.model_fields.items():
+    rest = [name for name in Config.model_fields if name not in FIRST]
+    for name in (*FIRST, *rest):
+        field = Config.model_fields[name]
         section = next(models_in(field.annotation))
+        if name in HEADINGS:
+            lines += [f"# ── {HEADINGS[name]} ──", ""]
         lines.append(f"# {field.description}")
         active = given.get(name, {})
         lines.append(f"{name}:" if active else f"# {name}:")
