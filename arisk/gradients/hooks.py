@@ -10,7 +10,7 @@ one module's block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from arisk.task import Batch, LossFn
 __all__ = ["hook_gradients", "hook_parts"]
 
 #: What a module call leaves for the backward pass: output gradient → local name → factors or block.
-Backward = Callable[[Tensor], dict[str, Part]]
+Backward = Callable[[Tensor], Mapping[str, Part]]
 
 
 class _Contributions:
@@ -248,7 +248,7 @@ def _conv1d(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> di
 
 def _embedding(
     given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter], padding: int | None
-) -> dict[str, Part]:
+) -> Mapping[str, Part]:
     """∂ℓ_i/∂E[v] = Σ_{s: token v} y'_is (vocabulary, d)."""
     if padding is not None:
         gradient = gradient.masked_fill((given == padding).unsqueeze(-1), 0)
@@ -263,7 +263,7 @@ def _own_vjp(
     kwargs: dict[str, Any],
     gradient: Tensor,
     size: int,
-) -> dict[str, Part]:
+) -> Mapping[str, Part]:
     """(∂f(x_i; w)/∂w)ᵀ y'_i for each sample, through the module's own forward."""
     inputs: list[Tensor] = []
 

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import NumericsError
 from arisk.gradients.batches import batch_size
 from arisk.gradients.factors import Outer, Part
-from arisk.gradients.hooks import hook_parts
 from arisk.gradients.layout import ParameterLayout
-from arisk.gradients.per_sample import per_sample_gradients
+from arisk.gradients.per_sample import per_sample_parts
 from arisk.task import Batch, LossFn
 
 __all__ = ["Sides", "Sketch", "per_sample_sketches", "sketch_of", "sketch_products"]
@@ -147,26 +145,7 @@ def per_sample_sketches(
             rows.append(made.new_empty(batch_size(batch), sketch.numel))
         rows[0][:, sketch.places[name]] = made
 
-    if engine == "hooks":
-        losses = hook_parts(model, batch, loss_fn, layout, keep)
-    else:
-        losses = per_sample_gradients(
-            model,
-            batch,
-            loss_fn,
-            layout,
-            lambda name, block: keep(name, [block]),
-            engine=engine,
-            offset=offset,
-        )
-    finite = torch.isfinite(rows[0]).all(1) & torch.isfinite(losses)
-    if not bool(finite.all()):
-        sample = int((~finite).to(torch.int64).argmax()) + offset
-        raise NumericsError(
-            f"the loss or gradient of sample {sample} is NaN or infinite",
-            where=f"sample {sample} (counted from 0, in data order)",
-            fix="look at that row (empty response, extreme length), or load the model in float32",
-        )
+    losses = per_sample_parts(model, batch, loss_fn, layout, keep, engine=engine, offset=offset)
     return losses, rows[0]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from arisk.errors import NumericsError
 from arisk.gradients import layout_of, measuring
-from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of
+from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts
 from arisk.gradients.sketch import Sides, Sketch, per_sample_sketches, sketch_of, sketch_products
 
@@ -30,15 +30,19 @@ def sketches(name, side, engine="hooks", rename=None):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_factors_multiply_out_to_the_oracle(name):
+@pytest.mark.parametrize("entries", [1, 1 << 24])
+def test_factors_multiply_out_to_the_oracle(name, entries, monkeypatch):
+    monkeypatch.setattr("arisk.gradients.factors.BLOCK_ENTRIES", entries)
     model, batch, loss_fn, names, oracle = cases.case(name)
     layout = layout_of(model, names)
-    blocks, dots = {}, torch.zeros(len(oracle), 3, dtype=torch.float64)
+    blocks, sums, dots = {}, {}, torch.zeros(len(oracle), 3, dtype=torch.float64)
+    w = torch.arange(len(oracle), dtype=torch.float64)
     v = torch.randn(3, layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def sink(parameter, parts):
         blocks[parameter] = sum(block_of(part) for part in parts).flatten(1)
         own = v[:, layout.slice_of(parameter)].reshape(3, *layout.shapes[layout.names.index(parameter)])
+        sums[parameter] = weighted_sum_of(parts, w).flatten()
         dots[:, :2] += dots_of(parts, own[:2])
         dots[:, 2:] += dots_of(parts, own[2:])
 
@@ -47,6 +51,7 @@ def test_factors_multiply_out_to_the_oracle(name):
     found = torch.cat([blocks[n] for n in layout.names], 1)
     torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(dots, oracle @ v.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(layout.flatten(sums), w @ oracle, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", cases.CASES)
