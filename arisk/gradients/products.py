@@ -20,7 +20,9 @@ from arisk.gradients.factors import Outer, Part, Rows, samples_of, tensors_of
 __all__ = ["ParameterProducts", "blocks_of", "ghost_gram", "is_ghost", "parameter_products"]
 
 #: Entries of a block (N × columns) that is made at a time; it stays in the last cache.
-BLOCK_ENTRIES = 1 << 22
+BLOCK_ENTRIES = 1 << 23
+#: Rows of a parameter in a block, as far as they take no more than twice that: fewer multiply slowly.
+BLOCK_ROWS = 96
 #: One of the S² numbers of a pair of samples costs so many multiplications: it is read and written
 #: several times and never leaves memory, by `tests.bench store`.
 PAIR_COST = 12
@@ -149,7 +151,8 @@ def blocks_of(
     samples = sum(map(samples_of, batches))
     like = tensors_of(batches[0][0])[-1]
     rows, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
-    step = max(1, min(rows, BLOCK_ENTRIES // max(1, samples * width)))
+    fitting = BLOCK_ENTRIES // max(1, samples * width)
+    step = max(1, min(rows, max(fitting, min(BLOCK_ROWS, 2 * fitting))))
     buffer = like.new_empty(samples, step, width)
     writers = _writers(batches)
     for start in range(share[0] * step, rows, share[1] * step):

@@ -49,10 +49,12 @@ class GradientStore:
 
     Args:
         directory: folder of the shards, made when the first one is written; None for memory.
+        memory: bytes of the first batches that stay in memory before the folder is used.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, *, memory: float = 0.0) -> None:
         self.directory = directory
+        self._room = memory
         self._memory: dict[int, dict[str, list[Part]]] = {}
         self._headers: dict[Path, tuple[int, dict[str, list[list[Any]]]]] = {}
 
@@ -69,39 +71,43 @@ class GradientStore:
             self._memory[index] = listed
             return
         tensors, table = _packed(listed)
+        self._room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._room >= 0:
+            self._memory[index] = listed
+            return
         size = samples_of(next(iter(listed.values())))
         header = {PARTS: json.dumps({"samples": size, "table": table})}
-        write_tensors(self.directory / f"shard-{index:05d}.safetensors", tensors, header)
+        write_tensors(self._path(index), tensors, header)
 
     def finished(self) -> list[int]:
-        """Indices of the shards that are there and can be opened; damaged ones are deleted."""
-        if self.directory is None:
-            return sorted(self._memory)
-        found: list[int] = []
-        for path in self._shards():
+        """Indices of the batches that are there and can be read; damaged shards are deleted."""
+        found = set(self._memory)
+        for index, path in self._shards().items():
             try:
                 with safe_open(path, framework="pt") as shard:
                     known = PARTS in (shard.metadata() or {})
             except SafetensorError:
                 known = False
             if known:
-                found.append(int(path.stem.rpartition("-")[2]))
+                found.add(index)
             else:
                 path.unlink()
-        return found
+        return sorted(found)
 
-    def _shards(self) -> list[Path]:
-        return sorted(self.directory.glob("shard-*.safetensors")) if self.directory is not None else []
+    def _shards(self) -> dict[int, Path]:
+        paths = self.directory.glob("shard-*.safetensors") if self.directory is not None else []
+        return {int(path.stem.rpartition("-")[2]): path for path in paths}
 
-    def _require_shards(self) -> list[Path]:
-        shards = self._shards()
-        if not shards:
+    def _indices(self) -> list[int]:
+        """Numbers of all batches, in order."""
+        indices = sorted({*self._memory, *self._shards()})
+        if not indices:
             raise ArtifactError(
                 "there are no gradient shards",
                 where=str(self.directory),
                 fix="run `arisk collect` with --force",
             )
-        return shards
+        return indices
 
     def _header(self, path: Path) -> tuple[int, dict[str, list[list[Any]]]]:
         """Samples of a shard and the tensors of each parameter, read once."""
@@ -120,14 +126,18 @@ class GradientStore:
 
     def parts(self, name: str) -> list[list[Part]]:
         """One parameter's parts over all batches, in at least float32."""
-        if self.directory is None:
-            return [self._memory[index][name] for index in sorted(self._memory)]
-        return [self._read(path, name) for path in self._require_shards()]
+        return [self._read(index, name) for index in self._indices()]
 
-    def _read(self, path: Path, name: str) -> list[Part]:
-        table = self._header(path)[1]
+    def _path(self, index: int) -> Path:
+        assert self.directory is not None
+        return self.directory / f"shard-{index:05d}.safetensors"
+
+    def _read(self, index: int, name: str) -> list[Part]:
+        if index in self._memory:
+            return self._memory[index][name]
+        table = self._header(self._path(index))[1]
         # Opened anew each time: a map that stays open would count every page it has touched.
-        with _opened(path) as shard:
+        with _opened(self._path(index)) as shard:
             return [_unpacked(row, shard) for row in table[name]]
 
     def samples(self) -> int:
@@ -135,9 +145,12 @@ class GradientStore:
         return sum(self._sizes())
 
     def _sizes(self) -> list[int]:
-        if self.directory is None:
-            return [samples_of(next(iter(self._memory[i].values()))) for i in sorted(self._memory)]
-        return [self._header(path)[0] for path in self._require_shards()]
+        return [
+            samples_of(next(iter(self._memory[index].values())))
+            if index in self._memory
+            else self._header(self._path(index))[0]
+            for index in self._indices()
+        ]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Columns start … stop − 1 of one parameter's gradients, (N, stop − start)."""
@@ -202,11 +215,9 @@ class GradientStore:
         edges = [0]
         for size in self._sizes():
             edges.append(edges[-1] + size)
-        batches = self.parts(name) if self.directory is None else None
-        shards = self._shards()
-        for number in share(len(edges) - 1):
-            parts = self._read(shards[number], name) if batches is None else batches[number]
-            yield slice(edges[number], edges[number + 1]), parts
+        indices = self._indices()
+        for number in share(len(indices)):
+            yield slice(edges[number], edges[number + 1]), self._read(indices[number], name)
 
 
 def _shape(batches: Sequence[Sequence[Part]]) -> tuple[int, ...]:

@@ -114,7 +114,9 @@ def measure(run: SafetyPass, plan: Plan, folder: Path, memory_budget_gb: float) 
         from_first(lambda other=other: shutil.rmtree(folder / other, ignore_errors=True))
     if plan.place == "groups":
         return _by_groups(run, plan, folder, memory_budget_gb)
-    store = GradientStore(folder / kept if plan.place == "disk" else None)
+    # What later stages do not read may stay in memory as far as the budget goes.
+    room = memory_budget_gb * 1e9 if plan.store == "gram" and world() == 1 else 0.0
+    store = GradientStore(folder / kept if plan.place == "disk" else None, memory=room)
     exact = GradientStore(None) if plan.dtype and plan.exact else None
     losses, rounding = _one_pass(run, plan, folder, store, exact)
     gram, mean, diagonal = (store if exact is None else exact).sweep(run.layout)
