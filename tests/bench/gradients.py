@@ -41,7 +41,9 @@ def llama() -> Any:
     )
 
 
-def batches(tokens: int | None, samples: int = SAMPLES) -> list[dict[str, torch.Tensor]]:
+def batches(
+    tokens: int | None, samples: int = SAMPLES, *, batch: int = BATCH, vocabulary: int = VOCABULARY
+) -> list[dict[str, Any]]:
     """N samples of equal length, or (None) of lengths like refusals in a chat template, sorted by length.
 
     Those are 97 ± 15 tokens of which the last 55 % are the response. Batches are padded, ask for the
@@ -53,10 +55,10 @@ def batches(tokens: int | None, samples: int = SAMPLES) -> list[dict[str, torch.
         drawn = 97 + 15 * torch.randn(samples, generator=generator)
         lengths = drawn.clamp(40, 150).long().sort().values
     made = []
-    for start in range(0, samples, BATCH):
-        own = lengths[start : start + BATCH]
+    for start in range(0, samples, batch):
+        own = lengths[start : start + batch]
         longest = int(own.max())
-        ids = torch.randint(1, VOCABULARY, (len(own), longest), generator=generator)
+        ids = torch.randint(1, vocabulary, (len(own), longest), generator=generator)
         place = torch.arange(longest)
         inside = place < own[:, None]
         first = (own * 0.45).long()
@@ -88,7 +90,7 @@ def one_case(mode: str, tokens: int | None) -> dict[str, float]:
         for batch in data:
             mean_gradient(model, batch, per_sample_nll, layout)
 
-    def engine(name: str, chosen: list[dict[str, torch.Tensor]]) -> None:
+    def engine(name: str, chosen: list[dict[str, Any]]) -> None:
         for batch in chosen:
             per_sample_gradients(model, batch, per_sample_nll, layout, lambda *_: None, engine=name)
 
