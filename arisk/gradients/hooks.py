@@ -276,7 +276,8 @@ def _own_vjp(
         return tensor
 
     map_tensors((args, kwargs), collect)
-    values = {name: parameter.detach() for name, parameter in own.items()}
+    # Not the parameters of before: sharded ones are whole only while their module works.
+    values = {name: getattr(module, name).detach() for name in own}
 
     def one(sample: list[Tensor], output_gradient: Tensor) -> dict[str, Tensor]:
         waiting = iter(sample)

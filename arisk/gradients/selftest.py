@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arisk.errors import AriskError, ConfigError, NumericsError
 from arisk.gradients.batches import batch_size, slice_batch
-from arisk.gradients.layout import ParameterLayout
+from arisk.gradients.layout import ParameterLayout, is_sharded
 from arisk.gradients.per_sample import ENGINES, per_sample_gradients
 from arisk.task import Batch, LossFn
 
@@ -52,10 +52,14 @@ def choose_engine(
     The test takes the first two samples of the batch: an engine must work on them and have
     ‖G − G_loop‖/‖G_loop‖ within the tolerance of the parameters' dtype.
 
+    Of a model that is sharded over processes only hooks see whole gradients: there is no test.
+
     Raises:
-        ConfigError: the requested engine fails the test.
+        ConfigError: the requested engine fails the test, or cannot work on a sharded model.
         NumericsError: a loss or gradient is not finite.
     """
+    if is_sharded(model):
+        return _sharded_choice(requested)
     pair = slice_batch(batch, 0, min(2, batch_size(batch)))
     oracle = _blocks(model, pair, loss_fn, layout, "loop")
     tolerance = TOLERANCE.get(next(iter(oracle.values())).dtype, 1e-3)
@@ -79,6 +83,16 @@ def choose_engine(
         where="collect.engine",
         fix="use `engine: auto`, which falls back to the next engine that agrees",
     )
+
+
+def _sharded_choice(requested: str) -> EngineChoice:
+    if requested not in ("auto", "hooks"):
+        raise ConfigError(
+            f"engine {requested!r} needs whole parameters, and this model's are sharded over processes",
+            where="collect.engine",
+            fix="use `engine: hooks`",
+        )
+    return EngineChoice("hooks", {}, {"loop": "the parameters are sharded over processes"})
 
 
 def batch_invariance(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from arisk.gradients import (
     slice_batch,
 )
 from arisk.progress import Progress, silent
-from arisk.ranks import from_first
 from arisk.results import CollectResult
 from arisk.stages.keeping import GRADIENTS_FOLDER, Plan, measure, plan_store
 from arisk.stages.safety_pass import Products, SafetyPass
@@ -65,7 +63,7 @@ def collect(task: Task, config: CollectConfig, folder: Path, *, progress: Progre
         sizes = [batch_size(batch) for batch in batches]
         choice, invariance = _self_test(task, layout, batches, config.engine)
         run = SafetyPass(task, layout, batches, sizes, choice.engine, progress)
-        plan = from_first(partial(plan_store, run, config, folder))
+        plan = plan_store(run, config, folder)
         products = measure(run, plan, folder, config.memory_budget_gb)
     _require_gradient(products.gram)
     return _record(run, config, plan, choice, invariance, products)
@@ -163,6 +161,8 @@ def _warnings(result: CollectResult) -> list[str]:
         )
     if len(result.losses) < 64:
         found.append(f"Only {len(result.losses)} safety samples: bootstrap intervals are calibrated from 64.")
+    if not result.engine["parity"]:
+        found.append("The gradients were not compared with another engine: the model is sharded.")
     rounding = result.store_rounding
     if rounding is not None:
         found.append(

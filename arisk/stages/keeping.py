@@ -20,10 +20,10 @@ from torch import Tensor
 from arisk.artifacts import read_tensors, write_tensors
 from arisk.config import CollectConfig
 from arisk.errors import ConfigError
-from arisk.gradients import GradientStore, ParameterLayout, layout_of
+from arisk.gradients import GradientStore, ParameterLayout, is_sharded, layout_of
 from arisk.gradients.factors import Part
 from arisk.gradients.products import parameter_products
-from arisk.ranks import barrier, from_first, gathered, share, world
+from arisk.ranks import barrier, from_first, gathered, rank, share, world
 from arisk.stages.safety_pass import (
     Products,
     SafetyPass,
@@ -71,9 +71,13 @@ def plan_store(run: SafetyPass, config: CollectConfig, folder: Path) -> Plan:
     pass of the model each, reading blocks less, so `auto` keeps gradients whenever the disk allows it.
 
     Raises:
-        ConfigError: `store: gradients` does not fit the disk budget.
+        ConfigError: `store: gradients`, or what a sharded model needs, does not fit the disk budget.
     """
-    entries = held_entries(run)
+    entries = held_entries(run)  # A pass of the model, in which every rank may have to take part.
+    return from_first(lambda: _planned(run, config, folder, entries))
+
+
+def _planned(run: SafetyPass, config: CollectConfig, folder: Path, entries: Mapping[str, float]) -> Plan:
     wide = next(run.task.model.parameters()).dtype == torch.float64
     size = 8 if wide else 4
     held = MARGIN * sum(run.sizes) * sum(entries.values())
@@ -96,6 +100,13 @@ def plan_store(run: SafetyPass, config: CollectConfig, folder: Path) -> Plan:
     if fits_memory:
         return Plan("gram", None, "memory", entries, exact=True)
     place = "disk" if held * size <= available else "groups"
+    if place == "groups" and is_sharded(run.task.model):
+        raise ConfigError(
+            f"the factors of all gradients take {held * size / 1e9:.1f} GB of disk and {available / 1e9:.1f} "
+            "GB are available; a sharded model is passed over once only",
+            where="collect.disk_budget_gb",
+            fix="raise it, or use fewer safety samples (`safety.max_samples`)",
+        )
     return Plan("gram", None, place, entries, exact=True)
 
 
@@ -133,14 +144,16 @@ def _one_pass(
     count = len(run.batches)
     losses: list[Tensor] = []
     rounding: float | None = None
-    for index in share(count):
+    for index, known in _turns(run, folder, finished):
         run.progress("safety gradients", index, count)
-        known = batch_losses(folder, index) if index in finished else None
         if known is not None:
             losses.append(known)
             continue
         parts: dict[str, list[Part]] = {}
-        measured = batch_parts(run, run.layout, index, run.batches[index], parts)
+        # Beyond the last batch a rank repeats it, where the others cannot work without it.
+        measured = batch_parts(run, run.layout, index, run.batches[min(index, count - 1)], parts)
+        if index >= count:
+            continue
         if exact is not None:
             exact.write_shard(index, parts)
         if plan.dtype:
@@ -154,6 +167,24 @@ def _one_pass(
     together = torch.cat(gathered(losses, count))  # Waits until every shard is written.
     run.progress("safety gradients", count, count)
     return together, rounding
+
+
+def _turns(run: SafetyPass, folder: Path, finished: set[int]) -> Iterator[tuple[int, Tensor | None]]:
+    """This rank's batches, with their losses where a killed run has finished them.
+
+    The ranks of a sharded model pass over it together: one may skip a batch where all may.
+    """
+    count = len(run.batches)
+    known = {index: batch_losses(folder, index) for index in finished}
+    if not is_sharded(run.task.model):
+        yield from ((index, known.get(index)) for index in share(count))
+        return
+    for start in range(0, count, world()):
+        together = range(start, min(start + world(), count))
+        skip = all(known.get(index) is not None for index in together)
+        index = start + rank()
+        if index < count or not skip:
+            yield index, known.get(index) if skip else None
 
 
 def _rounding(layout: ParameterLayout, whole: dict[str, list[Part]], parts: dict[str, list[Part]]) -> float:
