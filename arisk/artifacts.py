@@ -79,13 +79,18 @@ def read_record(directory: Path, cls: type[Record]) -> Record:
             arguments[field.name] = tensors[field.name]
         elif field.name in body["values"]:
             arguments[field.name] = _decode(body["values"][field.name], hints[field.name])
-        else:
+        elif field.default is dataclasses.MISSING:
             raise _damaged(path, f"the field {field.name!r} is missing")
     return cls(**arguments)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors by name as safetensors; the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        metadata: texts for its header.
 
     Raises:
         ArtifactError: the disk is full or the folder is read-only.
@@ -96,7 +101,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(_separate(tensors), partial)
+        save_file(_separate(tensors), partial, metadata)
         partial.replace(path)
     except SafetensorError as err:
         partial.unlink(missing_ok=True)

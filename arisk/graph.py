@@ -35,7 +35,7 @@ class StageSpec:
 
 
 #: Settings of collect that change its numbers or files; its budgets do not.
-COLLECT_KEYS = ("engine", "fisher", "store", "chunk_size")
+COLLECT_KEYS = ("engine", "fisher", "store", "store_dtype", "chunk_size")
 
 #: Settings of guard that change its numbers; its limits only change the recommendation.
 GUARD_KEYS = (
@@ -47,7 +47,7 @@ GUARD_KEYS = (
 STAGES = (
     StageSpec(
         "collect",
-        2,
+        3,
         (),
         (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
         ("model", "adapter", "safety"),

@@ -37,7 +37,7 @@ OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
 SHARED = ("collect", "score", "rollout", "verify")
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
-    *("losses-*.safetensors", "group-*.safetensors", "*.partial"),
+    *("losses-*.safetensors", "group-*.safetensors", "parts/*", "*.partial"),
     *("point-*.safetensors", "rows-*.safetensors"),
     *("state.json", "state-*.safetensors", "arm-*/*"),
 )

@@ -50,6 +50,9 @@ class CollectResult:
         coverage: shares of parameters and of squared gradient norm that the engine covers.
         task: provenance of model and data as the loader described it.
         warnings: sentences for the report.
+        store_dtype: dtype of the stored gradients; a float64 model keeps its own.
+        store_rounding: largest relative change of a gradient's length by rounding, over one batch; None
+            where the Gram matrices were taken of unrounded gradients.
     """
 
     parameter_names: Sequence[str]
@@ -70,6 +73,8 @@ class CollectResult:
     coverage: Mapping[str, float]
     task: Mapping[str, Any]
     warnings: Sequence[str]
+    store_dtype: str = "float32"
+    store_rounding: float | None = None
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,14 @@ class CollectConfig(Section):
     """empirical: labels of the data; sampled: one label per position drawn from the model."""
     store: Literal["auto", "gradients", "gram"] = "auto"
     """gradients: keep them on disk; gram: only inner products, later stages run the model again."""
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of gradients on disk; bfloat16 halves them, and the report says what the rounding changed."""
     chunk_size: PositiveInt = 8
     """Safety samples per forward and backward pass."""
     memory_budget_gb: PositiveFloat = 1.0
     """Memory for gradient blocks, on top of model and activations (GB)."""
     disk_budget_gb: PositiveFloat = 20.0
-    """Disk for the gradient store (GB); auto falls back to `gram` above it."""
+    """Disk for gradients (GB), kept or until their products are there; auto takes `gram` above it."""
 
 
 class SubspaceConfig(Section):

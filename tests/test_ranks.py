@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from arisk import ranks
 from arisk.errors import ArtifactError
+from tests.sharded import MODELS, measured
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = [
@@ -81,6 +82,22 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, extra):
     out = finish(start(tmp_path / "two", 2, *extra))
     assert out.count("run directory") == 1  # one of them speaks
     assert differences(tmp_path / "one", tmp_path / "two") == []
+
+
+def test_a_sharded_model_gives_the_numbers_of_a_whole_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.sharded", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sharded over processes" in done.stdout  # from the stage that moves parameters
+    sharded = load_file(tmp_path / "numbers.safetensors")
+    for name in MODELS:
+        whole = measured(name, tmp_path / "whole")[1]
+        for key, value in whole.items():
+            torch.testing.assert_close(sharded[key], value, rtol=1e-9, atol=1e-13)
 
 
 def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path):

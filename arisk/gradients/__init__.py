@@ -2,9 +2,9 @@
 
 from arisk.gradients.batches import batch_size, map_tensors, move_batch, slice_batch
 from arisk.gradients.hvp import HvpPlan, choose_hvp, hvp
-from arisk.gradients.layout import ParameterLayout, layout_of, module_of, parameters_of
+from arisk.gradients.layout import ParameterLayout, is_sharded, layout_of, module_of, parameters_of
 from arisk.gradients.mean import mean_gradient
-from arisk.gradients.per_sample import ENGINES, per_sample_gradients
+from arisk.gradients.per_sample import ENGINES, per_sample_gradients, per_sample_parts
 from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine
 from arisk.gradients.sink import Sink
 from arisk.gradients.state import measuring
@@ -22,6 +22,7 @@ __all__ = [
     "choose_engine",
     "choose_hvp",
     "hvp",
+    "is_sharded",
     "layout_of",
     "map_tensors",
     "mean_gradient",
@@ -30,5 +31,6 @@ __all__ = [
     "move_batch",
     "parameters_of",
     "per_sample_gradients",
+    "per_sample_parts",
     "slice_batch",
 ]

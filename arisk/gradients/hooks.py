@@ -3,13 +3,14 @@
 A module y = f(x; w) has ∂ℓ_i/∂w = (∂y_i/∂w)ᵀ ∂ℓ_i/∂y_i: inputs are caught in the forward pass,
 output gradients in the backward pass, and no ordinary weight gradient is computed. Linear, Conv1D
 and Embedding have closed forms; any other leaf module (norms, for one) is asked for its own
-vector-Jacobian product, sample by sample, through torch.func. Each block is handed on as soon as
-its last contribution is in, so memory holds about one module's block.
+vector-Jacobian product, sample by sample, through torch.func. Each parameter is handed on as soon as
+its last contribution is in, as blocks or as the factors of their outer products, so memory holds about
+one module's block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,45 +20,49 @@ from torch.func import functional_call, vjp, vmap
 
 from arisk.errors import ShapeError
 from arisk.gradients.batches import batch_size, map_tensors
+from arisk.gradients.factors import Outer, Part, Rows, block_of
 from arisk.gradients.layout import ParameterLayout, parameters_of
-from arisk.gradients.sink import Sink
+from arisk.gradients.sink import PartSink, Sink
 from arisk.task import Batch, LossFn
 
-__all__ = ["hook_gradients"]
+__all__ = ["hook_gradients", "hook_parts"]
 
-#: What a module call leaves for the backward pass: output gradient → local name → (B, *shape).
-Backward = Callable[[Tensor], dict[str, Tensor]]
+#: What a module call leaves for the backward pass: output gradient → local name → factors or block.
+Backward = Callable[[Tensor], Mapping[str, Part]]
 
 
 class _Contributions:
-    """Sums what every call of every module adds to a parameter, and hands on finished blocks.
+    """Gathers what every call of every module adds to a parameter, and hands it on when complete.
 
-    A tied parameter, or a module called twice, has several contributions; the block is finished when
-    as many have come back as went forward.
+    A tied parameter, or a module called twice, has several contributions; it is complete when as many
+    have come back as went forward.
     """
 
-    def __init__(self, names: dict[int, str], size: int, sink: Sink) -> None:
+    def __init__(self, names: dict[int, str], size: int, sink: PartSink, *, multiplied: bool) -> None:
         self.names = names
         self.size = size
         self.sink = sink
+        self.multiplied = multiplied
         self.waiting: dict[str, int] = dict.fromkeys(names.values(), 0)
-        self.blocks: dict[str, Tensor] = {}
+        self.parts: dict[str, list[Part]] = {}
         self.sent: set[str] = set()
         self.muted = False
 
     def expect(self, parameter: nn.Parameter) -> None:
         self.waiting[self.names[id(parameter)]] += 1
 
-    def add(self, parameter: nn.Parameter, block: Tensor) -> None:
+    def add(self, parameter: nn.Parameter, part: Part) -> None:
         name = self.names[id(parameter)]
-        held = self.blocks.pop(name, None)
-        block = block if held is None else held.add_(block)
-        self.waiting[name] -= 1
-        if self.waiting[name]:
-            self.blocks[name] = block
+        parts = self.parts.setdefault(name, [])
+        if self.multiplied:
+            block = block_of(part)
+            parts[:] = [parts[0].add_(block)] if parts else [block]  # type: ignore[union-attr]
         else:
+            parts.append(part)
+        self.waiting[name] -= 1
+        if not self.waiting[name]:
             self.sent.add(name)
-            self.sink(name, block)
+            self.sink(name, self.parts.pop(name))
 
     def flush(self, parameters: dict[str, nn.Parameter]) -> None:
         """Hand on what is left: calls whose output the loss does not use contribute zero."""
@@ -67,7 +72,7 @@ class _Contributions:
                 zeros = torch.zeros(
                     self.size, *parameter.shape, dtype=parameter.dtype, device=parameter.device
                 )
-                self.sink(name, self.blocks.pop(name, zeros))
+                self.sink(name, self.parts.pop(name, [zeros]))
 
 
 def hook_gradients(
@@ -78,9 +83,48 @@ def hook_gradients(
     Raises:
         ShapeError: a module's dimension 0 is not the batch, so its samples cannot be told apart.
     """
+
+    def send(name: str, parts: Sequence[Part]) -> None:
+        sink(name, block_of(parts[0]))
+
+    return _run(model, batch, loss_fn, layout, send, multiplied=True)
+
+
+def hook_parts(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, layout: ParameterLayout, sink: PartSink
+) -> Tensor:
+    """The same gradients as factors: ``sink(name, parts)`` once per parameter, G_i being their sum.
+
+    Args:
+        model: the model, inside `measuring`.
+        batch: B samples along dimension 0.
+        loss_fn: per-sample losses (B,), or a scalar that is their mean.
+        layout: the selected parameters.
+        sink: called once per parameter.
+
+    Returns:
+        (B,) losses, detached. Neither they nor the factors are checked to be finite.
+
+    Raises:
+        ShapeError: a module's dimension 0 is not the batch, so its samples cannot be told apart.
+    """
+    return _run(model, batch, loss_fn, layout, sink, multiplied=False)
+
+
+def _run(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    sink: PartSink,
+    *,
+    multiplied: bool,
+) -> Tensor:
+    """One forward and backward pass with hooks on the modules that hold selected parameters."""
     size = batch_size(batch)
     parameters = dict(zip(layout.names, parameters_of(model, layout), strict=True))
-    sums = _Contributions({id(p): name for name, p in parameters.items()}, size, sink)
+    owners = {id(p): name for name, p in parameters.items()}
+    sums = _Contributions(owners, size, sink, multiplied=multiplied)
     roots: list[Tensor] = []
     with _frozen(model), _hooked(model, sums, roots, size):
         losses = loss_fn(model, batch)
@@ -182,39 +226,34 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _linear(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _linear(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Part]:
     """∂ℓ_i/∂W = Σ_s y'_is x_isᵀ (out, in), ∂ℓ_i/∂b = Σ_s y'_is."""
     x, y = _rows(given), _rows(gradient)
-    blocks = {}
+    parts: dict[str, Part] = {}
     if "weight" in own:
-        blocks["weight"] = torch.bmm(y.transpose(1, 2), x)
+        parts["weight"] = Outer(y, x)
     if "bias" in own:
-        blocks["bias"] = y.sum(1)
-    return blocks
+        parts["bias"] = y.sum(1)
+    return parts
 
 
-def _conv1d(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _conv1d(given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter]) -> dict[str, Part]:
     """The transposed linear layer of GPT-2: weight (in, out)."""
     x, y = _rows(given), _rows(gradient)
-    blocks = {"weight": torch.bmm(x.transpose(1, 2), y)}
+    parts: dict[str, Part] = {"weight": Outer(x, y)}
     if "bias" in own:
-        blocks["bias"] = y.sum(1)
-    return blocks
+        parts["bias"] = y.sum(1)
+    return parts
 
 
 def _embedding(
     given: Tensor, gradient: Tensor, own: dict[str, nn.Parameter], padding: int | None
-) -> dict[str, Tensor]:
+) -> Mapping[str, Part]:
     """∂ℓ_i/∂E[v] = Σ_{s: token v} y'_is (vocabulary, d)."""
-    weight = own["weight"]
-    size, width = given.shape[0], weight.shape[1]
-    block = torch.zeros(size * weight.shape[0], width, dtype=gradient.dtype, device=gradient.device)
-    tokens = given.reshape(size, -1)
     if padding is not None:
         gradient = gradient.masked_fill((given == padding).unsqueeze(-1), 0)
-    offsets = torch.arange(size, device=tokens.device)[:, None] * weight.shape[0]
-    block.index_add_(0, (tokens + offsets).reshape(-1), gradient.reshape(-1, width))
-    return {"weight": block.view(size, *weight.shape)}
+    tokens = given.reshape(given.shape[0], -1)
+    return {"weight": Rows(tokens, _rows(gradient), own["weight"].shape[0])}
 
 
 def _own_vjp(
@@ -224,7 +263,7 @@ def _own_vjp(
     kwargs: dict[str, Any],
     gradient: Tensor,
     size: int,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Part]:
     """(∂f(x_i; w)/∂w)ᵀ y'_i for each sample, through the module's own forward."""
     inputs: list[Tensor] = []
 
@@ -237,7 +276,8 @@ def _own_vjp(
         return tensor
 
     map_tensors((args, kwargs), collect)
-    values = {name: parameter.detach() for name, parameter in own.items()}
+    # Not the parameters of before: sharded ones are whole only while their module works.
+    values = {name: getattr(module, name).detach() for name in own}
 
     def one(sample: list[Tensor], output_gradient: Tensor) -> dict[str, Tensor]:
         waiting = iter(sample)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arisk.errors import ConfigError, ShapeError
 
-__all__ = ["ParameterLayout", "layout_of", "module_of", "parameters_of"]
+__all__ = ["ParameterLayout", "is_sharded", "layout_of", "module_of", "parameters_of"]
 
 _LORA = re.compile(r"\.lora_[A-Za-z_]+(\.[^.]+)?(\.weight)?$")
 
@@ -134,3 +134,8 @@ def parameters_of(model: nn.Module, layout: ParameterLayout) -> list[nn.Paramete
     """The selected parameters, in layout order."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return [parameters[name] for name in layout.names]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP2): a pass of the model then takes them all."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

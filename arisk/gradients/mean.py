@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import NumericsError
-from arisk.gradients.layout import ParameterLayout, parameters_of
+from arisk.errors import ConfigError, NumericsError
+from arisk.gradients.layout import ParameterLayout, is_sharded, parameters_of
 from arisk.task import Batch, LossFn
 
 __all__ = ["mean_gradient"]
@@ -29,7 +29,15 @@ def mean_gradient(
 
     Raises:
         NumericsError: the loss or the gradient is NaN or infinite.
+        ConfigError: the parameters are sharded over processes.
     """
+    if is_sharded(model):
+        raise ConfigError(
+            "this stage moves parameters, and the model's are sharded over processes (FSDP2)",
+            where="model",
+            fix="stages collect and subspace run on sharded models; for the others load the model whole, "
+            "on one device or over several by `run.device_map`",
+        )
     parameters = parameters_of(model, layout)
     loss = loss_fn(model, batch).mean()
     if not bool(torch.isfinite(loss)):

@@ -1,19 +1,22 @@
-"""One entry to the engines that compute per-sample gradients."""
+"""One entry to the engines that compute per-sample gradients, as blocks or as factors."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from arisk.errors import NumericsError
+from arisk.gradients.factors import Part, tensors_of
 from arisk.gradients.functional import vmap_gradients
-from arisk.gradients.hooks import hook_gradients
+from arisk.gradients.hooks import hook_gradients, hook_parts
 from arisk.gradients.layout import ParameterLayout
 from arisk.gradients.loop import loop_gradients
-from arisk.gradients.sink import Sink
+from arisk.gradients.sink import PartSink, Sink
 from arisk.task import Batch, LossFn
 
-__all__ = ["ENGINES", "per_sample_gradients"]
+__all__ = ["ENGINES", "per_sample_gradients", "per_sample_parts"]
 
 #: Engines by name, fastest first.
 ENGINES = {"hooks": hook_gradients, "vmap": vmap_gradients, "loop": loop_gradients}
@@ -54,6 +57,49 @@ def per_sample_gradients(
         sink(name, block)
 
     losses = ENGINES[engine](model, batch, loss_fn, layout, checked)
+    _require_finite(torch.isfinite(losses), "loss", offset)
+    return losses
+
+
+def per_sample_parts(
+    model: nn.Module,
+    batch: Batch,
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    sink: PartSink,
+    *,
+    engine: str,
+    offset: int = 0,
+) -> Tensor:
+    """The same gradients as sums of parts, by hooks factors where a module has them.
+
+    Args:
+        model: the model, inside `measuring`.
+        batch: B samples along dimension 0.
+        loss_fn: per-sample losses (B,), or a scalar that is their mean.
+        layout: the selected parameters.
+        sink: called once per parameter with its parts, in the parameter's dtype.
+        engine: "hooks" gives factors, "vmap" and "loop" blocks.
+        offset: index of the batch's first sample, for messages.
+
+    Returns:
+        (B,) losses, detached.
+
+    Raises:
+        NumericsError: a loss, factor or gradient is NaN or infinite; names the sample.
+    """
+    if engine != "hooks":
+        return per_sample_gradients(
+            model, batch, loss_fn, layout, lambda n, block: sink(n, [block]), engine=engine, offset=offset
+        )
+
+    def checked(name: str, parts: Sequence[Part]) -> None:
+        for tensor in (tensor for part in parts for tensor in tensors_of(part)):
+            if not bool(torch.isfinite(tensor.sum())):
+                _require_finite(tensor.flatten(1).isfinite().all(1), f"gradient of {name!r}", offset)
+        sink(name, parts)
+
+    losses = hook_parts(model, batch, loss_fn, layout, checked)
     _require_finite(torch.isfinite(losses), "loss", offset)
     return losses
 

@@ -1,8 +1,14 @@
-"""Per-sample gradients on disk: one safetensors shard per batch, read back a few columns at a time."""
+"""Per-sample gradients kept whole: in memory, or on disk as one safetensors shard per batch.
+
+A parameter of a batch is kept as the factors of its gradients or multiplied out, whichever is smaller;
+what several parameters share (the input of query, key and value) is kept once. Products with the
+gradients come from either, and nothing of size N × P is ever in memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import json
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +19,15 @@ from torch import Tensor
 
 from arisk.artifacts import write_tensors
 from arisk.errors import ArtifactError
-from arisk.geometry.gram import COLUMNS, gram
+from arisk.gradients.factors import Outer, Part, Rows, dots_of, samples_of, tensors_of, weighted_sum_of
 from arisk.gradients.layout import ParameterLayout
-from arisk.ranks import rank, summed, world
+from arisk.gradients.products import blocks_of, parameter_products
+from arisk.ranks import rank, share, summed, world
 
 __all__ = ["GradientStore"]
 
-#: Entries of one block read at a time (N × columns); bounds memory at 4 bytes each.
-BLOCK_ENTRIES = 32_000_000
+#: Header entry that says which tensors make up which parameter.
+PARTS = "parts"
 
 
 @contextmanager
@@ -38,102 +45,122 @@ def _opened(path: Path) -> Generator[Any]:
 
 
 class GradientStore:
-    """G (N, P) in a folder of shards `shard-00000.safetensors`, one tensor (B, p) per parameter.
-
-    Nothing of size N × P is ever in memory; blocks of about 128 MB are.
+    """G (N, P) batch by batch, in memory or in files `shard-00000.safetensors` of a folder.
 
     Args:
-        directory: folder of the shards; made when the first one is written.
+        directory: folder of the shards, made when the first one is written; None for memory.
+        memory: bytes of the first batches that stay in memory before the folder is used.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path | None, *, memory: float = 0.0) -> None:
         self.directory = directory
-        self._known: tuple[list[Path], list[int]] | None = None
+        self._room = memory
+        self._memory: dict[int, dict[str, list[Part]]] = {}
+        self._headers: dict[Path, tuple[int, dict[str, list[list[Any]]]]] = {}
 
-    def _path(self, index: int) -> Path:
-        return self.directory / f"shard-{index:05d}.safetensors"
-
-    def write_shard(self, index: int, blocks: dict[str, Tensor]) -> None:
-        """Write one batch's gradients by name, each (B, p); the file appears whole or not at all.
+    def write_shard(self, index: int, parts: Mapping[str, Tensor | Sequence[Part]]) -> None:
+        """Keep one batch's gradients by name, each (B, …) or a list of parts; a file appears whole or not.
 
         Raises:
             ArtifactError: the disk is full or the folder is read-only.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(index), {name: block.contiguous() for name, block in blocks.items()})
+        listed: dict[str, list[Part]] = {
+            name: [own] if isinstance(own, Tensor) else list(own) for name, own in parts.items()
+        }
+        if self.directory is None:
+            self._memory[index] = listed
+            return
+        tensors, table = _packed(listed)
+        self._room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._room >= 0:
+            self._memory[index] = listed
+            return
+        size = samples_of(next(iter(listed.values())))
+        header = {PARTS: json.dumps({"samples": size, "table": table})}
+        write_tensors(self._path(index), tensors, header)
 
     def finished(self) -> list[int]:
-        """Indices of the shards that are there and can be opened; damaged ones are deleted."""
-        found: list[int] = []
-        for path in self._shards():
+        """Indices of the batches that are there and can be read; damaged shards are deleted."""
+        found = set(self._memory)
+        for index, path in self._shards().items():
             try:
                 with safe_open(path, framework="pt") as shard:
-                    list(shard.keys())
-                found.append(int(path.stem.rpartition("-")[2]))
+                    known = PARTS in (shard.metadata() or {})
             except SafetensorError:
+                known = False
+            if known:
+                found.add(index)
+            else:
                 path.unlink()
-        return found
+        return sorted(found)
 
-    def _shards(self) -> list[Path]:
-        return sorted(self.directory.glob("shard-*.safetensors"))
+    def _shards(self) -> dict[int, Path]:
+        paths = self.directory.glob("shard-*.safetensors") if self.directory is not None else []
+        return {int(path.stem.rpartition("-")[2]): path for path in paths}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """(N, stop − start) columns of one parameter, all samples.
-
-        Raises:
-            ArtifactError: a shard is missing, damaged or lacks the parameter.
-        """
-        block: Tensor | None = None
-        row = 0
-        for path, size in zip(self._require_shards(), self._sizes(), strict=True):
-            # Opened anew each time: a map that stays open would count every page it has touched. The
-            # whole tensor is a view of the map; only the columns copied out of it are read.
-            with _opened(path) as shard:
-                part = shard.get_tensor(name)[:, start:stop]
-                if block is None:
-                    block = torch.empty(sum(self._sizes()), part.shape[1], dtype=part.dtype)
-                block[row : row + size] = part
-                row += size
-        assert block is not None
-        return block
-
-    def _require_shards(self) -> list[Path]:
-        shards = self._shards()
-        if not shards:
+    def _indices(self) -> list[int]:
+        """Numbers of all batches, in order."""
+        indices = sorted({*self._memory, *self._shards()})
+        if not indices:
             raise ArtifactError(
                 "there are no gradient shards",
                 where=str(self.directory),
                 fix="run `arisk collect` with --force",
             )
-        return shards
+        return indices
 
-    def _blocks(self, layout: ParameterLayout) -> Iterator[tuple[int, slice, Tensor]]:
-        """(parameter index, place in the flat vector, (N, columns) block) over this rank's share of θ."""
-        samples = self.samples()
-        width = max(COLUMNS, BLOCK_ENTRIES // max(samples, 1) // COLUMNS * COLUMNS)
-        number = -1
-        for i, name in enumerate(layout.names):
-            begin, end = layout.offsets[i], layout.offsets[i + 1]
-            for start in range(0, end - begin, width):
-                stop = min(start + width, end - begin)
-                number += 1
-                if number % world() == rank():
-                    yield i, slice(begin + start, begin + stop), self.rows(name, start, stop)
+    def _header(self, path: Path) -> tuple[int, dict[str, list[list[Any]]]]:
+        """Samples of a shard and the tensors of each parameter, read once."""
+        if path not in self._headers:
+            with _opened(path) as shard:
+                text = (shard.metadata() or {}).get(PARTS)
+            if text is None:
+                raise ArtifactError(
+                    "a gradient shard has another format",
+                    where=str(path),
+                    fix="run `arisk collect` with --force to measure it again",
+                )
+            body = json.loads(text)
+            self._headers[path] = (int(body["samples"]), body["table"])
+        return self._headers[path]
+
+    def parts(self, name: str) -> list[list[Part]]:
+        """One parameter's parts over all batches, in at least float32."""
+        return [self._read(index, name) for index in self._indices()]
+
+    def _path(self, index: int) -> Path:
+        assert self.directory is not None
+        return self.directory / f"shard-{index:05d}.safetensors"
+
+    def _read(self, index: int, name: str) -> list[Part]:
+        if index in self._memory:
+            return self._memory[index][name]
+        table = self._header(self._path(index))[1]
+        # Opened anew each time: a map that stays open would count every page it has touched.
+        with _opened(self._path(index)) as shard:
+            return [_unpacked(row, shard) for row in table[name]]
 
     def samples(self) -> int:
         """N, the samples in all shards."""
         return sum(self._sizes())
 
     def _sizes(self) -> list[int]:
-        """Samples in each shard, read from the headers once per set of shards."""
-        paths = self._require_shards()
-        if self._known is None or self._known[0] != paths:
-            sizes: list[int] = []
-            for path in paths:
-                with _opened(path) as shard:
-                    sizes.append(int(shard.get_slice(next(iter(shard.keys()))).get_shape()[0]))
-            self._known = (paths, sizes)
-        return self._known[1]
+        return [
+            samples_of(next(iter(self._memory[index].values())))
+            if index in self._memory
+            else self._header(self._path(index))[0]
+            for index in self._indices()
+        ]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns start … stop − 1 of one parameter's gradients, (N, stop − start)."""
+        parts = self.parts(name)
+        made: list[Tensor] = []
+        for where, block in blocks_of(parts, _shape(parts)):
+            inside = slice(max(start, where.start) - where.start, min(stop, where.stop) - where.start)
+            if inside.start < inside.stop:
+                made.append(block[:, inside].clone())
+        return torch.cat(made, dim=1)
 
     def sweep(self, layout: ParameterLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Gram by module, mean and mean square in one read of the store.
@@ -143,37 +170,85 @@ class GradientStore:
 
         Returns:
             K (L, N, N) float64 with K^(l) = G^(l) G^(l)ᵀ, ḡ (P,) and diag F (P,), both in the
-            store's dtype.
+            gradients' dtype.
         """
         samples = self.samples()
         grams = torch.zeros(len(layout.modules), samples, samples, dtype=torch.float64)
-        # Filled in place: small results kept between large temporaries would fragment the heap.
-        dtype = self.rows(layout.names[0], 0, 1).dtype
-        mean, diagonal = torch.zeros(layout.numel, dtype=dtype), torch.zeros(layout.numel, dtype=dtype)
-        weights = torch.full((samples,), 1 / samples, dtype=dtype)
-        for i, where, block in self._blocks(layout):
-            # Three results from one visit of the cache.
-            for start in range(0, block.shape[1], COLUMNS):
-                part = block[:, start : start + COLUMNS]
-                place = slice(where.start + start, where.start + start + part.shape[1])
-                grams[layout.module_of_parameter[i]] += gram(part)
-                mean[place] = weights @ part
-                diagonal[place] = weights @ part.square()
+        mean = diagonal = torch.zeros(0)
+        for i, name in enumerate(layout.names):
+            made = parameter_products(self.parts(name), layout.shapes[i], share=(rank(), world()))
+            if not i:
+                # Filled in place: small results kept between large temporaries would fragment the heap.
+                mean, diagonal = torch.zeros(2, layout.numel, dtype=made.mean.dtype)
+            grams[layout.module_of_parameter[i]] += made.gram
+            place = layout.slice_of(name)
+            mean[place], diagonal[place] = made.mean, made.diagonal
         return summed(grams), summed(mean), summed(diagonal)
 
     def dots(self, layout: ParameterLayout, directions: Tensor) -> Tensor:
-        """G V (N, m) float64 for directions V (P, m)."""
+        """G V (N, m) float64 for directions V (P, m); column blocks multiply in the gradients' dtype."""
         total = torch.zeros(self.samples(), directions.shape[1], dtype=torch.float64)
-        for _, where, block in self._blocks(layout):
-            # Column blocks in float32, their sum in float64, as for the Gram matrix.
-            for start in range(0, block.shape[1], COLUMNS):
-                part = block[:, start : start + COLUMNS]
-                total += part @ directions[where][start : start + COLUMNS].to(part.dtype)
+        for i, name in enumerate(layout.names):
+            own: Tensor | None = None
+            for rows, parts in self._share(name):
+                if own is None:
+                    own = directions[layout.slice_of(name)].T.to(tensors_of(parts[0])[-1].dtype)
+                    own = own.reshape(-1, *layout.shapes[i])
+                total[rows] += dots_of(parts, own)
         return summed(total)
 
     def weighted_sum(self, layout: ParameterLayout, weights: Tensor) -> Tensor:
-        """Gᵀw (P,) for weights w (N,), in the store's dtype."""
-        total = torch.zeros(layout.numel, dtype=self.rows(layout.names[0], 0, 1).dtype)
-        for _, where, block in self._blocks(layout):
-            total[where] = weights.to(block.dtype) @ block
+        """Gᵀw (P,) for weights w (N,), in the gradients' dtype."""
+        total: Tensor | None = None
+        for name in layout.names:
+            for rows, parts in self._share(name):
+                dtype = tensors_of(parts[0])[-1].dtype
+                if total is None:
+                    total = torch.zeros(layout.numel, dtype=dtype)
+                total[layout.slice_of(name)] += weighted_sum_of(parts, weights[rows].to(dtype)).flatten()
+        if total is None:
+            total = torch.zeros(layout.numel, dtype=tensors_of(self.parts(layout.names[0])[0][0])[-1].dtype)
         return summed(total)
+
+    def _share(self, name: str) -> Iterator[tuple[slice, list[Part]]]:
+        """Rows and parts of one parameter over the batches of this rank."""
+        edges = [0]
+        for size in self._sizes():
+            edges.append(edges[-1] + size)
+        indices = self._indices()
+        for number in share(len(indices)):
+            yield slice(edges[number], edges[number + 1]), self._read(indices[number], name)
+
+
+def _shape(batches: Sequence[Sequence[Part]]) -> tuple[int, ...]:
+    part = batches[0][0]
+    return tuple(part.shape[1:]) if isinstance(part, Tensor) else part.shape
+
+
+def _packed(parts: Mapping[str, Sequence[Part]]) -> tuple[dict[str, Tensor], dict[str, list[list[Any]]]]:
+    """Tensors by number, each once, and for every part its tensors (and the height of a one-hot factor)."""
+    tensors: dict[str, Tensor] = {}
+    known: dict[tuple[Any, ...], str] = {}
+
+    def keep(tensor: Tensor) -> str:
+        same = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if same not in known:
+            known[same] = f"t{len(known)}"
+            tensors[known[same]] = tensor
+        return known[same]
+
+    table = {
+        name: [
+            [*map(keep, tensors_of(part)), *([part.height] if isinstance(part, Rows) else [])] for part in own
+        ]
+        for name, own in parts.items()
+    }
+    return tensors, table
+
+
+def _unpacked(row: Sequence[Any], shard: Any) -> Part:
+    read = [shard.get_tensor(key) for key in row if isinstance(key, str)]
+    wide = [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in read]
+    if len(wide) == 1:
+        return wide[0]
+    return Outer(*wide) if len(row) == 2 else Rows(wide[0], wide[1], row[2])

@@ -100,7 +100,7 @@ def quality(
             f"{number(forecast.diffusion)} nats",
             "beside the drift, at the end of the plan",
         ),
-        ("gradient store", collected.store, "per-sample safety gradients"),
+        ("gradient store", _store(collected), "per-sample safety gradients"),
     ]
     warnings = [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings]
     return (
@@ -112,6 +112,11 @@ def quality(
 def _parity(collected: CollectResult) -> str:
     parity = collected.engine.get("parity", {}).get(collected.engine.get("name"))
     return number(parity, 2)
+
+
+def _store(collected: CollectResult) -> str:
+    """The store, and its dtype where that is not the gradients' own."""
+    return collected.store + ("" if collected.store_dtype == "float32" else f", {collected.store_dtype}")
 
 
 def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) -> str:

@@ -8,9 +8,12 @@ from tests.bench import (
     check,
     compare,
     gradients,
+    growth,
     guard,
     guard_arms,
     guard_smollm2,
+    peer,
+    processes,
     screening,
     smollm2,
     store,
@@ -21,6 +24,9 @@ BENCHES = {
     "compare": compare.main,
     "gradients": gradients.main,
     "store": store.main,
+    "growth": growth.main,
+    "peer": peer.main,
+    "processes": processes.main,
     "guard-cost": guard.main,
     "guard": lambda: (guard.main(), guard_arms.main([])),
     "guard-smollm2": guard_smollm2.main,
@@ -32,7 +38,7 @@ BENCHES = {
 def main() -> None:
     """Run the named benchmarks."""
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
-    names = given or ["store", "gradients"]
+    names = [name for name in given if not name.startswith("--")] or ["store", "gradients"]
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")

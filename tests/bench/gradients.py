@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 
-from arisk.config import AdapterConfig, CollectConfig
+from arisk.config import AdapterConfig, CollectConfig, SubspaceConfig
 from arisk.gradients import layout_of, mean_gradient, measuring, per_sample_gradients
 from arisk.models.adapters import attach_adapter
-from arisk.models.losses import per_sample_nll
+from arisk.models.losses import KEEP, per_sample_nll
 from arisk.models.selection import select_parameters
+from arisk.results import CollectResult
 from arisk.stages.collect import collect
+from arisk.stages.subspace import subspace
 from arisk.task import SampleSet, Task
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
 
-SAMPLES, BATCH = 128, 8
+SAMPLES, BATCH, VOCABULARY = 128, 8, 8192
 
 
 def llama() -> Any:
@@ -27,7 +29,7 @@ def llama() -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=8192,
+            vocab_size=VOCABULARY,
             hidden_size=512,
             intermediate_size=1376,
             num_hidden_layers=8,
@@ -39,21 +41,42 @@ def llama() -> Any:
     )
 
 
-def batches(tokens: int) -> list[dict[str, torch.Tensor]]:
-    """N samples of equal length; the loss is on the second half."""
+def batches(
+    tokens: int | None, samples: int = SAMPLES, *, batch: int = BATCH, vocabulary: int = VOCABULARY
+) -> list[dict[str, Any]]:
+    """N samples of equal length, or (None) of lengths like refusals in a chat template, sorted by length.
+
+    Those are 97 ± 15 tokens of which the last 55 % are the response. Batches are padded, ask for the
+    logits of the responses alone, and so are what `arisk` itself makes of such rows.
+    """
     generator = torch.Generator().manual_seed(0)
+    lengths = torch.full((samples,), tokens or 0)
+    if tokens is None:
+        drawn = 97 + 15 * torch.randn(samples, generator=generator)
+        lengths = drawn.clamp(40, 150).long().sort().values
     made = []
-    for _ in range(SAMPLES // BATCH):
-        ids = torch.randint(0, 8192, (BATCH, tokens), generator=generator)
-        labels = ids.clone()
-        labels[:, : tokens // 2] = -100
-        positions = torch.arange(tokens).expand(BATCH, tokens).contiguous()
-        mask = torch.ones_like(ids)
-        made.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels})
+    for start in range(0, samples, batch):
+        own = lengths[start : start + batch]
+        longest = int(own.max())
+        ids = torch.randint(1, vocabulary, (len(own), longest), generator=generator)
+        place = torch.arange(longest)
+        inside = place < own[:, None]
+        first = (own * 0.45).long()
+        ids[~inside] = 0
+        labels = torch.where(inside & (place >= first[:, None]), ids, -100)
+        made.append(
+            {
+                "input_ids": ids,
+                "attention_mask": inside.long(),
+                "position_ids": place.expand(len(own), longest).contiguous(),
+                "labels": labels,
+                KEEP: longest - int(first.min()) + 1,
+            }
+        )
     return made
 
 
-def one_case(mode: str, tokens: int) -> dict[str, float]:
+def one_case(mode: str, tokens: int | None) -> dict[str, float]:
     """CPU seconds of each way over the same samples; `loop` on an eighth of them, scaled."""
     torch.set_num_threads(1)
     model = llama()
@@ -67,7 +90,7 @@ def one_case(mode: str, tokens: int) -> dict[str, float]:
         for batch in data:
             mean_gradient(model, batch, per_sample_nll, layout)
 
-    def engine(name: str, chosen: list[dict[str, torch.Tensor]]) -> None:
+    def engine(name: str, chosen: list[dict[str, Any]]) -> None:
         for batch in chosen:
             per_sample_gradients(model, batch, per_sample_nll, layout, lambda *_: None, engine=name)
 
@@ -80,27 +103,41 @@ def one_case(mode: str, tokens: int) -> dict[str, float]:
             "loop": 8 * cpu_seconds(lambda: engine("loop", data[: len(data) // 8])),
         }
     task = Task(model, SampleSet("safety", data, per_sample_nll), SampleSet("f", [], per_sample_nll), names)
-    with tempfile.TemporaryDirectory() as folder:
-        config = CollectConfig(disk_budget_gb=40)
-        times["collect"] = cpu_seconds(lambda: collect(task, config, Path(folder)))
+    for store in ("gram", "gradients"):
+        times[store], times["subspace"] = _stages(task, store)
     return {**times, "parameters": layout.numel}
+
+
+def _stages(task: Task, store: Any) -> tuple[float, float]:
+    """CPU seconds of collect and of subspace."""
+    kept: list[CollectResult] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = CollectConfig(store=store, disk_budget_gb=40)
+        seconds = cpu_seconds(lambda: kept.append(collect(task, config, Path(folder))))
+    return seconds, cpu_seconds(lambda: subspace(kept[0], SubspaceConfig(), seed=0))
+
+
+#: Selection and tokens a sample; None: lengths of real refusals.
+CASES = (("full", 16), ("full", None), ("full", 256), ("lora", 16), ("lora", None))
 
 
 def main() -> None:
     """Print the table."""
     rows = []
-    for mode, tokens in (("full", 16), ("full", 128), ("lora", 16), ("lora", 128)):
+    for mode, tokens in CASES:
         times, memory = in_own_process(one_case, mode, tokens)
         plain = times["plain"]
         rows.append(
             [
                 f"{mode}, P = {times['parameters'] / 1e6:.1f}M",
-                str(tokens),
+                str(tokens or "97 ± 15"),
                 f"{plain:.1f} s",
                 f"{times['hooks'] / plain:.2f} ×",
                 f"{times['loop'] / plain:.2f} ×",
                 f"{times['loop'] / times['hooks']:.2f} ×",
-                f"{times['collect'] / plain:.2f} ×",
+                f"{times['gram'] / plain:.2f} ×",
+                f"{times['gradients'] / plain:.2f} ×",
+                f"{times['subspace'] / times['gram']:.1%}",
                 f"{memory:.1f} GB",
             ]
         )
@@ -111,7 +148,9 @@ def main() -> None:
         "hooks",
         "loop",
         "loop / hooks",
-        "whole stage collect (self-tests, store, Gram)",
+        "stage collect, store gram",
+        "stage collect, store gradients",
+        "subspace / collect",
         "peak RSS",
     ]
     print_table(f"Per-sample gradients, 30M Llama, N = {SAMPLES}", header, rows)

@@ -58,13 +58,89 @@ def scored(task, measured):
     return score(task, collected, space, side, config=CONFIG, training=TrainingConfig(), seed=0)
 
 
-def test_gram_store_gives_the_same_record(task, measured, tmp_path):
+#: Ways gradients can go while collect works, by the settings that lead there.
+WAYS = {
+    "memory": {"store": "gram"},
+    "disk": {"store": "gram", "memory_budget_gb": 1e-4},
+    "groups": {"store": "gram", "memory_budget_gb": 1e-4, "disk_budget_gb": 1e-6},
+    "no room": {"memory_budget_gb": 1e-4, "disk_budget_gb": 1e-6},
+    "vmap": {"store": "gram", "engine": "vmap", "memory_budget_gb": 1e-4, "disk_budget_gb": 1e-6},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_record(task, measured, tmp_path, way):
     collected, _, _ = measured
-    groups = collect(task, CollectConfig(store="gram", chunk_size=5, memory_budget_gb=1e-4), tmp_path)
-    assert len(list(tmp_path.glob("group-*"))) > 3
-    assert groups.store == "gram"
+    other = collect(task, CollectConfig(chunk_size=5, **WAYS[way]), tmp_path)
+    assert (len(list(tmp_path.glob("group-*"))) > 3) == (way not in ("memory", "disk"))
+    assert len(list(tmp_path.glob("parts/shard-*"))) == (3 if way == "disk" else 0)
+    assert other.store == "gram"
+    assert (collected.store, collected.store_dtype) == ("gradients", "float32")
     for name in ("gram", "mean_gradient", "fisher_diagonal", "losses", "gradient_norms"):
-        torch.testing.assert_close(getattr(groups, name), getattr(collected, name), rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(getattr(other, name), getattr(collected, name), rtol=1e-9, atol=1e-14)
+
+
+def full_task(task):
+    """Every parameter of the same model, its tied embedding among them."""
+    names = [name for name, _ in task.model.named_parameters() if "lora" not in name]
+    return replace(task, parameter_names=names, lora_pairs=[])
+
+
+def test_factors_of_a_full_model_give_the_dense_gram(task, tmp_path):
+    whole = full_task(task)
+    collected = collect(whole, CollectConfig(chunk_size=5, engine="hooks"), tmp_path / "hooks")
+    dense = collect(whole, CollectConfig(chunk_size=5, engine="loop"), tmp_path / "loop")
+    for name in ("gram", "mean_gradient", "fisher_diagonal", "losses"):
+        torch.testing.assert_close(getattr(collected, name), getattr(dense, name), rtol=1e-9, atol=1e-13)
+    layout = layout_of(task.model, whole.parameter_names)
+    stores = [GradientStore(tmp_path / f / GRADIENTS_FOLDER) for f in ("hooks", "loop")]
+    sizes = [sum(f.stat().st_size for f in s.directory.iterdir()) for s in stores]
+    assert sizes[0] < 0.7 * sizes[1]
+    v = torch.randn(layout.numel, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w = torch.arange(12, dtype=torch.float64)
+    ours, theirs = ((s.dots(layout, v), s.weighted_sum(layout, w)) for s in stores)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_rounded_store_says_so(task, tmp_path, exact):
+    whole = full_task(task)
+    dense = collect(whole, CollectConfig(chunk_size=5), tmp_path / "dense")
+    budget = {} if exact else {"memory_budget_gb": 1e-4}
+    half = CollectConfig(chunk_size=5, store_dtype="bfloat16", **budget)
+    collected = collect(whole, half, tmp_path / "half")
+    assert (collected.store, collected.store_dtype) == ("gradients", "bfloat16")
+    error = float((collected.gram.sum(0) - dense.gram.sum(0)).norm() / dense.gram.sum(0).norm())
+    if exact:
+        assert error < 1e-12
+        assert collected.store_rounding is None
+    else:
+        assert 1e-9 < error < 1e-2
+        assert 1e-9 < collected.store_rounding < 1e-2
+        assert any("rounded to bfloat16" in warning for warning in collected.warnings)
+    sizes = [sum(f.stat().st_size for f in (tmp_path / k).rglob("shard-*")) for k in ("half", "dense")]
+    assert sizes[0] < 0.3 * sizes[1]  # Two bytes for eight.
+    layout = layout_of(task.model, whole.parameter_names)
+    v = torch.ones(layout.numel, 1, dtype=torch.float64)
+    dots = [GradientStore(tmp_path / k / GRADIENTS_FOLDER).dots(layout, v) for k in ("half", "dense")]
+    torch.testing.assert_close(dots[0], dots[1], rtol=0.05, atol=0.05 * float(dots[1].norm()))
+
+
+def test_a_killed_pass_goes_on(task, measured, tmp_path):
+    collected, _, _ = measured
+    config = CollectConfig(store="gram", chunk_size=5, memory_budget_gb=1e-4)
+    collect(task, config, tmp_path)
+    (tmp_path / "parts" / "shard-00001.safetensors").unlink()
+    kept = (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns
+    again = collect(task, config, tmp_path)
+    assert (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    torch.testing.assert_close(again.gram, collected.gram, rtol=1e-9, atol=1e-14)
+
+
+def test_no_room_for_the_store_that_was_asked_for(task, tmp_path):
+    with pytest.raises(ConfigError, match="gradient store needs") as caught:
+        collect(task, CollectConfig(store="gradients", disk_budget_gb=1e-6), tmp_path)
+    assert "gram" in caught.value.fix
 
 
 def test_recomputed_products_equal_stored_ones(task, measured):
