@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from arisk.errors import InputError, NumericsError
-from arisk.gradients import ParameterLayout, batch_size, move_batch, per_sample_gradients, slice_batch
+from arisk.gradients import ParameterLayout, batch_size, move_batch, slice_batch
+from arisk.gradients.factors import Outer, Part, block_of
+from arisk.gradients.per_sample import per_sample_parts
 from arisk.task import Batch, LossFn, RowBatches, SampleSet
 
 __all__ = ["RowGroup", "row_groups", "row_products"]
 
 #: Entries of a row's gradient multiplied at a time.
 COLUMNS = 1 << 15
+#: The same of factors, per position: more positions pay for a larger product, that needs no cache.
+PER_POSITION = 1 << 11
 
 
 @dataclass(frozen=True)
@@ -126,13 +130,11 @@ def row_products(
     products = torch.zeros(size, modules, width, dtype=torch.float64)
     squares = torch.zeros(size, 2, dtype=torch.float64)
 
-    def sink(name: str, block: Tensor) -> None:
+    def sink(name: str, parts: Sequence[Part]) -> None:
         where = layout.slice_of(name)
-        flat, target = block.flatten(1).cpu(), products[:, place[name] if by_module else 0]
-        # A few columns at a time: they are still in the cache when they are read again.
-        for start in range(0, flat.shape[1], COLUMNS):
-            part = flat[:, start : start + COLUMNS]
-            columns = slice(where.start + start, where.start + start + part.shape[1])
+        target = products[:, place[name] if by_module else 0]
+        for first, part in _pieces(parts):
+            columns = slice(where.start + first, where.start + first + part.shape[1])
             target += (part @ directions[columns].to(part.dtype)).to(torch.float64)
             if not by_module:
                 squares[:, 0] += torch.linalg.vector_norm(part, dim=1).to(torch.float64).square()
@@ -141,7 +143,7 @@ def row_products(
 
     batch = move_batch(group.batch, next(model.parameters()).device)
     try:
-        losses = per_sample_gradients(model, batch, loss_fn, layout, sink, engine=engine)
+        losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
     except NumericsError as err:
         raise _with_row(err, group) from err
     if by_module:
@@ -150,6 +152,25 @@ def row_products(
         squares[:, 1] = torch.nan
     loss = losses.detach().reshape(-1, 1).to("cpu", torch.float64)
     return torch.cat([products[:, 0], squares.sqrt(), loss], dim=1)
+
+
+def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, Tensor]]:
+    """A parameter's gradients a few columns at a time, with the number of the first: (B, columns).
+
+    A product of factors is multiplied out piece by piece and read while it is still in the cache; the
+    whole block would travel to memory and back once for every use.
+    """
+    if len(parts) == 1 and isinstance(parts[0], Outer):
+        left, right = parts[0].left.transpose(1, 2), parts[0].right
+        width = right.shape[2]
+        step = max(1, PER_POSITION * right.shape[1] // width)
+        for start in range(0, left.shape[1], step):
+            piece = torch.bmm(left[:, start : start + step], right)
+            yield start * width, piece.flatten(1).cpu()
+        return
+    whole = sum((block_of(part) for part in parts[1:]), block_of(parts[0])).flatten(1).cpu()
+    for start in range(0, whole.shape[1], COLUMNS):
+        yield start, whole[:, start : start + COLUMNS]
 
 
 def _with_row(err: NumericsError, group: RowGroup) -> NumericsError:
