@@ -9,7 +9,7 @@ from typing import Any
 
 from arisk.artifacts import read_record
 from arisk.config import Config
-from arisk.guarded import GuardResult, guard_summary
+from arisk.guarded import GuardResult, ending, guard_summary
 from arisk.job import Display
 from arisk.pipeline import run_optional
 from arisk.rundir import RunDir
@@ -99,7 +99,7 @@ def guard_text(outcome: GuardOutcome) -> str:
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
             *(
-                [f"diverged at step {arm['diverged_at']}", "", "", "", ""]
+                [ending(arm["diverged_at"]), "", "", "", ""]
                 if arm["diverged_at"] is not None
                 else [
                     _signed(arm["safety"]),

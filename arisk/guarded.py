@@ -9,15 +9,20 @@ from statistics import stdev
 from typing import Any
 
 __all__ = [
+    "NEVER_BEGUN",
     "Arm",
     "Choice",
     "GuardResult",
     "choose",
     "drift_share",
+    "ending",
     "guard_summary",
     "paired_error",
     "task_cost",
 ]
+
+#: `diverged_at` of an arm whose protection could not be set up.
+NEVER_BEGUN = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Arm:
             `‖∇ …‖` gradient norms, cosines.
         cpu_seconds: of the optimizer steps, measuring left out.
         setup_seconds: CPU time before the first step (directions, Fisher, calibration).
-        diverged_at: first step that could not be taken; None where all were.
+        diverged_at: first step that could not be taken, 0 where the protection could not be set up; None
+            where all were.
         reason: why it diverged.
     """
 
@@ -111,6 +117,11 @@ class Choice:
     label: str | None
     rule: str
     sentence: str
+
+
+def ending(diverged_at: int) -> str:
+    """How an arm ended that did not reach its last step."""
+    return "could not be set up" if diverged_at == NEVER_BEGUN else f"diverged at step {diverged_at}"
 
 
 def task_cost(arm: Arm, plain: Arm) -> float:

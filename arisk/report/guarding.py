@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.config import Config
-from arisk.guarded import Arm, GuardResult, drift_share, guard_summary, paired_error, task_cost
+from arisk.guarded import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
 from arisk.report.extra import Extra
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
 from arisk.report.sections import esc, listed, table
@@ -65,7 +65,7 @@ def guard_findings(result: GuardResult, body: Mapping[str, Any]) -> list[str]:
         arms = [arm for arm in result.arms if arm.method == method]
         whole = [arm for arm in arms if arm.diverged_at is None]
         if not whole:
-            found.append(f"{method}: every arm diverged.")
+            found.append(f"{method}: no arm reached its last step.")
             continue
         within = [arm for arm in whole if task_cost(arm, plain) <= body["tolerated_task_loss"]]
         if within:
@@ -127,7 +127,7 @@ HEADER = (
 def _row(arm: Arm, plain: Arm, body: Mapping[str, Any]) -> list[str]:
     label = arm.label + (" (recommended)" if arm.label == body["recommended"] else "")
     if arm.diverged_at is not None:
-        return [label, f"diverged at step {arm.diverged_at}: {arm.reason}", *["–"] * (len(HEADER) - 2)]
+        return [label, f"{ending(arm.diverged_at)}: {arm.reason}", *["–"] * (len(HEADER) - 2)]
     cost = arm.cpu_seconds / plain.cpu_seconds if plain.cpu_seconds else math.nan
     return [
         label,

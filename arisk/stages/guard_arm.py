@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arisk.errors import NumericsError
-from arisk.guarded import Arm
+from arisk.guarded import NEVER_BEGUN, Arm
 from arisk.progress import Progress
 from arisk.stages.guard_methods import ArmName, Plan, Protection, protection
 from arisk.stages.guard_task import TaskRows
@@ -65,13 +65,19 @@ class ArmRun:
         """Build the protection, take all steps that are left, and give the record.
 
         Raises:
-            NumericsError: the safety loss of the aligned model is not finite, or the protection cannot
-                be built.
+            NumericsError: the safety loss of the aligned model is not finite.
             ConfigError: the method cannot be used on this model.
         """
         self.progress(f"{self.said}: {self.name.label}", 0, self.points[-1])
         started = time.process_time()
-        made = protection(self.plan, self.name)
+        try:
+            made = protection(self.plan, self.name)
+        except NumericsError as err:
+            # The other arms still say something: this one is recorded, and never as a low drift.
+            made = Protection(None, {}, f"not run: {err.what}")
+            self.track.diverged_at, self.reason = NEVER_BEGUN, f"it cannot be set up: {err.what}"
+            self.measure(0)
+            return self.arm(made, time.process_time() - started)
         self.run.protect, self.run.correct = made.protect, made.correct
         setup = time.process_time() - started
         self.resume(folder)

@@ -43,7 +43,7 @@ def test_each_method_gets_one_sentence_by_its_best_arm():
 
 def test_a_method_whose_arms_all_diverged_is_never_praised():
     bad = arm("ewc 10", 0.0, 0.1, diverged_at=3, reason="inf")
-    assert "ewc: every arm diverged." in told(arm("plain"), bad)
+    assert "ewc: no arm reached its last step." in told(arm("plain"), bad)
     html = extra(arm("plain"), bad).html
     assert "diverged at step 3: inf" in html
     assert "ewc 10 (recommended)" not in html

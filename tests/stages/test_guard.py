@@ -9,7 +9,7 @@ from torch import nn
 
 from arisk.config import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.errors import ConfigError
-from arisk.guarded import choose
+from arisk.guarded import NEVER_BEGUN, choose, drift_share, ending, guard_summary
 from arisk.stages import guard_arm
 from arisk.stages.guard import guard
 from arisk.stages.guard_methods import arm_names
@@ -207,6 +207,24 @@ def test_an_arm_that_diverges_is_recorded_as_such():
     assert "diverges" in bad.reason
     assert (good.diverged_at, len(good.steps)) == (None, STEPS + 1)
     assert choose(found, **LIMITS).label != bad.label
+
+
+def test_an_arm_that_cannot_be_set_up_is_recorded_and_the_others_go_on():
+    """Steps too small to move a parameter: no penalty has a gradient, so no strength can be set."""
+    recipe = {"optimizer": "sgd", "learning_rate": 1e-300}
+    settings = {"strengths": [3.0], "relaxations": []}
+    found = run(
+        training=recipe, methods=["alignguard", "ewc", "replay"], alignguard=settings, ewc=settings
+    )
+    ended = {arm.method: arm.diverged_at for arm in found.arms}
+    assert ended == {"plain": None, "alignguard": NEVER_BEGUN, "ewc": NEVER_BEGUN, "replay": None}
+    bad = found.arms[1]
+    assert "no gradient after 3 plain steps" in bad.reason
+    assert (bad.steps, bad.safety) == ([0], [0.0])
+    summary = guard_summary(found, **LIMITS)["arms"][1]
+    assert math.isnan(summary["safety"])
+    assert math.isnan(drift_share(bad, found.plain))
+    assert ending(bad.diverged_at) == "could not be set up"
 
 
 def test_the_task_loss_has_its_own_clean_rows():
