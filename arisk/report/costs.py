@@ -33,7 +33,7 @@ def stage_costs(provenance: Mapping[str, Any]) -> Figure:
         "orientation": "h",
         "y": names,
         "x": [known[name] for name in names],
-        "text": [f"{number(known[name])} s" for name in names],
+        "text": [_duration(known[name]) for name in names],
         "textposition": "outside",
         "cliponaxis": False,
         "marker": {"color": "#0072B2"},
@@ -51,5 +51,13 @@ def stage_costs(provenance: Mapping[str, Any]) -> Figure:
         ]
         for name, s in stages.items()
     ]
-    says = f"{number(total)} s in all; {worst} took {percent(known[worst] / total)} of it."
+    says = f"{_duration(total)} in all; {worst} took {percent(known[worst] / total)} of it."
     return Figure("costs", TITLE, [bars], layout, reading, equation, header, rows, says=says)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds with three digits up to two minutes, then minutes, then hours and minutes."""
+    if seconds < 120:
+        return f"{number(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

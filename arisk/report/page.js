@@ -40,6 +40,8 @@ function layoutOf(figure, narrow) {
   }
   const entries = figure.data.filter((trace) => trace.name && trace.showlegend !== false).length;
   if (narrow && layout.legend && entries > 4) { Object.assign(layout.legend, { entrywidth: 0.48, entrywidthmode: "fraction" }); }
+  // Names of many columns run into one another on a phone.
+  if (narrow && layout.xaxis.type === "category" && figure.data[0].x?.length > 12) { layout.xaxis.nticks = 6; }
   layout.annotations = layout.annotations || [];
   if (narrow && layout.yaxis.type === "category" && layout.yaxis.title.text) {
     layout.annotations.push({ text: layout.yaxis.title.text, xref: "paper", yref: "paper", x: 0, y: 1, xanchor: "left", yanchor: "bottom", showarrow: false });

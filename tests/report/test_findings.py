@@ -220,6 +220,10 @@ def test_costs_come_from_the_manifests():
     assert figure.rows[2] == ["c", "not measured", "not measured", "0.0"]
     assert figure.data[0]["x"] == [3.0, 1.0]
     assert stage_costs({}).missing
+    slow = {"a": {"seconds": 1000.0, "bytes": 0}, "b": {"seconds": 9000.0, "bytes": 0}}
+    long = stage_costs({"stages": slow})
+    assert long.says == "2 h 47 min in all; b took 90 % of it."
+    assert long.data[0]["text"] == ["2 h 30 min", "17 min"]
 
 
 def contrast(one, other):
