@@ -93,7 +93,7 @@ STAGES = (
     ),
     StageSpec(
         "screen",
-        1,
+        2,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
         ("model", "adapter", "safety", "finetune", "control"),

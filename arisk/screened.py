@@ -12,6 +12,9 @@ from torch import Tensor
 
 __all__ = ["ScreenPoint", "ScreenResult"]
 
+#: |ρ| of score and length from which a reader is told.
+LENGTH_MATTERS = 0.5
+
 
 @dataclass(frozen=True)
 class ScreenPoint:
@@ -54,6 +57,8 @@ class ScreenResult:
         planned_steps: T. rise: the wanted rise (nats).
         share: share of the rows' total positive score that the flagged rows carry, NaN where no
             score is positive.
+        length_correlation: Spearman's ρ of score and response tokens, in [−1, 1]; NaN where the lengths
+            are not known. Each row's loss is a mean over its tokens, so it should be small.
         examples: most harmful rows, explained.
         what_if: forecasts with and without the flagged rows; `status` says where not measured.
         files: names of the JSONL files beside the record; empty where `files_missing` says why.
@@ -78,6 +83,7 @@ class ScreenResult:
     rise: float
     planned_steps: int
     share: float
+    length_correlation: float
     examples: Sequence[Mapping[str, Any]]
     what_if: Mapping[str, Any]
     files: Sequence[str]
@@ -143,6 +149,12 @@ class ScreenResult:
                 "More than half of the rows are flagged: the data as a whole pushes towards harm, or it is "
                 "unlike the control rows."
             )
+        if abs(self.length_correlation) >= LENGTH_MATTERS:
+            kind = "long" if self.length_correlation > 0 else "short"
+            said.append(
+                f"The score follows length: {kind} responses rank higher "
+                f"(ρ = {self.length_correlation:+.2f}), so compare rows of like length."
+            )
         curves = self.what_if
         if curves.get("status") == "measured":
             before, after = curves["before"]["safety"][-1], curves["after"]["safety"][-1]
@@ -164,6 +176,7 @@ class ScreenResult:
             "flagged": [int(row) for row in self.flagged],
             "flagged_share": len(self.flagged) / len(self.scores),
             "harm_share": self.share,
+            "length_correlation": self.length_correlation,
             "rule": self.rule,
             "threshold": self.threshold,
             "null": self.null_source,

@@ -103,7 +103,8 @@ def _reading(found: ScreenResult) -> str:
         f"The score of a row is the rise of the mean safety loss, per unit learning rate, when the planned "
         f"optimizer steps on this row alone, {where}, {against}. There the safety loss had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
-        "Positive is harmful. The ranking says who pushes, not how far."
+        "Positive is harmful. The ranking says who pushes, not how far. Each row's loss is a mean over its "
+        f"tokens; the rank correlation of score and length is {number(found.length_correlation, 2)}."
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from arisk.artifacts import read_tensors, write_tensors
 from arisk.config import ScreenConfig, TrainingConfig
 from arisk.errors import InputError
+from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.outlying import discoveries, positive_share, tail_probabilities
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
@@ -202,8 +203,9 @@ def _record(
         null = _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
     point = found[-1].point
     reached = point.safety_rise >= config.rise or config.points == "start"
+    scores = first if against is None else first - against
     record = ScreenResult(
-        scores=first if against is None else first - against,
+        scores=scores,
         first_order=first,
         control_order=against,
         second_order=_sum(weights, [table[:, 1] for table in rows.tables]),
@@ -221,6 +223,7 @@ def _record(
         rise=config.rise,
         planned_steps=steps,
         share=math.nan,
+        length_correlation=_length_correlation(task.finetune, scores),
         examples=[],
         what_if={},
         files=[],
@@ -229,6 +232,14 @@ def _record(
     )
     record = replace(record, warnings=_warnings(task, record))
     return flagged_anew(record, config)
+
+
+def _length_correlation(samples: SampleSet, scores: Tensor) -> float:
+    """Whether length drives the score; NaN where the rows do not tell their tokens."""
+    lengths = [row.get("tokens", math.nan) for row in samples.rows]
+    if len(lengths) != len(scores):
+        return math.nan
+    return rank_correlation(scores, torch.tensor(lengths, dtype=torch.float64))
 
 
 def _sum(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from arisk.artifacts import read_record, write_record
 from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
 from arisk.errors import InputError, NumericsError
+from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of
 from arisk.screened import ScreenResult
@@ -322,3 +323,19 @@ def test_the_record_survives_the_disk(made, tmp_path):
     assert again.points == list(made.points)
     assert torch.equal(again.scores, made.scores)
     assert again.as_json()["sentence"] == made.sentence
+
+
+@pytest.mark.parametrize(("rho", "says"), [(0.7, "long"), (-0.6, "short"), (0.2, None), (float("nan"), None)])
+def test_a_score_that_follows_length_is_said(rho, says):
+    found = dataclasses.replace(run(), length_correlation=rho)
+    said = [sentence for sentence in found.findings() if "length" in sentence]
+    assert [f"{says} responses" in sentence for sentence in said] == ([True] if says else [])
+
+
+def test_length_is_compared_where_rows_tell_their_tokens():
+    task = task_of()
+    found = run(task)
+    tokens = torch.tensor([row["tokens"] for row in task.finetune.rows], dtype=torch.float64)
+    assert found.length_correlation == rank_correlation(found.scores, tokens)
+    silent = dataclasses.replace(task, finetune=dataclasses.replace(task.finetune, rows=[{}] * 30))
+    assert math.isnan(run(silent).length_correlation)
