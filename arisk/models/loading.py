@@ -35,6 +35,12 @@ def _require_model_folder(config: ModelConfig) -> None:
             fix="give the folder that holds config.json (for a GGUF file, its folder and `gguf_file`)",
         )
     wanted = config.gguf_file or "config.json"
+    if not (path / wanted).exists() and (path / "adapter_config.json").exists():
+        raise InputError(
+            "this folder is a peft adapter without its base model",
+            where=f"model.path: {path}",
+            fix="give the base model as model.path, and this folder as model.adapter",
+        )
     if not (path / wanted).exists():
         raise InputError(
             f"this folder is no Hugging Face model: it has no {wanted}",

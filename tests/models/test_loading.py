@@ -82,6 +82,13 @@ def test_an_adapter_for_another_model_is_refused(tmp_path):
         load_task(config(adapter=str(tmp_path)), device=CPU)
 
 
+def test_an_adapter_without_its_base_is_refused(tmp_path):
+    attach_adapter(model(), AdapterConfig(r=2), seed=0).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="adapter without its base model") as err:
+        load_task(config(path=str(tmp_path)), device=CPU)
+    assert "model.adapter" in err.value.fix
+
+
 def test_task_carries_data_and_provenance():
     task = load_task(config(), device=CPU)
     assert task.control is not None
