@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arisk import ranks
-from arisk.artifacts import read_json, read_record, write_record
-from arisk.comparison import compare
+from arisk.artifacts import read_json, write_record
 from arisk.config import Config
 from arisk.configfile import dump_config
 from arisk.errors import AriskError, ArtifactError
@@ -25,10 +24,9 @@ from arisk.job import REPORT_FILE, SUMMARY_FILE, Display, Job
 from arisk.plan import StageState, plan
 from arisk.reuse import take
 from arisk.rundir import RunDir
-from arisk.runners import RUNNERS, finite
-from arisk.verified import VerifyResult
+from arisk.runners import RUNNERS
 
-__all__ = ["Outcome", "VerifyOutcome", "run_optional", "run_stages", "run_verify"]
+__all__ = ["Outcome", "run_optional", "run_stages"]
 
 NAMES = tuple(spec.name for spec in STAGES)
 #: Stages that only their own command runs.
@@ -64,70 +62,6 @@ class Outcome:
             "report": str(self.report) if self.report else None,
             "summary": self.summary,
         }
-
-
-@dataclass(frozen=True)
-class VerifyOutcome:
-    """What a check of the forecast showed.
-
-    Attributes:
-        run_dir: the run directory.
-        ran: whether the fine-tune was carried out now, or a fresh one found.
-        report: the report with the measured curve; None while there is no forecast to lay it over.
-        missing: the stage that the report waits for, and `next` the command that runs it; both None
-            where there is a report.
-        verify: `Comparison.as_json`, finite.
-    """
-
-    run_dir: Path
-    ran: bool
-    report: Path | None
-    missing: str | None
-    next: str | None
-    verify: Mapping[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
-        return {
-            "run_dir": str(self.run_dir),
-            "ran": self.ran,
-            "report": str(self.report) if self.report else None,
-            "missing": self.missing,
-            "next": self.next,
-            "verify": self.verify,
-        }
-
-
-def run_verify(
-    config: Config, *, run_dir: Path, show: Display, command: str, report_command: str, force: bool = False
-) -> VerifyOutcome:
-    """Carry out the planned fine-tune, and bring the report up to date where there is a forecast.
-
-    Args:
-        config: the resolved config.
-        run_dir: where the run lives.
-        show: told what happens.
-        command: the command that does this, for the lock.
-        report_command: the command that makes the report.
-        force: carry it out even where a fresh one exists.
-
-    Raises:
-        AriskError: what went wrong; what was finished before is committed.
-    """
-    ran, made, missing = run_optional(
-        "verify",
-        config,
-        run_dir=run_dir,
-        show=show,
-        command=command,
-        report_command=report_command,
-        force=force,
-    )
-    if made is None:
-        truth = _truth_alone(config, run_dir)
-        return VerifyOutcome(run_dir, ran, None, missing, report_command, truth)
-    assert made.summary is not None
-    return VerifyOutcome(run_dir, ran, made.report, None, None, made.summary["verify"])
 
 
 def run_optional(
@@ -175,13 +109,6 @@ def _stale_before(stage: str, config: Config, run_dir: Path) -> str | None:
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(config, input_fingerprints(config, cache), RunDir(run_dir))
     return next((state.stage for state in states if state.stage in needed and not state.fresh), None)
-
-
-def _truth_alone(config: Config, run_dir: Path) -> dict[str, Any]:
-    """The real run without a forecast beside it."""
-    measured = read_record(RunDir(run_dir).stage_dir("verify"), VerifyResult)
-    threshold, markers = config.forecast.collapse_threshold, config.verify.refusal_markers
-    return finite(compare(measured, None, threshold=threshold, markers=markers).as_json())
 
 
 def run_stages(

@@ -118,7 +118,7 @@ def _coloured(text: str, level: str) -> str:
 
 def verify_text(outcome: Any) -> str:
     """Forecast and truth side by side, and the report's path (or what it waits for) as the last line."""
-    found = outcome.verify
+    found = outcome.found
     inside, counts = found["inside_share"], found["refusals"]
     expected, real = _collapse(found, "forecast"), _collapse(found, "real")
     refusals = [_fraction(counts[0]), _fraction(counts[-1])] if counts else ["not measured"] * 2
@@ -145,9 +145,7 @@ def verify_text(outcome: Any) -> str:
         *([f"refusals not measured: {found['refusals_missing']}"] if found["refusals_missing"] else []),
         *[_said(f"caveat: {warning}", " " * 8) for warning in found["warnings"]],
     ]
-    if outcome.report is None:
-        return "\n".join([*lines, f"no report: stage {outcome.missing} is not fresh; next: {outcome.next}"])
-    return "\n".join([*lines, f"report: {outcome.report}"])
+    return "\n".join([*lines, outcome.last_line])
 
 
 def _collapse(found: Mapping[str, Any], which: str) -> str:

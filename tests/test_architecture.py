@@ -48,7 +48,7 @@ RANKS = {
     "checked_loss": 5,
     "loaders": 5,
     "guard": 4.5,
-    "guard_run": 8.5,
+    "guard_text": 7,
     "guarded": 1,
     "stages": 5,
     "job": 6,
@@ -64,7 +64,8 @@ RANKS = {
     "pipeline": 8,
     "status": 8,
     "what_if": 8,
-    "screening": 9,
+    "screen_text": 7,
+    "asked": 9,
     "cli": 10,
     "__main__": 11,
 }
@@ -88,7 +89,9 @@ NO_TORCH = (
     "grid",
     "ranks",
     "what_if",
-    "screening",
+    "asked",
+    "screen_text",
+    "guard_text",
 )
 
 

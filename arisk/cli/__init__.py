@@ -6,7 +6,7 @@ Results go to stdout, progress and errors to stderr. No torch is imported here: 
 
 from __future__ import annotations
 
-from arisk.cli import acts, compare, guarding, screening, stages
+from arisk.cli import acts, compare, stages
 from arisk.cli.app import app, main
 
-__all__ = ["acts", "app", "compare", "guarding", "main", "screening", "stages"]
+__all__ = ["acts", "app", "compare", "main", "stages"]

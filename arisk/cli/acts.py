@@ -1,10 +1,11 @@
-"""Verbs that act on a plan beyond its run: verify, what-if."""
+"""Verbs that act on a plan beyond its run: verify, screen, guard, what-if."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -20,17 +21,20 @@ from arisk.cli.options import (
     reproducing,
     show,
 )
+from arisk.errors import ConfigError
 
 __all__: list[str] = []
+
+StepsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Stop after this many steps, on the schedule of the whole plan."),
+]
 
 
 @app.command()
 def verify(
     config: ConfigPath,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this many steps, on the schedule of the whole plan."),
-    ] = None,
+    steps: StepsOption = None,
     run_dir: RunDirOption = None,
     overrides: SetOption = None,
     force: ForceOption = False,
@@ -41,22 +45,125 @@ def verify(
 
     The model's files are not changed. Example: arisk verify configs/demo.yaml --steps 100
     """
-    from arisk.configfile import load_config, run_directory
-    from arisk.pipeline import run_verify
     from arisk.terminal import verify_text
 
-    given = overrides or []
-    loaded = load_config(config, [*given, f"verify.steps={steps}"] if steps else given)
-    reach = f" --steps {steps}" if steps else ""
-    outcome = run_verify(
+    given, told = _reach("verify", steps)
+    common = _Common(config, run_dir, overrides, force, as_json, quiet)
+    _ask("verify", verify_text, common, given=given, told=told)
+
+
+@app.command()
+def screen(
+    config: ConfigPath,
+    drop: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Flag this share of the rows (5% or 0.05) in place of the rule."),
+    ] = None,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl.
+
+    Example: arisk screen configs/demo.yaml --drop 5%
+    """
+    from arisk.screen_text import screen_text
+
+    common = _Common(config, run_dir, overrides, force, as_json, quiet)
+    # The share decides what the record holds, so the report has to be asked for with it.
+    shared = [] if drop is None else [f"screen.drop={_share(drop)!r}"]
+    _ask("screen", screen_text, common, shared=shared, told="" if drop is None else f" --drop {drop}")
+
+
+@app.command()
+def guard(
+    config: ConfigPath,
+    steps: StepsOption = None,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Really fine-tune plain and protected, and measure what protection costs and brings.
+
+    The model's files are not changed. Example: arisk guard configs/demo.yaml --set guard.steps=100
+    """
+    from arisk.guard_text import guard_text
+
+    given, told = _reach("guard", steps)
+    common = _Common(config, run_dir, overrides, force, as_json, quiet)
+    _ask("guard", guard_text, common, given=given, told=told)
+
+
+def _reach(stage: str, steps: int | None) -> tuple[list[str], str]:
+    """`--steps` as a setting, and as it stands in the command."""
+    return ([f"{stage}.steps={steps}"], f" --steps {steps}") if steps else ([], "")
+
+
+class _Common(NamedTuple):
+    """What every such verb is given."""
+
+    config: Path
+    run_dir: Path | None
+    overrides: list[str] | None
+    force: bool
+    as_json: bool
+    quiet: bool
+
+
+def _ask(
+    stage: str,
+    text: Callable[[Any], str],
+    common: _Common,
+    *,
+    given: Sequence[str] = (),
+    shared: Sequence[str] = (),
+    told: str = "",
+) -> None:
+    """Carry an optional stage out and print what it found.
+
+    Args:
+        stage: its name.
+        text: its result for people.
+        common: the options that all have.
+        given: settings of this stage alone, by its own options.
+        shared: the same, where the report has to be asked for with them as well.
+        told: those options as typed.
+    """
+    from arisk.asked import run_asked
+    from arisk.configfile import load_config, run_directory
+
+    config, run_dir, overrides, force, as_json, quiet = common
+    loaded = load_config(config, [*(overrides or []), *given, *shared])
+    outcome = run_asked(
+        stage,
         loaded,
         run_dir=run_directory(loaded, config, run_dir),
         force=force,
         show=show(quiet),
-        command=reproducing(config, run_dir, overrides, "verify") + reach,
-        report_command=reproducing(config, run_dir, overrides),
+        command=reproducing(config, run_dir, overrides, stage) + told,
+        report_command=reproducing(config, run_dir, [*(overrides or []), *shared]),
     )
-    typer.echo(json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else verify_text(outcome))
+    typer.echo(json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else text(outcome))
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05`, strictly between 0 and 1."""
+    body = text.strip()
+    try:
+        value = float(body[:-1]) / 100 if body.endswith("%") else float(body)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise ConfigError(
+            f"{text!r} is no share of the rows",
+            where="--drop",
+            fix="give a percentage such as 5%, or a number strictly between 0 and 1",
+        )
+    return value
 
 
 @app.command("what-if")
