@@ -46,6 +46,10 @@ bench-validity-smollm2 *ARGS: setup
 model OUT="models/smollm2-135m-instruct": setup
     {{bin}}/python -m tests.bench.fetch_model {{OUT}}
 
+# Take the pictures of the README anew (.github/report-*.png): demo, verification, Chromium.
+picture: setup
+    {{bin}}/python -m tests.bench.picture
+
 # Build the wheel and the source distribution.
 build: setup
     rm -rf dist

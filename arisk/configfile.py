@@ -21,6 +21,7 @@ from arisk.problems import config_error, models_in
 __all__ = [
     "dump_config",
     "json_schema",
+    "known_keys",
     "load_config",
     "run_directory",
     "set_value",
@@ -30,6 +31,15 @@ __all__ = [
 
 Model = TypeVar("Model", bound=BaseModel)
 
+#: Sections of a written config in the order a user decides on them; the others follow.
+FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
+#: What begins before a section.
+HEADINGS = {
+    "model": "What you are about to fine-tune, on what, and how",
+    "forecast": "What counts as collapse, and where the run lives",
+    "collect": "How it is measured: the defaults are good ones",
+    "verify": "Stages that run only by their own command",
+}
 #: Config values that are files or folders.
 PATHS = (
     ("model", "path"),
@@ -188,6 +198,20 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
+def known_keys() -> list[str]:
+    """Every dotted key that `--set` takes, in the order of the config."""
+    return list(_keys(Config, ""))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = next(iter(models_in(field.annotation)), None)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
 def starter_config(model: str, safety: str, finetune: str) -> str:
     """A YAML file with every key, its default and its documentation; loads back as it is."""
     given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
@@ -198,8 +222,12 @@ def starter_config(model: str, safety: str, finetune: str) -> str:
         "# Keys that are commented out show their defaults.",
         "",
     ]
-    for name, field in Config.model_fields.items():
+    rest = [name for name in Config.model_fields if name not in FIRST]
+    for name in (*FIRST, *rest):
+        field = Config.model_fields[name]
         section = next(models_in(field.annotation))
+        if name in HEADINGS:
+            lines += [f"# ── {HEADINGS[name]} ──", ""]
         lines.append(f"# {field.description}")
         active = given.get(name, {})
         lines.append(f"{name}:" if active else f"# {name}:")

@@ -32,12 +32,13 @@ KRYLOV, TIMED = 12, 3
 COPIES = 7
 
 
-def estimate(config: Config, run_dir: Path) -> dict[str, Any]:
+def estimate(config: Config, run_dir: Path, kept: dict[str, Any] | None = None) -> dict[str, Any]:
     """Time, memory and disk of every stage, from a short calibration on the model itself.
 
     Args:
         config: the resolved config.
         run_dir: where the run would live; nothing is written there.
+        kept: models loaded before, see `load_task`.
 
     Returns:
         `stages` (by name: `seconds`, `memory_gb` as peak resident memory of the process up to there,
@@ -46,7 +47,7 @@ def estimate(config: Config, run_dir: Path) -> dict[str, Any]:
     Raises:
         AriskError: what would stop the run.
     """
-    job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {})
+    job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
     loading = time.process_time()
     loaded = peak_memory() or 0.0

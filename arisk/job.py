@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from arisk.stages.safety_side import SafetySide
     from arisk.task import Task
 
-__all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job"]
+__all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of"]
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 
@@ -78,7 +78,7 @@ class Job:
         if self.config.run.threads:
             torch.set_num_threads(max(1, self.config.run.threads // ranks.local_world()))
         self.show.progress("loading model", 0, 1)
-        task = load_task(self.config, device=_device(self.config.run.device), kept=self.models)
+        task = load_task(self.config, device=device_of(self.config.run.device), kept=self.models)
         self.show.progress("loading model", 1, 1)
         return task
 
@@ -118,7 +118,7 @@ class Job:
         return stored_side(GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER), self.layout)
 
 
-def _device(name: str) -> Any:
+def device_of(name: str) -> Any:
     """The torch device; auto takes cuda, then mps, then cpu.
 
     Raises:

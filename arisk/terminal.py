@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.display import clock, columns, fancy, wrapped
+from arisk.display import columns, fancy, wrapped
 
-__all__ = ["check_text", "outcome_text", "table", "verify_text"]
+__all__ = ["outcome_text", "table", "verify_text"]
 
 FORECASTS = ("forecaster", "collapse step", "P(collapse)", "final rise", "trusted until")
 
@@ -178,49 +178,3 @@ def _signed(value: float | None, missing: str = "not measured") -> str:
 
 def _fraction(count: Mapping[str, Any]) -> str:
     return f"{count['refused']} of {count['prompts']}"
-
-
-def check_text(report: Mapping[str, Any]) -> str:
-    """What `arisk check` found, as indented text."""
-    lines: list[str] = []
-    _indent({key: value for key, value in report.items() if key != "plan"}, 0, lines)
-    if "plan" in report:
-        lines += ["", *_plan_lines(report["plan"])]
-    return "\n".join(lines)
-
-
-def _plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """The stages to come with their estimated time, memory and disk."""
-    rows = [
-        [
-            stage,
-            clock(cost["seconds"]),
-            f"{cost['memory_gb']:.2f} GB",
-            f"{cost['disk_gb']:.2f} GB" if cost["disk_gb"] else "–",
-            cost["work"],
-        ]
-        for stage, cost in plan["stages"].items()
-    ]
-    return [
-        "plan of work (estimated here; verify is optional):",
-        table(rows, ["stage", "time", "peak memory", "disk", "passes of the model"], width=_width()),
-        f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
-        *[_said(f"warning: {warning}", " " * 9) for warning in plan["warnings"]],
-    ]
-
-
-def _indent(value: Any, depth: int, lines: list[str]) -> None:
-    pad = "  " * depth
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            lines.append(f"{pad}{key}:")
-            _indent(item, depth + 1, lines)
-        elif isinstance(item, (list, tuple)) and item and isinstance(item[0], (str, Mapping)):
-            lines.append(f"{pad}{key}:")
-            for entry in item:
-                if isinstance(entry, Mapping):
-                    _indent(entry, depth + 1, lines)
-                else:
-                    lines.append(f"{pad}  - {entry}")
-        else:
-            lines.append(f"{pad}{key}: {item}")

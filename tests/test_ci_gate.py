@@ -13,7 +13,7 @@ from arisk import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("## In continuous integration") : README.index("## Development")]
+SECTION = README.partition("## In continuous integration")[2].partition("\n## ")[0]
 SMALL = {
     "safety.max_samples": 8,
     "control.max_samples": 8,

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 #: A run of two stages on a folder, with nothing behind it: what the display does is all that is real.
 FAKE = """
@@ -202,17 +205,130 @@ def test_help_fits_80_columns(verb):
         assert "143" in done.stdout
 
 
-def test_completion_knows_verbs_and_stages():
-    def complete(words):
-        return subprocess.run(
-            [sys.executable, "-c", "import sys; sys.argv = ['arisk']; from arisk.cli import main; main()"],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=environment(
-                _ARISK_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1)
-            ),
-        ).stdout.split()
+def test_help_names_every_command_in_a_group_and_in_whole_sentences():
+    from arisk.cli.grouped import GROUPS
 
-    assert complete("arisk sta") == ["status"]
-    assert complete("arisk run --until sub") == ["subspace"]
+    done = subprocess.run(
+        [sys.executable, "-m", "arisk", "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment(COLUMNS="80"),
+    )
+    assert "..." not in done.stdout.partition("Options:")[2]
+    assert "\nMore:" not in done.stdout
+    for heading, names in GROUPS.items():
+        part = done.stdout.partition(f"\n{heading}:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"(?m)^  (\S+)", part) == list(names)
+
+
+SCRIPT = f"""#!{sys.executable}
+import sys
+sys.argv[0] = "arisk"
+from arisk.cli import main
+main()
+"""
+#: The completion as a shell has it: the script arisk prints, and the function it defines.
+COMPLETE = """
+eval "$(arisk --show-completion bash 2>/dev/null)"
+COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _arisk_completion arisk
+printf '%s\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("arisk sta", "status"),
+        ("arisk run --until sub", "subspace"),
+        ("arisk run con", "configs/a.yaml configs/b.yml"),
+        ("arisk run configs/b", "configs/b.yml"),
+        ("arisk what-if ru", "runs/my"),
+        ("arisk status a.yaml --run-dir runs/", "runs/my"),
+        ("arisk run a.yaml --set training.learning", "training.learning_rate="),
+        ("arisk compare runs/m", "runs/my"),
+        ("arisk run nothing", ""),
+    ],
+)
+def test_bash_completes_verbs_paths_and_keys(tmp_path, words, expected):
+    for name in ("configs/a.yaml", "configs/b.yml", "configs/notes.txt", "runs/my/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scripts = tmp_path / "bin"
+    scripts.mkdir()
+    (scripts / "arisk").write_text(SCRIPT)
+    (scripts / "arisk").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", *words.split()],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(PATH=f"{scripts}:{os.environ['PATH']}", PYTHONPATH=str(ROOT)),
+    )
+    assert done.stdout.split() == expected.split()
+
+
+#: Results as the verbs print them, with long texts; `NO_COLOR` and pipes are the caller's.
+TEXTS = """
+import json, sys
+from pathlib import Path
+from arisk.pipeline import Outcome
+from arisk.terminal import outcome_text
+from arisk.check_text import check_text
+long = "word " * 60
+curve = {"status": "measured", "reason": None, "kind": "forecast", "collapse_step": 31, "horizon": 200,
+    "probability": 1.0, "median": [0.0, 0.48], "trusted_until": 200}
+verdict = {"level": "high", "sentence": "Safety is forecast to collapse. " + long, "safe_steps": 28,
+    "horizon": 200, "basis": "combined", "reasons": [long], "caveats": [long]}
+missing = {**curve, "status": "not_measured", "reason": long}
+summary = {"verdict": verdict, "forecasters": {"combined": curve, "rollout": missing}}
+print(outcome_text(Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary)))
+cost = {"seconds": 90.0, "memory_gb": 1.5, "disk_gb": 0.03, "work": "96 single-row gradients, " * 8}
+facts = {"rows": 400, "duplicates": 12, "tokens_mean": 226.3, "tokens_max": 4096,
+    "response_tokens_mean": 12.0, "response_tokens_min": 2, "prompts_truncated": 0, "responses_truncated": 0,
+    "rendered rows": ["<user> " + long + "<assistant>«" + long + "end»"] * 2}
+print(check_text({"model": {"path": "m"}, "data": {"safety": facts, "verify.safety": facts},
+    "warnings": [long], "plan": {"stages": {"collect": cost, "score": cost}, "seconds": 90.0,
+    "memory_gb": 1.5, "warnings": []}}))
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_results_fit_the_terminal(columns):
+    code, said = in_terminal([sys.executable, "-c", TEXTS], columns, 24)
+    assert code == 0
+    lines = re.sub("\x1b\\[[0-9;]*m", "", said).replace("\r\n", "\n").splitlines()
+    rendered = [line for line in lines if line.startswith("- safety:")]
+    # A rendered row is two lines of the terminal, broken by the terminal itself.
+    assert all(len(line) < 2 * columns and line.endswith("end»") for line in rendered)
+    assert len(rendered) == 2
+    assert max(len(line) for line in lines if line not in rendered) < columns
+    assert "verdict: high" in lines
+    assert "\x1b[1;31mverdict: high\x1b[0m" in said
+    assert "\x1b" not in in_terminal([sys.executable, "-c", TEXTS], columns, 24, NO_COLOR="1")[1]
+
+
+def test_results_in_a_pipe_are_unbroken_and_plain():
+    done = subprocess.run(
+        [sys.executable, "-c", TEXTS], check=True, capture_output=True, text=True, env=environment()
+    )
+    assert "\x1b" not in done.stdout
+    assert any(len(line) > 300 for line in done.stdout.splitlines() if line.startswith("because: "))
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_status_fits_the_terminal(tmp_path, columns):
+    config = tmp_path / "a-config-with-a-rather-long-name.yaml"
+    model = str(ROOT / "fixtures" / "tiny-aligned")
+    made = [sys.executable, "-m", "arisk", "init", str(config), "--model", model]
+    subprocess.run(made, check=True, capture_output=True)
+    for name in ("safety.jsonl", "finetune.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "response": "b"}\n')
+    code, said = in_terminal([sys.executable, "-m", "arisk", "status", str(config)], columns, 24)
+    assert code == 0
+    lines = said.replace("\r\n", "\n").splitlines()
+    stages = {"collect", "subspace", "score", "rollout", "forecast", "report", "verify", "screen", "guard"}
+    assert stages <= {line.split()[0] for line in lines if line.split()}
+    # Commands to copy stay in one piece.
+    assert max(len(line) for line in lines if "arisk " not in line) < columns

@@ -1,9 +1,10 @@
 from pathlib import Path
 
+from arisk.check_text import check_text, shortened
 from arisk.display import StageDisplay
 from arisk.pipeline import Outcome
 from arisk.status import describe
-from arisk.terminal import check_text, outcome_text, table
+from arisk.terminal import outcome_text, table
 
 
 def test_table_is_aligned():
@@ -67,7 +68,59 @@ def test_progress_is_quiet_in_a_pipe(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_status_and_check_as_text():
+def checked(row):
+    facts = {
+        "rows": 3,
+        "duplicates": 1,
+        "tokens_mean": 26.26,
+        "tokens_max": 40,
+        "response_tokens_mean": 12.0,
+        "response_tokens_min": 2,
+        "prompts_truncated": 2,
+        "responses_truncated": 0,
+        "rendered rows": [row, "second"],
+    }
+    cost = {"seconds": 90.0, "memory_gb": 1.5, "disk_gb": 0.0, "work": "96 gradients"}
+    return {
+        "model": {"path": "m", "parameters": "12"},
+        "data": {"safety": facts},
+        "warnings": ["few rows"],
+        "work": {"rollout": "68 of 200", "disk": "1 GB"},
+        "plan": {"stages": {"collect": cost}, "seconds": 90.0, "memory_gb": 1.5, "warnings": ["too big"]},
+    }
+
+
+def test_check_shows_data_rows_and_the_plan():
+    lines = check_text(checked("<user> a «b»")).splitlines()
+    assert lines[:2] == ["path: m", "parameters: 12"]
+    assert "safety  3     1         26.3 (40)         12.0 (2)             2" in lines
+    assert "- safety: <user> a «b»" in lines
+    assert "warning: few rows" in lines
+    assert any(line.split() == ["collect", "1:30", "1.50", "GB", "–", "96", "gradients"] for line in lines)
+    assert lines[-2:] == [
+        "arisk run: about 1:30, peak memory about 1.50 GB",
+        "warning: too big",
+    ]
+
+
+def test_long_rows_keep_head_and_response():
+    text = "<user> " + "x" * 2000 + " «the safe response»"
+    lines = check_text(checked(text)).splitlines()
+    line = next(line for line in lines if line.startswith("- safety: <user>"))
+    assert len(line) <= 400
+    assert line.endswith("«the safe response»")
+    assert shortened("short", 10) == "short"
+
+
+def test_a_python_task_tells_what_it_knows():
+    assert check_text({"model": {"entry": "m:f"}, "data": {"safety": 3}}).splitlines() == [
+        "entry: m:f",
+        "",
+        "safety: 3 rows",
+    ]
+
+
+def test_status_as_text():
     rows = [
         {
             "stage": "collect",
@@ -81,5 +134,3 @@ def test_status_and_check_as_text():
         }
     ]
     assert "a: 1 → 2 (resumes" in describe(rows)
-    text = check_text({"model": {"path": "m"}, "data": {"rows": ["one", "two"]}})
-    assert text.splitlines() == ["model:", "  path: m", "data:", "  rows:", "    - one", "    - two"]

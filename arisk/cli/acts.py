@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from arisk.cli.app import app
+from arisk.cli.completion import complete_run
 from arisk.cli.options import (
     ConfigPath,
     ForceOption,
@@ -60,7 +61,12 @@ def verify(
 
 @app.command("what-if")
 def what_if(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a finished run.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="Run directory of a finished run.", autocompletion=complete_run
+        ),
+    ],
     learning_rate: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Peak learning rates, e.g. 1e-4,2e-4; default: around the plan."),

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from arisk.cli.grouped import Grouped
 from arisk.errors import AriskError
 from arisk.ranks import is_first
 
@@ -19,12 +20,14 @@ TERMINATED = 143
 
 app = typer.Typer(
     name="arisk",
+    cls=Grouped,
     help="Will this fine-tune break the model's safety, when, and because of which data and layers?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 ok, 2 config, 3 input, 4 artifact, 5 shape, 6 numerics, 7 missing extra, "
+    epilog="Example: arisk init my.yaml, edit it, arisk check my.yaml, arisk run my.yaml. "
+    "Exit codes: 0 ok, 2 config, 3 input, 4 artifact, 5 shape, 6 numerics, 7 missing extra, "
     "10 gate failed, 11 inconclusive gate, 130 interrupted (Ctrl-C), 143 terminated.",
 )
 

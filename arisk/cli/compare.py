@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from arisk.cli.app import app
+from arisk.cli.completion import complete_run_or_config
 from arisk.cli.options import ForceOption, JsonOption, QuietOption, SetOption, gate, show
 from arisk.ranks import is_first
 
@@ -19,7 +20,11 @@ __all__: list[str] = []
 def compare(
     plans: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_OR_CONFIG…", help="Run directories and YAML configs, two or more."),
+        typer.Argument(
+            metavar="RUN_OR_CONFIG…",
+            help="Run directories and YAML configs, two or more.",
+            autocompletion=complete_run_or_config,
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", help="Folder of compare.html, compare.json and compare.md.")

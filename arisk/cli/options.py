@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from arisk.cli.completion import complete_config, complete_run, complete_setting
 from arisk.errors import ConfigError, GateError, InconclusiveError
 from arisk.ranks import is_first
 
@@ -30,14 +31,25 @@ __all__ = [
 ]
 
 Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
-ConfigPath = Annotated[Path, typer.Argument(help="YAML config; `arisk init` writes one.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(help="YAML config; `arisk init` writes one.", autocompletion=complete_config)
+]
 RunDirOption = Annotated[
     Path | None,
-    typer.Option("--run-dir", help="Run directory; default: run.dir, or runs/<name of the config>."),
+    typer.Option(
+        "--run-dir",
+        help="Run directory; default: run.dir, or runs/<name of the config>.",
+        autocompletion=complete_run,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one config value; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one config value; repeatable.",
+        autocompletion=complete_setting,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Run the stages even where they are fresh.")]

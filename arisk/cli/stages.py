@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from arisk.cli.app import app
+from arisk.cli.completion import complete_run
 from arisk.cli.options import (
     ConfigPath,
     ForceOption,
@@ -43,6 +44,7 @@ def run(
             "--reuse",
             metavar="RUN",
             help="Take stages with the same key from this run directory; repeatable.",
+            autocompletion=complete_run,
         ),
     ] = None,
     fail_on: Annotated[
@@ -77,6 +79,17 @@ def run(
         gate(verdict["level"], fail_on, verdict["sentence"])
 
 
+#: What each stage measures, for its help.
+MEASURES = {
+    "collect": "Per-sample gradients of the safety data and their inner products",
+    "subspace": "The safety subspace: eigenvectors of the safety Fisher matrix",
+    "score": "How the planned first update meets the subspace, by layer and row",
+    "rollout": "Losses measured along an accelerated virtual run of the plan",
+    "forecast": "Every forecaster's curve, the what-if grid and the verdict; loads no model",
+    "report": "The HTML page and the summaries, from the artifacts",
+}
+
+
 def _stage_command(stage: Stage) -> None:
     """Register `arisk <stage>`, which runs one stage and names the command for a stale upstream."""
 
@@ -107,7 +120,7 @@ def _stage_command(stage: Stage) -> None:
         print_outcome(outcome, as_json)
 
     command.__doc__ = (
-        f"Run the stage {stage} alone; its upstream must be fresh.\n\n"
+        f"{MEASURES[stage]}.\n\nThis stage alone; those before it must be fresh. "
         f"Example: arisk {stage} my.yaml --with-upstream"
     )
     app.command(stage)(command)
@@ -147,14 +160,16 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
     Example: arisk check my.yaml
     """
+    from arisk.check_text import check_text
     from arisk.configfile import load_config, run_directory
     from arisk.estimate import estimate
+    from arisk.job import device_of
     from arisk.models import check_task
-    from arisk.terminal import check_text
 
     loaded = load_config(config, overrides or [])
-    plan = estimate(loaded, run_directory(loaded, config, None))
-    report = {**check_task(loaded), "plan": plan}
+    kept: dict[str, Any] = {}
+    report = check_task(loaded, device=device_of(loaded.run.device), kept=kept)
+    report["plan"] = estimate(loaded, run_directory(loaded, config, None), kept)
     typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 

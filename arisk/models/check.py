@@ -11,12 +11,11 @@ import torch
 
 from arisk.config import Config, planned_steps
 from arisk.geometry.segments import rollout_cost
-from arisk.models.adapters import attach_adapter, target_modules
-from arisk.models.loading import load_model, load_tokenizer
+from arisk.models.loading import load_tokenizer
 from arisk.models.python_source import task_from_entry
 from arisk.models.rendering import Rendered
 from arisk.models.selection import select_parameters
-from arisk.models.task_loading import LoadedData, load_data, statistics_of
+from arisk.models.task_loading import LoadedData, load_data, load_with_adapter, statistics_of
 from arisk.task import Task
 
 __all__ = ["check_task"]
@@ -25,15 +24,21 @@ __all__ = ["check_task"]
 SHOWN = 2
 #: Gradient evaluations of a probe point, as forward passes are a third of one.
 FORWARD = 1 / 3
+#: What peft puts before the names of modules.
+PEFT = "base_model.model."
 #: A data set of fewer rows is said to be small.
 FEW = 32
 
 
-def check_task(config: Config) -> dict[str, Any]:
+def check_task(
+    config: Config, *, device: torch.device | None = None, kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Validate model, adapter, selection and rows, and estimate the work.
 
     Args:
         config: the resolved config.
+        device: where the model goes; default the CPU.
+        kept: the model is put here, for `load_task` to take.
 
     Returns:
         A mapping for display: `model`, `data` (statistics and two rendered rows each), `warnings` and `work`
@@ -46,11 +51,10 @@ def check_task(config: Config) -> dict[str, Any]:
         return _check_python(task_from_entry(str(config.model.entry)), config)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
-    model = load_model(config.model, torch.device("cpu"))
-    adapter = config.model.adapter
-    wrapped = target_modules(model, adapter) if adapter is not None and adapter.path is None else []
-    if adapter is not None:
-        model = attach_adapter(model, adapter, seed=config.run.seed)
+    model = load_with_adapter(config, device or torch.device("cpu"), {} if kept is None else kept)
+    wrapped = [
+        name.removeprefix(PEFT) for name, module in model.named_modules() if hasattr(module, "lora_A")
+    ]
     names = select_parameters(model, config.model.parameters)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in names)

@@ -20,7 +20,7 @@ from arisk.models.rows import Row, read_rows
 from arisk.models.selection import lora_pairs, select_parameters
 from arisk.task import SampleSet, Task
 
-__all__ = ["LoadedData", "load_data", "load_task", "statistics_of"]
+__all__ = ["LoadedData", "load_data", "load_task", "load_with_adapter", "statistics_of"]
 
 #: Data sets of prompts with safe responses.
 SAFETY_SETS = ("safety", "verify.safety")
@@ -53,7 +53,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         return task
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
-    model = _model(config, device, {} if kept is None else kept)
+    model = load_with_adapter(config, device, {} if kept is None else kept)
     names = select_parameters(model, config.model.parameters)
     sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
     heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
@@ -70,8 +70,8 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
     )
 
 
-def _model(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
-    """The model with its adapter, from those kept where it is the same."""
+def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
+    """The model with its adapter, from those kept where it is the same; else loaded, and kept."""
     key = f"{config.model.model_dump_json()} {config.run.seed} {device} {config.run.device_map}"
     if key not in kept:
         model = load_model(config.model, device, device_map=config.run.device_map)

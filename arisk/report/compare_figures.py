@@ -153,19 +153,26 @@ def budget_bars(told: Comparative) -> Figure:
     safe = [entry.run.safe_steps for _, entry in shown]
     bar = {"type": "bar", "orientation": "h", "y": names}
     data = [
-        {**bar, "name": "planned steps", "x": planned, "marker": {"color": "#8a8a8a55"}},
+        {
+            **bar,
+            "name": "planned steps",
+            "x": planned,
+            "marker": {"color": "#8a8a8a55"},
+            # Beside the bars: no ink is read on every colour.
+            "text": [f"{s} of {p}" for s, p in zip(safe, planned, strict=True)],
+            "textposition": "outside",
+        },
         {
             **bar,
             "name": "safe-step budget",
             "x": safe,
             "marker": {"color": [look(i)[0] for i, _ in shown]},
-            "text": [f"{s} of {p}" for s, p in zip(safe, planned, strict=True)],
-            "textposition": "auto",
             "width": 0.45,
         },
     ]
     layout = axes("optimizer steps", "", barmode="overlay", legend=LEGEND)
     layout["yaxis"].update(autorange="reversed", type="category")
+    layout["xaxis"]["range"] = [0, 1.45 * max(planned, default=1)]
     rows = [[*cells(entry)[:4]] for entry in told.ranked]
     return Figure(
         "budgets",

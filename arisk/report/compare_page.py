@@ -61,8 +61,9 @@ def _ranked_table(told: Comparative, folder: Path) -> str:
         '<section id="ranking"><h2>Ranking</h2>'
         f'<p class="reading"><b>How to read this.</b> {esc(RULE)} {esc(MEANING)} '
         "A heading sorts; a name opens the run's own report.</p>"
-        '<div class="scroll" tabindex="0" role="region" aria-label="ranking"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="ranking"><table class="rows rank" '
+        f'role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{rows}'
+        "</tbody></table></div></section>"
     )
 
 
@@ -78,8 +79,10 @@ def _row(entry: Ranked, folder: Path) -> str:
         elif column == "verdict":
             icon = ICONS.get(text, UNKNOWN)
             shown = f'<b><span aria-hidden="true">{icon}</span> {esc(text)}</b>'
-        made += f'<td data-value="{"" if value is None else f"{value:.6g}"}">{shown}</td>'
-    return f"<tr>{made}</tr>"
+        mark = ' class="name"' if column == "run" else f' data-label="{esc(column)}"'
+        key = "" if value is None else f"{value:.6g}"
+        made += f'<td role="cell"{mark} data-value="{key}">{shown}</td>'
+    return f'<tr role="row">{made}</tr>'
 
 
 def _values(entry: Ranked) -> list[float | None]:

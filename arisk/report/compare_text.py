@@ -140,7 +140,7 @@ def _levels(runs: Sequence[PlannedRun]) -> list[str]:
 
 
 def _tied(ranked: Sequence[Ranked]) -> str | None:
-    """Neighbours of one level whose intervals at the end overlap: their order is not sure."""
+    """Neighbours of one level that are not told apart: their order is not sure."""
     placed = [entry.run for entry in ranked if entry.rank is not None]
     pairs = [
         f"{first.name} and {second.name}"
@@ -149,14 +149,28 @@ def _tied(ranked: Sequence[Ranked]) -> str | None:
     ]
     if not pairs:
         return None
-    return f"Their intervals at the end of the plan overlap, so the order is not sure: {'; '.join(pairs)}."
+    return (
+        "Their intervals overlap, at the end of the plan and of the collapse step, so the order is not sure: "
+        f"{'; '.join(pairs)}."
+    )
 
 
 def _alike(first: PlannedRun, second: PlannedRun) -> bool:
-    """One level, and intervals at the end of the two plans that have a value in common."""
+    """One level, and intervals with a value in common: of the end of the plan and of the collapse step."""
     if first.level != second.level or first.final is None or second.final is None:
         return False
-    return first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
+    ends = first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
+    (low, high), (other_low, other_high) = _collapses(first), _collapses(second)
+    return ends and high >= other_low and other_high >= low
+
+
+def _collapses(run: PlannedRun) -> tuple[float, float]:
+    """Interval of the collapse step; ∞ beyond the plan, and all steps where none is known."""
+    known = None if run.curve is None else run.curve.collapse_interval
+    if known is None:
+        return (0.0, math.inf)
+    low, high = (math.inf if step is None else float(step) for step in known)
+    return low, high
 
 
 def _drift(runs: Sequence[PlannedRun]) -> list[str]:

@@ -22,6 +22,7 @@ class Extra:
         summary: plain values for `summary.json`.
         markdown: lines for `summary.md`.
         findings: sentences for the page's list of findings.
+        advice: what to do by its measurements, for the first screen.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Extra:
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     markdown: Sequence[str] = ()
     findings: Sequence[str] = ()
+    advice: Sequence[str] = ()

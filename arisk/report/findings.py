@@ -20,6 +20,8 @@ __all__ = ["Finding", "findings", "found", "layer_sentence", "row_sentence"]
 ROWS_CARRY, LAYERS_CARRY = 0.5, 0.6
 #: Rows are few up to this share of those scored; a band of layers is narrow up to half of the layers.
 FEW_ROWS, NARROW_BAND = 0.25, 0.5
+#: Share from which one module outside the layers is named.
+OUTSIDE_CARRIES = 0.25
 WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
@@ -92,7 +94,9 @@ def row_sentence(examples: Sequence[Mapping[str, Any]]) -> str | None:
 def layer_sentence(modules: Sequence[str], values: Tensor, what: str) -> str | None:
     """The narrowest band of neighbouring layers that carries 60 %; None where nothing is positive.
 
-    Without two numbered layers the one module that carries most is named.
+    Without two numbered layers the one module that carries most is named. Where no band does, and modules
+    outside the layers (embedding, head) hold `OUTSIDE_CARRIES` or more, they are named with their share and
+    the band is that of the rest.
     """
     mass = values.to(torch.float64).nan_to_num(0.0).clamp(min=0).tolist()
     total = sum(mass)
@@ -105,6 +109,13 @@ def layer_sentence(modules: Sequence[str], values: Tensor, what: str) -> str | N
         return f"{name} carries {percent(share)} of the {what} ({len(modules)} modules)."
     by_layer = [sum(share for layer, _, share in named if layer == at) for at in layers]
     band = _band(by_layer)
+    name, outside = _heaviest(named, lambda layer: layer is None)
+    if band is None and outside >= OUTSIDE_CARRIES:
+        inside = sum(by_layer)
+        rest = _band([share / inside for share in by_layer]) if inside else None
+        mass_there = 0.0 if rest is None else sum(by_layer[rest[0] : rest[1] + 1])
+        where = "" if rest is None else f", {percent(mass_there)} {_at(layers, rest)}"
+        return f"{name} carries {percent(outside)} of the {what}{where}."
     if band is None:
         return f"The {what} is spread over the {len(layers)} layers: no narrow band carries most of it."
     first, last, share = layers[band[0]], layers[band[1]], sum(by_layer[band[0] : band[1] + 1])
@@ -114,6 +125,12 @@ def layer_sentence(modules: Sequence[str], values: Tensor, what: str) -> str | N
         f"{where} of {len(layers)} {'carries' if first == last else 'carry'} {percent(share)} of the {what}, "
         f"{percent(most)} of all in {name}."
     )
+
+
+def _at(layers: Sequence[int], band: tuple[int, int]) -> str:
+    first, last = layers[band[0]], layers[band[1]]
+    named = f"layer {first}" if first == last else f"layers {first}–{last}"
+    return f"lies in {named} of {len(layers)}"
 
 
 def _band(shares: Sequence[float]) -> tuple[int, int] | None:
@@ -129,8 +146,8 @@ def _band(shares: Sequence[float]) -> tuple[int, int] | None:
 def _heaviest(
     named: Sequence[tuple[int | None, str, float]], inside: Callable[[int | None], bool]
 ) -> tuple[str, float]:
-    """The kind of module with the largest share among the chosen layers."""
-    sums: dict[str, float] = {}
+    """The kind of module with the largest share among the chosen layers; share 0 where there is none."""
+    sums: dict[str, float] = {"": 0.0}
     for layer, kind, share in named:
         if inside(layer):
             sums[kind] = sums.get(kind, 0.0) + share

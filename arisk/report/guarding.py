@@ -47,6 +47,7 @@ def guard_extra(result: GuardResult, config: Config) -> Extra:
         summary=body,
         markdown=_markdown(body),
         findings=[f"Protection: {sentence}" for sentence in guard_findings(result, body)],
+        advice=[f"Train with protection: {body['sentence']}"] if body["recommended"] else [],
     )
 
 

@@ -13,8 +13,11 @@ function colour(name) {
 }
 const TOKENS = ["ink", "soft", "card"];
 const SCALES = { cool: ["seq0", "cool1", "cool2"], warm: ["seq0", "warm1", "warm2"], diverging: ["down", "seq0", "up"] };
+// The series colours are chosen for white; on dark ground the same hues need more light.
+const DARK = { "#0072B2": "#56b4e9", "#D55E00": "#ff8a4c", "#009E73": "#35c79b", "#CC79A7": "#e79cc6", "#B8860B": "#dcae3a" };
 function resolved(value, key) {
   if (typeof value === "string") {
+    if (root.dataset.theme === "dark" && DARK[value]) { return DARK[value]; }
     if (key === "colorscale" && SCALES[value]) { return SCALES[value].map((name, i) => [i / 2, colour(name)]); }
     return TOKENS.includes(value) ? colour(value) : value;
   }
@@ -62,7 +65,14 @@ function dataOf(figure, narrow) {
   const data = resolved(structuredClone(figure.data), "");
   return (Array.isArray(data) ? data : Object.values(data)).map((trace) => {
     const drawn = resolved(trace, "");
-    if (narrow && drawn.textfont) { drawn.textfont.size = 11; }
+    // Names beside points run into one another on a phone: hover and table have them.
+    const long = drawn.mode === "markers+text" && [drawn.text].flat().some((text) => text.length > 3);
+    if (narrow && long) { drawn.mode = "markers"; }
+    if (narrow && drawn.textfont) {
+      drawn.textfont.size = 11;
+      // A phone's cell holds four characters; that a row is rough is said beside it too.
+      drawn.text = drawn.text.map((text) => (text.length > 4 && text.startsWith("~") ? text.slice(1) : text));
+    }
     if (drawn.colorbar) { drawn.colorbar.tickfont = { size: narrow ? 11 : 12, color: colour("soft") }; }
     if (drawn.type === "bar") { drawn.textfont = { color: colour("ink") }; }
     return drawn;
@@ -105,20 +115,74 @@ addEventListener("afterprint", () => {
   before = null;
 });
 
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const header = button.parentElement;
-    const body = header.closest("table").tBodies[0];
-    const column = [...header.parentElement.children].indexOf(header);
+// Rows of a long table that are not HTML yet: shown texts of the cells, prompt, response.
+const MORE = 200;
+function element(name, props, ...children) {
+  const made = Object.assign(document.createElement(name), props);
+  made.append(...children);
+  return made;
+}
+function textCell(prompt, response) {
+  const cell = element("td", { className: "text" });
+  cell.setAttribute("role", "cell");
+  if (!prompt && !response) { cell.classList.add("note"); cell.append("not shown"); return cell; }
+  const part = (label, text) => element("p", { dir: "auto" }, element("b", {}, label), " " + text);
+  const head = prompt.length > 72 ? prompt.slice(0, 71) + "…" : prompt || "(no prompt)";
+  cell.dir = "auto";
+  cell.append(element("details", {}, element("summary", {}, head), part("prompt", prompt),
+    part("response", response || "not in this page: see the data file")));
+  return cell;
+}
+function rowOf(data, names) {
+  const cells = data.slice(0, -2).map((shown, i) => {
+    const cell = element("td", {}, shown);
+    Object.assign(cell.dataset, { label: names[i], value: Number.isFinite(Number(shown)) ? shown : "" });
+    cell.setAttribute("role", "cell");
+    return cell;
+  });
+  cells.splice(2, 0, textCell(...data.slice(-2)));
+  const row = element("tr", {}, ...cells);
+  row.setAttribute("role", "row");
+  return row;
+}
+
+for (const table of document.querySelectorAll("table.rows")) {
+  const body = table.tBodies[0];
+  const headers = [...table.tHead.rows[0].cells];
+  const names = headers.filter((header) => header.querySelector("button")).map((header) => header.textContent);
+  const source = table.parentElement.nextElementSibling;
+  const others = source?.matches("script.others") ? JSON.parse(source.textContent) : [];
+  // A row is its element, or what it will be made of.
+  let rows = [...body.rows, ...others];
+  let shown = body.rows.length;
+  const at = (row, column) => {
+    const v = row instanceof Element ? row.cells[column].dataset.value : row[column > 2 ? column - 1 : column];
+    return v === "" || v === undefined || !Number.isFinite(Number(v)) ? null : Number(v);
+  };
+  const show = () => {
+    rows = rows.map((row, i) => (i < shown && !(row instanceof Element) ? rowOf(row, names) : row));
+    body.replaceChildren(...rows.slice(0, shown));
+    if (!others.length) { return; }
+    const more = source.nextElementSibling;
+    more.querySelector("span").textContent = `${shown} of ${rows.length} rows are shown; a heading sorts all of them.`;
+    more.querySelector("button").hidden = shown >= rows.length;
+  };
+  if (others.length) {
+    source.nextElementSibling.querySelector("button").addEventListener("click", () => {
+      shown = Math.min(shown + MORE, rows.length);
+      show();
+    });
+  }
+  headers.forEach((header, column) => header.querySelector("button")?.addEventListener("click", () => {
     const down = header.getAttribute("aria-sort") !== "descending";
-    for (const other of header.parentElement.children) { other.removeAttribute("aria-sort"); }
+    for (const other of headers) { other.removeAttribute("aria-sort"); }
     header.setAttribute("aria-sort", down ? "descending" : "ascending");
     // What was not measured stays last, whichever way the rest is sorted.
-    const key = (row) => { const v = row.children[column].dataset.value; return v === "" || v === undefined ? null : Number(v); };
-    const rows = [...body.rows].map((row) => [key(row), row]);
-    rows.sort(([a], [b]) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : down ? b - a : a - b));
-    body.append(...rows.map(([, row]) => row));
-  });
+    const keyed = rows.map((row) => [at(row, column), row]);
+    keyed.sort(([a], [b]) => (a === null ? (b === null ? 0 : 1) : b === null ? -1 : down ? b - a : a - b));
+    rows = keyed.map(([, row]) => row);
+    show();
+  }));
 }
 
 // The contents show where the reader is.

@@ -6,7 +6,6 @@ fetched: plotly.js, style and data are inside the page, and a content policy for
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -22,24 +21,18 @@ from arisk.report.findings import found, row_sentence
 from arisk.report.rollout_section import method, rollout_section
 from arisk.report.rows import examples
 from arisk.report.samples import sample_table
-from arisk.report.sections import conditions, esc, folded, provenance_section, quality, table
+from arisk.report.sections import conditions, esc, folded, provenance_section, quality, script_json, table
 from arisk.report.text import NOT_MEASURED
 from arisk.report.verdict import ICONS, findings_section, verdict_section
 from arisk.report.verified import verified_section
 from arisk.report.worth import worth
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 
-__all__ = ["ICONS", "figure_section", "page", "render_report", "script_json"]
+__all__ = ["ICONS", "figure_section", "page", "render_report"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 #: Sections with a heading, as the table of contents takes them from the body.
 HEADING = re.compile(r'<section [^>]*?id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>')
-
-
-def script_json(value: Any) -> str:
-    """JSON safe inside a script element: no `<`, and no line ends that JavaScript knows and JSON does not."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def render_report(
@@ -77,7 +70,7 @@ def render_report(
     rows = sample_table(measured, forecast, collected, show_text, max_examples)
     body = "\n".join(
         [
-            verdict_section(forecast, collected.task, check),
+            verdict_section(forecast, collected.task, check, [a for extra in extras for a in extra.advice]),
             figure_section(figures["forecast"], tall=True),
             findings_section(found(collected, space, scored, forecast, measured), told),
             verified_section(check, show_text) if check else "",
@@ -144,7 +137,7 @@ _PAGE = """<!doctype html>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
-<noscript><style>.plot, #theme, th button::after {{ display: none; }}</style></noscript>
+<noscript><style>.plot, #theme, .more button, th button::after {{ display: none; }}</style></noscript>
 <script>
 {early}</script>
 </head>

@@ -1,4 +1,8 @@
-"""Tables of data rows: sortable columns, the row's own text escaped and folded away."""
+"""Tables of data rows: sortable columns, the row's own text escaped and folded away.
+
+A long table holds its first rows as HTML and the others as data, which the page turns into rows when they
+are asked for: ten thousand rows of HTML would take a browser gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arisk.report.sections import esc
+from arisk.report.sections import esc, script_json
 from arisk.report.text import NOT_MEASURED, number
 from arisk.report.worth import worth_line
 from arisk.results import ScoreResult
@@ -18,6 +22,8 @@ __all__ = ["Column", "examples", "rows_table"]
 TEXT_AFTER = 2
 #: Characters of the prompt that stay visible.
 HEAD = 72
+#: Rows that are HTML from the start; characters of prompts and responses that all others may carry.
+AT_ONCE, TEXT_BUDGET = 100, 600_000
 
 
 @dataclass(frozen=True)
@@ -34,53 +40,97 @@ def rows_table(
     show_text: bool,
     label: str,
 ) -> str:
-    """A sortable table in its own scroll box.
+    """A sortable table in its own scroll box; rows after the first `AT_ONCE` come as data.
 
     Args:
         columns: headings.
-        rows: cells (numbers, None for not measured, or plain text) with the row's `prompt`, `response`.
+        rows: cells (numbers, None for not measured, or plain text) with the row's `prompt`, `response` and,
+            where there is one, `why`: pairs of a label and a text that are shown in any case.
         show_text: show prompts and responses, or only the numbers.
         label: what the table is, for screen readers.
     """
+    told = list(rows)
     heads = [_head(column) for column in columns]
-    heads.insert(TEXT_AFTER, '<th scope="col">text</th>')
-    body = "".join(_row(cells, row, show_text) for cells, row in rows)
+    heads.insert(TEXT_AFTER, '<th role="columnheader" scope="col">text</th>')
+    names = [column.name for column in columns]
+    body = "".join(_row(names, cells, row, show_text) for cells, row in told[:AT_ONCE])
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(label)}"><table class="rows">'
-        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
+        '<table class="rows" role="table"><thead role="rowgroup">'
+        f'<tr role="row">{"".join(heads)}</tr></thead>'
+        f'<tbody role="rowgroup">{body}</tbody></table></div>{_others(told, show_text)}'
+    )
+
+
+def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: bool) -> str:
+    """The rows that are not HTML yet, as data, with the button that brings them."""
+    if len(told) <= AT_ONCE:
+        return ""
+    data: list[list[Any]] = []
+    left = TEXT_BUDGET
+    for cells, row in told[AT_ONCE:]:
+        prompt, response = _texts(row) if show_text else ("", "")
+        if len(prompt) + len(response) > left:
+            prompt, response = (_clipped(prompt), "") if left >= HEAD else ("", "")
+        left -= len(prompt) + len(response)
+        why = "".join(f"\n{label}: {text}" for label, text in row.get("why") or ())
+        data.append([*(_shown(value) for value in cells), prompt, response + why])
+    return (
+        f'<script type="application/json" class="others">{script_json(data)}</script>'
+        f'<p class="more note"><span aria-live="polite">{AT_ONCE} of {len(told)} rows are shown; a heading '
+        "sorts all of them.</span> "
+        '<button type="button">Show more</button></p>'
     )
 
 
 def _head(column: Column) -> str:
     mark = f' aria-sort="{column.order}"' if column.order else ""
-    return f'<th scope="col"{mark}><button type="button">{esc(column.name)}</button></th>'
+    return (
+        f'<th role="columnheader" scope="col"{mark}><button type="button">{esc(column.name)}</button></th>'
+    )
 
 
-def _row(cells: Sequence[Any], row: Mapping[str, Any], show_text: bool) -> str:
-    made = [_cell(value) for value in cells]
+def _row(names: Sequence[str], cells: Sequence[Any], row: Mapping[str, Any], show_text: bool) -> str:
+    made = [_cell(name, value) for name, value in zip(names, cells, strict=True)]
     made.insert(TEXT_AFTER, _text(row, show_text))
-    return f"<tr>{''.join(made)}</tr>"
+    return f'<tr role="row">{"".join(made)}</tr>'
 
 
-def _cell(value: Any) -> str:
-    """A cell with the number it sorts by; what was not measured sorts last."""
+def _shown(value: Any) -> str:
+    """A cell as it is read."""
+    if value is None:
+        return NOT_MEASURED
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _cell(name: str, value: Any) -> str:
+    """A cell with its heading, for a phone, and the number it sorts by; what was not measured sorts last."""
     if isinstance(value, float) or value is None:
-        shown = number(value)
         key = "" if value is None or not math.isfinite(value) else f"{value:.9g}"
-        return f'<td data-value="{key}">{NOT_MEASURED if value is None else shown}</td>'
-    key = value if isinstance(value, int) else ""
-    return f'<td data-value="{esc(key)}">{esc(value)}</td>'
+    else:
+        key = value if isinstance(value, int) else ""
+    return f'<td role="cell" data-label="{esc(name)}" data-value="{esc(key)}">{esc(_shown(value))}</td>'
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
+    return str(row.get("prompt") or ""), str(row.get("response") or "")
+
+
+def _clipped(prompt: str) -> str:
+    return prompt if len(prompt) <= HEAD else prompt[: HEAD - 1] + "…"
 
 
 def _text(row: Mapping[str, Any], show_text: bool) -> str:
-    prompt, response = str(row.get("prompt") or ""), str(row.get("response") or "")
-    if not show_text or not (prompt or response):
-        return '<td class="text note">not shown</td>'
-    head = prompt if len(prompt) <= HEAD else prompt[: HEAD - 1] + "…"
+    prompt, response = _texts(row) if show_text else ("", "")
+    parts = [("prompt", prompt), ("response", response)] if prompt or response else []
+    head = _clipped(prompt) or "(no prompt)" if parts else "why"
+    parts += row.get("why") or []
+    if not parts:
+        return '<td role="cell" class="text note">not shown</td>'
+    told = "".join(f'<p dir="auto"><b>{esc(label)}</b> {esc(text)}</p>' for label, text in parts)
     return (
-        f'<td class="text" dir="auto"><details><summary>{esc(head) or "(no prompt)"}</summary>'
-        f'<p dir="auto"><b>prompt</b> {esc(prompt)}</p><p dir="auto"><b>response</b> {esc(response)}</p>'
-        "</details></td>"
+        f'<td role="cell" class="text" dir="auto"><details><summary>{esc(head)}</summary>'
+        f"{told}</details></td>"
     )
 
 

@@ -10,14 +10,28 @@ import torch
 
 from arisk.report.extra import Extra
 from arisk.report.figure import Figure, axes, reference_line, thin
+from arisk.report.rows import Column, rows_table
 from arisk.report.sections import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.screened import ScreenResult
 
 __all__ = ["screening_extra"]
 
+#: Dropping rows is advice where it leaves less than this share of the forecast's highest rise.
+WORTH_DROPPING = 0.75
 #: Bars of the score distribution, points of the share curve.
 BINS, CURVE = 40, 200
+#: Headings of the ranked rows, with the keys of `ScreenResult.examples` behind them.
+COLUMNS = (
+    (Column("rank", "ascending"), "rank"),
+    (Column("score"), "score"),
+    (Column("row"), "row"),
+    (Column("flagged"), "flagged"),
+    (Column("safety"), "first_order"),
+    (Column("control"), "control_order"),
+    (Column("p by the null"), "p_value"),
+    (Column("loss"), "loss"),
+)
 #: What the ranking is worth, by `just bench screen` on the fixture language.
 WORTH = (
     "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run is "
@@ -54,7 +68,23 @@ def screening_extra(found: ScreenResult, *, show_text: bool, max_examples: int) 
             *[f"- {_plain(s)}" for s in found.findings()],
         ],
         findings=[found.sentence, *found.findings()],
+        advice=_advice(found),
     )
+
+
+def _advice(found: ScreenResult) -> list[str]:
+    """Dropping rows, where the forecast without them is clearly lower."""
+    curves = found.what_if
+    if curves.get("status") != "measured":
+        return []
+    before, after = (max(curves[key]["safety"]) for key in ("before", "after"))
+    if not after < WORTH_DROPPING * before:
+        return []
+    count = len(found.flagged)
+    return [
+        f"Drop the {count} flagged row{'' if count == 1 else 's'}: the forecast's highest rise falls from "
+        f"{number(before)} to {number(after)}."
+    ]
 
 
 def _plain(text: str) -> str:
@@ -81,43 +111,37 @@ def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool) -> str:
     """The most harmful rows, their text folded away."""
     if not rows:
         return '<p class="missing">Rows explained: not measured (screen.examples is 0).</p>'
-    columns = ("rank", "row", "flagged", "score", "safety", "control", "p by the null", "loss")
-    head = "".join(f'<th scope="col">{name}</th>' for name in (*columns, "why", "text"))
-    body = "".join(_row(row, show_text) for row in rows)
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="screened rows"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    told = [
+        ([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows
+    ]
+    return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows")
 
 
-def _row(row: Mapping[str, Any], show_text: bool) -> str:
-    cells = [str(row["rank"]), str(row.get("line", row["row"])), "yes" if row["flagged"] else "no"]
-    cells += [number(row[key]) for key in ("score", "first_order", "control_order", "p_value", "loss")]
-    numbers = "".join(f"<td>{esc(cell)}</td>" for cell in cells)
+def _value(row: Mapping[str, Any], key: str) -> Any:
+    """What a cell holds: numbers to sort by, and yes or no."""
+    if key == "flagged":
+        return "yes" if row["flagged"] else "no"
+    if key in {"rank", "row"}:
+        return int(row["rank"] if key == "rank" else row.get("line", row["row"]))
+    value = row[key]
+    return None if value is None else float(value)
+
+
+def _why(row: Mapping[str, Any], show_text: bool) -> list[tuple[str, str]]:
+    """The safety samples a row hurts most and the modules it does it through."""
     modules = ", ".join(f"{m['module']} {percent(m['share'])}" for m in row.get("modules") or [])
     hurts = row.get("hurts")
     if hurts is None:
-        named = f"safety samples hurt: {NOT_MEASURED} (memory)"
+        named = f"{NOT_MEASURED} (memory)"
     else:
         named = "; ".join(
             f"sample {h['sample']} {number(h['rise'])}" + (f": {h['prompt']}" if show_text else "")
             for h in hurts
         )
-        named = f"hurts most: {named}" if named else "hurts no safety sample on its own"
-    why = (
-        "<details><summary>samples and modules</summary>"
-        f'<p dir="auto">{esc(named)}</p><p>share of its safety part by module: {esc(modules) or "none"}</p>'
-        "</details>"
-    )
-    prompt, response = str(row.get("prompt", "")), str(row.get("response", ""))
-    text = "not shown"
-    if show_text and (prompt or response):
-        head = prompt if len(prompt) <= 80 else prompt[:77] + "…"
-        text = (
-            f'<details><summary>{esc(head) or "(no prompt)"}</summary><p dir="auto"><b>prompt</b> '
-            f'{esc(prompt)}</p><p dir="auto"><b>response</b> {esc(response)}</p></details>'
-        )
-    return f'<tr>{numbers}<td class="text">{why}</td><td class="text" dir="auto">{text}</td></tr>'
+    return [
+        ("hurts most", named or "no safety sample on its own"),
+        ("share of its safety part by module", modules or "none"),
+    ]
 
 
 def _what_if(found: ScreenResult) -> str:

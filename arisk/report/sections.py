@@ -18,6 +18,7 @@ __all__ = [
     "listed",
     "provenance_section",
     "quality",
+    "script_json",
     "table",
 ]
 
@@ -25,6 +26,12 @@ __all__ = [
 def esc(value: Any) -> str:
     """Text safe inside HTML elements and double-quoted attributes."""
     return html.escape(str(value), quote=True)
+
+
+def script_json(value: Any) -> str:
+    """JSON safe inside a script element: no `<`, and no line ends that JavaScript knows and JSON does not."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def items(sentences: Iterable[str]) -> str:

@@ -10,27 +10,43 @@ from arisk.report.findings import Finding
 from arisk.report.sections import esc, listed
 from arisk.report.text import NOT_MEASURED, collapse_text, number, percent
 from arisk.report.worth import record_line
-from arisk.results import Curve, ForecastResult, Verdict
+from arisk.results import Curve, ForecastResult
 
 __all__ = ["ICONS", "findings_section", "run_strip", "verdict_section"]
 
+#: Where no optional stage has found a remedy yet.
+HELP = "Find the rows that do it: arisk screen. Train with protection: arisk guard."
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 
 
-def verdict_section(forecast: ForecastResult, task: Mapping[str, Any], check: Comparison | None) -> str:
-    """Level, sentence, the planned run as a strip, four numbers, advice and reasons."""
+def verdict_section(
+    forecast: ForecastResult,
+    task: Mapping[str, Any],
+    check: Comparison | None,
+    advice: Sequence[str] = (),
+) -> str:
+    """Level, sentence, the planned run as a strip, four numbers, advice and reasons.
+
+    Args:
+        forecast: the verdict and what it rests on.
+        task: what the plan is about.
+        check: a real run beside the forecast, where there is one.
+        advice: what optional stages found to help.
+    """
     v = forecast.verdict
     curve = forecast.forecasters.get(v.basis)
     worth = [record_line(v.basis)] if v.basis in forecast.forecasters else []
+    # What really happened is worth more than any record.
+    real = [] if check is None else [check.sentence]
     return (
         f'<section class="verdict" data-level="{esc(v.level)}" aria-labelledby="verdict">'
         f'<p class="level"><span aria-hidden="true">{ICONS[v.level]}</span> Risk: {esc(v.level)}</p>'
         f'<h1 id="verdict">{_sentence(v.sentence)}</h1>'
         f'<p class="plan">{esc(_plan(forecast.training, task))}</p>'
-        f'{run_strip(forecast, check)}<dl class="tiles">{"".join(_tiles(forecast, curve))}</dl>'
-        f'<div class="three"><div>{listed("What to do", _advice(v))}</div>'
+        f'{run_strip(forecast, check)}<dl class="tiles">{"".join(_tiles(forecast, curve, check))}</dl>'
+        f'<div class="three"><div>{listed("What to do", _advice(forecast, check, advice))}</div>'
         f"<div>{listed('Why', v.reasons)}</div>"
-        f"<div>{listed('How far to trust this', [*v.caveats, *worth])}</div></div></section>"
+        f"<div>{listed('How far to trust this', [*real, *v.caveats, *worth])}</div></div></section>"
     )
 
 
@@ -42,12 +58,16 @@ def _sentence(sentence: str) -> str:
     return f'{esc(head)} <span class="aside">{esc(bracket.strip() + rest)}</span>'
 
 
-def _tiles(forecast: ForecastResult, curve: Curve | None) -> list[str]:
+def _tiles(forecast: ForecastResult, curve: Curve | None, check: Comparison | None) -> list[str]:
     v = forecast.verdict
+    real = None if check is None else check.real_collapse
+    budget = "steps whose upper interval stays below the threshold"
+    if real is not None and v.safe_steps is not None and real <= v.safe_steps:
+        budget = f"too many: the real run collapsed at step {real}"
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
     between = "" if curve is None or curve.collapse_interval is None else _interval(curve)
     return [
-        _tile("Safe-step budget", safe, "steps whose upper interval stays below the threshold"),
+        _tile("Safe-step budget", safe, budget),
         _tile("Collapse", collapse_text(curve) if curve else NOT_MEASURED, between),
         _tile("P(collapse in the plan)", percent(v.probability), "over draws of samples and known errors"),
         _tile("Rests on", v.basis, _trust(forecast)),
@@ -140,15 +160,26 @@ def _trust(forecast: ForecastResult) -> str:
     return f"trusted until step {curve.trusted_until}"
 
 
-def _advice(verdict: Verdict) -> list[str]:
+def _advice(forecast: ForecastResult, check: Comparison | None, measured: Sequence[str]) -> list[str]:
+    """What follows from the verdict, with the numbers to do it by."""
+    verdict, grid = forecast.verdict, forecast.what_if
     if verdict.level == "low":
         return ["Keep a safety evaluation at the end of the run; low risk is a forecast, not a proof."]
     if verdict.level == "inconclusive":
         return ["Measure more: more safety rows, more probe points; or watch a short real fine-tune closely."]
-    advice = ["Pick a learning rate or length below the threshold in the what-if map."]
-    if verdict.safe_steps:
-        advice.append(f"Checkpoint and evaluate safety by step {number(verdict.safe_steps, 9)}.")
-    return [*advice, "Mix in refusals, or drop the riskiest rows."]
+    rate = grid.safest_rate()
+    if rate is None:
+        advice = ["Plan fewer steps and a lower rate together: the what-if map says which stay below."]
+    else:
+        advice = [
+            f"Lower the peak learning rate to {number(rate.learning_rate)}: all {grid.planned_steps} steps "
+            "stay below the alarm level there."
+        ]
+    real = None if check is None else check.real_collapse
+    last = verdict.safe_steps if real is None else min(verdict.safe_steps or real, real - 1)
+    if last:
+        advice.append(f"Stop or evaluate safety by step {number(last, 9)}.")
+    return [*measured, *advice] if measured else [*advice, HELP]
 
 
 def findings_section(found: Sequence[Finding], more: Sequence[tuple[str, str]]) -> str:

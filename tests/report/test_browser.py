@@ -25,7 +25,7 @@ CASES = {
     "hostile": {"text": made.HOSTILE, "title": made.HOSTILE},
     "rtl": {"text": RTL, "title": RTL},
     "holes": {"holes": True},
-    "large": {"layers": 80, "examples": 10_000, "max_examples": 200},
+    "large": {"layers": 80, "examples": 10_000, "max_examples": 10_000},
     "one-layer": {"layers": 1},
     "verified": {"check": made.checked(text=made.HOSTILE)},
     "diverged": {
@@ -142,6 +142,48 @@ def test_headings_sort_by_mouse_and_by_keyboard(browser, tmp_path):
         got.page.keyboard.press("Enter")
         assert [float(value) for value in values(got, 1)] == sorted(lines)
         assert got.page.locator("#examples [aria-sort]").count() == 1
+
+
+def test_a_long_table_brings_its_rows_when_asked_and_sorts_all(browser, written):
+    assert written("large").stat().st_size <= 7e6
+    with web.opened(browser, written("large")) as got:
+        table = got.page.locator("#examples")
+        told = table.locator(".more span")
+        assert told.text_content().startswith("100 of 10000 rows")
+        assert table.locator("tbody tr").count() == 100
+        table.locator("th button").first.click()
+        lines = [int(value) for value in values(got, 1)]
+        assert lines == sorted(range(1, 10_001), reverse=True)[:100]
+        table.locator(".more button").click()
+        assert table.locator("tbody tr").count() == 300
+        assert [int(value) for value in values(got, 1)] == sorted(range(1, 10_001), reverse=True)[:300]
+        assert table.locator("tbody tr").last.locator("td").count() == 7
+        assert got.console == []
+
+
+def test_the_phone_reads_rows_as_a_list(browser, written):
+    with web.opened(browser, written("ordinary"), width=360) as got:
+        row = got.page.locator("#examples tbody tr").first
+        text, number = row.locator("td.text"), row.locator("td").first
+        assert text.bounding_box()["width"] > 300
+        assert text.bounding_box()["y"] < number.bounding_box()["y"]
+        scroll = "(box) => box.scrollWidth - box.clientWidth"
+        assert got.page.locator("#examples .scroll").evaluate(scroll) <= 0
+        assert row.evaluate("(tr) => getComputedStyle(tr.children[0], '::before').content") == '"row "'
+
+
+def test_numbers_of_the_what_if_map_fit_their_cells_on_a_phone(browser, written):
+    with web.opened(browser, written("ordinary"), width=360) as got:
+        got.page.locator("#fig-what-if").scroll_into_view_if_needed()
+        widths = got.page.eval_on_selector_all(
+            "#fig-what-if .textpoint text", "(all) => all.map((t) => [t.textContent, t.getBBox().width])"
+        )
+        cells = got.page.evaluate(
+            "(() => { const l = document.getElementById('fig-what-if')._fullLayout;"
+            " return l.xaxis._length / (l.xaxis.range[1] - l.xaxis.range[0]); })()"
+        )
+        assert widths
+        assert [text for text, width in widths if width > cells] == []
 
 
 def test_what_was_not_measured_sorts_last_both_ways(browser, written):

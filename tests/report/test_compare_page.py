@@ -1,5 +1,6 @@
 """The page of a comparison: ranks and words, hostile names, holes, and a real browser."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -114,6 +115,25 @@ def test_plans_that_are_not_told_apart_are_named_together():
     runs = [plan("a", peak=0.02), plan("b", peak=0.025), plan("c", level="high", probability=1.0, peak=2.0)]
     assert headline(compared(runs)) == "Safest: a and b (low, not told apart); riskiest: c (high)."
     assert any("the order is not sure: a and b." in sentence for sentence in compare_findings(compared(runs)))
+
+
+@pytest.mark.parametrize(
+    ("spans", "apart"),
+    [
+        (((20, 40), (90, None)), True),
+        (((20, 40), (30, 60)), False),
+        (((20, 40), (None, None)), True),
+        ((None, (30, 60)), False),
+    ],
+)
+def test_collapse_steps_far_apart_tell_plans_apart(spans, apart):
+    runs = []
+    for name, span in zip("ab", spans, strict=True):
+        made = plan(name, level="high", probability=1.0, peak=0.5)
+        curve = dataclasses.replace(made.curve, collapse_interval=span)
+        runs.append(dataclasses.replace(made, curve=curve))
+    unsure = any("the order is not sure" in sentence for sentence in compare_findings(compared(runs)))
+    assert unsure is not apart
 
 
 def test_general_drift_and_specific_drift_are_told_apart():

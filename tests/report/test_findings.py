@@ -63,6 +63,18 @@ def test_the_narrowest_band_of_layers(shares, says):
     assert says in layer_sentence(*modules(shares), "mass")
 
 
+def test_modules_outside_the_layers_are_named_where_they_carry_much():
+    names = ["embed_tokens", *[f"layers.{i}.mlp" for i in range(4)]]
+    narrow = torch.tensor([0.45, 0.5, 0.03, 0.01, 0.01], dtype=torch.float64)
+    assert layer_sentence(names, narrow, "mass") == (
+        "embed_tokens carries 45 % of the mass, 50 % lies in layer 0 of 4."
+    )
+    flat = torch.tensor([0.4, 0.15, 0.15, 0.15, 0.15], dtype=torch.float64)
+    assert layer_sentence(names, flat, "mass") == "embed_tokens carries 40 % of the mass."
+    little = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    assert "no narrow band" in layer_sentence(names, little, "mass")
+
+
 def test_layers_without_numbers_or_mass():
     values = torch.tensor([0.25, 0.75, math.nan], dtype=torch.float64)
     assert layer_sentence(["a", "b", "c"], values, "mass") == "b carries 75 % of the mass (3 modules)."
@@ -109,7 +121,7 @@ def test_the_samples_that_lose_most_come_first_with_their_text():
     )
     forecast, measured = made.records()[3], rolled([0.0, 0.3, 0.05], [0.05, 0.4, 0.2])
     table = sample_table(measured, forecast, collected, True, 2)
-    cells = re.findall(r'<td data-value="(.*?)">(.*?)</td>', table)
+    cells = re.findall(r'<td [^>]*data-value="(.*?)">(.*?)</td>', table)
     assert [text for _, text in cells] == ["8", "0.4", "0.02", "50", "9", "0.2", "0.03", "100"]
     assert "ask 1 &lt;b&gt;" in table
     assert "ask 0" not in table
@@ -175,6 +187,26 @@ def test_the_first_screen_answers_in_order():
     places = [html.index(part) for part in order]
     assert places == sorted(places)
     assert "learning rate 0.001 · 100 steps" in html
+
+
+def test_the_first_screen_says_what_to_do_and_what_really_happened():
+    collected, *_, forecast = made.records()
+    check = made.checked()
+    assert check.real_collapse is not None
+    plain = verdict_section(forecast, collected.task, None)
+    assert "Lower the peak learning rate to 0.0005: all 100 steps stay below the alarm level there." in plain
+    assert f"Stop or evaluate safety by step {forecast.verdict.safe_steps}." in plain
+    early = made.replaced(check, real_collapse=20, sentence="It collapsed.")
+    html = verdict_section(forecast, collected.task, early)
+    assert "Stop or evaluate safety by step 19." in html
+    assert "too many: the real run collapsed at step 20" in html
+    assert "<li>It collapsed.</li>" in html
+    assert "arisk screen" in plain
+    told = verdict_section(forecast, collected.task, None, ["Drop the <3> rows."])
+    assert "<li>Drop the &lt;3&gt; rows.</li>" in told
+    assert "arisk screen" not in told
+    nothing = made.replaced(forecast, what_if=made.grid(holes=True))
+    assert "Plan fewer steps and a lower rate together" in verdict_section(nothing, collected.task, None)
 
 
 def test_costs_come_from_the_manifests():
