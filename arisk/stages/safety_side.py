@@ -107,8 +107,8 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
         def sink(at: int, name: str, parts: Sequence[Part]) -> None:
             # No gradient is multiplied out that need not be.
             like = tensors_of(parts[0])[-1]
-            own = directions[layout.slice_of(name)].T.to(like.device, like.dtype)
-            part = dots_of(parts, own.reshape(-1, *layout.shape_of(name))).to("cpu", torch.float64)
+            own = directions[layout.slice_of(name)].to(like.device, like.dtype)
+            part = dots_of(parts, own.reshape(*layout.shape_of(name), -1)).to("cpu", torch.float64)
             out[at : at + len(part)] += part
 
         run(sink, layout)
