@@ -62,6 +62,8 @@ class RunConfig(Section):
     """Seed of every sampler (data order, sampled Fisher, bootstrap, permutations)."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu) or any torch device such as `cuda:1`."""
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = None
+    """Spread the model over the devices of a machine (accelerate's map, or module: device); no offloading."""
     threads: PositiveInt | None = None
     """CPU threads of torch; default: torch's own choice."""
 

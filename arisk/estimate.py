@@ -15,6 +15,7 @@ from typing import Any
 
 from arisk.config import Config, planned_steps
 from arisk.display import StageDisplay, peak_memory
+from arisk.errors import ShapeError
 from arisk.geometry.segments import rollout_cost
 from arisk.job import Job
 from arisk.rundir import RunDir
@@ -193,13 +194,16 @@ def _sizes(task: Any, config: Config, loaded: float) -> tuple[dict[str, float], 
     from arisk.gradients import layout_of
 
     vector = layout_of(task.model, task.parameter_names).numel * 4 / 1e9
-    score, samples = config.score, len(task.safety.rows)
+    score = config.score
     krylov = KRYLOV if score.krylov_dim == "auto" else score.krylov_dim
     seen = max(loaded, peak_memory() or 0.0)
-    store = samples * vector if config.collect.store != "gram" else 0.0
-    if config.collect.store == "auto" and store > config.collect.disk_budget_gb:
-        store = 0.0
-    block = min(config.collect.memory_budget_gb, samples * vector)
+    held = _held(task, config)
+    store = held / 2 if config.collect.store_dtype == "bfloat16" else held
+    budget = config.collect.disk_budget_gb
+    if config.collect.store == "gram" or (config.collect.store == "auto" and store > budget):
+        # What does not fit in memory lies on disk until its products are there, where there is room.
+        store = held if config.collect.memory_budget_gb < held <= budget else 0.0
+    block = min(config.collect.memory_budget_gb, held)
     directions = (krylov + 2 * score.batches + 4) * vector
     memory = {
         "collect": seen + block,
@@ -211,6 +215,28 @@ def _sizes(task: Any, config: Config, loaded: float) -> tuple[dict[str, float], 
         "verify": seen + 4 * vector,
     }
     return memory, {"collect": store + 2 * vector, "score": (krylov + 3) * vector}
+
+
+def _held(task: Any, config: Config) -> float:
+    """Gradients of all safety samples as collect keeps them, as factors where those are smaller (GB)."""
+    from arisk.gradients import batch_size, layout_of, measuring, move_batch
+    from arisk.progress import silent
+    from arisk.stages.safety_pass import SafetyPass, held_entries
+
+    layout = layout_of(task.model, task.parameter_names)
+    device = next(task.model.parameters()).device
+    batches = [move_batch(batch, device) for batch in task.safety.batches]
+    sizes = [batch_size(batch) for batch in batches]
+    # Other engines than hooks make no factors; `auto` takes them where hooks do not fit.
+    asked = config.collect.engine
+    engine = "hooks" if asked == "auto" else asked
+    run = SafetyPass(task, layout, batches, sizes, engine, silent)
+    try:
+        with measuring(task.model, layout):
+            entries = sum(held_entries(run).values())
+    except ShapeError:
+        entries = layout.numel
+    return sum(sizes) * entries * 4 / 1e9
 
 
 def _over_budget(

@@ -119,26 +119,27 @@ def dots_of(parts: Sequence[Part], directions: Tensor) -> Tensor:
 
     Args:
         parts: what the module calls left for one parameter.
-        directions: (m, *shape) V in the dtype of the parts.
+        directions: (*shape, m) V in the dtype of the parts.
     """
-    total = directions.new_zeros(1)
-    for part in parts:
-        if isinstance(part, Rows):
-            # One row of V per position: S · I multiplications.
-            flat = part.right.flatten(1)
-            picked = [(flat * v[part.index].flatten(1)).sum(1) for v in directions]
-            total = total + torch.stack(picked, dim=1)
-        elif isinstance(part, Outer) and len(directions) == 1:
-            total = total + ((part.left @ directions[0]) * part.right).sum((1, 2))[:, None]
-        elif isinstance(part, Outer):
-            # Several directions: multiplying out once is cheaper than one product each.
-            step = max(1, BLOCK_ENTRIES // (part.left.shape[0] * part.right.shape[2]))
-            for start in range(0, part.left.shape[2], step):
-                left = part.left[:, :, start : start + step].transpose(1, 2)
-                block = torch.bmm(left, part.right).flatten(1)
-                total = total + block @ directions[:, start : start + step].flatten(1).T
-        else:
-            total = total + part.flatten(1) @ directions.flatten(1).T
+    return sum((_dots(part, directions) for part in parts[1:]), _dots(parts[0], directions))
+
+
+def _dots(part: Part, directions: Tensor) -> Tensor:
+    count = directions.shape[-1]
+    if isinstance(part, Tensor):
+        return part.flatten(1) @ directions.reshape(-1, count)
+    if isinstance(part, Rows):
+        # One row of V per position: S · I multiplications.
+        picked = directions[part.index].flatten(1, 2)
+        return torch.bmm(part.right.flatten(1)[:, None], picked)[:, 0]
+    if count == 1:
+        return ((part.left @ directions[..., 0]) * part.right).sum((1, 2))[:, None]
+    # Several directions: multiplying out once is cheaper than one product each.
+    total = directions.new_zeros(part.left.shape[0], count)
+    step = max(1, BLOCK_ENTRIES // (part.left.shape[0] * part.right.shape[2]))
+    for start in range(0, part.left.shape[2], step):
+        block = torch.bmm(part.left[:, :, start : start + step].transpose(1, 2), part.right)
+        total += block.flatten(1) @ directions[start : start + step].flatten(0, 1)
     return total
 
 

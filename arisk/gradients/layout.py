@@ -57,6 +57,10 @@ class ParameterLayout:
         i = self._position[name]
         return slice(self.offsets[i], self.offsets[i + 1])
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape."""
+        return self.shapes[self._position[name]]
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """(P,) vector of tensors by name; each must have as many entries as its parameter.
 

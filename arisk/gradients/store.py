@@ -192,8 +192,8 @@ class GradientStore:
             own: Tensor | None = None
             for rows, parts in self._share(name):
                 if own is None:
-                    own = directions[layout.slice_of(name)].T.to(tensors_of(parts[0])[-1].dtype)
-                    own = own.reshape(-1, *layout.shapes[i])
+                    own = directions[layout.slice_of(name)].to(tensors_of(parts[0])[-1].dtype)
+                    own = own.reshape(*layout.shapes[i], -1)
                 total[rows] += dots_of(parts, own)
         return summed(total)
 

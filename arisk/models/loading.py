@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from arisk.config import ModelConfig
-from arisk.errors import InputError
+from arisk.errors import ConfigError, InputError
 from arisk.models.extras import hf_module
 
 __all__ = ["load_model", "load_tokenizer", "model_config"]
@@ -97,20 +97,51 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(config: ModelConfig, device: torch.device) -> Any:
+def load_model(
+    config: ModelConfig, device: torch.device, *, device_map: str | dict[str, Any] | None = None
+) -> Any:
     """The causal LM in the configured dtype and attention, on the device, without a cache.
+
+    Args:
+        config: which model, and how.
+        device: where it goes as a whole …
+        device_map: … or over which devices it is spread.
 
     Raises:
         InputError: the folder or hub id gives no causal LM.
-        MissingExtraError: transformers (or gguf) is not installed.
+        ConfigError: the map leaves weights on no device that computes.
+        MissingExtraError: transformers (or gguf, accelerate) is not installed.
     """
     transformers = _quiet()
+    extra: dict[str, Any] = {}
+    if device_map is not None:
+        hf_module("accelerate")
+        extra["device_map"] = device_map
+        _require_devices(device_map)
     model = _load(
         "model",
         config,
         transformers.AutoModelForCausalLM.from_pretrained,
         dtype=getattr(torch, config.dtype),
         attn_implementation="eager" if config.attention == "auto" else config.attention,
+        **extra,
     )
     model.config.use_cache = False
-    return model.to(device)
+    if device_map is None:
+        return model.to(device)
+    _require_devices(getattr(model, "hf_device_map", None) or {})
+    return model
+
+
+def _require_devices(device_map: str | dict[str, Any]) -> None:
+    """Refuse offloaded weights: they come back for a module's forward pass only, backward keeps them all."""
+    if isinstance(device_map, str):
+        return
+    places = {str(place) for place in device_map.values()}
+    if "disk" in places or (len(places) > 1 and "cpu" in places):
+        raise ConfigError(
+            "part of the model would be offloaded, which saves no memory in a backward pass",
+            where="run.device_map",
+            fix="use devices that hold the whole model together, a smaller `model.dtype`, or processes that "
+            "share it (FSDP2, from Python)",
+        )

@@ -72,9 +72,9 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
 
 def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
     """The model with its adapter, from those kept where it is the same; else loaded, and kept."""
-    key = f"{config.model.model_dump_json()} {config.run.seed} {device}"
+    key = f"{config.model.model_dump_json()} {config.run.seed} {device} {config.run.device_map}"
     if key not in kept:
-        model = load_model(config.model, device)
+        model = load_model(config.model, device, device_map=config.run.device_map)
         if config.model.adapter is not None:
             model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
         # One at a time: two models may not fit.

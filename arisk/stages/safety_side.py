@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from arisk.gradients import (
     layout_of,
     measuring,
     move_batch,
-    per_sample_gradients,
+    per_sample_parts,
     slice_batch,
 )
+from arisk.gradients.factors import Part, block_of, dots_of, tensors_of, weighted_sum_of
 from arisk.ranks import rank, summed, world
 from arisk.task import Task
 
@@ -53,6 +55,37 @@ def stored_side(store: GradientStore, layout: ParameterLayout) -> SafetySide:
     )
 
 
+def _over_samples(
+    task: Task,
+    engine: str,
+    chunk_size: int,
+    sink: Callable[[int, str, Sequence[Part]], None],
+    layout: ParameterLayout,
+    *,
+    shared: bool = True,
+) -> None:
+    """One pass over the safety samples: ``sink(index of the first sample, parameter, parts)``."""
+    device = next(task.model.parameters()).device
+    offset = number = 0
+    with measuring(task.model, layout):
+        for batch in task.safety.batches:
+            for start in range(0, batch_size(batch), chunk_size):
+                stop = min(start + chunk_size, batch_size(batch))
+                number, at = number + 1, offset
+                offset += stop - start
+                if shared and number % world() != rank():
+                    continue
+                per_sample_parts(
+                    task.model,
+                    move_batch(slice_batch(batch, start, stop), device),
+                    task.safety.loss_fn,
+                    layout,
+                    lambda name, parts, at=at: sink(at, name, parts),
+                    engine=engine,
+                    offset=at,
+                )
+
+
 def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size: int) -> SafetySide:
     """Run the safety samples again for every product; for runs that keep no gradient store.
 
@@ -65,38 +98,18 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
     Returns:
         The products; each call costs one pass over the safety samples.
     """
-    device = next(task.model.parameters()).device
-
-    def run(sink: Callable[[int, str, Tensor], None], names: ParameterLayout, *, shared: bool = True) -> None:
-        offset = number = 0
-        with measuring(task.model, layout):
-            for batch in task.safety.batches:
-                for start in range(0, batch_size(batch), chunk_size):
-                    stop = min(start + chunk_size, batch_size(batch))
-                    number, at = number + 1, offset
-                    offset += stop - start
-                    if shared and number % world() != rank():
-                        continue
-                    chunk = move_batch(slice_batch(batch, start, stop), device)
-                    per_sample_gradients(
-                        task.model,
-                        chunk,
-                        task.safety.loss_fn,
-                        names,
-                        lambda name, block, at=at: sink(at, name, block),
-                        engine=engine,
-                        offset=at,
-                    )
-
+    run = partial(_over_samples, task, engine, chunk_size)
     samples = sum(batch_size(batch) for batch in task.safety.batches)
 
     def dots(directions: Tensor) -> Tensor:
         out = torch.zeros(samples, directions.shape[1], dtype=torch.float64)
 
-        def sink(at: int, name: str, block: Tensor) -> None:
-            flat = block.flatten(1).cpu()
-            part = flat @ directions[layout.slice_of(name)].to(flat.dtype)
-            out[at : at + len(flat)] += part.to(torch.float64)
+        def sink(at: int, name: str, parts: Sequence[Part]) -> None:
+            # No gradient is multiplied out that need not be.
+            like = tensors_of(parts[0])[-1]
+            own = directions[layout.slice_of(name)].to(like.device, like.dtype)
+            part = dots_of(parts, own.reshape(*layout.shape_of(name), -1)).to("cpu", torch.float64)
+            out[at : at + len(part)] += part
 
         run(sink, layout)
         return summed(out)
@@ -104,17 +117,23 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
     def weighted_sum(weights: Tensor) -> Tensor:
         out = torch.zeros(layout.numel, dtype=torch.float64)
 
-        def sink(at: int, name: str, block: Tensor) -> None:
-            flat = block.flatten(1).cpu()
-            out[layout.slice_of(name)] += weights[at : at + len(flat)].to(flat.dtype) @ flat
+        def sink(at: int, name: str, parts: Sequence[Part]) -> None:
+            like = tensors_of(parts[0])[-1]
+            own = weights[at : at + len(like)].to(like.device, like.dtype)
+            out[layout.slice_of(name)] += weighted_sum_of(parts, own).flatten().cpu()
 
         run(sink, layout)
         return summed(out)
 
     def columns(name: str) -> Tensor:
-        parts: list[Tensor] = []
+        rows: list[Tensor] = []
         names = layout_of(task.model, [name])
-        run(lambda _at, _name, block: parts.append(block.flatten(1).cpu()), names, shared=False)
-        return torch.cat(parts)
+
+        def sink(at: int, name: str, parts: Sequence[Part]) -> None:
+            del at, name
+            rows.append(sum((block_of(p) for p in parts[1:]), block_of(parts[0])).flatten(1).cpu())
+
+        run(sink, names, shared=False)
+        return torch.cat(rows)
 
     return SafetySide(dots=dots, weighted_sum=weighted_sum, columns=columns)

@@ -35,10 +35,20 @@ BENCHES = {
 }
 
 
+def _is_option(text: str, given: list[str]) -> bool:
+    """Whether an argument is an option, or stands behind one that takes a value."""
+    before = given[given.index(text) - 1] if given.index(text) else ""
+    return text.startswith("--") or before in ("--sizes", "--samples")
+
+
 def main() -> None:
     """Run the named benchmarks."""
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
-    names = [name for name in given if not name.startswith("--")] or ["store", "gradients"]
+    # What follows a name belongs to that benchmark.
+    names = [name for name in given if name in BENCHES or not _is_option(name, given)] or [
+        "store",
+        "gradients",
+    ]
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")

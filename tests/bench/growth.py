@@ -3,7 +3,8 @@
 `python -m tests.bench growth`: random Llamas of 0.5M, 5M and 50M parameters, N = 32, 128 and 512 safety
 rows of real length, LoRA and full parameters, one thread. Every stage is a command in a process of its
 own; what starting and loading take is measured once a case and subtracted. `--quick` takes the small
-sizes at N = 32; `--smollm2` adds SmolLM2-135M with all its parameters at N = 128.
+sizes at N = 32, `--smollm2` SmolLM2-135M with all its parameters at N = 128 in their place; `--full` and
+`--lora` one of the tables, `--sizes 5M,50M` and `--samples 128` some of the lines.
 """
 
 from __future__ import annotations
@@ -69,14 +70,21 @@ def main() -> None:
         if not (SMOLLM2 / "config.json").exists():
             sys.exit("run `just model` first")
         cases = [("135M", 128, False)]
+    sizes, samples = _given("--sizes"), _given("--samples")
+    cases = [c for c in cases if c[0] in (sizes or [c[0]]) and str(c[1]) in (samples or [str(c[1])])]
     header = ["P", "N", "training epoch", *STAGES, "collect / epoch", "store"]
-    for mode in ("lora", "full"):
-        if mode == "lora" and "--smollm2" in sys.argv:
+    for mode in ("full", "lora"):
+        other = "--lora" if mode == "full" else "--full"
+        if other in sys.argv or (mode == "lora" and "--smollm2" in sys.argv):
             continue
         print_table(f"CPU seconds and peak memory, {mode} parameters, one thread", header, [])
-        for size, samples, everything in cases:
-            row = _case(size, mode, samples, STAGES if everything else STAGES[:2])
+        for size, count, everything in cases:
+            row = _case(size, mode, count, STAGES if everything else STAGES[:2])
             print(f"| {' | '.join(row)} |", flush=True)
+
+
+def _given(option: str) -> list[str]:
+    return sys.argv[sys.argv.index(option) + 1].split(",") if option in sys.argv else []
 
 
 def _case(size: str, mode: str, samples: int, stages: tuple[str, ...]) -> list[str]:

@@ -7,8 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-#: Vocabulary, width, inner width, layers, heads, tokens: P = 5M (or 0.49M).
-SIZES = {"5M": (4096, 256, 1024, 5, 8, 64), "0.5M": (1024, 96, 384, 3, 4, 64)}
+#: Vocabulary, width, inner width, layers, heads, tokens, by P.
+SIZES = {
+    "0.5M": (1024, 96, 384, 3, 4, 64),
+    "2M": (2048, 192, 768, 4, 4, 64),
+    "5M": (4096, 256, 1024, 5, 8, 64),
+}
 SAMPLES, BATCH = 128, 8
 
 

@@ -37,20 +37,20 @@ def test_factors_multiply_out_to_the_oracle(name, entries, monkeypatch):
     layout = layout_of(model, names)
     blocks, sums, dots = {}, {}, torch.zeros(len(oracle), 3, dtype=torch.float64)
     w = torch.arange(len(oracle), dtype=torch.float64)
-    v = torch.randn(3, layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(layout.numel, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def sink(parameter, parts):
         blocks[parameter] = sum(block_of(part) for part in parts).flatten(1)
-        own = v[:, layout.slice_of(parameter)].reshape(3, *layout.shapes[layout.names.index(parameter)])
+        own = v[layout.slice_of(parameter)].reshape(*layout.shape_of(parameter), 3)
         sums[parameter] = weighted_sum_of(parts, w).flatten()
-        dots[:, :2] += dots_of(parts, own[:2])
-        dots[:, 2:] += dots_of(parts, own[2:])
+        dots[:, :2] += dots_of(parts, own[..., :2])
+        dots[:, 2:] += dots_of(parts, own[..., 2:])
 
     with measuring(model, layout):
         hook_parts(model, batch, loss_fn, layout, sink)
     found = torch.cat([blocks[n] for n in layout.names], 1)
     torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(dots, oracle @ v.T, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(dots, oracle @ v, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(layout.flatten(sums), w @ oracle, rtol=1e-9, atol=1e-11)
 
 

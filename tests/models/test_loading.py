@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.config import AdapterConfig, Config, ModelConfig, ParameterGlobs
+from arisk.config import AdapterConfig, CollectConfig, Config, ModelConfig, ParameterGlobs
 from arisk.errors import ConfigError, InputError
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model
 from arisk.models.python_source import task_from_entry
 from arisk.models.selection import lora_pairs, select_parameters
+from arisk.stages.collect import collect
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 CPU = torch.device("cpu")
@@ -72,6 +73,40 @@ def test_an_existing_adapter_is_loaded(tmp_path):
     parameters = dict(task.model.named_parameters())
     assert all("lora_" in name for name in task.parameter_names)
     assert all(float(parameters[n].detach().mean()) == 0.25 for n in task.parameter_names if "lora_B" in n)
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 2}])
+def test_a_model_dispatched_over_devices_has_the_same_gradients(tmp_path, adapter):
+    from accelerate import dispatch_model
+    from accelerate.hooks import AlignDevicesHook
+
+    places = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {f"model.layers.{i}": "cpu" for i in range(4)}
+    values = config(dtype="float64", **({} if adapter is None else {"adapter": adapter})).model_dump()
+    values["safety"]["max_samples"] = 6
+    task = load_task(Config.model_validate(values), device=CPU)
+    whole = collect(task, CollectConfig(), tmp_path / "whole")
+    inner = task.model if adapter is None else task.model.get_base_model()
+    # On one device nothing would be dispatched of itself.
+    dispatch_model(inner, places, main_device="cpu", force_hooks=True)
+    assert isinstance(inner.model.layers[1]._hf_hook, AlignDevicesHook)
+    spread = collect(task, CollectConfig(), tmp_path / "spread")
+    torch.testing.assert_close(spread.gram, whole.gram, rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(spread.mean_gradient, whole.mean_gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_a_device_map_reaches_the_loader():
+    values = config().model_dump()
+    values["run"]["device_map"] = {"": "cpu"}
+    task = load_task(Config.model_validate(values), device=CPU)
+    assert next(task.model.parameters()).device == CPU
+
+
+@pytest.mark.parametrize("other", ["disk", "cuda:0"])
+def test_offloading_is_refused(other):
+    places = {"model": "cpu", "lm_head": other}
+    with pytest.raises(ConfigError, match="offloaded"):
+        load_model(ModelConfig(path=str(FIXTURES / "tiny-aligned")), CPU, device_map=places)
 
 
 def test_an_adapter_for_another_model_is_refused(tmp_path):
