@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arisk import ranks
-from arisk.artifacts import read_json, write_record
+from arisk.artifacts import read_json, read_record, write_record
 from arisk.config import Config
 from arisk.configfile import dump_config
 from arisk.errors import AriskError, ArtifactError
@@ -251,4 +251,5 @@ def _execute(job: Job, state: StageState) -> None:
     ranks.from_first(commit)
     job.show.finish(state.stage)
     if made is not None:
-        job.records[state.stage] = made
+        # As the next process would find it: sums over another memory layout round otherwise.
+        job.records[state.stage] = read_record(job.rundir.stage_dir(state.stage), type(made))
