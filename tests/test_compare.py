@@ -211,7 +211,7 @@ def test_the_model_is_loaded_once_and_forced_stages_are_made_once(copied, arisk,
 
     loads = []
     real = task_loading.load_model
-    monkeypatch.setattr(task_loading, "load_model", lambda *a: loads.append(a) or real(*a))
+    monkeypatch.setattr(task_loading, "load_model", lambda *a, **k: loads.append(a) or real(*a, **k))
     copied.configs, folders = copied.configs[:2], copied.folders[:2]
     before = snapshot(*(folder / "rollout" for folder in folders))
     code, out, err = arisk(*command(copied, "--force", "--json"))
