@@ -10,15 +10,18 @@ from typing import Any
 from arisk.artifacts import read_record
 from arisk.comparison import compare
 from arisk.config import Config
+from arisk.guard_text import guard_text
 from arisk.guarded import GuardResult, guard_summary
 from arisk.job import Display
 from arisk.pipeline import run_optional
 from arisk.rundir import RunDir
 from arisk.runners import finite
+from arisk.screen_text import screen_text
 from arisk.screened import ScreenResult
+from arisk.terminal import verify_text
 from arisk.verified import VerifyResult
 
-__all__ = ["AskedOutcome", "run_asked"]
+__all__ = ["AskedOutcome", "asked_text", "run_asked"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def run_asked(
         report_command=report_command,
         force=force,
     )
-    # The summary of the report has the comparison with the forecast; without one it is made here.
+    # Only the report's summary has the real run beside its forecast; the other records speak for themselves.
     beside = made.summary.get(stage) if made is not None and made.summary and stage == "verify" else None
     found = beside or finite(FOUND[stage](RunDir(run_dir).stage_dir(stage), config))
     report = None if made is None else made.report
@@ -133,4 +136,16 @@ FOUND: dict[str, Callable[[Path, Config], dict[str, Any]]] = {
     "verify": _truth,
     "screen": _screened,
     "guard": _guarded,
+}
+
+
+def asked_text(outcome: AskedOutcome) -> str:
+    """What an optional stage found, for people; the last line is the report's path or what it waits for."""
+    return TEXTS[outcome.stage](outcome)
+
+
+TEXTS: dict[str, Callable[[AskedOutcome], str]] = {
+    "verify": verify_text,
+    "screen": screen_text,
+    "guard": guard_text,
 }

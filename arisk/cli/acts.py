@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -25,31 +25,41 @@ from arisk.errors import ConfigError
 
 __all__: list[str] = []
 
-StepsOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Stop after this many steps, on the schedule of the whole plan."),
-]
+#: Verbs that really fine-tune, with their help.
+REAL_RUNS = {
+    "verify": "Really fine-tune as planned, measure safety along the way, and lay it over the forecast.",
+    "guard": "Really fine-tune plain and protected, and measure what protection costs and brings.",
+}
 
 
-@app.command()
-def verify(
-    config: ConfigPath,
-    steps: StepsOption = None,
-    run_dir: RunDirOption = None,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Really fine-tune as planned, measure safety along the way, and lay it over the forecast.
+def _real_run_command(stage: str) -> None:
+    """Register a verb that really fine-tunes, on the schedule of the whole plan however early it stops."""
 
-    The model's files are not changed. Example: arisk verify configs/demo.yaml --steps 100
-    """
-    from arisk.terminal import verify_text
+    def command(
+        config: ConfigPath,
+        steps: Annotated[
+            int | None,
+            typer.Option(min=1, help="Stop after this many steps, on the schedule of the whole plan."),
+        ] = None,
+        run_dir: RunDirOption = None,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        common = _Common(config, run_dir, overrides, force, as_json, quiet)
+        given = [f"{stage}.steps={steps}"] if steps else []
+        _ask(stage, common, given=given, told=f" --steps {steps}" if steps else "")
 
-    given, told = _reach("verify", steps)
-    common = _Common(config, run_dir, overrides, force, as_json, quiet)
-    _ask("verify", verify_text, common, given=given, told=told)
+    command.__doc__ = (
+        f"{REAL_RUNS[stage]}\n\nThe model's files are not changed. "
+        f"Example: arisk {stage} configs/demo.yaml --steps 100"
+    )
+    app.command(stage)(command)
+
+
+for _stage in REAL_RUNS:
+    _real_run_command(_stage)
 
 
 @app.command()
@@ -69,38 +79,10 @@ def screen(
 
     Example: arisk screen configs/demo.yaml --drop 5%
     """
-    from arisk.screen_text import screen_text
-
     common = _Common(config, run_dir, overrides, force, as_json, quiet)
     # The share decides what the record holds, so the report has to be asked for with it.
     shared = [] if drop is None else [f"screen.drop={_share(drop)!r}"]
-    _ask("screen", screen_text, common, shared=shared, told="" if drop is None else f" --drop {drop}")
-
-
-@app.command()
-def guard(
-    config: ConfigPath,
-    steps: StepsOption = None,
-    run_dir: RunDirOption = None,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Really fine-tune plain and protected, and measure what protection costs and brings.
-
-    The model's files are not changed. Example: arisk guard configs/demo.yaml --set guard.steps=100
-    """
-    from arisk.guard_text import guard_text
-
-    given, told = _reach("guard", steps)
-    common = _Common(config, run_dir, overrides, force, as_json, quiet)
-    _ask("guard", guard_text, common, given=given, told=told)
-
-
-def _reach(stage: str, steps: int | None) -> tuple[list[str], str]:
-    """`--steps` as a setting, and as it stands in the command."""
-    return ([f"{stage}.steps={steps}"], f" --steps {steps}") if steps else ([], "")
+    _ask("screen", common, shared=shared, told="" if drop is None else f" --drop {drop}")
 
 
 class _Common(NamedTuple):
@@ -116,7 +98,6 @@ class _Common(NamedTuple):
 
 def _ask(
     stage: str,
-    text: Callable[[Any], str],
     common: _Common,
     *,
     given: Sequence[str] = (),
@@ -127,13 +108,12 @@ def _ask(
 
     Args:
         stage: its name.
-        text: its result for people.
         common: the options that all have.
         given: settings of this stage alone, by its own options.
         shared: the same, where the report has to be asked for with them as well.
         told: those options as typed.
     """
-    from arisk.asked import run_asked
+    from arisk.asked import asked_text, run_asked
     from arisk.configfile import load_config, run_directory
 
     config, run_dir, overrides, force, as_json, quiet = common
@@ -147,7 +127,7 @@ def _ask(
         command=reproducing(config, run_dir, overrides, stage) + told,
         report_command=reproducing(config, run_dir, [*(overrides or []), *shared]),
     )
-    typer.echo(json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else text(outcome))
+    typer.echo(json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else asked_text(outcome))
 
 
 def _share(text: str) -> float:

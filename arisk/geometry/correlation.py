@@ -13,13 +13,16 @@ __all__ = ["rank_correlation"]
 def rank_correlation(first: Tensor, second: Tensor) -> float:
     """Spearman's ρ in [−1, 1]: Pearson's correlation of ranks, equal values sharing their mean rank.
 
-    NaN where there are fewer than two values, one is constant, or one is not finite.
+    NaN where there are fewer than two values, one side is constant, or a value is NaN; infinite values
+    have a rank.
 
     Args:
         first: (N,).
         second: (N,).
+
+    Source: Spearman, The proof and measurement of association between two things (1904).
     """
-    if len(first) < 2 or not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+    if len(first) < 2 or bool(torch.isnan(first).any() or torch.isnan(second).any()):
         return math.nan
     ranks = [_ranks(values) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]

@@ -86,7 +86,8 @@ def per_sample_parts(
         (B,) losses, detached.
 
     Raises:
-        NumericsError: a loss, factor or gradient is NaN or infinite; names the sample.
+        NumericsError: a loss, factor or block is NaN or infinite; names the sample. A product of finite
+            factors that overflows is the caller's to find.
     """
     if engine != "hooks":
         return per_sample_gradients(

@@ -3,6 +3,10 @@
 The gradients are multiplied out some columns at a time, used while they are in the cache, and dropped.
 Their Gram matrix comes from those columns, or, where sequences are short, straight from the factors:
 ⟨G_i, G_j⟩ = Σ_{s,t} ⟨y'_is, y'_jt⟩⟨x_is, x_jt⟩ ("ghost" products), by the cheaper count of operations.
+
+Source: Goodfellow, Efficient per-example gradient computations (arXiv 1510.01799), for norms; Li et al.,
+Large language models can be strong differentially private learners (arXiv 2110.05679), for sequences. Here
+for all pairs of samples.
 """
 
 from __future__ import annotations

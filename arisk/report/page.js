@@ -117,32 +117,33 @@ addEventListener("afterprint", () => {
   before = null;
 });
 
-// Rows of a long table that are not HTML yet: shown texts of the cells, prompt, response.
+// Rows of a long table that are not HTML yet: shown texts of the cells, prompt, response, further texts.
 const MORE = 200;
 function element(name, props, ...children) {
   const made = Object.assign(document.createElement(name), props);
   made.append(...children);
   return made;
 }
-function textCell(prompt, response) {
+function textCell(prompt, response, why) {
   const cell = element("td", { className: "text" });
   cell.setAttribute("role", "cell");
-  if (!prompt && !response) { cell.classList.add("note"); cell.append("not shown"); return cell; }
-  const part = (label, text) => element("p", { dir: "auto" }, element("b", {}, label), " " + text);
-  const head = prompt.length > 72 ? prompt.slice(0, 71) + "…" : prompt || "(no prompt)";
+  const parts = prompt || response
+    ? [["prompt", prompt], ["response", response || "not in this page: see the data file"], ...why] : why;
+  if (!parts.length) { cell.classList.add("note"); cell.append("not shown"); return cell; }
+  const short = prompt.length > 72 ? prompt.slice(0, 71) + "…" : prompt || "(no prompt)";
   cell.dir = "auto";
-  cell.append(element("details", {}, element("summary", {}, head), part("prompt", prompt),
-    part("response", response || "not in this page: see the data file")));
+  cell.append(element("details", {}, element("summary", {}, parts === why ? "why" : short),
+    ...parts.map(([label, text]) => element("p", { dir: "auto" }, element("b", {}, label), " " + text))));
   return cell;
 }
 function rowOf(data, names) {
-  const cells = data.slice(0, -2).map((shown, i) => {
+  const cells = data.slice(0, -3).map((shown, i) => {
     const cell = element("td", {}, shown);
     Object.assign(cell.dataset, { label: names[i], value: Number.isFinite(Number(shown)) ? shown : "" });
     cell.setAttribute("role", "cell");
     return cell;
   });
-  cells.splice(2, 0, textCell(...data.slice(-2)));
+  cells.splice(2, 0, textCell(...data.slice(-3)));
   const row = element("tr", {}, ...cells);
   row.setAttribute("role", "row");
   return row;

@@ -73,8 +73,7 @@ def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: 
         if len(prompt) + len(response) > left:
             prompt, response = (_clipped(prompt), "") if left >= HEAD else ("", "")
         left -= len(prompt) + len(response)
-        why = "".join(f"\n{label}: {text}" for label, text in row.get("why") or ())
-        data.append([*(_shown(value) for value in cells), prompt, response + why])
+        data.append([*(_shown(value) for value in cells), prompt, response, row.get("why") or []])
     return (
         f'<script type="application/json" class="others">{script_json(data)}</script>'
         f'<p class="more note"><span aria-live="polite">{AT_ONCE} of {len(told)} rows are shown; a heading '

@@ -163,20 +163,24 @@ def _trust(forecast: ForecastResult) -> str:
 def _advice(forecast: ForecastResult, check: Comparison | None, measured: Sequence[str]) -> list[str]:
     """What follows from the verdict, with the numbers to do it by."""
     verdict, grid = forecast.verdict, forecast.what_if
-    if verdict.level == "low":
+    real = None if check is None else check.real_collapse
+    # A real run that collapsed outweighs a forecast that did not see it.
+    if verdict.level == "low" and real is None:
         return ["Keep a safety evaluation at the end of the run; low risk is a forecast, not a proof."]
-    if verdict.level == "inconclusive":
+    if verdict.level == "inconclusive" and real is None:
         return ["Measure more: more safety rows, more probe points; or watch a short real fine-tune closely."]
     rate = grid.safest_rate()
-    if rate is None:
+    if real is not None and verdict.level in ("low", "inconclusive"):
+        advice = ["Trust the real run, not this forecast or its what-if map."]
+    elif rate is None:
         advice = ["Plan fewer steps and a lower rate together: the what-if map says which stay below."]
     else:
         advice = [
             f"Lower the peak learning rate to {number(rate.learning_rate)}: all {grid.planned_steps} steps "
             "stay below the alarm level there."
         ]
-    real = None if check is None else check.real_collapse
-    last = verdict.safe_steps if real is None else min(verdict.safe_steps or real, real - 1)
+    known = [step for step in (verdict.safe_steps, None if real is None else real - 1) if step is not None]
+    last = min(known, default=0)
     if last:
         advice.append(f"Stop or evaluate safety by step {number(last, 9)}.")
     return [*measured, *advice] if measured else [*advice, HELP]

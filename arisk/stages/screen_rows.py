@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from arisk.errors import InputError, NumericsError
-from arisk.gradients import ParameterLayout, batch_size, move_batch, slice_batch
+from arisk.gradients import ParameterLayout, batch_size, move_batch, per_sample_parts, slice_batch
 from arisk.gradients.factors import Outer, Part, block_of
-from arisk.gradients.per_sample import per_sample_parts
 from arisk.task import Batch, LossFn, RowBatches, SampleSet
 
 __all__ = ["RowGroup", "row_groups", "row_products"]
@@ -146,6 +145,15 @@ def row_products(
         losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
     except NumericsError as err:
         raise _with_row(err, group) from err
+    finite = products.isfinite().flatten(1).all(1) & squares.isfinite().all(1)
+    if not bool(finite.all()):
+        # Finite factors, whose product is beyond the numbers of their dtype.
+        row = group.rows[int((~finite).to(torch.int64).argmax())]
+        raise NumericsError(
+            f"the gradient of row {row} overflows",
+            where=f"row {row} (counted from 0, in data order)",
+            fix="check the row, or load the model in float32 or float64",
+        )
     if by_module:
         return products
     if metric is None:

@@ -15,6 +15,8 @@ from tests.bench import (
     peer,
     processes,
     screening,
+    second,
+    sketch,
     smollm2,
     store,
 )
@@ -27,6 +29,8 @@ BENCHES = {
     "growth": growth.main,
     "peer": peer.main,
     "processes": processes.main,
+    "second": second.main,
+    "sketch": sketch.main,
     "guard-cost": guard.main,
     "guard": lambda: (guard.main(), guard_arms.main([])),
     "guard-smollm2": guard_smollm2.main,

@@ -33,3 +33,5 @@ def test_any_rising_curve_is_one_and_what_is_undefined_is_nan():
     assert math.isnan(rank_correlation(x, torch.ones(20)))
     assert math.isnan(rank_correlation(x, torch.full((20,), math.nan)))
     assert math.isnan(rank_correlation(x[:1], x[:1]))
+    beyond = torch.where(x > 2, math.inf, x)
+    assert rank_correlation(x, beyond) == pytest.approx(slow(x.tolist(), beyond.tolist()))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from arisk.report.page import page as render_page
+from arisk.report.rows import Column, rows_table
+
 
 def beside(name):
     """A module of this folder, which is no package."""
@@ -159,6 +162,26 @@ def test_a_long_table_brings_its_rows_when_asked_and_sorts_all(browser, written)
         assert [int(value) for value in values(got, 1)] == sorted(range(1, 10_001), reverse=True)[:300]
         assert table.locator("tbody tr").last.locator("td").count() == 7
         assert got.console == []
+
+
+def test_rows_brought_later_are_made_like_the_first(browser, tmp_path):
+    row = {"prompt": "p<b>", "response": "r", "why": [("hurts", "x & y")]}
+    rows = [([float(i), float(-i)], row) for i in range(102)]
+    columns = [Column("a"), Column("b")]
+    tables = [rows_table(columns, rows, shown, "rows") for shown in (True, False)]
+    body = "".join(f"<section>{table}</section>" for table in tables)
+    path = tmp_path / "page.html"
+    path.write_text(render_page("t", body, []), encoding="utf-8")
+    with web.opened(browser, path) as got:
+        for number, parts in ((0, ["prompt p<b>", "response r", "hurts x & y"]), (1, ["hurts x & y"])):
+            section = got.page.locator("section").nth(number)
+            section.locator(".more button").click()
+            found = section.locator("tbody tr")
+            assert found.count() == 102
+            texts = [found.nth(i).locator("p").all_text_contents() for i in (0, 101)]
+            assert texts == [parts, parts]
+            heads = [found.nth(i).locator("summary").text_content() for i in (0, 101)]
+            assert heads[0] == heads[1] == ("p<b>" if number == 0 else "why")
 
 
 def test_the_phone_reads_rows_as_a_list(browser, written):

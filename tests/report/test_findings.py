@@ -201,6 +201,14 @@ def test_the_first_screen_says_what_to_do_and_what_really_happened():
     assert "Stop or evaluate safety by step 19." in html
     assert "too many: the real run collapsed at step 20" in html
     assert "<li>It collapsed.</li>" in html
+    none = made.replaced(forecast, verdict=made.replaced(forecast.verdict, safe_steps=0))
+    assert "Stop or evaluate" not in verdict_section(none, collected.task, early)
+    calm = made.replaced(forecast, verdict=made.replaced(forecast.verdict, level="low", safe_steps=100))
+    assert "low risk is a forecast" in verdict_section(calm, collected.task, None)
+    told = verdict_section(calm, collected.task, early)
+    assert "Trust the real run, not this forecast" in told
+    assert "Stop or evaluate safety by step 19." in told
+    assert "low risk is a forecast" not in told
     assert "arisk screen" in plain
     told = verdict_section(forecast, collected.task, None, ["Drop the <3> rows."])
     assert "<li>Drop the &lt;3&gt; rows.</li>" in told

@@ -12,11 +12,12 @@ from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
 from arisk.errors import InputError, NumericsError
 from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.schedule import learning_rates
-from arisk.gradients import layout_of
+from arisk.gradients import layout_of, measuring
 from arisk.screened import ScreenResult
 from arisk.stages import screen as stage
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
 from arisk.stages.screen import flagged_anew, screen
+from arisk.stages.screen_rows import RowGroup, row_products
 from arisk.stages.screen_what_if import WithoutRows, dropping
 from arisk.stages.update import preconditioner
 from arisk.task import SampleSet, Task
@@ -339,3 +340,18 @@ def test_length_is_compared_where_rows_tell_their_tokens():
     assert found.length_correlation == rank_correlation(found.scores, tokens)
     silent = dataclasses.replace(task, finetune=dataclasses.replace(task.finetune, rows=[{}] * 30))
     assert math.isnan(run(silent).length_correlation)
+
+
+def test_a_product_beyond_the_numbers_names_its_row():
+    model = nn.Linear(1, 1, bias=False)
+    layout = layout_of(model, ["weight"])
+    batch = torch.tensor([[1.0], [1e30], [1.0]])
+
+    def steep(model, batch):
+        return model(batch)[:, 0] * torch.where(batch[:, 0] > 1, 1e30, 1.0)
+
+    with torch.no_grad():
+        model.weight.zero_()
+    group = RowGroup([4, 7, 9], batch)
+    with measuring(model, layout), pytest.raises(NumericsError, match="row 7 overflows"):
+        row_products(model, group, steep, layout, torch.ones(1, 1), engine="hooks")

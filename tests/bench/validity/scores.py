@@ -9,6 +9,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from arisk.geometry.correlation import rank_correlation
+
 #: A collapse after this step could not be seen by a pilot.
 LATE = 30
 #: Smallest real rise whose size is compared (nats).
@@ -88,11 +92,10 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation; NaN where one side is constant."""
-    x, y = ranks(a), ranks(b)
-    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+    """Rank correlation; NaN below three values or where one side is constant."""
+    if len(a) < 3:
         return math.nan
-    return statistics.correlation(x, y)
+    return rank_correlation(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
 
 
 def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
