@@ -18,6 +18,7 @@ from arisk.checked_loss import checked_loss
 from arisk.config import planned_steps
 from arisk.configfile import validate_mapping
 from arisk.errors import ConfigError
+from arisk.geometry.vectors import Scratch
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.loaders import keeping_random_state, kept, taken
@@ -242,6 +243,7 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
         collected = collect(task, config.collect_settings, Path(folder), progress=progress)
         side, dots, dense = _safety_side(task, config, collected, Path(folder))
         space = subspace(collected, config.subspace_settings, seed=config.seed, gradients=dense)
+        room = config.collect_settings.memory_budget_gb * 1e9
         scored = score(
             task,
             collected,
@@ -250,6 +252,7 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             config=config.score,
             training=config.training,
             seed=config.seed,
+            scratch=Scratch(Path(folder) / "vectors", room),
             progress=progress,
         )
         steps = planned_steps(config.training, len(task.finetune.rows))
@@ -301,10 +304,13 @@ def _safety_side(
 ) -> tuple[SafetySide, Callable[[Tensor], Tensor] | None, Callable[[], Tensor] | None]:
     """Products with G, their store-only form for the forecast, and dense G where it was stored."""
     layout = layout_of(task.model, task.parameter_names)
+    settings = config.collect_settings
+    room = settings.memory_budget_gb * 1e9
     if collected.store == "gram":
-        side = recomputed_side(task, layout, collected.engine["name"], config.collect_settings.chunk_size)
+        engine = collected.engine["name"]
+        side = recomputed_side(task, layout, engine, settings.chunk_size, memory=room)
         return side, side.dots, None
-    side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout)
+    side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout, memory=room)
 
     def dense() -> Tensor:
         return torch.cat([side.columns(name) for name in layout.names], dim=1)

@@ -55,7 +55,7 @@ STAGES = (
     StageSpec("subspace", 1, ("collect",), ("subspace",)),
     StageSpec(
         "score",
-        1,
+        2,
         ("collect", "subspace"),
         (
             "finetune",

@@ -115,7 +115,8 @@ class Job:
 
         if self.collected.store != "gradients":
             return None
-        return stored_side(GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER), self.layout)
+        store = GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
+        return stored_side(store, self.layout, memory=self.config.collect.memory_budget_gb * 1e9)
 
 
 def device_of(name: str) -> Any:

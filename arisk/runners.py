@@ -16,7 +16,7 @@ from arisk.config import planned_steps
 from arisk.configfile import dump_config
 from arisk.graph import STAGES
 from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
-from arisk.ranks import is_first
+from arisk.ranks import is_first, rank
 from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
 from arisk.verified import VerifyResult
 
@@ -61,6 +61,7 @@ def _subspace(job: Job, workspace: Path) -> SubspaceResult:
 
 
 def _score(job: Job, workspace: Path) -> ScoreResult:
+    from arisk.geometry.vectors import Scratch
     from arisk.stages.safety_side import recomputed_side
     from arisk.stages.score import score
 
@@ -68,17 +69,20 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
     side = job.stored()
     if side is None:
         engine = job.collected.engine["name"]
-        side = recomputed_side(job.task, job.layout, engine, config.collect.chunk_size)
-    made = score(
-        job.task,
-        job.collected,
-        job.record("subspace", SubspaceResult),
-        side,
-        config=config.score,
-        training=config.training,
-        seed=config.run.seed,
-        progress=job.show.progress,
-    )
+        size, room = config.collect.chunk_size, config.collect.memory_budget_gb * 1e9
+        side = recomputed_side(job.task, job.layout, engine, size, memory=room)
+    with Scratch(workspace / f"vectors-{rank()}", config.collect.memory_budget_gb * 1e9) as scratch:
+        made = score(
+            job.task,
+            job.collected,
+            job.record("subspace", SubspaceResult),
+            side,
+            config=config.score,
+            training=config.training,
+            seed=config.run.seed,
+            scratch=scratch,
+            progress=job.show.progress,
+        )
     if is_first():
         write_tensors(workspace / "directions.safetensors", made.directions)
         sets = {"finetune": job.task.finetune, "control": job.task.control}

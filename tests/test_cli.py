@@ -343,8 +343,8 @@ if stage == "shard":
             os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
     GradientStore.write_shard = write_shard
 if stage == "segment":
-    from arisk.stages import rollout
-    rollout.SAVE_EVERY = 0
+    from arisk.stages import rollout, rollout_state
+    rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
     save = rollout.save_state
     def save_state(workspace, run, track, block):
         save(workspace, run, track, block)

@@ -136,8 +136,8 @@ def test_mistakes_are_one_clear_error(arisk, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.stages import guard_arm
-guard_arm.SAVE_EVERY = guard_arm.SAVE_SHARE = 0
+from arisk.stages import guard_arm, rollout_state
+rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
 save, turns = guard_arm.save_state, []
 def save_state(folder, run, track, block):
     save(folder, run, track, block)

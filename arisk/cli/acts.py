@@ -150,9 +150,7 @@ def _share(text: str) -> float:
 def what_if(
     run: Annotated[
         Path,
-        typer.Argument(
-            metavar="RUN", help="Run directory of a finished run.", autocompletion=complete_run
-        ),
+        typer.Argument(metavar="RUN", help="Run directory of a finished run.", autocompletion=complete_run),
     ],
     learning_rate: Annotated[
         str | None,

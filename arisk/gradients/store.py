@@ -19,6 +19,7 @@ from torch import Tensor
 
 from arisk.artifacts import write_tensors
 from arisk.errors import ArtifactError
+from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
 from arisk.gradients.factors import Outer, Part, Rows, dots_of, samples_of, tensors_of, weighted_sum_of
 from arisk.gradients.layout import ParameterLayout
 from arisk.gradients.products import blocks_of, parameter_products
@@ -185,16 +186,27 @@ class GradientStore:
             mean[place], diagonal[place] = made.mean, made.diagonal
         return summed(grams), summed(mean), summed(diagonal)
 
-    def dots(self, layout: ParameterLayout, directions: Tensor) -> Tensor:
-        """G V (N, m) float64 for directions V (P, m); column blocks multiply in the gradients' dtype."""
-        total = torch.zeros(self.samples(), directions.shape[1], dtype=torch.float64)
+    def dots(
+        self, layout: ParameterLayout, directions: Tensor | Columns, memory: float = DEFAULT_MEMORY
+    ) -> Tensor:
+        """G V (N, m) float64 for directions V (P, m).
+
+        Args:
+            layout: the selected parameters.
+            directions: V, a tensor or what is read block by block.
+            memory: bytes of a parameter's part of V that are held at a time (one column at least).
+        """
+        columns = columns_of(directions)
+        total = torch.zeros(self.samples(), columns.shape[1], dtype=torch.float64)
         for i, name in enumerate(layout.names):
-            own: Tensor | None = None
-            for rows, parts in self._share(name):
-                if own is None:
-                    own = directions[layout.slice_of(name)].to(tensors_of(parts[0])[-1].dtype)
-                    own = own.reshape(*layout.shapes[i], -1)
-                total[rows] += dots_of(parts, own)
+            where = layout.slice_of(name)
+            for group in column_groups(where.stop - where.start, columns.shape[1], memory):
+                own: Tensor | None = None
+                for rows, parts in self._share(name):
+                    if own is None:
+                        own = columns.block(where, group).to(tensors_of(parts[0])[-1].dtype)
+                        own = own.reshape(*layout.shapes[i], -1)
+                    total[rows, group] += dots_of(parts, own)
         return summed(total)
 
     def weighted_sum(self, layout: ParameterLayout, weights: Tensor) -> Tensor:

@@ -52,9 +52,7 @@ def check_task(
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
     model = load_with_adapter(config, device or torch.device("cpu"), {} if kept is None else kept)
-    wrapped = [
-        name.removeprefix(PEFT) for name, module in model.named_modules() if hasattr(module, "lora_A")
-    ]
+    wrapped = [name.removeprefix(PEFT) for name, module in model.named_modules() if hasattr(module, "lora_A")]
     names = select_parameters(model, config.model.parameters)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in names)

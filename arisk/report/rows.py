@@ -84,9 +84,7 @@ def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: 
 
 def _head(column: Column) -> str:
     mark = f' aria-sort="{column.order}"' if column.order else ""
-    return (
-        f'<th role="columnheader" scope="col"{mark}><button type="button">{esc(column.name)}</button></th>'
-    )
+    return f'<th role="columnheader" scope="col"{mark}><button type="button">{esc(column.name)}</button></th>'
 
 
 def _row(names: Sequence[str], cells: Sequence[Any], row: Mapping[str, Any], show_text: bool) -> str:

@@ -112,9 +112,7 @@ def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool) -> str:
     """The most harmful rows, their text folded away."""
     if not rows:
         return '<p class="missing">Rows explained: not measured (screen.examples is 0).</p>'
-    told = [
-        ([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows
-    ]
+    told = [([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows]
     return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows")
 
 

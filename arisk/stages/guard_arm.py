@@ -18,8 +18,8 @@ from arisk.stages.guard_methods import ArmName, Plan, Protection, protection
 from arisk.stages.guard_task import TaskRows
 from arisk.stages.probe import sample_losses
 from arisk.stages.rollout import limited
-from arisk.stages.rollout_state import Track, load_state, save_state
-from arisk.stages.verify import SAVE_EVERY, SAVE_SHARE, active_dropouts, dropping_out
+from arisk.stages.rollout_state import Pauses, Track, load_state, save_state
+from arisk.stages.verify import active_dropouts, dropping_out
 
 __all__ = ["ArmRun"]
 
@@ -59,7 +59,7 @@ class ArmRun:
         self.dropouts = active_dropouts(task.model)
         self.track = Track()
         self.reason: str | None = None
-        self.next_save = time.monotonic() + SAVE_EVERY
+        self.pauses = Pauses()
 
     def carry_out(self, folder: Path | None) -> Arm:
         """Build the protection, take all steps that are left, and give the record.
@@ -113,16 +113,10 @@ class ArmRun:
             self.track.notes.append({CPU: time.process_time() - started, **self.run.notes})
             if number in self.points and not self.measure(number):
                 break
-            if folder and time.monotonic() > self.next_save:
-                self.save(folder)
+            if folder and self.pauses.over():
+                with self.pauses.saving():
+                    save_state(folder, self.run, self.track, None)
         self.progress(f"{self.said}: {self.name.label}", last, last)
-
-    def save(self, folder: Path) -> None:
-        """Keep the state; a large model, whose state takes long to write, is saved less often."""
-        started = time.monotonic()
-        save_state(folder, self.run, self.track, None)
-        ended = time.monotonic()
-        self.next_save = ended + max(SAVE_EVERY, SAVE_SHARE * (ended - started))
 
     def measure(self, step: int) -> bool:
         """Record every loss here; False where the safety loss is not finite, which ends the arm."""

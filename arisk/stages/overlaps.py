@@ -25,7 +25,56 @@ from arisk.task import Task
 __all__ = ["Scene", "measure_overlap"]
 
 #: Permuted directions multiplied at a time.
-PERMUTATION_CHUNK = 16
+PERMUTATION_CHUNK = 33
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """m copies of a vector u (P,), each with its entries permuted inside every parameter tensor.
+
+    Every column of a parameter comes from a generator of its own, so that a block is the same however V
+    is cut, and only what is asked for is made. `first` is the number of the first column.
+    """
+
+    vector: Tensor
+    layout: ParameterLayout
+    count: int
+    seed: int
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        return len(self.vector), self.count
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """Permuted entries of the parameters in `where`."""
+        which = range(*columns.indices(self.count))
+        out = torch.empty(where.stop - where.start, len(which), dtype=self.vector.dtype)
+        for position in range(len(self.layout.names)):
+            own = slice(self.layout.offsets[position], self.layout.offsets[position + 1])
+            if own.start >= where.start and own.stop <= where.stop:
+                values, place = self.vector[own], slice(own.start - where.start, own.stop - where.start)
+                for i, j in enumerate(which):
+                    out[place, i] = values[self._order(position, j)]
+        return out
+
+    def at(self, coordinates: Tensor) -> Tensor:
+        """Entries (k, m) at k coordinates of θ, the same as in the blocks."""
+        out = torch.empty(len(coordinates), self.count, dtype=self.vector.dtype)
+        for position in range(len(self.layout.names)):
+            start, stop = self.layout.offsets[position : position + 2]
+            inside = (coordinates >= start) & (coordinates < stop)
+            if bool(inside.any()):
+                for j in range(self.count):
+                    order = self._order(position, j)
+                    out[inside, j] = self.vector[start:stop][order[coordinates[inside] - start]]
+        return out
+
+    def _order(self, position: int, j: int) -> Tensor:
+        start, stop = self.layout.offsets[position : position + 2]
+        mixed = ((self.seed * 1_000_003 + position) * 1_000_003 + self.first + j) % (1 << 63)
+        return torch.randperm(stop - start, generator=torch.Generator().manual_seed(mixed))
 
 
 @dataclass(frozen=True)
@@ -75,18 +124,15 @@ def measure_overlap(
 
 def _permuted_overlaps(scene: Scene, u: Tensor, norm: float, count: int, seed: int) -> Tensor:
     """Overlaps of u with its entries permuted inside each parameter tensor."""
-    generator = torch.Generator().manual_seed(seed)
     overlaps: list[float] = []
     while len(overlaps) < count:
         scene.progress("overlap null", len(overlaps), count)
         width = min(PERMUTATION_CHUNK, count - len(overlaps))
-        shuffled = torch.empty(len(u), width, dtype=u.dtype)
-        for j in range(width):
-            for name in scene.layout.names:
-                where = scene.layout.slice_of(name)
-                order = torch.randperm(where.stop - where.start, generator=generator)
-                shuffled[where, j] = u[where][order]
-        coefficients = scene.coefficients(scene.side.dots(shuffled), shuffled)
+        shuffled = Permuted(u, scene.layout, width, seed, first=len(overlaps))
+        if scene.space.method == "diag_topk":
+            coefficients = shuffled.at(scene.space.coordinates).to(torch.float64)
+        else:
+            coefficients = scene.coefficients(scene.side.dots(shuffled), u)
         overlaps += [projection_ratio(coefficients[:, j], norm) for j in range(width)]
     scene.progress("overlap null", count, count)
     return torch.tensor(overlaps, dtype=torch.float64)

@@ -65,6 +65,8 @@ def local_path(
     notes: list[str] = []
     if not plain:
         why = "no gradient store" if dots is None else "the exact recursion is too long for this plan"
+        if not directions:
+            why = "the vectors of the exact recursion do not fit the memory budget"
         notes.append(
             f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
             "and clipping are left out."

@@ -7,7 +7,6 @@ control sample is measured. Cost: O(log T) gradients. The model is put back to t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,15 +27,13 @@ from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.planned_run import PlannedRun, keeping_parameters, put
 from arisk.stages.probe import sample_losses
 from arisk.stages.rare import RareRows
-from arisk.stages.rollout_state import Track, load_state, save_state
+from arisk.stages.rollout_state import Pauses, Track, load_state, save_state
 from arisk.task import Batch, RowBatches, SampleSet, Task
 
 __all__ = ["limited", "rollout", "skipped_rollout"]
 
 #: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
-#: Seconds between two saved states of a long rollout.
-SAVE_EVERY = 30.0
 
 
 def skipped_rollout(reason: str) -> RolloutResult:
@@ -127,7 +124,7 @@ class _Walk:
         self.control = limited(task.control, config.control_samples, device) if task.control else []
         self.track = Track()
         self.block: Block | None = None
-        self.saved = time.monotonic()
+        self.pauses = Pauses()
 
     def _rare_rows(self) -> RareRows | None:
         """The stratum of rare rows, where leaps will need it and the data can be regrouped."""
@@ -168,9 +165,9 @@ class _Walk:
             except NumericsError:
                 self.track.diverged_at = done + 1
                 break
-            if workspace and is_first() and time.monotonic() - self.saved > SAVE_EVERY:
-                save_state(workspace, self.planned, self.track, self.block)
-                self.saved = time.monotonic()
+            if workspace and is_first() and self.pauses.over():
+                with self.pauses.saving():
+                    save_state(workspace, self.planned, self.track, self.block)
         self.progress("rollout", total, total)
 
     def segment(self, done: int, end: int) -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from arisk.errors import ArtifactError
 from arisk.stages.leap import Block
 from arisk.stages.planned_run import PlannedRun
 
-__all__ = ["Track", "load_state", "save_state"]
+__all__ = ["Pauses", "Track", "load_state", "save_state"]
 
+#: Seconds between two saved states, and the least time between them in units of what saving takes.
+SAVE_EVERY, SAVE_SHARE = 30.0, 20.0
 BLOCK_VALUES = ("count", "loss", "rare_share", "leaps")
 VALUES, TENSORS = "state.json", "state-{}.safetensors"
 
@@ -56,6 +61,25 @@ class Track:
     def at(self) -> int:
         """Steps done."""
         return self.steps[-1] + len(self.pending)
+
+
+class Pauses:
+    """When to save: the state of a large model, which takes long to write, less often."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + SAVE_EVERY
+
+    def over(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() > self._next
+
+    @contextmanager
+    def saving(self) -> Generator[None]:
+        """Inside, a state is written; the next is due after a pause in proportion."""
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self._next = ended + max(SAVE_EVERY, SAVE_SHARE * (ended - started))
 
 
 def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | None) -> None:

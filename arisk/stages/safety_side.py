@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
 from arisk.gradients import (
     GradientStore,
     ParameterLayout,
@@ -31,25 +33,27 @@ class SafetySide:
     """The two products later stages need.
 
     Attributes:
-        dots: directions (P, m) → G V (N, m) float64.
+        dots: directions (P, m), a tensor or what is read block by block → G V (N, m) float64.
         weighted_sum: weights (N,) → Gᵀw (P,).
         columns: parameter name → (N, p) its columns of G.
     """
 
-    dots: Callable[[Tensor], Tensor]
+    dots: Callable[[Tensor | Columns], Tensor]
     weighted_sum: Callable[[Tensor], Tensor]
     columns: Callable[[str], Tensor]
 
 
-def stored_side(store: GradientStore, layout: ParameterLayout) -> SafetySide:
-    """Read the shards that collect wrote."""
+def stored_side(
+    store: GradientStore, layout: ParameterLayout, *, memory: float = DEFAULT_MEMORY
+) -> SafetySide:
+    """Read the shards that collect wrote; `memory` bytes of directions are held at a time."""
 
     def columns(name: str) -> Tensor:
         where = layout.slice_of(name)
         return store.rows(name, 0, where.stop - where.start)
 
     return SafetySide(
-        dots=lambda directions: store.dots(layout, directions),
+        dots=lambda directions: store.dots(layout, directions, memory),
         weighted_sum=lambda weights: store.weighted_sum(layout, weights),
         columns=columns,
     )
@@ -86,7 +90,14 @@ def _over_samples(
                 )
 
 
-def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size: int) -> SafetySide:
+def recomputed_side(
+    task: Task,
+    layout: ParameterLayout,
+    engine: str,
+    chunk_size: int,
+    *,
+    memory: float = DEFAULT_MEMORY,
+) -> SafetySide:
     """Run the safety samples again for every product; for runs that keep no gradient store.
 
     Args:
@@ -94,24 +105,34 @@ def recomputed_side(task: Task, layout: ParameterLayout, engine: str, chunk_size
         layout: the selected parameters.
         engine: engine chosen by collect.
         chunk_size: samples per pass.
+        memory: bytes of directions that are held at a time (one direction at least).
 
     Returns:
-        The products; each call costs one pass over the safety samples.
+        The products; each call costs one pass over the safety samples, for every group of directions
+        that fits in memory.
     """
     run = partial(_over_samples, task, engine, chunk_size)
     samples = sum(batch_size(batch) for batch in task.safety.batches)
 
-    def dots(directions: Tensor) -> Tensor:
-        out = torch.zeros(samples, directions.shape[1], dtype=torch.float64)
+    def dots(directions: Tensor | Columns) -> Tensor:
+        given = columns_of(directions)
+        out = torch.zeros(samples, given.shape[1], dtype=torch.float64)
+        everything = slice(0, layout.numel)
+        # Directions that lie in memory as they are need no more room.
+        room = math.inf if isinstance(directions, Tensor) else memory
+        for group in column_groups(layout.numel, given.shape[1], room):
+            held = given.block(everything, group)
 
-        def sink(at: int, name: str, parts: Sequence[Part]) -> None:
-            # No gradient is multiplied out that need not be.
-            like = tensors_of(parts[0])[-1]
-            own = directions[layout.slice_of(name)].to(like.device, like.dtype)
-            part = dots_of(parts, own.reshape(*layout.shape_of(name), -1)).to("cpu", torch.float64)
-            out[at : at + len(part)] += part
+            def sink(
+                at: int, name: str, parts: Sequence[Part], held: Tensor = held, group: slice = group
+            ) -> None:
+                # No gradient is multiplied out that need not be.
+                like = tensors_of(parts[0])[-1]
+                own = held[layout.slice_of(name)].to(like.device, like.dtype)
+                part = dots_of(parts, own.reshape(*layout.shape_of(name), -1)).to("cpu", torch.float64)
+                out[at : at + len(part), group] += part
 
-        run(sink, layout)
+            run(sink, layout)
         return summed(out)
 
     def weighted_sum(weights: Tensor) -> Tensor:

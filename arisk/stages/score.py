@@ -21,6 +21,7 @@ from arisk.geometry.overlap import (
     projection_ratio,
     random_overlap,
 )
+from arisk.geometry.vectors import Scaled, Scratch
 from arisk.gradients import HvpPlan, ParameterLayout, choose_hvp, hvp, layout_of, measuring, move_batch
 from arisk.progress import Progress, silent
 from arisk.results import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
@@ -60,6 +61,7 @@ def score(
     config: ScoreConfig,
     training: TrainingConfig,
     seed: int,
+    scratch: Scratch | None = None,
     progress: Progress = silent,
 ) -> ScoreOutput:
     """Update direction, overlap and nulls, curvature coupling, Krylov model, attribution, probe.
@@ -72,6 +74,7 @@ def score(
         config: how much to measure.
         training: the planned optimizer; learning rate and schedule are not read.
         seed: seeds the permutations.
+        scratch: where P-sized vectors lie; default: all in memory.
         progress: told of finished parts.
 
     Raises:
@@ -80,15 +83,16 @@ def score(
     """
     layout = layout_of(task.model, task.parameter_names)
     scene = Scene(task, layout, collected, space, side, progress)
+    scratch = Scratch() if scratch is None else scratch
     with measuring(task.model, layout):
         device = next(task.model.parameters()).device
         batches = first_batches(task.finetune, config.batches, device)
-        update = measure_update(task, task.finetune, layout, training, batches, progress)
-        krylov, plan = _krylov(scene, update, batches[: config.hvp_batches], config)
-        root = update.preconditioner.sqrt()
+        stack = scratch.stack(layout.numel, len(batches), _wide(task))
+        update = measure_update(task, task.finetune, layout, training, batches, progress, stack=stack)
+        krylov, plan = _krylov(scene, update, batches[: config.hvp_batches], config, scratch)
         c_update = side.dots(update.direction[:, None])[:, 0]
-        c_batches = side.dots(update.batch_directions)
-        c_krylov = side.dots(root[:, None] * krylov.basis)
+        c_batches = side.dots(Scaled(stack, -update.preconditioner))
+        c_krylov = side.dots(Scaled(krylov.basis, update.preconditioner.sqrt()))
         pull = side.weighted_sum(c_update / len(c_update))
         overlap = measure_overlap(scene, update, c_update, config, training, seed)
         examples = score_examples(
@@ -123,18 +127,25 @@ def score(
             "gradient_norm": float(update.gradient.norm()),
             "update_norm": float(update.direction.norm()),
         },
-        has_directions=True,
+        has_directions=not scratch.spilled,
         probe_times=probe.times if probe else None,
         probe_safety=probe.safety if probe else None,
         probe_finetune=probe.finetune if probe else None,
         probe_control=probe.control if probe else None,
         warnings=_warnings(update, plan, config, task),
     )
-    return ScoreOutput(record, _directions(scene, update, krylov, training))
+    # The exact recursion on vectors that do not fit in memory would take longer than the run itself.
+    directions = {} if scratch.spilled else _directions(scene, update, krylov, training)
+    return ScoreOutput(record, directions)
+
+
+def _wide(task: Task) -> torch.dtype:
+    """float64 models are measured in float64, all others in float32."""
+    return torch.float64 if next(task.model.parameters()).dtype == torch.float64 else torch.float32
 
 
 def _krylov(
-    scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig
+    scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig, scratch: Scratch
 ) -> tuple[Krylov, HvpPlan]:
     """Krylov space of (D^½HD^½, D^½g) by Hessian-vector products on a few batches."""
     loss_fn, model, layout = scene.task.finetune.loss_fn, scene.task.model, scene.layout
@@ -152,7 +163,8 @@ def _krylov(
         product = hvp(model, batches, loss_fn, layout, root * vector, method=plan.method, step=plan.step)
         return root * product.to(vector)
 
-    krylov = lanczos(operator, root * update.gradient, wanted)
+    basis = scratch.stack(layout.numel, wanted, update.gradient.dtype)
+    krylov = lanczos(operator, root * update.gradient, wanted, basis=basis)
     scene.progress("curvature", wanted, wanted)
     return krylov, plan
 
@@ -166,7 +178,7 @@ def _coupling(
     """
     values, root = scene.space.eigenvalues, update.preconditioner.sqrt()
     first = krylov.projected[:, 0] * krylov.beta
-    acceleration = root * (krylov.basis @ first.to(krylov.basis))
+    acceleration = root * krylov.basis.combine(first)
     turned = scene.coefficients(c_krylov @ first, acceleration)
     epsilon = fisher_norm_in_subspace(scene.coefficients(c_update, update.direction), values)
     ratio = projection_ratio(turned, float(acceleration.norm()))
@@ -234,7 +246,7 @@ def _directions(scene: Scene, update: Update, krylov: Krylov, training: Training
     directions = {
         "gradient": update.gradient,
         "noise_variance": update.noise_variance,
-        "curvature_basis": krylov.basis / update.preconditioner.sqrt()[:, None],
+        "curvature_basis": krylov.basis.tensor() / update.preconditioner.sqrt()[:, None],
     }
     if training.weight_decay:
         parameters = dict(scene.task.model.named_parameters(remove_duplicate=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from arisk.config import TrainingConfig
 from arisk.errors import InputError, NumericsError
+from arisk.geometry.vectors import VectorStack
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
 from arisk.progress import Progress
-from arisk.ranks import gathered, share
+from arisk.ranks import gathered, share, world
 from arisk.task import Batch, SampleSet, Task
 
 __all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
@@ -32,7 +33,7 @@ class Update:
         noise_variance: (P,) unbiased variance of one micro-batch gradient; 0 with one batch.
         preconditioner: (P,) D: ones for SGD, 1/(√v̂ + ε) for AdamW with v̂ = g² + noise/accumulation.
         direction: (P,) u = −D g.
-        batch_directions: (P, B) −D g_b.
+        batch_gradients: (P, B) g_b where a stack for them was given.
         batch_norms: (B,) ‖g_b‖.
         batch_losses: (B,).
     """
@@ -42,7 +43,7 @@ class Update:
     noise_variance: Tensor
     preconditioner: Tensor
     direction: Tensor
-    batch_directions: Tensor
+    batch_gradients: VectorStack | None
     batch_norms: Tensor
     batch_losses: Tensor
 
@@ -80,8 +81,13 @@ def measure_update(
     training: TrainingConfig,
     batches: Sequence[Batch],
     progress: Progress,
+    *,
+    stack: VectorStack | None = None,
 ) -> Update:
     """Average the first batches' gradients and precondition them as the optimizer would.
+
+    Mean and variance are updated with each gradient (Welford), so that no more than one per process is
+    held at a time.
 
     Args:
         task: the model, inside `measuring`.
@@ -90,23 +96,27 @@ def measure_update(
         training: the planned optimizer.
         batches: micro-batches on the model's device.
         progress: told of finished batches.
+        stack: an empty stack that takes the batches' gradients; None keeps none.
 
     Raises:
         NumericsError: a loss or gradient is not finite, or the mean gradient is exactly zero.
     """
     losses: list[float] = []
-    gradients: list[Tensor] = []
-    for index in share(len(batches)):
-        progress(f"{samples.name} gradients", index, len(batches))
-        loss, gradient = mean_gradient(task.model, batches[index], samples.loss_fn, layout)
+    norms: list[float] = []
+    mean = squares = torch.zeros(0)
+    for number, (loss, gradient) in enumerate(_gradients(task, samples, layout, batches, progress), 1):
         losses.append(loss)
-        gradients.append(gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu())
-    losses, gradients = gathered(losses, len(batches)), gathered(gradients, len(batches))
+        norms.append(float(gradient.to(torch.float64).norm()))
+        if stack is not None:
+            stack.append(gradient)
+        if number == 1:
+            mean, squares = gradient.clone(), torch.zeros_like(gradient)
+            continue
+        off = gradient - mean
+        mean.add_(off, alpha=1 / number)
+        squares.addcmul_(off, gradient.sub_(mean))
     progress(f"{samples.name} gradients", len(batches), len(batches))
-    stacked = torch.stack(gradients, dim=1)
-    del gradients
-    mean = stacked.mean(1)
-    noise = stacked.var(1) if len(batches) > 1 else torch.zeros_like(mean)
+    noise = squares.div_(max(1, len(losses) - 1))
     if float(mean.norm()) == 0:
         raise NumericsError(
             f"the update of the {samples.name} data is exactly zero",
@@ -115,14 +125,30 @@ def measure_update(
             "already fitted perfectly",
         )
     d = preconditioner(mean, noise, training)
-    norms = stacked.to(torch.float64).norm(dim=0)
     return Update(
         loss=sum(losses) / len(losses),
         gradient=mean,
         noise_variance=noise,
         preconditioner=d,
         direction=-d * mean,
-        batch_directions=stacked.mul_(-d[:, None]),
-        batch_norms=norms,
+        batch_gradients=stack,
+        batch_norms=torch.tensor(norms, dtype=torch.float64),
         batch_losses=torch.tensor(losses, dtype=torch.float64),
     )
+
+
+def _gradients(
+    task: Task, samples: SampleSet, layout: ParameterLayout, batches: Sequence[Batch], progress: Progress
+) -> Iterator[tuple[float, Tensor]]:
+    """Loss and gradient of every batch in order, float32 or float64, on the CPU.
+
+    The ranks work on as many batches at a time as there are ranks, and each gets all gradients.
+    """
+    for start in range(0, len(batches), world()):
+        progress(f"{samples.name} gradients", start, len(batches))
+        own: list[tuple[float, Tensor]] = []
+        count = min(world(), len(batches) - start)
+        for index in share(count):
+            loss, gradient = mean_gradient(task.model, batches[start + index], samples.loss_fn, layout)
+            own.append((loss, gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu()))
+        yield from gathered(own, count)

@@ -8,7 +8,6 @@ the training steps, seeded by step, since the fine-tune would train with them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from arisk.stages.generation import writer, writing_steps
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
 from arisk.stages.probe import sample_losses
 from arisk.stages.rollout import limited
-from arisk.stages.rollout_state import Track, load_state, save_state
+from arisk.stages.rollout_state import Pauses, Track, load_state, save_state
 from arisk.task import Task
 from arisk.verified import GeneratedTexts, VerifyResult
 
@@ -35,8 +34,6 @@ __all__ = ["measured_steps", "verify"]
 
 #: Losses are measured at about this many steps: every one at the start, then geometrically fewer.
 POINTS = 40
-#: Seconds between two saved states, and the least time between them in units of what saving takes.
-SAVE_EVERY, SAVE_SHARE = 30.0, 20.0
 
 
 def measured_steps(last: int) -> list[int]:
@@ -119,7 +116,7 @@ class _RealRun:
         # Ranks that share a batch would drop other units than one process.
         planned.shared = not self.dropouts
         self.track = Track()
-        self.next_save = time.monotonic() + SAVE_EVERY
+        self.pauses = Pauses()
 
     def resume(self, workspace: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
@@ -148,16 +145,10 @@ class _RealRun:
                 break
             if number in self.points:
                 self.measure(number)
-            if workspace and is_first() and time.monotonic() > self.next_save:
-                self.save(workspace)
+            if workspace and is_first() and self.pauses.over():
+                with self.pauses.saving():
+                    save_state(workspace, self.planned, self.track, None)
         self.progress("real fine-tune", self.last, self.last)
-
-    def save(self, workspace: Path) -> None:
-        """Keep the state; a large model, whose state takes long to write, is saved less often."""
-        started = time.monotonic()
-        save_state(workspace, self.planned, self.track, None)
-        ended = time.monotonic()
-        self.next_save = ended + max(SAVE_EVERY, SAVE_SHARE * (ended - started))
 
     def measure(self, step: int) -> None:
         """Record every sample's loss here, and answers where they are due."""

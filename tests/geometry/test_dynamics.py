@@ -42,7 +42,7 @@ def test_krylov_path_is_torch_sgd(seed, momentum, schedule):
     h, g, theta = problem(seed)
     rates = learning_rates(0.02, T, schedule=schedule, warmup_steps=7)
     krylov = lanczos(lambda v: h @ v, g, P)
-    path = krylov_path(krylov.projected, krylov.beta, rates, momentum=momentum) @ krylov.basis.T
+    path = krylov_path(krylov.projected, krylov.beta, rates, momentum=momentum) @ krylov.basis.tensor().T
     truth = torch_path(h, g, theta, torch.optim.SGD, rates, momentum=momentum)
     torch.testing.assert_close(path, truth, rtol=1e-8, atol=1e-10)
 
@@ -56,7 +56,7 @@ def test_optimizer_path_is_torch(optimizer, decay, clip):
     rates = learning_rates(0.01, T, schedule="cosine", warmup_steps=5)
     scale = 1 / (g.abs() + 0.1)
     krylov = lanczos(lambda v: scale.sqrt() * (h @ (scale.sqrt() * v)), scale.sqrt() * g, P)
-    basis = krylov.basis / scale.sqrt()[:, None]
+    basis = krylov.basis.tensor() / scale.sqrt()[:, None]
     model = LocalModel(g, basis, krylov.projected, torch.zeros(P, dtype=torch.float64), theta)
     settings = {"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.8, 0.95), "eps": 1e-8}
     recipe = Recipe(rates, optimizer, weight_decay=decay, max_grad_norm=clip, **settings)

@@ -9,9 +9,11 @@ import torch
 from arisk import AlignmentRiskPipeline, PipelineConfig, assess
 from arisk.config import CollectConfig, Config, ScoreConfig, SubspaceConfig, TrainingConfig
 from arisk.errors import ConfigError, InputError, NumericsError
+from arisk.geometry.vectors import Scratch
 from arisk.gradients import GradientStore, layout_of
 from arisk.models import load_task
 from arisk.stages.collect import GRADIENTS_FOLDER, collect
+from arisk.stages.overlaps import Permuted
 from arisk.stages.safety_side import recomputed_side, stored_side
 from arisk.stages.score import score
 from arisk.stages.subspace import subspace
@@ -41,8 +43,12 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def measured(task, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("collect")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("collect")
+
+
+@pytest.fixture(scope="module")
+def measured(task, folder):
     collected = collect(task, CollectConfig(chunk_size=5), folder)
     layout = layout_of(task.model, task.parameter_names)
     side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout)
@@ -215,6 +221,47 @@ def test_krylov_starts_along_the_update(scored):
         -record.krylov_beta * record.c_krylov[:, 0], record.c_update, rtol=1e-8, atol=1e-12
     )
     torch.testing.assert_close(record.krylov_t, record.krylov_t.T)
+
+
+@pytest.mark.parametrize("way", ["stored", "recomputed"])
+def test_vectors_that_do_not_fit_in_memory_give_the_same_record(
+    task, folder, measured, scored, tmp_path, way
+):
+    collected, space, _ = measured
+    layout = layout_of(task.model, task.parameter_names)
+    if way == "stored":
+        side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout, memory=1)
+    else:
+        side = recomputed_side(task, layout, collected.engine["name"], 5, memory=1)
+    with Scratch(tmp_path / "vectors", memory=1) as scratch:
+        made = score(
+            task, collected, space, side, config=CONFIG, training=TrainingConfig(), seed=0, scratch=scratch
+        )
+        assert len(list(scratch.folder.iterdir())) == 2
+    assert (made.directions, made.record.has_directions) == ({}, False)
+    ours, theirs = made.record, scored.record
+    for name in ("c_update", "c_batches", "c_krylov", "krylov_t", "probe_safety"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-9, atol=1e-12)
+    for name in ("ratio", "permuted_mean", "permuted_max", "p_value", "delta_w", "control"):
+        assert getattr(ours.overlap, name) == pytest.approx(getattr(theirs.overlap, name), rel=1e-9)
+
+
+def test_permuted_copies_are_the_same_however_they_are_read(task):
+    layout = layout_of(task.model, task.parameter_names)
+    u = torch.randn(layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole = Permuted(u, layout, 4, seed=5).block(slice(0, layout.numel), slice(0, 4))
+    late = Permuted(u, layout, 2, seed=5, first=2)
+    everything = slice(0, layout.numel)
+    assert torch.equal(late.block(everything, slice(0, 2)), whole[:, 2:])
+    for name in layout.names:
+        where = layout.slice_of(name)
+        assert torch.equal(late.block(where, slice(1, 2)), whole[where, 3:])
+        assert torch.equal(whole[where].sort(dim=0).values, u[where].sort().values[:, None].expand(-1, 4))
+    chosen = torch.tensor([0, 7, layout.numel - 1, layout.offsets[1]])
+    assert torch.equal(Permuted(u, layout, 4, seed=5).at(chosen), whole[chosen])
+    assert len({tuple(column[:50].tolist()) for column in whole.T}) == 4
+    other = Permuted(u, layout, 1, seed=6).block(everything, slice(0, 1))
+    assert not torch.equal(other[:, 0], whole[:, 0])
 
 
 def test_overlap_against_a_dense_projector(task, measured, scored):

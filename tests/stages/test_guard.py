@@ -10,7 +10,7 @@ from torch import nn
 from arisk.config import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.errors import ConfigError
 from arisk.guarded import NEVER_BEGUN, choose, drift_share, ending, guard_summary
-from arisk.stages import guard_arm
+from arisk.stages import guard_arm, rollout_state
 from arisk.stages.guard import guard
 from arisk.stages.guard_methods import arm_names
 from arisk.stages.verify import verify
@@ -167,8 +167,8 @@ def test_two_runs_are_equal_but_for_the_clock():
 
 
 def test_interrupted_it_goes_on_inside_an_arm_and_ends_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard_arm, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(guard_arm, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
     settings = {"methods": ["replay", "ewc"]}
     want = timeless(run(**settings))
     save, turns, killing = guard_arm.save_state, [], [True]
@@ -213,9 +213,7 @@ def test_an_arm_that_cannot_be_set_up_is_recorded_and_the_others_go_on():
     """Steps too small to move a parameter: no penalty has a gradient, so no strength can be set."""
     recipe = {"optimizer": "sgd", "learning_rate": 1e-300}
     settings = {"strengths": [3.0], "relaxations": []}
-    found = run(
-        training=recipe, methods=["alignguard", "ewc", "replay"], alignguard=settings, ewc=settings
-    )
+    found = run(training=recipe, methods=["alignguard", "ewc", "replay"], alignguard=settings, ewc=settings)
     ended = {arm.method: arm.diverged_at for arm in found.arms}
     assert ended == {"plain": None, "alignguard": NEVER_BEGUN, "ewc": NEVER_BEGUN, "replay": None}
     bad = found.arms[1]

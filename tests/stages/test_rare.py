@@ -9,6 +9,7 @@ from torch import nn
 from arisk.config import RolloutConfig, TrainingConfig
 from arisk.gradients import layout_of, measuring
 from arisk.stages import rollout as stage
+from arisk.stages import rollout_state
 from arisk.stages.planned_run import PlannedRun
 from arisk.stages.rare import RareRows, outliers
 from arisk.stages.rollout import rollout
@@ -98,7 +99,8 @@ def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
 
 
 def test_a_killed_rollout_goes_on_with_the_same_rare_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
     rows = linear_rows()
     rows[:3, 1], rows[:3, 3] = -3, 4
     settings = {

@@ -11,6 +11,7 @@ from arisk.errors import NumericsError
 from arisk.geometry.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
 from arisk.gradients import layout_of, measuring
 from arisk.stages import rollout as stage
+from arisk.stages import rollout_state
 from arisk.stages.leap import Block, Leaper
 from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
 from arisk.stages.outputs import losses_between, outputs_of
@@ -163,7 +164,8 @@ def test_the_model_is_left_as_found():
 
 
 def test_resumes_inside_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
     settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[2]), "steps": 150}
     whole = rollout(task_of(), **settings)
     real, stopped = stage.save_state, []
@@ -193,7 +195,8 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
 
 
 def test_a_damaged_state_starts_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SAVE_EVERY", 0)
+    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
     settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[0]), "steps": 60}
     whole = rollout(task_of(), **settings, workspace=tmp_path)
     (state,) = tmp_path.glob("state-*.safetensors")

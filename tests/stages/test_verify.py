@@ -11,6 +11,7 @@ from torch import nn
 from arisk.artifacts import read_record, write_record
 from arisk.config import TrainingConfig, VerifyConfig
 from arisk.errors import NumericsError
+from arisk.stages import rollout_state
 from arisk.stages import verify as stage
 from arisk.stages.generation import writer, writing_steps
 from arisk.stages.planned_run import PlannedRun
@@ -268,8 +269,8 @@ def test_a_record_survives_the_disk(tmp_path):
 
 
 def test_resumes_inside_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(stage, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
     samples = SampleSet(
         "safety",
         data(1, 4),

@@ -1,0 +1,219 @@
+"""P-sized vectors side by side, V (P, m), of which no more lies in memory than is being multiplied.
+
+A model of 135 million parameters makes a vector of half a gigabyte, and stage score works with dozens of
+them. Products with them go parameter by parameter, so what is asked of V is one block at a time: it may
+lie in memory, in a file (`VectorStack`), or be made when it is read (`Scaled`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from arisk.artifacts import disk_error
+
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Columns",
+    "Dense",
+    "Scaled",
+    "Scratch",
+    "VectorStack",
+    "column_groups",
+    "columns_of",
+]
+
+#: Entries of each vector that are read at a time.
+CHUNK = 1 << 22
+#: Bytes of directions in memory where no budget is given.
+DEFAULT_MEMORY = 1e9
+
+
+class Columns(Protocol):
+    """V (P, m) by blocks."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        ...
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """V[where, columns]; `where` holds whole parameters."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A tensor (P, m) in memory."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """V[where, columns]."""
+        return self.tensor[where, columns]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """diag(by) V, multiplied when it is read."""
+
+    columns: Columns
+    by: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        return self.columns.shape
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """by[where] · V[where, columns]."""
+        return self.by[where, None] * self.columns.block(where, columns)
+
+
+class VectorStack:
+    """Vectors (P,) of one dtype, appended one by one; in memory, or in a file that is read in pieces.
+
+    Args:
+        numel: P.
+        dtype: dtype of the vectors.
+        path: file for them, made new; None for memory.
+    """
+
+    def __init__(self, numel: int, dtype: torch.dtype, path: Path | None = None) -> None:
+        self.numel = numel
+        self.dtype = dtype
+        self.path = path
+        self._count = 0
+        self._held: list[Tensor] = []
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(b"")
+            except OSError as err:
+                raise disk_error(err, path) from err
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        return self.numel, self._count
+
+    def append(self, vector: Tensor) -> None:
+        """Add a vector.
+
+        Raises:
+            ArtifactError: the disk is full.
+        """
+        self._count += 1
+        if self.path is None:
+            self._held.append(vector.detach().to("cpu", self.dtype, copy=True).contiguous())
+            return
+        own = vector.detach().to("cpu", self.dtype).contiguous()
+        try:
+            with self.path.open("ab") as file:
+                for start in range(0, self.numel, CHUNK):
+                    file.write(own[start : start + CHUNK].view(torch.uint8).numpy().data)
+        except OSError as err:
+            raise disk_error(err, self.path) from err
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """V[where, columns], each column read in one piece."""
+        which = range(*columns.indices(self._count))
+        out = torch.empty(where.stop - where.start, len(which), dtype=self.dtype)
+        for i, j in enumerate(which):
+            out[:, i] = self._read(j, where.start, where.stop)
+        return out
+
+    def dots(self, vector: Tensor) -> Tensor:
+        """Vᵀ v (m,) float64."""
+        total = torch.zeros(self._count, dtype=torch.float64)
+        for where in self._pieces():
+            own = vector[where].to(self.dtype)
+            total += torch.stack([self._read(j, where.start, where.stop) @ own for j in range(self._count)])
+        return total
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """V w (P,) for weights w (m,)."""
+        out = torch.zeros(self.numel, dtype=self.dtype)
+        for where in self._pieces():
+            for j, weight in enumerate(weights.tolist()):
+                out[where].add_(self._read(j, where.start, where.stop), alpha=weight)
+        return out
+
+    def tensor(self) -> Tensor:
+        """V (P, m) in memory."""
+        return self.block(slice(0, self.numel), slice(None))
+
+    def _pieces(self) -> Iterator[slice]:
+        for start in range(0, self.numel, CHUNK):
+            yield slice(start, min(start + CHUNK, self.numel))
+
+    def _read(self, j: int, start: int, stop: int) -> Tensor:
+        if self.path is None:
+            return self._held[j][start:stop]
+        size = self.dtype.itemsize
+        # Read, not mapped: pages of a map count as memory of this process.
+        with self.path.open("rb") as file:
+            file.seek((j * self.numel + start) * size)
+            return torch.frombuffer(bytearray(file.read((stop - start) * size)), dtype=self.dtype)
+
+
+class Scratch:
+    """Room for stacks of vectors: memory up to a budget, then files in a folder that `close` removes.
+
+    Args:
+        folder: where files may lie; what is there is removed. None: everything stays in memory.
+        memory: bytes of vectors that may stay in memory.
+    """
+
+    def __init__(self, folder: Path | None = None, memory: float = DEFAULT_MEMORY) -> None:
+        self.folder = folder
+        self.memory = memory
+        self.spilled = False
+        self._room = memory
+        self._files = 0
+        self.close()
+
+    def stack(self, numel: int, count: int, dtype: torch.dtype) -> VectorStack:
+        """An empty stack for about `count` vectors."""
+        needed = numel * count * dtype.itemsize
+        if self.folder is None or needed <= self._room:
+            self._room -= needed
+            return VectorStack(numel, dtype)
+        self.spilled = True
+        self._files += 1
+        return VectorStack(numel, dtype, self.folder / f"vectors-{self._files}.bin")
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the files."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def columns_of(directions: Tensor | Columns) -> Columns:
+    """Directions as `Columns`."""
+    return Dense(directions) if isinstance(directions, Tensor) else directions
+
+
+def column_groups(entries: int, count: int, memory: float) -> Iterator[slice]:
+    """Columns in groups of which `entries` rows of float64 fit in `memory` bytes; one at least."""
+    width = min(max(1, count), memory // (8 * max(1, entries)))  # min first: memory may be infinite
+    width = max(1, int(width))
+    for start in range(0, count, width):
+        yield slice(start, min(start + width, count))
