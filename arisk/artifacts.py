@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMAT_VERSION",
     "disk_error",
+    "existing_parent",
     "read_json",
     "read_record",
     "read_tensors",
@@ -179,6 +180,11 @@ def read_json(path: Path) -> dict[str, Any]:
             fix="upgrade arisk, or use another --run-dir",
         )
     return body
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
 
 
 def disk_error(err: OSError, path: Path) -> ArtifactError:

@@ -86,14 +86,18 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
             clock(cost["seconds"]),
             f"{cost['memory_gb']:.2f} GB",
             f"{cost['disk_gb']:.2f} GB" if cost["disk_gb"] else "–",
+            f"{cost['flop'] / 1e12:.2g} TFLOP" if cost.get("flop") else "–",
             cost["work"],
         ]
         for stage, cost in plan["stages"].items()
     ]
-    facts = [f"{key}: {work[key]}" for key in ("rollout", "gradient store", "disk") if key in work]
+    facts = [f"rollout: {work['rollout']}"] if "rollout" in work else []
+    facts += [f"store: {plan['store']}"] if "store" in plan else []
     return [
         "plan of work (estimated here; verify is optional):",
-        table(rows, ["stage", "time", "peak memory", "disk", "passes of the model"], width=width),
+        table(
+            rows, ["stage", "time", "peak memory", "disk", "operations", "passes of the model"], width=width
+        ),
         *facts,
         f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
         *[_said(f"warning: {warning}") for warning in plan["warnings"]],

@@ -408,7 +408,7 @@ def test_two_runs_at_once(tmp_path, arisk):
 def test_check_prints_work_and_rendered_rows(arisk):
     code, out, _ = arisk("check", DEMO, *arguments())
     assert code == 0
-    assert "gradient store" in out
+    assert "store: gradients, 0.00 GB on disk" in out
     assert "«" in out
     body = json.loads(arisk("check", DEMO, "--json", *arguments())[1])
     assert body["data"]["safety"]["rows"] == 8
@@ -426,8 +426,8 @@ def test_check_says_what_is_over_budget(arisk):
     more = ["collect.store=gradients", "collect.disk_budget_gb=0.0001"]
     _, out, _ = arisk("check", DEMO, "--json", *arguments(*more))
     (warning,) = json.loads(out)["plan"]["warnings"]
-    assert "collect.disk_budget_gb is 0.0001" in warning
-    assert "set collect.store to gram" in warning
+    assert "0.0 GB are available" in warning
+    assert "`store: gram`" in warning
 
 
 def test_init_then_check(arisk, tmp_path):

@@ -80,7 +80,7 @@ def checked(row):
         "responses_truncated": 0,
         "rendered rows": [row, "second"],
     }
-    cost = {"seconds": 90.0, "memory_gb": 1.5, "disk_gb": 0.0, "work": "96 gradients"}
+    cost = {"seconds": 90.0, "memory_gb": 1.5, "disk_gb": 0.0, "flop": 2.5e12, "work": "96 gradients"}
     return {
         "model": {"path": "m", "parameters": "12"},
         "data": {"safety": facts},
@@ -96,7 +96,10 @@ def test_check_shows_data_rows_and_the_plan():
     assert "safety  3     1         26.3 (40)         12.0 (2)             2" in lines
     assert "- safety: <user> a «b»" in lines
     assert "warning: few rows" in lines
-    assert any(line.split() == ["collect", "1:30", "1.50", "GB", "–", "96", "gradients"] for line in lines)
+    assert any(
+        line.split() == ["collect", "1:30", "1.50", "GB", "–", "2.5", "TFLOP", "96", "gradients"]
+        for line in lines
+    )
     assert lines[-2:] == [
         "arisk run: about 1:30, peak memory about 1.50 GB",
         "warning: too big",

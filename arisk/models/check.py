@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -70,7 +68,7 @@ def check_task(
         },
         "data": shown,
         "warnings": _warnings(data),
-        "work": _work(config, selected, {name: len(d.rendered) for name, d in data.items()}),
+        "work": _work(config, {name: len(d.rendered) for name, d in data.items()}),
     }
 
 
@@ -103,7 +101,7 @@ def _check_python(task: Task, config: Config) -> dict[str, Any]:
     return {
         "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
         "data": rows,
-        "work": _work(config, selected, rows),
+        "work": _work(config, rows),
     }
 
 
@@ -114,12 +112,10 @@ def _marked(rendered: Rendered, tokenizer: Any) -> str:
     return f"{prompt}«{tokenizer.decode(list(rendered.tokens[start:]))}»".replace("\n", "\\n")
 
 
-def _work(config: Config, selected: int, rows: Mapping[str, int]) -> dict[str, Any]:
-    """Planned work: the disk and memory that grow with the run, and gradients of single rows."""
+def _work(config: Config, rows: Mapping[str, int]) -> dict[str, Any]:
+    """Planned work in gradients of single rows, and the share of the run that a rollout takes."""
     samples, score = rows.get("safety", 0), config.score
     krylov = 12 if score.krylov_dim == "auto" else score.krylov_dim
-    disk = samples * selected * 4 / 1e9
-    directions = (krylov + score.batches + 4) * selected * 4 / 1e9
     batch = config.training.batch_size
     probes = (score.probe_points + 1) * (samples + 2 * score.hvp_batches * batch) * FORWARD
     gradients = {
@@ -129,8 +125,6 @@ def _work(config: Config, selected: int, rows: Mapping[str, int]) -> dict[str, A
         "examples": min(score.examples, rows.get("finetune", score.examples)),
         "virtual move (forward passes, in gradients)": round(probes),
     }
-    free = shutil.disk_usage(_existing_parent(config.run.dir or Path("runs"))).free / 1e9
-    keeps = config.collect.store != "gram" and disk <= min(config.collect.disk_budget_gb, 0.9 * free)
     steps = planned_steps(config.training, rows.get("finetune", 0))
     share = "off"
     if config.rollout.enabled:
@@ -145,11 +139,4 @@ def _work(config: Config, selected: int, rows: Mapping[str, int]) -> dict[str, A
     return {
         "gradients of one row": {**gradients, "sum": planned},
         "rollout": share,
-        "gradient store": f"{disk:.2f} GB on disk" if keeps else "none (gram): disk budget or config",
-        "disk": f"{(disk if keeps else 0) + directions:.2f} GB of {free:.0f} GB free",
     }
-
-
-def _existing_parent(path: Path) -> Path:
-    parents: Sequence[Path] = (path.resolve(), *path.resolve().parents)
-    return next(parent for parent in parents if parent.exists())

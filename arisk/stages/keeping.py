@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arisk.artifacts import read_tensors, write_tensors
+from arisk.artifacts import existing_parent, read_tensors, write_tensors
 from arisk.config import CollectConfig
 from arisk.errors import ConfigError
 from arisk.gradients import GradientStore, ParameterLayout, is_sharded, layout_of
@@ -33,7 +33,7 @@ from arisk.stages.safety_pass import (
     rounded,
 )
 
-__all__ = ["GRADIENTS_FOLDER", "PARTS_FOLDER", "Plan", "measure", "plan_store"]
+__all__ = ["GRADIENTS_FOLDER", "PARTS_FOLDER", "Plan", "measure", "plan_store", "store_for"]
 
 #: Folder of the gradient shards inside the stage's own folder.
 GRADIENTS_FOLDER = "gradients"
@@ -74,16 +74,21 @@ def plan_store(run: SafetyPass, config: CollectConfig, folder: Path) -> Plan:
         ConfigError: `store: gradients`, or what a sharded model needs, does not fit the disk budget.
     """
     entries = held_entries(run)  # A pass of the model, in which every rank may have to take part.
-    return from_first(lambda: _planned(run, config, folder, entries))
+    return from_first(lambda: store_for(run, config, folder, entries))
 
 
-def _planned(run: SafetyPass, config: CollectConfig, folder: Path, entries: Mapping[str, float]) -> Plan:
+def store_for(run: SafetyPass, config: CollectConfig, folder: Path, entries: Mapping[str, float]) -> Plan:
+    """The choice for so many numbers a sample; `folder` is only looked at.
+
+    Raises:
+        ConfigError: as `plan_store`.
+    """
     wide = next(run.task.model.parameters()).dtype == torch.float64
     size = 8 if wide else 4
     held = MARGIN * sum(run.sizes) * sum(entries.values())
-    folder.mkdir(parents=True, exist_ok=True)
     there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-    available = min(config.disk_budget_gb * 1e9, FREE_SHARE * shutil.disk_usage(folder).free + there)
+    free = shutil.disk_usage(existing_parent(folder)).free
+    available = min(config.disk_budget_gb * 1e9, FREE_SHARE * free + there)
     fits_memory = world() == 1 and held * size <= config.memory_budget_gb * 1e9
     dtype = "bfloat16" if config.store_dtype == "bfloat16" else None
     needed = held * (2 if dtype else size)

@@ -1,0 +1,163 @@
+"""Seconds of one pass of each kind, timed on the model and a real batch of each data set.
+
+What a pass costs is measured once it has been warmed up. Work on vectors as long as the selection is timed
+on a sample of its parameters and scaled by their size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from arisk.gradients import (
+    ParameterLayout,
+    batch_invariance,
+    batch_size,
+    choose_engine,
+    layout_of,
+    measuring,
+    move_batch,
+    per_sample_parts,
+)
+from arisk.gradients.factors import Part, dots_of, lightest, tensors_of, with_tensors
+from arisk.gradients.hvp import choose_hvp, hvp
+from arisk.gradients.mean import mean_gradient
+from arisk.gradients.products import parameter_products
+from arisk.stages.overlaps import Permuted
+from arisk.stages.probe import sample_losses
+from arisk.stages.update import first_batches
+from arisk.task import Batch, Task
+
+__all__ = ["calibrate"]
+
+#: Batches and repeats that are timed; a pass longer than this many seconds is timed once.
+TIMED, LONG = 3, 5.0
+#: Parameters on which work with long vectors is timed: as many as have so many entries.
+SAMPLED = 4_000_000
+#: Columns of the two products from which the cost of a product and that of a column are told apart.
+FEW, MANY = 2, 10
+
+
+def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
+    """Seconds by kind of pass.
+
+    Args:
+        task: the model with its data; left as found.
+        engine: the wanted engine for per-sample gradients.
+        hvp_method: the wanted method of Hessian-vector products.
+
+    Returns:
+        For one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`, `products`
+        (of a kept gradient with any number of directions) and `product columns` (for each of them); for
+        one vector: `permutations`; once: `Gram products` of all safety rows, `curvature tests`, `engine`.
+    """
+    layout = layout_of(task.model, task.parameter_names)
+    device = next(task.model.parameters()).device
+    # The middle batch: safety rows are sorted by length.
+    batches = list(task.safety.batches)
+    safety = move_batch(batches[len(batches) // 2], device)
+    training = first_batches(task.finetune, TIMED, device)
+    model, loss, safety_loss = task.model, task.finetune.loss_fn, task.safety.loss_fn
+    with measuring(model, layout):
+        start = time.perf_counter()
+        largest = move_batch(max(batches, key=batch_size), device)
+        choice = choose_engine(model, largest, safety_loss, layout, engine)
+        batch_invariance(model, largest, safety_loss, layout, choice.engine)
+        engine_seconds = time.perf_counter() - start
+        direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
+        start = time.perf_counter()
+        plan = choose_hvp(model, training[:1], loss, layout, direction, hvp_method)
+        hvp_setup = time.perf_counter() - start
+
+        def products() -> None:
+            hvp(model, training[:1], loss, layout, direction, method=plan.method, step=plan.step)
+
+        def nowhere(name: str, parts: Sequence[Part]) -> None:
+            del name
+            lightest(parts)
+
+        def rowwise() -> None:
+            per_sample_parts(model, safety, safety_loss, layout, nowhere, engine=choice.engine)
+
+        def steps() -> None:
+            for batch in training:
+                mean_gradient(model, batch, loss, layout)
+
+        rows = batch_size(safety)
+        return {
+            **_vectors(task, layout, safety, choice.engine),
+            "forward rows": _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows,
+            "gradient rows": _seconds(steps) / sum(batch_size(batch) for batch in training),
+            "single-row gradients": _seconds(rowwise) / rows,
+            "curvature rows": _seconds(products) / batch_size(training[0]),
+            "curvature tests": hvp_setup,
+            "engine": engine_seconds,
+        }
+
+
+def _vectors(task: Task, layout: ParameterLayout, safety: Batch, engine: str) -> dict[str, float]:
+    """Work on vectors (P,): a permutation, and products of a batch's kept gradients with directions."""
+    sample = _sampled(task.model, layout)
+    kept: dict[str, list[Part]] = {}
+
+    def keep(name: str, own: Sequence[Part]) -> None:
+        kept[name] = [with_tensors(part, [t.cpu() for t in tensors_of(part)]) for part in lightest(own)]
+
+    per_sample_parts(task.model, safety, task.safety.loss_fn, sample, keep, engine=engine)
+    share, rows = sample.numel / layout.numel, batch_size(safety)
+    vector = torch.randn(sample.numel, generator=torch.Generator().manual_seed(0))
+
+    def multiplied(columns: int) -> float:
+        directions = vector[:, None].expand(-1, columns).contiguous()
+
+        def work() -> None:
+            for name, parts in kept.items():
+                own = directions[sample.slice_of(name)].reshape(*sample.shape_of(name), -1)
+                dots_of(parts, own.to(tensors_of(parts[0])[-1].dtype))
+
+        return _seconds(work)
+
+    # As many copies of the batch as there are safety rows: the Gram matrix grows with their square.
+    copies = math.ceil(len(task.safety.rows) / rows)
+
+    def gram() -> None:
+        for name, parts in kept.items():
+            parameter_products([parts] * copies, sample.shape_of(name))
+
+    few, many = multiplied(FEW), multiplied(MANY)
+    column = max(0.0, many - few) / (MANY - FEW)
+    permuted = Permuted(vector, sample, 1, 0)
+    return {
+        "Gram products": _seconds(gram) / share,
+        "permutations": _seconds(lambda: permuted.block(slice(0, sample.numel), slice(0, 1))) / share,
+        "products": max(0.0, few - FEW * column) / (share * rows),
+        "product columns": column / (share * rows),
+    }
+
+
+def _sampled(model: nn.Module, layout: ParameterLayout) -> ParameterLayout:
+    """Parameters evenly through the model, of `SAMPLED` entries or little more; all of a small model."""
+    if layout.numel <= SAMPLED:
+        return layout
+    # The largest ones, such as an embedding, would be the whole sample.
+    sizes = [math.prod(shape) for shape in layout.shapes]
+    names = [name for name, size in zip(layout.names, sizes, strict=True) if size <= SAMPLED]
+    stride = max(1, layout.numel // SAMPLED)
+    return layout_of(model, names[::stride] or layout.names[:1])
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Median wall time of some repeats after one that warms up; a long one is its own result."""
+    took: list[float] = []
+    for _ in range(TIMED + 1):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+        if took[0] > LONG:
+            return took[0]
+    return sorted(took[1:])[TIMED // 2]
