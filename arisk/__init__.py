@@ -9,11 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.api import AlignmentRiskPipeline, assess, verify
+    from arisk.api import AlignmentRiskPipeline
+    from arisk.assessment import assess, protect, screen, verify
     from arisk.comparison import Comparison
     from arisk.config import Config
     from arisk.errors import AriskError
     from arisk.guard import AlignGuardConfig, LoRAMitigator
+    from arisk.guarded import GuardResult
     from arisk.peer_results import (
         CurvatureCouplingResult,
         InitialRiskScore,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     )
     from arisk.python_config import FisherConfig, PipelineConfig
     from arisk.risk_report import RiskReport
+    from arisk.screened import ScreenResult
     from arisk.task import LoraPair, SampleSet, Task
     from arisk.verified import VerifyResult
 
@@ -34,6 +37,7 @@ __all__ = [
     "Config",
     "CurvatureCouplingResult",
     "FisherConfig",
+    "GuardResult",
     "InitialRiskScore",
     "LoRAMitigator",
     "LoraPair",
@@ -42,10 +46,13 @@ __all__ = [
     "RiskReport",
     "SafetyForecast",
     "SampleSet",
+    "ScreenResult",
     "SensitivitySubspace",
     "Task",
     "VerifyResult",
     "assess",
+    "protect",
+    "screen",
     "verify",
 ]
 
@@ -57,6 +64,7 @@ _HOME = {
     "Config": "arisk.config",
     "CurvatureCouplingResult": "arisk.peer_results",
     "FisherConfig": "arisk.python_config",
+    "GuardResult": "arisk.guarded",
     "InitialRiskScore": "arisk.peer_results",
     "LoRAMitigator": "arisk.guard.mitigator",
     "LoraPair": "arisk.task",
@@ -65,11 +73,14 @@ _HOME = {
     "RiskReport": "arisk.risk_report",
     "SafetyForecast": "arisk.peer_results",
     "SampleSet": "arisk.task",
+    "ScreenResult": "arisk.screened",
     "SensitivitySubspace": "arisk.peer_results",
     "Task": "arisk.task",
     "VerifyResult": "arisk.verified",
-    "assess": "arisk.api",
-    "verify": "arisk.api",
+    "assess": "arisk.assessment",
+    "protect": "arisk.assessment",
+    "screen": "arisk.assessment",
+    "verify": "arisk.assessment",
 }
 
 

@@ -6,43 +6,28 @@ directory. The caller's model, gradients and random state are left as found.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from arisk.assessment import assess
 from arisk.checked_loss import checked_loss
 from arisk.config import planned_steps
 from arisk.configfile import validate_mapping
 from arisk.errors import ConfigError
-from arisk.geometry.vectors import Scratch
-from arisk.gradients import GradientStore, layout_of
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.loaders import keeping_random_state, kept, taken
 from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters
 from arisk.peer_results import SensitivitySubspace
 from arisk.progress import Progress, silent
 from arisk.python_config import PipelineConfig
-from arisk.results import (
-    CollectResult,
-    SubspaceResult,
-)
+from arisk.results import SubspaceResult
 from arisk.risk_report import RiskReport
-from arisk.stages.collect import GRADIENTS_FOLDER, collect
-from arisk.stages.forecast import forecast
-from arisk.stages.rollout import rollout, skipped_rollout
-from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
-from arisk.stages.score import score
 from arisk.stages.skipped import skipped_records
-from arisk.stages.subspace import subspace
-from arisk.stages.verify import verify as real_run
 from arisk.task import Batch, LossFn, SampleSet, Task
-from arisk.verified import VerifyResult
 
-__all__ = ["AlignmentRiskPipeline", "assess", "verify"]
+__all__ = ["AlignmentRiskPipeline"]
 
 #: Batches of ordinary data read from a loader.
 CONTROL_BATCHES = 64
@@ -229,108 +214,3 @@ class AlignmentRiskPipeline:
         steps = planned_steps(training, 0) if training.epochs is None else 0
         scores = max(self.config.score.batches, self.config.score.hvp_batches)
         return max(scores, steps * training.gradient_accumulation)
-
-
-def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:
-    """Run collect, subspace, score and forecast on a task, in a temporary folder.
-
-    Args:
-        task: the model with its data.
-        config: settings of every stage.
-        progress: told of finished parts.
-    """
-    with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
-        collected = collect(task, config.collect_settings, Path(folder), progress=progress)
-        side, dots, dense = _safety_side(task, config, collected, Path(folder))
-        space = subspace(collected, config.subspace_settings, seed=config.seed, gradients=dense)
-        room = config.collect_settings.memory_budget_gb * 1e9
-        scored = score(
-            task,
-            collected,
-            space,
-            side,
-            config=config.score,
-            training=config.training,
-            seed=config.seed,
-            scratch=Scratch(Path(folder) / "vectors", room),
-            progress=progress,
-        )
-        steps = planned_steps(config.training, len(task.finetune.rows))
-        measured = skipped_rollout("rollout.enabled is off")
-        if config.rollout.enabled:
-            measured = rollout(
-                task, config=config.rollout, training=config.training, steps=steps, progress=progress
-            )
-        result = forecast(
-            scored.record,
-            measured,
-            config=config.forecast,
-            training=config.training,
-            steps=steps,
-            directions=scored.directions,
-            dots=dots,
-            seed=config.seed,
-        )
-        basis = _basis(config, collected, space, side)
-    return RiskReport(collected, space, scored.record, measured, result, basis=basis)
-
-
-def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> VerifyResult:
-    """Really fine-tune as planned and measure safety along the way; the model is put back to the bit.
-
-    `RiskReport.compare` lays the outcome over a forecast.
-
-    Args:
-        task: any torch module with its data and losses; `task.heldout` is measured where it is given,
-            else the safety samples themselves.
-        config: the planned training, and `config.verify`.
-        progress: told of optimizer steps done.
-
-    Raises:
-        AriskError: what is wrong, where, and how to fix it.
-    """
-    return real_run(
-        task,
-        config=config.verify,
-        training=config.training,
-        steps=planned_steps(config.training, len(task.finetune.rows)),
-        seed=config.seed,
-        progress=progress,
-    )
-
-
-def _safety_side(
-    task: Task, config: PipelineConfig, collected: CollectResult, folder: Path
-) -> tuple[SafetySide, Callable[[Tensor], Tensor] | None, Callable[[], Tensor] | None]:
-    """Products with G, their store-only form for the forecast, and dense G where it was stored."""
-    layout = layout_of(task.model, task.parameter_names)
-    settings = config.collect_settings
-    room = settings.memory_budget_gb * 1e9
-    if collected.store == "gram":
-        engine = collected.engine["name"]
-        side = recomputed_side(task, layout, engine, settings.chunk_size, memory=room)
-        return side, side.dots, None
-    side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout, memory=room)
-
-    def dense() -> Tensor:
-        return torch.cat([side.columns(name) for name in layout.names], dim=1)
-
-    return side, side.dots, dense
-
-
-def _basis(
-    config: PipelineConfig, collected: CollectResult, space: SubspaceResult, side: SafetySide
-) -> Tensor | None:
-    """(P, k) b_j = Gᵀu_j/√(Nλ_j), or unit vectors of `diag_topk`; None above the memory budget."""
-    parameters = collected.fisher_diagonal.numel()
-    itemsize = collected.fisher_diagonal.element_size()
-    too_large = parameters * space.rank * itemsize > config.collect_settings.memory_budget_gb * 1e9
-    if collected.store == "gram" or too_large:
-        return None
-    if space.method == "diag_topk":
-        basis = torch.zeros(parameters, space.rank, dtype=collected.fisher_diagonal.dtype)
-        basis[space.coordinates, torch.arange(space.rank)] = 1
-        return basis
-    weights = space.dual_vectors / torch.sqrt(len(space.dual_vectors) * space.eigenvalues)
-    blocks = [side.columns(name).to(torch.float64).T @ weights for name in collected.parameter_names]
-    return torch.cat(blocks).to(collected.fisher_diagonal.dtype)

@@ -28,6 +28,7 @@ from arisk.gradients.factors import Part, dots_of, lightest, tensors_of, with_te
 from arisk.gradients.hvp import choose_hvp, hvp
 from arisk.gradients.mean import mean_gradient
 from arisk.gradients.products import parameter_products
+from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.overlaps import Permuted
 from arisk.stages.probe import sample_losses
 from arisk.stages.update import first_batches
@@ -52,9 +53,10 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
         hvp_method: the wanted method of Hessian-vector products.
 
     Returns:
-        For one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`, `products`
-        (of a kept gradient with any number of directions) and `product columns` (for each of them); for
-        one vector: `permutations`; once: `Gram products` of all safety rows, `curvature tests`, `engine`.
+        For one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`, `output
+        losses` (of given outputs), `products` (of a kept gradient with any number of directions) and
+        `product columns` (for each of them); for one vector: `permutations`; once: `Gram products` of all
+        safety rows, `curvature tests`, `engine`.
     """
     layout = layout_of(task.model, task.parameter_names)
     device = next(task.model.parameters()).device
@@ -88,8 +90,14 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
             for batch in training:
                 mean_gradient(model, batch, loss, layout)
 
-        rows = batch_size(safety)
+        rows, output = batch_size(safety), outputs_of(model, safety, safety_loss)
+
+        def extrapolated() -> None:
+            if output is not None:
+                losses_between(model, safety, safety_loss, output, output, [0.5])
+
         return {
+            "output losses": _seconds(extrapolated) / rows,
             **_vectors(task, layout, safety, choice.engine),
             "forward rows": _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows,
             "gradient rows": _seconds(steps) / sum(batch_size(batch) for batch in training),

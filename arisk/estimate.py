@@ -8,7 +8,6 @@ bootstrap, page) is a rule of thumb. `just bench check` lays it beside real runs
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,21 @@ from arisk.workload import kept_gradients, operations, passes, said, sizes
 __all__ = ["estimate"]
 
 #: Seconds of the stages that run no model, for the default settings.
-FIXED = {"subspace": 0.1, "forecast": 0.8, "report": 0.1}
+FIXED = {"subspace": 0.1, "forecast": 1.2, "report": 2.5}
 #: Bootstrap draws to which the fixed seconds of the forecast belong.
 DRAWS = 400
 
 
-def estimate(config: Config, run_dir: Path, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+def estimate(
+    config: Config, run_dir: Path, kept: dict[str, Any] | None = None, *, loading: float = 0.0
+) -> dict[str, Any]:
     """Time, memory and disk of every stage, from a short calibration on the model itself.
 
     Args:
         config: the resolved config.
         run_dir: where the run would live; nothing is written there.
         kept: models loaded before, see `load_task`.
+        loading: seconds that loading the model and the data took.
 
     Returns:
         `stages` (by name: `seconds`, `memory_gb` as peak resident memory of the process up to there,
@@ -46,7 +48,6 @@ def estimate(config: Config, run_dir: Path, kept: dict[str, Any] | None = None) 
     """
     job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
-    loading = time.process_time()
     loaded = peak_memory() or 0.0
     timed = calibrate(task, config.collect.engine, config.score.hvp)
     store = kept_gradients(task, config, run_dir)

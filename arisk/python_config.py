@@ -17,12 +17,14 @@ from typing_extensions import Self
 from arisk.config import TrainingConfig, VerifyConfig
 from arisk.errors import ConfigError
 from arisk.problems import config_error
+from arisk.protection import GuardSettings
 from arisk.sections import (
     CollectConfig,
     ForecastConfig,
     PositiveInt,
     RolloutConfig,
     ScoreConfig,
+    ScreenConfig,
     Section,
     SubspaceConfig,
 )
@@ -146,6 +148,14 @@ class _Verify(VerifyConfig, PythonSection):
     __doc__ = VerifyConfig.__doc__
 
 
+class _Screen(ScreenConfig, PythonSection):
+    __doc__ = ScreenConfig.__doc__
+
+
+class _Guard(GuardSettings, PythonSection):
+    __doc__ = GuardSettings.__doc__
+
+
 class FisherConfig(PythonSection):
     """The safety Fisher matrix under the peer package's names; what is set here wins."""
 
@@ -195,6 +205,10 @@ class PipelineConfig(PythonSection):
     """From artifacts to a verdict."""
     verify: Annotated[_Verify, BeforeValidator(_as_mapping)] = Field(default_factory=_Verify)
     """The check of the forecast by a real fine-tune."""
+    screen: Annotated[_Screen, BeforeValidator(_as_mapping)] = Field(default_factory=_Screen)
+    """Which fine-tuning rows push towards harm (`arisk.screen`)."""
+    guard: Annotated[_Guard, BeforeValidator(_as_mapping)] = Field(default_factory=_Guard)
+    """The planned fine-tune with and without protection (`arisk.protect`)."""
 
     @model_validator(mode="after")
     def _loaders_hold_the_data(self) -> Self:

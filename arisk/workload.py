@@ -19,6 +19,8 @@ from arisk.gradients import batch_size, layout_of, measuring, move_batch
 from arisk.progress import silent
 from arisk.stages.keeping import Plan, store_for
 from arisk.stages.overlaps import PERMUTATION_CHUNK
+from arisk.stages.rare import SCORED_SHARE
+from arisk.stages.rollout import SCALES
 from arisk.stages.safety_pass import SafetyPass, held_entries
 from arisk.stages.verify import measured_steps
 from arisk.task import Task
@@ -27,6 +29,8 @@ __all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "said", "s
 
 #: Krylov steps of the automatic choice.
 KRYLOV = 12
+#: Doublings, about, until a virtual move has gone far enough.
+REACHING = 12
 #: Copies of the selected parameters beside the model: in a rollout (θ*, gradient, two moments, the anchor,
 #: direction, mean and square of a block, the leap), in a plain run, and in the update of stage score.
 COPIES, COPIES_OF_A_RUN, UPDATE = 9, 4, 8
@@ -96,6 +100,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
     steps = planned_steps(config.training, finetune)
     per_step = batch * config.training.gradient_accumulation
     probe = (score.probe_points + 1) if score.probe_points else 0
+    reaching = REACHING * (min(safety, config.collect.chunk_size) + batch) if probe else 0
     probed = safety + score.hvp_batches * batch * (2 if control else 1)
     examples = min(score.examples, finetune)
     reads, columns = _products(task, config)
@@ -106,7 +111,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
             "curvature rows": _krylov(config) * score.hvp_batches * batch,
             "curvature tests": 1,
             "single-row gradients": examples,
-            "forward rows": probe * probed,
+            "forward rows": probe * probed + reaching,
             "products": safety * reads + examples,
             "product columns": safety * columns,
             "permutations": score.nulls,
@@ -118,8 +123,15 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
     if config.rollout.enabled:
         rolled, measurements = rollout_cost(steps, config.rollout)
         measured = min(safety, config.rollout.eval_samples or safety)
-        measured += min(control, config.rollout.control_samples)
-        counts["rollout"] = {"gradient rows": rolled * per_step, "forward rows": measurements * measured}
+        both = measured + min(control, config.rollout.control_samples)
+        counts["rollout"] = {
+            "gradient rows": rolled * per_step,
+            "forward rows": measurements * both
+            + 2 * measured
+            + measurements * per_step  # The loss before a leap.
+            + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
+            "output losses": len(SCALES) * measured,
+        }
     reach = min(config.verify.steps or steps, steps)
     held = len(task.heldout.rows) if task.heldout else safety
     looked = held + min(control, config.verify.control_samples)

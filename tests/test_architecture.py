@@ -62,6 +62,7 @@ RANKS = {
     "risk_report": 5,
     "acting": 6.5,
     "runners": 7,
+    "assessment": 5.5,
     "api": 6,
     "pipeline": 8,
     "status": 8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,8 +169,10 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
     loaded = load_config(config, overrides or [])
     kept: dict[str, Any] = {}
+    started = time.perf_counter()
     report = check_task(loaded, device=device_of(loaded.run.device), kept=kept)
-    report["plan"] = estimate(loaded, run_directory(loaded, config, None), kept)
+    loading = time.perf_counter() - started
+    report["plan"] = estimate(loaded, run_directory(loaded, config, None), kept, loading=loading)
     typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import arisk
+from arisk import PipelineConfig
 from arisk.config import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.errors import ConfigError
 from arisk.guarded import NEVER_BEGUN, choose, drift_share, ending, guard_summary
@@ -272,3 +274,11 @@ def test_terms_and_gradient_norms_are_recorded():
     assert arm.terms["fisher"][-1] > 0
     assert arm.terms["geodesic"][-1] == pytest.approx(0, abs=1e-12)
     assert "geodesic term is zero" in arm.note
+
+
+def test_protect_from_python_is_the_stage():
+    settings = {"methods": ["plain", "replay"], "calibration_steps": 3}
+    config = PipelineConfig(training={**RECIPE, "max_steps": STEPS}, guard=settings, seed=3)
+    made = arisk.protect(task_of(), config)
+    assert [arm.method for arm in made.arms][:2] == ["plain", "replay"]
+    assert timeless(made) == timeless(run(methods=["plain", "replay"]))

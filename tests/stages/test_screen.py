@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import arisk
+from arisk import PipelineConfig
 from arisk.artifacts import read_record, write_record
 from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
-from arisk.errors import InputError, NumericsError
+from arisk.errors import ConfigError, InputError, NumericsError
 from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
@@ -355,3 +357,18 @@ def test_a_product_beyond_the_numbers_names_its_row():
     group = RowGroup([4, 7, 9], batch)
     with measuring(model, layout), pytest.raises(NumericsError, match="row 7 overflows"):
         row_products(model, group, steep, layout, torch.ones(1, 1), engine="hooks")
+
+
+def test_screen_from_python_is_the_stage_with_its_what_if():
+    task = task_of()
+    settings = {"optimizer": "adamw", "learning_rate": 0.02, "batch_size": 4, "max_steps": STEPS}
+    config = PipelineConfig(training=settings, screen={"drop": 0.2, "points": "start"})
+    made = arisk.screen(task, config)
+    same = screen(task, config=config.screen, training=config.training, steps=STEPS)
+    assert torch.equal(made.scores, same.scores)
+    assert made.flagged == same.flagged == made.order[:6]
+    assert made.what_if["status"] == "measured"
+    config.screen.what_if = False
+    assert arisk.screen(task, config).what_if["status"] == "not_measured"
+    with pytest.raises(ConfigError, match="drop"):
+        config.screen.drop = 2.0
