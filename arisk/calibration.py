@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from arisk.display import peak_memory
 from arisk.gradients import (
     ParameterLayout,
     batch_invariance,
@@ -34,7 +36,7 @@ from arisk.stages.probe import sample_losses
 from arisk.stages.update import first_batches
 from arisk.task import Batch, Task
 
-__all__ = ["calibrate"]
+__all__ = ["Calibration", "calibrate"]
 
 #: Batches and repeats that are timed; a pass longer than this many seconds is timed once.
 TIMED, LONG = 3, 5.0
@@ -44,19 +46,30 @@ SAMPLED = 4_000_000
 FEW, MANY = 2, 10
 
 
-def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
-    """Seconds by kind of pass.
+@dataclass(frozen=True)
+class Calibration:
+    """What was timed.
+
+    Attributes:
+        seconds: for one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`,
+            `output losses` (of given outputs), `products` (of a kept gradient with any number of
+            directions) and `product columns` (for each of them); for one vector: `permutations`; once:
+            `Gram products` of all safety rows, `curvature tests`, `engine`.
+        memory: peak resident memory of the process (GB) after mean `gradients`, after those `per sample`,
+            and after `curvature`.
+    """
+
+    seconds: dict[str, float]
+    memory: dict[str, float]
+
+
+def calibrate(task: Task, engine: str, hvp_method: Any) -> Calibration:
+    """Time every kind of pass.
 
     Args:
         task: the model with its data; left as found.
         engine: the wanted engine for per-sample gradients.
         hvp_method: the wanted method of Hessian-vector products.
-
-    Returns:
-        For one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`, `output
-        losses` (of given outputs), `products` (of a kept gradient with any number of directions) and
-        `product columns` (for each of them); for one vector: `permutations`; once: `Gram products` of all
-        safety rows, `curvature tests`, `engine`.
     """
     layout = layout_of(task.model, task.parameter_names)
     device = next(task.model.parameters()).device
@@ -65,19 +78,20 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
     safety = move_batch(batches[len(batches) // 2], device)
     training = first_batches(task.finetune, TIMED, device)
     model, loss, safety_loss = task.model, task.finetune.loss_fn, task.safety.loss_fn
+    rows, step_rows = batch_size(safety), sum(batch_size(batch) for batch in training)
+    made: dict[str, float] = {}
+    memory: dict[str, float] = {}
     with measuring(model, layout):
+        # In the order of their memory, whose peak stays.
+        made["forward rows"] = _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows
+        made["output losses"] = _output_losses(task, safety) / rows
+        made["gradient rows"] = _seconds(lambda: _gradients(task, layout, training)) / step_rows
+        memory["gradients"] = peak_memory() or 0.0
         start = time.perf_counter()
         largest = move_batch(max(batches, key=batch_size), device)
         choice = choose_engine(model, largest, safety_loss, layout, engine)
         batch_invariance(model, largest, safety_loss, layout, choice.engine)
-        engine_seconds = time.perf_counter() - start
-        direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
-        start = time.perf_counter()
-        plan = choose_hvp(model, training[:1], loss, layout, direction, hvp_method)
-        hvp_setup = time.perf_counter() - start
-
-        def products() -> None:
-            hvp(model, training[:1], loss, layout, direction, method=plan.method, step=plan.step)
+        made["engine"] = time.perf_counter() - start
 
         def nowhere(name: str, parts: Sequence[Part]) -> None:
             del name
@@ -86,26 +100,33 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> dict[str, float]:
         def rowwise() -> None:
             per_sample_parts(model, safety, safety_loss, layout, nowhere, engine=choice.engine)
 
-        def steps() -> None:
-            for batch in training:
-                mean_gradient(model, batch, loss, layout)
+        made["single-row gradients"] = _seconds(rowwise) / rows
+        made |= _vectors(task, layout, safety, choice.engine)
+        memory["per sample"] = peak_memory() or 0.0
+        direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
+        start = time.perf_counter()
+        plan = choose_hvp(model, training[:1], loss, layout, direction, hvp_method)
+        made["curvature tests"] = time.perf_counter() - start
 
-        rows, output = batch_size(safety), outputs_of(model, safety, safety_loss)
+        def products() -> None:
+            hvp(model, training[:1], loss, layout, direction, method=plan.method, step=plan.step)
 
-        def extrapolated() -> None:
-            if output is not None:
-                losses_between(model, safety, safety_loss, output, output, [0.5])
+        made["curvature rows"] = _seconds(products) / batch_size(training[0])
+        memory["curvature"] = peak_memory() or 0.0
+    return Calibration(made, memory)
 
-        return {
-            "output losses": _seconds(extrapolated) / rows,
-            **_vectors(task, layout, safety, choice.engine),
-            "forward rows": _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows,
-            "gradient rows": _seconds(steps) / sum(batch_size(batch) for batch in training),
-            "single-row gradients": _seconds(rowwise) / rows,
-            "curvature rows": _seconds(products) / batch_size(training[0]),
-            "curvature tests": hvp_setup,
-            "engine": engine_seconds,
-        }
+
+def _gradients(task: Task, layout: ParameterLayout, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        mean_gradient(task.model, batch, task.finetune.loss_fn, layout)
+
+
+def _output_losses(task: Task, safety: Batch) -> float:
+    """Seconds of the batch's losses at given outputs; 0 where the loss has none to extrapolate."""
+    output = outputs_of(task.model, safety, task.safety.loss_fn)
+    if output is None:
+        return 0.0
+    return _seconds(lambda: losses_between(task.model, safety, task.safety.loss_fn, output, output, [0.5]))
 
 
 def _vectors(task: Task, layout: ParameterLayout, safety: Batch, engine: str) -> dict[str, float]:

@@ -17,14 +17,18 @@ from arisk.config import Config
 from arisk.display import StageDisplay, peak_memory
 from arisk.job import Job
 from arisk.rundir import RunDir
-from arisk.workload import kept_gradients, operations, passes, said, sizes
+from arisk.workload import kept_gradients, operations, passes, path_operations, said, sizes
 
 __all__ = ["estimate"]
 
 #: Seconds of the stages that run no model, for the default settings.
-FIXED = {"subspace": 0.1, "forecast": 1.2, "report": 2.5}
+FIXED = {"subspace": 0.1, "forecast": 0.9, "report": 2.5}
 #: Bootstrap draws to which the fixed seconds of the forecast belong.
 DRAWS = 400
+#: Seconds to write, digest and sync a gigabyte of gradients.
+WRITING = 2.0
+#: Multiplications a second of the recursion over optimizer steps, which is bound by memory.
+RATE = 5e9
 
 
 def estimate(
@@ -48,19 +52,20 @@ def estimate(
     """
     job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
-    loaded = peak_memory() or 0.0
     timed = calibrate(task, config.collect.engine, config.score.hvp)
     store = kept_gradients(task, config, run_dir)
     counts = passes(task, config, store)
     seconds = {
-        stage: sum(count * timed[kind] for kind, count in own.items()) for stage, own in counts.items()
+        stage: sum(count * timed.seconds[kind] for kind, count in own.items())
+        for stage, own in counts.items()
     }
-    seconds["collect"] += loading + timed["engine"]
+    seconds["collect"] += loading + timed.seconds["engine"] + WRITING * store.kept
     seconds["verify"] += loading
     for stage, fixed in FIXED.items():
         scale = config.forecast.bootstrap_samples / DRAWS if stage == "forecast" else 1.0
         seconds[stage] = fixed * scale
-    memory, disk = sizes(task, config, max(loaded, peak_memory() or 0.0), store)
+    seconds["forecast"] += path_operations(task, config) / RATE
+    memory, disk = sizes(task, config, timed.memory, store)
     order = ("collect", "subspace", "score", "rollout", "forecast", "report", "verify")
     stages = {
         stage: {

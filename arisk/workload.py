@@ -19,13 +19,14 @@ from arisk.gradients import batch_size, layout_of, measuring, move_batch
 from arisk.progress import silent
 from arisk.stages.keeping import Plan, store_for
 from arisk.stages.overlaps import PERMUTATION_CHUNK
+from arisk.stages.plan_path import PATH_BUDGET
 from arisk.stages.rare import SCORED_SHARE
 from arisk.stages.rollout import SCALES
 from arisk.stages.safety_pass import SafetyPass, held_entries
 from arisk.stages.verify import measured_steps
 from arisk.task import Task
 
-__all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "said", "sizes"]
+__all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "path_operations", "said", "sizes"]
 
 #: Krylov steps of the automatic choice.
 KRYLOV = 12
@@ -33,7 +34,7 @@ KRYLOV = 12
 REACHING = 12
 #: Copies of the selected parameters beside the model: in a rollout (θ*, gradient, two moments, the anchor,
 #: direction, mean and square of a block, the leap), in a plain run, and in the update of stage score.
-COPIES, COPIES_OF_A_RUN, UPDATE = 9, 4, 8
+COPIES, COPIES_OF_A_RUN, UPDATE = 9, 4, 4
 #: Forward passes in a pass of each kind, by floating-point operations: a backward pass counts as two.
 FORWARDS = {"forward rows": 1, "gradient rows": 3, "single-row gradients": 3, "curvature rows": 6}
 
@@ -103,7 +104,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
     reaching = REACHING * (min(safety, config.collect.chunk_size) + batch) if probe else 0
     probed = safety + score.hvp_batches * batch * (2 if control else 1)
     examples = min(score.examples, finetune)
-    reads, columns = _products(task, config)
+    reads, columns = _products(task, config, store)
     counts: dict[str, dict[str, float]] = {
         "collect": {"single-row gradients": safety, "Gram products": 1},
         "score": {
@@ -167,15 +168,33 @@ def operations(task: Task, own: Mapping[str, float]) -> float | None:
     return float(total)
 
 
-def _products(task: Task, config: Config) -> tuple[int, int]:
-    """Passes over all safety gradients in stage score, and the directions they are multiplied with."""
+def path_operations(task: Task, config: Config) -> float:
+    """Multiplications of the exact recursion of stage forecast; 0 where it is too long and left out."""
+    training = config.training
+    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
+    count = _numel(task) * planned_steps(training, len(task.finetune.rows)) * (4 * _krylov(config) + 20)
+    return 0.0 if plain or count > PATH_BUDGET else float(count)
+
+
+def _products(task: Task, config: Config, store: KeptGradients) -> tuple[float, int]:
+    """Passes over all safety gradients in stage score, and the directions they are multiplied with.
+
+    Stored gradients are read once for every group of directions of a parameter that fits in memory; those
+    that are made anew, once for every group of whole directions.
+    """
     score, budget = config.score, config.collect.memory_budget_gb * 1e9
     chunks, rest = divmod(score.nulls, PERMUTATION_CHUNK)
-    batches = [score.batches, _krylov(config), *[PERMUTATION_CHUNK] * chunks, *([rest] if rest else [])]
+    several = [score.batches, _krylov(config), *[PERMUTATION_CHUNK] * chunks, *([rest] if rest else [])]
     single = 3 if task.control else 2  # The update, the pull of its c-vector, the control's update.
-    numel = _numel(task)
-    reads = sum(sum(1 for _ in column_groups(numel, count, budget)) for count in batches)
-    return single + reads, single + sum(batches)
+    layout = layout_of(task.model, task.parameter_names)
+    whole = store.plan is not None and store.plan.store == "gram"
+    blocks = [layout.numel] if whole else [math.prod(shape) for shape in layout.shapes]
+    reads = sum(
+        size / layout.numel * sum(1 for _ in column_groups(size, count, budget))
+        for count in several
+        for size in blocks
+    )
+    return single + reads, single + sum(several)
 
 
 def _numel(task: Task) -> int:
@@ -183,14 +202,14 @@ def _numel(task: Task) -> int:
 
 
 def sizes(
-    task: Task, config: Config, seen: float, store: KeptGradients
+    task: Task, config: Config, seen: Mapping[str, float], store: KeptGradients
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Peak memory and disk of every stage in GB.
 
     Args:
         task: the model with its data.
         config: the resolved config.
-        seen: peak memory of this process (GB), whose calibration has seen the activations.
+        seen: peak memory of this process (GB) by kind of pass, which has seen the activations.
         store: what collect will keep.
     """
     vector, budget = _numel(task) * 4 / 1e9, config.collect.memory_budget_gb
@@ -201,17 +220,14 @@ def sizes(
         inside += size if inside + size <= budget else 0.0
     spilled = sum(stacks) - inside
     directions = 0.0 if spilled else (_krylov(config) + 3) * vector
-    score = seen + UPDATE * vector + inside + min(budget, 2 * vector * PERMUTATION_CHUNK)
-    rollout = seen + COPIES * vector
-    local = seen + max(block, 2 * directions)
     memory = {
-        "collect": seen + block,
-        "subspace": seen,
-        "score": score,
-        "rollout": rollout if config.rollout.enabled else seen,
-        "forecast": local,
-        "report": seen,
-        "verify": seen + COPIES_OF_A_RUN * vector,
+        "collect": seen["per sample"] + block,
+        "subspace": seen["gradients"],
+        "score": seen["curvature"] + UPDATE * vector + inside + min(budget, 2 * vector * PERMUTATION_CHUNK),
+        "rollout": seen["gradients"] + (COPIES * vector if config.rollout.enabled else 0.0),
+        "forecast": seen["gradients"] + 2 * directions,
+        "report": seen["gradients"],
+        "verify": seen["gradients"] + COPIES_OF_A_RUN * vector,
     }
     # A run is one process, whose peak stays.
     peak = 0.0

@@ -1,4 +1,7 @@
-"""What `arisk check` predicts beside what `arisk run` and `arisk verify` then take, on the demo."""
+"""What `arisk check` predicts beside what `arisk run` then takes: both modes of the demo, or given configs.
+
+`python -m tests.bench check`, or `python -m tests.bench check my.yaml` for a config of one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from arisk.configfile import dump_config
 from arisk.demo import demo_config
@@ -16,15 +19,22 @@ from tests.bench.measure import print_table
 
 
 def main() -> None:
-    """Both modes of the demo; ratios predicted / measured, a table each."""
-    for mode in ("lora", "full"):
+    """Ratios predicted / measured, a table each."""
+    given = [argument for argument in sys.argv if argument.endswith((".yaml", ".yml"))]
+    for path in given:
         with tempfile.TemporaryDirectory() as name:
-            _compared(mode, Path(name))
+            _compared(path, Path(path), Path(name))
+    if given:
+        return
+    modes: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    for mode in modes:
+        with tempfile.TemporaryDirectory() as name:
+            config = Path(name) / "demo.yaml"
+            config.write_text(dump_config(demo_config(mode)), encoding="utf-8")
+            _compared(f"demo ({mode})", config, Path(name))
 
 
-def _compared(mode: Any, folder: Path) -> None:
-    config = folder / "demo.yaml"
-    config.write_text(dump_config(demo_config(mode)), encoding="utf-8")
+def _compared(title: str, config: Path, folder: Path) -> None:
     plan = json.loads(_arisk("check", str(config), "--json")[0])["plan"]
     run = str(folder / "run")
     _, peak = _arisk("run", str(config), "--run-dir", run, "-q")
@@ -41,7 +51,7 @@ def _compared(mode: Any, folder: Path) -> None:
             [stage, f"{cost['seconds']:.1f} s", f"{took:.1f} s", f"{cost['seconds'] / max(took, 1e-3):.2f}"]
         )
     rows.append(["whole run", f"{plan['seconds']:.1f} s", f"{total:.1f} s", f"{plan['seconds'] / total:.2f}"])
-    print_table(f"arisk check beside arisk run, demo ({mode})", ["", "predicted", "measured", "ratio"], rows)
+    print_table(f"arisk check beside arisk run, {title}", ["", "predicted", "measured", "ratio"], rows)
 
 
 def _arisk(*arguments: str) -> tuple[str, float]:
