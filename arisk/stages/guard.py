@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from arisk.artifacts import read_record, write_record
-from arisk.config import GuardConfig, TrainingConfig
+from arisk.config import TrainingConfig
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
 from arisk.guarded import Arm, GuardResult
 from arisk.progress import Progress, silent
+from arisk.protection import GuardSettings
 from arisk.stages.guard_arm import ArmRun
 from arisk.stages.guard_methods import Plan, arm_names
 from arisk.stages.guard_task import TaskRows, task_rows
@@ -27,7 +28,7 @@ __all__ = ["guard"]
 def guard(
     task: Task,
     *,
-    config: GuardConfig,
+    config: GuardSettings,
     training: TrainingConfig,
     steps: int,
     seed: int = 0,

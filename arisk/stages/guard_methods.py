@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.config import GuardConfig
 from arisk.errors import ConfigError, NumericsError
 from arisk.gradients import ParameterLayout
 from arisk.guard import (
@@ -35,6 +34,7 @@ from arisk.guard import (
     without_conflict,
 )
 from arisk.models.sampled import tempered
+from arisk.protection import GuardSettings
 from arisk.stages.guard_gradients import Terms, add_gradients, calibrated, gradients_of, put_gradients
 from arisk.stages.planned_run import PlannedRun, Protect
 from arisk.task import Task
@@ -63,7 +63,7 @@ class Plan:
     task: Task
     layout: ParameterLayout
     fresh: Callable[[], PlannedRun]
-    config: GuardConfig
+    config: GuardSettings
     norm_steps: frozenset[int]
     seed: int
 
@@ -102,7 +102,7 @@ class Protection:
     correct: Protect | None = None
 
 
-def arm_names(config: GuardConfig) -> list[ArmName]:
+def arm_names(config: GuardSettings) -> list[ArmName]:
     """Every arm in order."""
     arms: list[ArmName] = []
     for method in config.methods:
