@@ -157,6 +157,9 @@ def blocks_of(
     rows, width = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape), 1)
     fitting = BLOCK_ENTRIES // max(1, samples * width)
     step = max(1, min(rows, max(fitting, min(BLOCK_ROWS, 2 * fitting))))
+    # As many blocks for every process: a parameter has few, and the last process would wait for the first.
+    count = math.ceil(math.ceil(rows / step) / share[1]) * share[1]
+    step = math.ceil(rows / count)
     buffer = like.new_empty(samples, step, width)
     writers = _writers(batches)
     for start in range(share[0] * step, rows, share[1] * step):

@@ -40,9 +40,9 @@ BENCHES = {
 
 
 def _is_option(text: str, given: list[str]) -> bool:
-    """Whether an argument is an option, or stands behind one that takes a value."""
+    """Whether an argument is an option, stands behind one that takes a value, or is a config."""
     before = given[given.index(text) - 1] if given.index(text) else ""
-    return text.startswith("--") or before in ("--sizes", "--samples")
+    return text.startswith("--") or text.endswith((".yaml", ".yml")) or before in ("--sizes", "--samples")
 
 
 def main() -> None:

@@ -1,32 +1,40 @@
 """Stage collect by one and by two processes on one machine: wall time, three rounds in turn.
 
-A fixed task (5M parameters, full, N = 128 rows of real length) by `python -m arisk` with one thread, the
-same with two threads, and `torchrun` with two processes of one thread. Wall times are those of the stage
-itself, which its manifest holds: starting and loading are not in them. They mean nothing while something
-else runs; the CPU time of all processes, starting included, is beside them.
+A fixed task (5M parameters, full, N = 128 rows of real length) by one process with one thread, the same with
+two threads, and `torchrun` with two processes of one thread. Wall times are those of the stage alone, taken
+once every process has loaded its model. They mean nothing while something else runs; the CPU time of all
+processes, starting included, is beside them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from tests.bench.growth import SETTINGS
+from arisk.config import CollectConfig
+from arisk.ranks import barrier, is_first, join
+from arisk.stages.collect import collect
+from tests.bench.growth_task import make
 from tests.bench.measure import print_table
 
 ROUNDS = 3
 CASE = "5M full 128"
 WAYS = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes": (2, 1)}
+#: Set for the processes that are measured: the store.
+MEASURED = "ARISK_BENCH_STORE"
 
 
 def main() -> None:
     """Print the medians and their ratios."""
+    if MEASURED in os.environ:
+        _measured(os.environ[MEASURED], Path(sys.argv[-1]))
+        return
     rows: list[list[str]] = []
     busy = f"load average before: {os.getloadavg()[0]:.1f}"
     for store in ("gradients", "gram"):
@@ -52,16 +60,28 @@ def main() -> None:
 
 
 def _seconds(store: str, count: int, threads: int) -> float:
-    """Wall time of the stage."""
+    """Wall time of the stage, as the first process measures it."""
     env = {**os.environ, "ARISK_BENCH_CASE": CASE, "OMP_NUM_THREADS": str(threads)}
-    env["ARISK_BENCH_THREADS"] = str(threads)
+    env |= {"ARISK_BENCH_THREADS": str(threads), MEASURED: store}
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "processes.yaml"
-        text = SETTINGS.format(disk=20).replace("threads: 1", f"threads: {threads * count}")
-        config.write_text(text, encoding="utf-8")
-        several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-        command = [sys.executable, "-m", *(several if count > 1 else []), "arisk", "collect", str(config)]
-        command += ["--run-dir", f"{folder}/run", "-q", "--set", f"collect.store={store}"]
-        subprocess.run(command, env=env, check=True, capture_output=True)
-        manifest = Path(folder) / "run" / "collect" / "manifest.json"
-        return json.loads(manifest.read_text(encoding="utf-8"))["seconds"]
+        command = [sys.executable, "-m", *(several if count > 1 else []), "tests.bench.processes", folder]
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _measured(store: str, folder: Path) -> None:
+    """Run the stage in this process, with the others that torchrun started."""
+    join()
+    task = make()
+    settings = CollectConfig.model_validate({"store": store})
+    barrier()
+    started = time.perf_counter()
+    collect(task, settings, folder)
+    barrier()
+    if is_first():
+        print(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
