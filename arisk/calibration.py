@@ -29,8 +29,8 @@ from arisk.gradients import (
 from arisk.gradients.factors import Part, dots_of, lightest, tensors_of, with_tensors
 from arisk.gradients.hvp import choose_hvp, hvp
 from arisk.gradients.mean import mean_gradient
+from arisk.gradients.outputs import losses_between, outputs_of
 from arisk.gradients.products import parameter_products
-from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.overlaps import Permuted
 from arisk.stages.probe import sample_losses
 from arisk.stages.update import first_batches

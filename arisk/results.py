@@ -164,7 +164,7 @@ class ScoreResult:
         c_update: (N,) G u. c_batches: (N, B) G D g_b negated, one column per batch.
         c_krylov: (N, J) G D^½ Q.  krylov_t: (J, J) T = Qᵀ D^½ H D^½ Q.
         krylov_beta: ‖D^½ g‖, so that D^½ g = beta · q₁; krylov_residual: the last off-diagonal.
-        hvp_method: "autograd" or "finite_difference"; hvp_error: its relative error by Richardson
+        hvp_method: "autograd", "finite_difference" or "ggn"; hvp_error: its relative error by Richardson
             extrapolation (or symmetry check), None when not measured.
         module_first_order: (L,) ⟨ḡ_s, u⟩ by module. module_second_order: (L,) ⟨F u, u⟩ by module,
             adding up to uᵀFu.

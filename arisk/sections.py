@@ -84,8 +84,8 @@ class ScoreConfig(Section):
     """Batches in each Hessian-vector product."""
     krylov_dim: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
     """Lanczos steps of the local model; auto: P when P <= 64, else 12."""
-    hvp: Literal["auto", "autograd", "finite_difference"] = "auto"
-    """auto: double backward where the model allows it, else central differences."""
+    hvp: Literal["auto", "autograd", "finite_difference", "ggn"] = "auto"
+    """auto: double backward where the model allows it, else central differences; ggn: Gauss-Newton."""
     nulls: Annotated[int, Field(ge=0)] = 99
     """Permutations of the update for the overlap's p-value; its floor is 1 / (nulls + 1)."""
     examples: Annotated[int, Field(ge=0)] = 64

@@ -19,11 +19,11 @@ from arisk.errors import NumericsError
 from arisk.geometry.schedule import learning_rates
 from arisk.geometry.segments import planned_points
 from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
+from arisk.gradients.outputs import losses_between, outputs_of
 from arisk.progress import Progress, silent
 from arisk.ranks import barrier, gathered, is_first, share, world
 from arisk.results import RolloutResult
 from arisk.stages.leap import Block, Leaper
-from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.planned_run import PlannedRun, keeping_parameters, put
 from arisk.stages.probe import sample_losses
 from arisk.stages.rare import RareRows

@@ -112,3 +112,94 @@ def test_mean_gradient_refuses_nan():
     layout = layout_of(model, names)
     with measuring(model, layout), pytest.raises(NumericsError, match="nan"):
         mean_gradient(model, (batch[0] * float("nan"), batch[1]), loss_fn, layout)
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+
+
+def classify(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def points(count=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(count, 4, dtype=torch.float64, generator=generator).to(dtype)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+def test_gauss_newton_against_the_dense_matrix():
+    model, batch = net(), points()
+    layout = layout_of(model, [name for name, _ in model.named_parameters()])
+    vector = torch.randn(layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = torch.zeros(layout.numel, layout.numel, dtype=torch.float64)
+    probabilities = model(batch[0]).softmax(1).detach()
+    for row, p in zip(model(batch[0]), probabilities, strict=True):
+        jacobian = torch.stack(
+            [
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(z, model.parameters(), retain_graph=True)]
+                )
+                for z in row
+            ]
+        )
+        dense += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(batch[0])
+    with measuring(model, layout):
+        plan = choose_hvp(model, [batch], classify, layout, vector, "ggn")
+        found = hvp(model, [batch, batch], classify, layout, vector, method="ggn", step=plan.step)
+    assert plan.method == "ggn"
+    assert float((found - dense @ vector).norm() / (dense @ vector).norm()) < 1e-5
+    assert plan.error < 1e-3
+    assert float(vector @ found) > 0
+
+
+def test_gauss_newton_of_a_language_model_is_not_negative():
+    model, batch, loss_fn, names, _ = cases.case("llama")
+    layout = layout_of(model, names)
+    with measuring(model, layout):
+        for seed in range(3):
+            v = torch.randn(layout.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            assert float(v @ hvp(model, [batch], loss_fn, layout, v, method="ggn")) >= 0
+
+
+def test_gauss_newton_needs_logits():
+    model, batch = net(), points()
+    layout = layout_of(model, ["0.weight"])
+
+    def twice(m, b):
+        return classify(m, b) + classify(m, b)
+
+    v = torch.ones(layout.numel, dtype=torch.float64)
+    with measuring(model, layout), pytest.raises(ConfigError, match="logits"):
+        choose_hvp(model, [batch], twice, layout, v, "ggn")
+
+
+@pytest.mark.parametrize("method", ["finite_difference", "ggn"])
+def test_a_narrow_model_is_differenced_in_float32(method):
+    narrow, wide = net().to(torch.bfloat16), net().to(torch.bfloat16).float()
+    narrow.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16))
+    before = {name: t.clone() for name, t in narrow.state_dict().items()}
+    layout = layout_of(narrow, [name for name, _ in narrow.named_parameters()])
+    v = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0))
+    with measuring(narrow, layout):
+        ours = hvp(narrow, [points(dtype=torch.bfloat16)], classify, layout, v, method=method)
+    with measuring(wide, layout):
+        batch = points(dtype=torch.bfloat16)
+        theirs = hvp(wide, [(batch[0].float(), batch[1])], classify, layout, v, method=method)
+    # The step alone differs: the norm of the parameters is taken in another dtype.
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+    after = narrow.state_dict()
+    assert all(after[n].dtype == torch.bfloat16 and torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_a_narrow_model_is_back_after_an_error():
+    model = net().to(torch.bfloat16)
+    layout = layout_of(model, ["0.weight"])
+
+    def broken(m, b):
+        raise ValueError("no")
+
+    with measuring(model, layout), pytest.raises(ValueError, match="no"):
+        hvp(model, [points()], broken, layout, torch.ones(layout.numel), method="finite_difference")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

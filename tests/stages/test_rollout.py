@@ -10,11 +10,11 @@ from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.errors import NumericsError
 from arisk.geometry.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
 from arisk.gradients import layout_of, measuring
+from arisk.gradients.outputs import losses_between, outputs_of
 from arisk.stages import rollout as stage
 from arisk.stages import rollout_state
 from arisk.stages.leap import Block, Leaper
 from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.stages.outputs import losses_between, outputs_of
 from arisk.stages.plan_path import planned
 from arisk.stages.planned_run import BatchStream, PlannedRun
 from arisk.stages.rollout import rollout, skipped_rollout

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arisk.task import Batch, LossFn
 
-__all__ = ["losses_between", "outputs_of"]
+__all__ = ["logits_of", "loss_at", "losses_between", "outputs_of"]
 
 
 class _Replay(nn.Module):
@@ -37,16 +37,26 @@ class _Replay(nn.Module):
         return self.__dict__["_output"]
 
 
-def outputs_of(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Any | None:
-    """The model's output in this loss; None when it is not called exactly once or gives no logits."""
+def outputs_of(model: nn.Module, batch: Batch, loss_fn: LossFn, *, graph: bool = False) -> Any | None:
+    """The model's output in this loss; None when it is not called exactly once or gives no logits.
+
+    With `graph` it can be differentiated by the parameters.
+    """
     seen: list[Any] = []
     handle = model.register_forward_hook(lambda _m, _i, output: seen.append(output))
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph):
             loss_fn(model, batch)
     finally:
         handle.remove()
-    return seen[0] if len(seen) == 1 and _logits(seen[0]) is not None else None
+    return seen[0] if len(seen) == 1 and logits_of(seen[0]) is not None else None
+
+
+def loss_at(model: nn.Module, batch: Batch, loss_fn: LossFn, output: Any, logits: Tensor) -> Tensor | None:
+    """The loss of other logits in place of the output's; None when it does not use the stand-in."""
+    stand_in = _Replay(model, _with_logits(output, logits))
+    losses = loss_fn(stand_in, batch)
+    return losses if stand_in.__dict__["calls"] == 1 else None
 
 
 def losses_between(
@@ -65,21 +75,21 @@ def losses_between(
     Returns:
         (B, S) float64, or None when the loss gives one number or does not use the stand-in.
     """
-    first, last = _logits(start), _logits(end)
+    first, last = logits_of(start), logits_of(end)
     if first is None or last is None:
         return None
     columns: list[Tensor] = []
     for scale in scales:
-        stand_in = _Replay(model, _with_logits(end, torch.lerp(first, last, float(scale))))
         with torch.no_grad():
-            losses = loss_fn(stand_in, batch)
-        if losses.ndim == 0 or stand_in.__dict__["calls"] != 1:
+            losses = loss_at(model, batch, loss_fn, end, torch.lerp(first, last, float(scale)))
+        if losses is None or losses.ndim == 0:
             return None
         columns.append(losses.reshape(-1).to("cpu", torch.float64))
     return torch.stack(columns, dim=1)
 
 
-def _logits(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Tensor | None:
+    """The floating-point tensor in a model's output: itself, or its `logits`."""
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
