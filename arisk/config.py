@@ -124,6 +124,9 @@ class ModelConfig(Section):
     """null: none; a path: an existing peft adapter; a mapping: a new LoRA adapter."""
     parameters: Literal["auto", "full", "lora"] | ParameterGlobs = "auto"
     """What trains. auto: the adapter if there is one, else every parameter."""
+    gradient_checkpointing: bool = False
+    """Recompute a layer's activations in the backward pass of a batch (rollout, verify, curvature): less
+    memory, more time. Per-sample gradients keep theirs, `collect.chunk_size` samples at a time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: it is somebody else's code."""
 

@@ -7,7 +7,7 @@ from arisk.gradients.mean import mean_gradient
 from arisk.gradients.per_sample import ENGINES, per_sample_gradients, per_sample_parts
 from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine
 from arisk.gradients.sink import Sink
-from arisk.gradients.state import measuring
+from arisk.gradients.state import measuring, recomputing
 from arisk.gradients.store import GradientStore
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "parameters_of",
     "per_sample_gradients",
     "per_sample_parts",
+    "recomputing",
     "slice_batch",
 ]

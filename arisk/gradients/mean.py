@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from arisk.errors import ConfigError, NumericsError
 from arisk.gradients.layout import ParameterLayout, is_sharded, parameters_of
+from arisk.gradients.state import recomputing
 from arisk.task import Batch, LossFn
 
 __all__ = ["mean_gradient"]
@@ -39,7 +40,8 @@ def mean_gradient(
             "on one device or over several by `run.device_map`",
         )
     parameters = parameters_of(model, layout)
-    loss = loss_fn(model, batch).mean()
+    with recomputing(model):
+        loss = loss_fn(model, batch).mean()
     if not bool(torch.isfinite(loss)):
         raise NumericsError(
             f"the mean loss of a batch is {float(loss.detach())}",

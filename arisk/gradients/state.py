@@ -10,7 +10,7 @@ from torch import nn
 
 from arisk.gradients.layout import ParameterLayout
 
-__all__ = ["measuring"]
+__all__ = ["measuring", "recomputing"]
 
 
 @contextmanager
@@ -43,3 +43,19 @@ def measuring(model: nn.Module, layout: ParameterLayout) -> Generator[None]:
             for parameter, flag, grad in flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = grad
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Generator[None]:
+    """Inside, layers marked for activation checkpointing recompute; their dropout stays off.
+
+    Transformers does so in training mode only, and reads the flag of the layer itself.
+    """
+    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+    try:
+        for module in marked:
+            module.training = True
+        yield
+    finally:
+        for module in marked:
+            module.training = False

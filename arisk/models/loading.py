@@ -127,10 +127,31 @@ def load_model(
         **extra,
     )
     model.config.use_cache = False
+    if config.gradient_checkpointing:
+        _checkpoint(model)
     if device_map is None:
         return model.to(device)
     _require_devices(getattr(model, "hf_device_map", None) or {})
     return model
+
+
+def _checkpoint(model: Any) -> None:
+    """Mark the layers; they recompute inside `arisk.gradients.recomputing` only.
+
+    Raises:
+        ConfigError: the model has no such layers, or drops units by its own flag of training.
+    """
+    drops = [key for key, value in model.config.to_dict().items() if "drop" in key and value]
+    if drops or not getattr(model, "supports_gradient_checkpointing", False):
+        why = f"its layers would drop units ({', '.join(drops)})" if drops else "it has no layers that can"
+        raise ConfigError(
+            f"the model cannot recompute activations: {why}",
+            where="model.gradient_checkpointing",
+            fix="leave it off, and lower `training.batch_size` (with `gradient_accumulation`) to save memory",
+        )
+    # The method was renamed within version 5 of transformers.
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _require_devices(device_map: str | dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from arisk.config import TrainingConfig
 from arisk.errors import InputError, NumericsError
-from arisk.gradients import ParameterLayout, batch_size, move_batch, slice_batch
+from arisk.gradients import ParameterLayout, batch_size, move_batch, recomputing, slice_batch
 from arisk.gradients.layout import parameters_of
 from arisk.ranks import rank, summed, world
 from arisk.task import Batch, RowBatches, SampleSet, Task
@@ -191,6 +191,10 @@ class PlannedRun:
 
     def _loss(self, batch: Batch) -> Tensor:
         """The mean loss of a micro-batch, or this rank's part of that sum."""
+        with recomputing(self.task.model):
+            return self._mean_loss(batch)
+
+    def _mean_loss(self, batch: Batch) -> Tensor:
         model, loss_fn = self.task.model, self.task.finetune.loss_fn
         if not self._splits:
             return loss_fn(model, batch).mean()

@@ -6,6 +6,7 @@ from torch import nn
 
 from arisk.config import AdapterConfig, CollectConfig, Config, ModelConfig, ParameterGlobs
 from arisk.errors import ConfigError, InputError
+from arisk.gradients import choose_engine, layout_of, mean_gradient, measuring
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model
@@ -183,3 +184,30 @@ def test_bad_python_entries(tmp_path, monkeypatch, entry, what):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=what):
         task_from_entry(entry)
+
+
+def test_layers_recompute_only_where_batches_train():
+    task = load_task(config(gradient_checkpointing=True, dtype="float64"), device=CPU)
+    plain = load_task(config(dtype="float64"), device=CPU)
+    calls = []
+    layer = task.model.model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    layout = layout_of(task.model, task.parameter_names)
+    batch = task.finetune.batches[0]
+    with measuring(task.model, layout), measuring(plain.model, layout):
+        ours = mean_gradient(task.model, batch, task.finetune.loss_fn, layout)
+        assert len(calls) == 2  # forward, and once more in the backward pass
+        theirs = mean_gradient(plain.model, batch, plain.finetune.loss_fn, layout)
+        choice = choose_engine(task.model, batch, task.finetune.loss_fn, layout, "auto")
+        assert not any(module.training for module in task.model.modules())
+    assert ours[0] == theirs[0]
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-12, atol=1e-14)
+    assert choice.engine == "hooks"
+
+
+def test_recomputing_refuses_dropout(tmp_path):
+    net = model()
+    net.config.attention_dropout = 0.1
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="attention_dropout"):
+        load_model(ModelConfig(path=str(tmp_path), gradient_checkpointing=True), CPU)
