@@ -152,6 +152,8 @@ def _checkpoint(model: Any) -> None:
     # The method was renamed within version 5 of transformers.
     renamed = getattr(model, "activation_checkpointing_enable", None)
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Its hook on the embedding is for reentrant checkpoints alone, and would change per-sample gradients.
+    model.disable_input_require_grads()
 
 
 def _require_devices(device_map: str | dict[str, Any]) -> None:
