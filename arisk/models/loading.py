@@ -12,7 +12,7 @@ from arisk.config import ModelConfig
 from arisk.errors import ConfigError, InputError
 from arisk.models.extras import hf_module
 
-__all__ = ["load_model", "load_tokenizer", "model_config"]
+__all__ = ["load_model", "load_tokenizer", "mark_recomputed", "model_config"]
 
 
 def _quiet() -> Any:
@@ -127,20 +127,22 @@ def load_model(
         **extra,
     )
     model.config.use_cache = False
-    if config.gradient_checkpointing:
-        _checkpoint(model)
     if device_map is None:
         return model.to(device)
     _require_devices(getattr(model, "hf_device_map", None) or {})
     return model
 
 
-def _checkpoint(model: Any) -> None:
-    """Mark the layers; they recompute inside `arisk.gradients.recomputing` only.
+def mark_recomputed(model: Any) -> None:
+    """Mark the layers for `arisk.gradients.recomputing`, inside which alone they recompute.
+
+    Args:
+        model: the causal LM, its adapter attached.
 
     Raises:
         ConfigError: the model has no such layers, or drops units by its own flag of training.
     """
+    model = getattr(model, "get_base_model", lambda: model)()
     drops = [key for key, value in model.config.to_dict().items() if "drop" in key and value]
     if drops or not getattr(model, "supports_gradient_checkpointing", False):
         why = f"its layers would drop units ({', '.join(drops)})" if drops else "it has no layers that can"
@@ -152,7 +154,7 @@ def _checkpoint(model: Any) -> None:
     # The method was renamed within version 5 of transformers.
     renamed = getattr(model, "activation_checkpointing_enable", None)
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    # Its hook on the embedding is for reentrant checkpoints alone, and would change per-sample gradients.
+    # Its hook on the embedding is for reentrant checkpoints alone, and hides per-sample gradients.
     model.disable_input_require_grads()
 
 

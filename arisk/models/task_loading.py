@@ -12,7 +12,7 @@ from arisk.config import Config, DataConfig, data_sets
 from arisk.models.adapters import attach_adapter
 from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.generation import GreedyAnswers
-from arisk.models.loading import load_model, load_tokenizer
+from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import per_sample_nll
 from arisk.models.python_source import task_from_entry
 from arisk.models.rendering import Rendered, render_rows
@@ -77,6 +77,8 @@ def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]
         model = load_model(config.model, device, device_map=config.run.device_map)
         if config.model.adapter is not None:
             model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
+        if config.model.gradient_checkpointing:
+            mark_recomputed(model)
         # One at a time: two models may not fit.
         kept.clear()
         kept[key] = model

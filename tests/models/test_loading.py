@@ -9,7 +9,7 @@ from arisk.errors import ConfigError, InputError
 from arisk.gradients import choose_engine, layout_of, mean_gradient, measuring
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
-from arisk.models.loading import load_model
+from arisk.models.loading import load_model, mark_recomputed
 from arisk.models.python_source import task_from_entry
 from arisk.models.selection import lora_pairs, select_parameters
 from arisk.stages.collect import collect
@@ -186,12 +186,13 @@ def test_bad_python_entries(tmp_path, monkeypatch, entry, what):
         task_from_entry(entry)
 
 
-def test_layers_recompute_only_where_batches_train():
-    task = load_task(config(gradient_checkpointing=True, dtype="float64"), device=CPU)
-    plain = load_task(config(dtype="float64"), device=CPU)
+@pytest.mark.parametrize("adapter", [None, {"r": 2}])
+def test_layers_recompute_only_where_batches_train(adapter):
+    task = load_task(config(gradient_checkpointing=True, dtype="float64", adapter=adapter), device=CPU)
+    plain = load_task(config(dtype="float64", adapter=adapter), device=CPU)
     calls = []
-    layer = task.model.model.layers[0]
-    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    layer = next(m for m in task.model.modules() if type(m).__name__ == "LlamaMLP")
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
     layout = layout_of(task.model, task.parameter_names)
     batch = task.finetune.batches[0]
     with measuring(task.model, layout), measuring(plain.model, layout):
@@ -205,9 +206,8 @@ def test_layers_recompute_only_where_batches_train():
     assert choice.engine == "hooks"
 
 
-def test_recomputing_refuses_dropout(tmp_path):
+def test_recomputing_refuses_dropout():
     net = model()
     net.config.attention_dropout = 0.1
-    net.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="attention_dropout"):
-        load_model(ModelConfig(path=str(tmp_path), gradient_checkpointing=True), CPU)
+        mark_recomputed(net)
