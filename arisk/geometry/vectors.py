@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arisk.artifacts import disk_error
+from arisk.artifacts import disk_error, existing_parent
+from arisk.errors import ArtifactError
 
 __all__ = [
     "DEFAULT_MEMORY",
@@ -185,11 +186,24 @@ class Scratch:
         self.close()
 
     def stack(self, numel: int, count: int, dtype: torch.dtype) -> VectorStack:
-        """An empty stack for about `count` vectors."""
+        """An empty stack for about `count` vectors.
+
+        Raises:
+            ArtifactError: neither the memory budget nor the disk has room for them.
+        """
         needed = numel * count * dtype.itemsize
         if self.folder is None or needed <= self._room:
             self._room -= needed
             return VectorStack(numel, dtype)
+        free = shutil.disk_usage(existing_parent(self.folder)).free
+        if needed > free:
+            raise ArtifactError(
+                f"{count} vectors of {numel:,} entries take {needed / 1e9:.1f} GB of disk, and "
+                f"{free / 1e9:.1f} GB are free",
+                where=str(self.folder),
+                fix="free disk space or give another --run-dir, raise `collect.memory_budget_gb`, or lower "
+                "`score.batches` and `score.krylov_dim`",
+            )
         self.spilled = True
         self._files += 1
         return VectorStack(numel, dtype, self.folder / f"vectors-{self._files}.bin")

@@ -1,6 +1,7 @@
 """Vectors in a file give the numbers of vectors in memory, by whatever blocks they are read."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def test_a_full_disk_is_told(tmp_path):
         stack.append(torch.ones(1 << 14))
     with pytest.raises(ArtifactError):
         VectorStack(P, torch.float32, tmp_path / "v.bin" / "below-a-file")
+
+
+def test_a_disk_too_small_is_told_before_it_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors.shutil, "disk_usage", lambda _: SimpleNamespace(free=8 * P - 1))
+    with pytest.raises(ArtifactError, match=r"score\.krylov_dim"):
+        Scratch(tmp_path / "scratch", memory=0).stack(P, 1, torch.float64)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_column_groups_cover_every_column_once():
