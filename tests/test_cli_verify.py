@@ -289,8 +289,8 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 when = sys.argv[1]
 sys.argv = ["arisk", *sys.argv[2:]]
-from arisk.stages import verify
-verify.SAVE_EVERY = verify.SAVE_SHARE = 0
+from arisk.stages import rollout_state, verify
+rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
 save = verify.save_state
 def save_state(workspace, run, track, block):
     save(workspace, run, track, block)
