@@ -105,6 +105,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             where=str(path),
             fix="check the path, or write one with `arisk init`",
         ) from err
+    except IsADirectoryError as err:
+        raise ConfigError(
+            "this is a folder, not a config file",
+            where=str(path),
+            fix=f"give the YAML file; for a run directory its own: {path / 'config.yaml'}",
+        ) from err
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(
             f"the config file cannot be read: {err}", where=str(path), fix="give a UTF-8 YAML file"
