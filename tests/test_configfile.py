@@ -168,3 +168,9 @@ def test_run_directory_order(config_file, tmp_path):
 def test_every_shipped_config_loads_and_opens_with_its_command(path):
     load_config(path)
     assert "arisk run configs/" + path.name in path.read_text().splitlines()[0]
+
+
+def test_a_run_directory_in_place_of_a_config_says_where_its_own_is(tmp_path):
+    (found,) = problems(tmp_path, [])
+    assert "folder" in found.what
+    assert str(tmp_path / "config.yaml") in found.fix
