@@ -107,9 +107,8 @@ def choose_hvp(
     """Method and step for products with vectors like this one, with their measured error.
 
     autograd is taken where double backward works, and checked once against differences; ggn only where it
-    is asked for. Otherwise
-    the step is the one whose product changes least against the next longer one, and that change is
-    the error given: with a third-order remainder it is an upper estimate (Richardson).
+    is asked for. Otherwise the step is the one whose product changes least against the next longer one, and
+    that change is the error given: with a third-order remainder it is an upper estimate (Richardson).
 
     Raises:
         ConfigError: `autograd` was asked for and the model does not allow double backward, or `ggn` and

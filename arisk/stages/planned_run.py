@@ -190,11 +190,11 @@ class PlannedRun:
         return self.shared and world() > 1
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a micro-batch, or this rank's part of that sum."""
         with recomputing(self.task.model):
             return self._mean_loss(batch)
 
     def _mean_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a micro-batch, or this rank's part of that sum."""
         model, loss_fn = self.task.model, self.task.finetune.loss_fn
         if not self._splits:
             return loss_fn(model, batch).mean()

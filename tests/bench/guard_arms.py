@@ -1,7 +1,8 @@
 """Protected fine-tunes of the embedded model: which protection holds on which kind of data.
 
-`python -m tests.bench.guard_arms [--quick] [--only SET …] [--work FOLDER]`. The task loss is that of clean
-rows of the same kind as the set's harmless part, drawn anew and never trained on. Resumable with --work.
+`python -m tests.bench.guard_arms [--quick] [--only SET …] [--strengths C …] [--work FOLDER]`. The task loss
+is that of clean rows of the same kind as the set's harmless part, drawn anew and never trained on. Resumable
+with --work.
 """
 
 from __future__ import annotations
@@ -107,9 +108,11 @@ def config_of(mode: str, name: str, folder: Path) -> Config:
     )
 
 
-def measured(mode: str, name: str, folder: Path, *, quick: bool) -> GuardResult:
-    """The arms of one job, from disk where they are there."""
-    place = folder / f"{mode}-{name}"
+def measured(
+    mode: str, name: str, folder: Path, *, quick: bool, strengths: list[float] | None = None
+) -> GuardResult:
+    """The arms of one job, from disk where they are there; with strengths, AlignGuard's at those alone."""
+    place = folder / "-".join([mode, name, *map(str, strengths or ())])
     if (place / "record.json").exists():
         return read_record(place, GuardResult)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,8 +120,11 @@ def measured(mode: str, name: str, folder: Path, *, quick: bool) -> GuardResult:
     arms = config.guard
     if quick:
         arms = GuardConfig.model_validate({**arms.model_dump(), "methods": ["plain", "alignguard", "replay"]})
+    if strengths:
+        own = {"methods": ["plain", "alignguard"], "alignguard": {"strengths": strengths}}
+        arms = GuardConfig.model_validate({**arms.model_dump(), **own})
     task = load_task(config, device=torch.device("cpu"))
-    work = folder / f"{mode}-{name}-arms"
+    work = place.with_name(f"{place.name}-arms")
     work.mkdir(exist_ok=True)
     made = guard(task, config=arms, training=config.training, steps=STEPS, workspace=work)
     write_record(place, made)
@@ -130,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer arms, two jobs")
     parser.add_argument("--only", nargs="*", default=None)
+    parser.add_argument("--strengths", nargs="*", type=float, default=None)
     parser.add_argument("--work", type=Path, default=None)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -138,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     ]
     with tempfile.TemporaryDirectory() as temporary:
         for mode, name in jobs:
-            found = measured(mode, name, given.work or Path(temporary), quick=given.quick)
+            found = measured(
+                mode, name, given.work or Path(temporary), quick=given.quick, strengths=given.strengths
+            )
             body = finite(guard_summary(found, **LIMITS))
             title = f"{SETS[name].said}; {mode}, AdamW {RATES[mode]:g}, {STEPS} steps of 8"
             print_table(title, HEADER, [cells(arm) for arm in body["arms"]])
