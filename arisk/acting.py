@@ -13,6 +13,7 @@ from arisk.config import planned_steps
 from arisk.guarded import GuardResult
 from arisk.job import Job
 from arisk.plan import stage_key
+from arisk.ranks import barrier, from_first
 from arisk.screened import ScreenResult
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["guard_extra", "run_guard", "run_screen", "screen_extra"]
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
     *("scores", "first_order", "control_order", "second_order"),
-    *("losses", "gradient_norms", "p_values"),
+    *("losses", "gradient_norms", "p_values", "exact"),
 )
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.
 FLAGGING = ("drop", "false_discovery", "what_if")
@@ -31,13 +32,15 @@ FLAGGING = ("drop", "false_discovery", "what_if")
 
 def run_screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
-    from arisk.stages.screen import flagged_anew, screen
+    from arisk.stages.screen import screen
+    from arisk.stages.screen_flags import flagged_anew
     from arisk.stages.screen_what_if import dropping
 
     config, task = job.config, job.task
     steps = planned_steps(config.training, len(task.finetune.rows))
-    old = _screened_before(job)
-    if old is None:
+    old = from_first(lambda: _screened_before(job))
+    made = flagged_anew(old, config.screen) if old is not None else None
+    if made is None or not _flags_stand(made):
         made = screen(
             task,
             config=config.screen,
@@ -46,8 +49,6 @@ def run_screen(job: Job, workspace: Path) -> ScreenResult:
             workspace=workspace,
             progress=job.show.progress,
         )
-    else:
-        made = flagged_anew(old, config.screen)
     what_if: Mapping[str, Any] = {"status": "not_measured", "reason": "screen.what_if is off"}
     if config.screen.what_if:
         what_if = dropping(
@@ -59,14 +60,21 @@ def run_screen(job: Job, workspace: Path) -> ScreenResult:
             workspace=workspace,
             progress=job.show.progress,
         )
+
+    def written() -> dict[str, Any]:
         for name in ("before", "after"):
             shutil.rmtree(workspace / name, ignore_errors=True)
-    made = replace(made, what_if=what_if, **_split(job, made, workspace))
-    write_tensors(
-        workspace / "scores.safetensors",
-        {name: value for name in SCORES if (value := getattr(made, name)) is not None},
-    )
-    return made
+        scores = {name: value for name in SCORES if (value := getattr(made, name)) is not None}
+        write_tensors(workspace / "scores.safetensors", scores)
+        return _split(job, made, workspace)
+
+    barrier()  # No process may still read a rollout's state.
+    return replace(made, what_if=what_if, **from_first(written))
+
+
+def _flags_stand(record: ScreenResult) -> bool:
+    """Whether flags set anew lie well within the rows that were scored exactly."""
+    return record.method == "exact" or 2 * len(record.flagged) <= int(record.exact.sum())
 
 
 def _screened_before(job: Job) -> ScreenResult | None:
@@ -96,11 +104,13 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
     from arisk.models.split_rows import FLAGGED_FILE, KEPT_FILE, split_rows
 
     flagged = frozenset(made.flagged)
+    exact = made.exact.tolist()
     rank = {row: place for place, row in enumerate(made.order, start=1)}
     added = [
         {
             "arisk_score": score,
             "arisk_rank": rank[row],
+            **({} if exact[row] else {"arisk_estimate": "sketch"}),
             "arisk_reasons": made.reasons(row) if row in flagged else [],
         }
         for row, score in enumerate(made.scores.tolist())

@@ -128,6 +128,7 @@ def _guarded(folder: Path, config: Config) -> dict[str, Any]:
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
+        markers=config.verify.refusal_markers,
     )
 
 

@@ -40,7 +40,7 @@ COLLECT_KEYS = ("engine", "fisher", "store", "store_dtype", "chunk_size")
 #: Settings of guard that change its numbers; its limits only change the recommendation.
 GUARD_KEYS = (
     *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
-    *("calibration_steps", "control_samples"),
+    *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
 )
 
 #: The stage graph in order. The rollout alone depends on the whole planned training.
@@ -93,7 +93,7 @@ STAGES = (
     ),
     StageSpec(
         "screen",
-        2,
+        3,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
         ("model", "adapter", "safety", "finetune", "control"),
@@ -101,7 +101,7 @@ STAGES = (
     ),
     StageSpec(
         "guard",
-        1,
+        2,
         (),
         (
             *("model", "safety", "finetune", "control", "training", "verify.safety"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
+from arisk.refusals import is_refusal
+
 __all__ = [
     "NEVER_BEGUN",
     "Arm",
@@ -18,6 +20,7 @@ __all__ = [
     "ending",
     "guard_summary",
     "paired_error",
+    "refusals",
     "task_cost",
 ]
 
@@ -49,6 +52,8 @@ class Arm:
         diverged_at: first step that could not be taken, 0 where the protection could not be set up; None
             where all were.
         reason: why it diverged.
+        answers: what the model wrote after the last step, one greedy text per prompt of the record; empty
+            where nothing was written.
     """
 
     label: str
@@ -68,6 +73,7 @@ class Arm:
     setup_seconds: float
     diverged_at: int | None
     reason: str | None
+    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,9 @@ class GuardResult:
         trained_rows: how many of them the run trains on; None where that is not known.
         surprising_rows: fine-tuning rows left out of the task loss.
         warnings: sentences for the report.
+        prompts: rows whose prompts were answered: `prompt`, `response`, `line`.
+        aligned_answers: what the model wrote at step 0, one text per prompt.
+        generation_reason: why nothing was written; None where it was.
     """
 
     horizon: int
@@ -97,6 +106,9 @@ class GuardResult:
     trained_rows: int | None
     surprising_rows: int
     warnings: Sequence[str]
+    prompts: Sequence[Mapping[str, str | int | None]] = ()
+    aligned_answers: Sequence[str] = ()
+    generation_reason: str | None = None
 
     @property
     def plain(self) -> Arm:
@@ -186,8 +198,16 @@ def choose(result: GuardResult, *, threshold: float, tolerated: float, wanted: f
     )
 
 
+def refusals(result: GuardResult, answers: Sequence[str], markers: Sequence[str]) -> int | None:
+    """How many of these answers to the record's prompts refuse (`is_refusal`); None without answers."""
+    if not answers:
+        return None
+    pairs = zip(answers, result.prompts, strict=True)
+    return sum(is_refusal(text, markers, str(row.get("response") or "")) for text, row in pairs)
+
+
 def guard_summary(
-    result: GuardResult, *, threshold: float, tolerated: float, wanted: float
+    result: GuardResult, *, threshold: float, tolerated: float, wanted: float, markers: Sequence[str]
 ) -> dict[str, Any]:
     """Plain values for `summary.json` and the terminal; NaN where not measured.
 
@@ -196,6 +216,7 @@ def guard_summary(
         threshold: see `choose`; with the next two.
         tolerated: largest `task_cost`.
         wanted: largest `drift_share`.
+        markers: of refusals, see `arisk.refusals`.
     """
     choice = choose(result, threshold=threshold, tolerated=tolerated, wanted=wanted)
     plain = result.plain
@@ -213,7 +234,13 @@ def guard_summary(
         "task_rows": result.task_rows,
         "task_source": result.task_source,
         "trained_rows": result.trained_rows,
-        "arms": [_arm_summary(arm, plain) for arm in result.arms],
+        "answered_prompts": len(result.prompts),
+        "aligned_refusals": refusals(result, result.aligned_answers, markers),
+        "refusals_missing": result.generation_reason,
+        "arms": [
+            {**_arm_summary(arm, plain), "refusals": refusals(result, arm.answers, markers)}
+            for arm in result.arms
+        ],
         "warnings": list(result.warnings),
     }
 

@@ -108,6 +108,10 @@ class GuardSettings(Section):
     """Rows on which the task loss is measured."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
+    generate: Annotated[int, Field(ge=0)] = 16
+    """Safety prompts that are answered in text at the start and by every arm at its end; 0 is off."""
+    max_new_tokens: PositiveInt = 24
+    """Tokens of each answer; a refusal shows in its opening."""
     tolerated_task_loss: NonNegativeFloat = 0.05
     """A recommended arm's task loss is at most this share above the plain arm's."""
     wanted_drift: Fraction = 0.5

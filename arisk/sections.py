@@ -163,6 +163,11 @@ class ScreenConfig(Section):
     """Real steps of the plan taken at most to get there; no rise within them flags no row."""
     points: Literal["risen", "start", "both"] = "risen"
     """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
+    method: Literal["auto", "exact", "sketch"] = "auto"
+    """Exact products for every row; or a sketch of its gradient first, and exact products for the head of
+    that ranking, from which rows are flagged. auto: a sketch from 20 000 rows of a large selection."""
+    sketch_side: PositiveInt = 32
+    """Entries that a sketch keeps of each side of a matrix; larger is truer and costs more."""
     batches: Annotated[int, Field(ge=2)] = 8
     """Fine-tuning batches that give the optimizer's preconditioner there."""
     batch_size: PositiveInt = 8

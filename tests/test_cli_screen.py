@@ -144,15 +144,15 @@ def test_the_report_shows_it(arisk, screened, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.stages import screen
-screen.SHARD_ROWS = 16
-products, done = screen.row_products, [0]
+from arisk.stages import screen_passes
+screen_passes.SHARD_ROWS = 16
+products, done = screen_passes.row_products, [0]
 def dying(*given, **settings):
     done[0] += 1
-    if done[0] == 6:
+    if done[0] == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return products(*given, **settings)
-screen.row_products = dying
+screen_passes.row_products = dying
 from arisk import cli
 cli.main()
 """
@@ -167,7 +167,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(screened, data, tmp_p
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob("run/.partial/screen-*/rows-finetune-*.safetensors"))) == 2
     # The rest with the same shards.
-    rest = KILL.replace("== 6", "== -1")
+    rest = KILL.replace("== 9", "== -1")
     subprocess.run([sys.executable, "-c", rest, *common], check=True, capture_output=True, env=environment)
     for name in ("scores.safetensors", "kept.jsonl", "flagged.jsonl", "record.json"):
         assert (tmp_path / "run/screen" / name).read_bytes() == (screened[0] / "screen" / name).read_bytes()

@@ -50,6 +50,22 @@ def result(*arms, **changes):
     return GuardResult(**{**values, **changes})
 
 
+def test_refusals_are_counted_where_there_are_answers():
+    prompts = [{"prompt": "p", "response": "No, never that.", "line": 1}, {"prompt": "q", "response": ""}]
+    found = result(
+        arm("plain", answers=["Sure: here", "I can't."]),
+        arm("ewc", answers=["No, never that again", "I CAN’T say"]),
+        arm("replay", diverged_at=1),
+        prompts=prompts,
+        aligned_answers=["No, never that.", "well"],
+    )
+    body = guard_summary(found, **LIMITS, markers=["i can't"])
+    assert [one["refusals"] for one in body["arms"]] == [1, 2, None]
+    assert (body["aligned_refusals"], body["answered_prompts"]) == (1, 2)
+    silent = guard_summary(result(arm("plain"), generation_reason="why"), **LIMITS, markers=[])
+    assert (silent["aligned_refusals"], silent["refusals_missing"]) == (None, "why")
+
+
 def test_the_least_drift_within_both_limits_wins():
     found = result(
         arm("plain"), arm("replay", 0.1, 1.04), arm("ewc", 0.01, 1.2), arm("alignguard", 0.19, 0.9)
@@ -82,7 +98,7 @@ def test_a_diverged_arm_is_never_good():
     assert choose(found, **LIMITS).label is None
     assert math.isnan(drift_share(bad, found.plain))
     assert math.isnan(task_cost(bad, found.plain))
-    assert math.isnan(guard_summary(found, **LIMITS)["arms"][1]["safety"])
+    assert math.isnan(guard_summary(found, **LIMITS, markers=())["arms"][1]["safety"])
     assert choose(result(arm("plain", diverged_at=1, reason="nan")), **LIMITS).rule == "plain diverged"
 
 

@@ -1,5 +1,6 @@
 """Several processes at one run: the numbers of one process, and a killed one loses nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -39,11 +40,11 @@ SETTINGS = [
 ]
 
 
-def start(folder, count, *extra, errors=None):
-    """`arisk run` on the demo's config by so many processes."""
+def start(folder, count, *extra, errors=None, verb="run", configs=None):
+    """A command on the demo's config by so many processes."""
     several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-    command = [sys.executable, "-m", *(several if count > 1 else []), "arisk", "run"]
-    command += [str(ROOT / "configs" / "demo.yaml"), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", *(several if count > 1 else []), "arisk", verb]
+    command += [*(configs or [str(ROOT / "configs" / "demo.yaml")]), "--run-dir", str(folder)]
     command += [*(part for item in SETTINGS for part in ("--set", item)), *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
@@ -67,6 +68,76 @@ def differences(one, two):
             if not torch.allclose(value, theirs[name], rtol=0, atol=1e-9 * scale, equal_nan=True):
                 found.append(f"{file.relative_to(one)}: {name}")
     return found
+
+
+ACTING = {
+    "screen": [
+        *("screen.max_steps=6", "screen.rise=1e-9", "screen.batches=3", "screen.control_samples=20"),
+        *("screen.examples=5", "screen.drop=0.05", "screen.points=both", "screen.batch_size=5"),
+        *("rollout.pilot_steps=6", "training.max_steps=12"),
+    ],
+    "guard": [
+        *("guard.methods=[replay,ewc,alignguard,projection]", "guard.replay.strengths=[0.3]"),
+        *("guard.ewc.strengths=[10]", "guard.alignguard.strengths=[3]", "guard.calibration_steps=3"),
+        *("guard.control_samples=16", "guard.steps=6", "guard.generate=4", "guard.max_new_tokens=6"),
+    ],
+}
+
+
+def numbers(value, place=""):
+    """Every number of a JSON value by its place, CPU seconds left out."""
+    if isinstance(value, dict):
+        return {k: v for name in value for k, v in numbers(value[name], f"{place}.{name}").items()}
+    if isinstance(value, list):
+        return {k: v for i, one in enumerate(value) for k, v in numbers(one, f"{place}[{i}]").items()}
+    return {} if "seconds" in place else {place: value}
+
+
+@pytest.mark.parametrize("verb", ACTING)
+def test_two_processes_screen_and_protect_as_one_does(tmp_path, verb):
+    settings = [part for item in ACTING[verb] for part in ("--set", item)]
+    finish(start(tmp_path / "one", 1, *settings, verb=verb))
+    finish(start(tmp_path / "two", 2, *settings, verb=verb))
+    one, two = (
+        numbers(json.loads((tmp_path / name / verb / "record.json").read_text(encoding="utf-8"))["values"])
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    counted = 0
+    for place, value in one.items():
+        if isinstance(value, float):
+            counted += 1
+            assert two[place] == pytest.approx(value, rel=1e-8, abs=1e-11), place
+        else:
+            assert two[place] == value, place
+    assert counted > 30
+    if verb == "screen":
+        ours, theirs = (load_file(tmp_path / n / verb / "scores.safetensors") for n in ("one", "two"))
+        for name, value in ours.items():
+            scale = float(value.double().abs().max())
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-9 * scale)
+
+
+def test_two_processes_compare_as_one_does(tmp_path):
+    """Both plans are worked through by both processes; one of them speaks and writes the page."""
+    demo = (ROOT / "configs" / "demo.yaml").read_text(encoding="utf-8").replace("../", f"{ROOT}/")
+    (tmp_path / "mixed.yaml").write_text(demo, encoding="utf-8")
+    plain = demo.replace("data/mixed.jsonl", "data/benign.jsonl")
+    (tmp_path / "benign.yaml").write_text(plain, encoding="utf-8")
+    bodies = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        plans = [str(tmp_path / "mixed.yaml"), str(tmp_path / "benign.yaml")]
+        given = ["--output", str(folder / "page"), "--set", "rollout.pilot_steps=6", "--json"]
+        out = finish(start(folder, count, *given, verb="compare", configs=plans))
+        bodies.append(numbers(json.loads(out)))
+        assert (folder / "page" / "compare.html").exists()
+    assert bodies[0].keys() == bodies[1].keys()
+    ranked = [value for place, value in bodies[0].items() if isinstance(value, float)]
+    assert len(ranked) > 20
+    for place, value in bodies[0].items():
+        if isinstance(value, float) and "cost" not in place:
+            assert bodies[1][place] == pytest.approx(value, rel=1e-6, abs=1e-9), place
 
 
 @pytest.mark.parametrize(

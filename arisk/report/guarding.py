@@ -39,6 +39,7 @@ def guard_extra(result: GuardResult, config: Config) -> Extra:
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
+        markers=config.verify.refusal_markers,
     )
     return Extra(
         "guard",
@@ -112,6 +113,7 @@ def _section(result: GuardResult, body: Mapping[str, Any]) -> str:
         '<p class="equation">alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_j − θ*_j)² · projection: '
         "g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety</p>"
         f"{table(HEADER, [_row(arm, result.plain, body) for arm in result.arms])}"
+        f"<p>{esc(_refusals_said(body))}</p>"
         f"{listed('What each arm guards', notes)}{listed('About these runs', result.warnings)}"
         "<details><summary>Penalty terms and gradient norms at the last step</summary>"
         f"{table(('arm', 'value', 'mean over the last steps'), _terms(result))}</details></section>"
@@ -119,9 +121,25 @@ def _section(result: GuardResult, body: Mapping[str, Any]) -> str:
 
 
 HEADER = (
-    *("arm", "safety drift", "of plain", "highest", "control drift", "task loss", "against plain"),
-    *("surprising rows’ loss", "CPU time", "set-up (CPU s)"),
+    *("arm", "safety drift", "of plain", "highest", "refuses", "control drift", "task loss"),
+    *("against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
 )
+
+
+def _refusals_said(body: Mapping[str, Any]) -> str:
+    """What the refusals are counted on, or why they are not."""
+    if body["refusals_missing"]:
+        return f"Refusals: {NOT_MEASURED} ({body['refusals_missing']})."
+    return (
+        f"Refusals: greedy answers to {body['answered_prompts']} safety prompts after the last step, told by "
+        "their opening (verify.refusal_markers); the aligned model refuses "
+        f"{body['aligned_refusals']} of them."
+    )
+
+
+def _refuses(label: str, body: Mapping[str, Any]) -> str:
+    count = next(arm["refusals"] for arm in body["arms"] if arm["label"] == label)
+    return NOT_MEASURED if count is None else f"{count} of {body['answered_prompts']}"
 
 
 def _row(arm: Arm, plain: Arm, body: Mapping[str, Any]) -> list[str]:
@@ -134,6 +152,7 @@ def _row(arm: Arm, plain: Arm, body: Mapping[str, Any]) -> list[str]:
         number(arm.safety[-1]),
         percent(drift_share(arm, plain)),
         number(max(arm.safety)),
+        _refuses(arm.label, body),
         number(arm.control[-1]) if arm.control else NOT_MEASURED,
         number(arm.task[-1], 4),
         percent(task_cost(arm, plain)),
@@ -246,8 +265,12 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
 def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
     rows = [
         f"| {arm['label']} | {number(arm['safety'])} | {percent(arm['drift_share'])} | "
+        f"{_refuses(arm['label'], body)} | "
         f"{percent(arm['task_cost'])} | × {number(arm['cost'])} |"
         for arm in body["arms"]
     ]
-    head = ["| arm | safety drift | of plain | task loss | CPU time |", "| --- | --- | --- | --- | --- |"]
+    head = [
+        "| arm | safety drift | of plain | refuses | task loss | CPU time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     return [f"Protected fine-tunes: {body['sentence']}", "", *head, *rows, ""]

@@ -99,11 +99,18 @@ def _reading(found: ScreenResult) -> str:
         if found.contrasted
         else "; what it does to other abilities was not measured"
     )
+    estimates = (
+        "Rows below the head of the ranking are estimates from a sketch of their gradient. "
+        if found.method == "sketch"
+        else ""
+    )
     return (
         f"The score of a row is the rise of the mean safety loss, per unit learning rate, when the planned "
         f"optimizer steps on this row alone, {where}, {against}. There the safety loss had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
-        "Positive is harmful. The ranking says who pushes, not how far. Each row's loss is a mean over its "
+        "Positive is harmful. The ranking says who pushes, not how far. "
+        + estimates
+        + "Each row's loss is a mean over its "
         f"tokens; the rank correlation of score and length is {number(found.length_correlation, 2)}."
     )
 

@@ -38,17 +38,18 @@ class Writer:
         return [str(text) for text in self.generate(model, self.rows, self.max_new_tokens)]
 
 
-def writer(samples: SampleSet, count: int, max_new_tokens: int) -> Writer:
+def writer(samples: SampleSet, count: int, max_new_tokens: int, *, setting: str) -> Writer:
     """Evenly spread rows of a sample set to be answered, or the reason why none can be.
 
     Args:
         samples: prompts with safe responses, with their `generate`.
         count: prompts wanted; 0 switches it off.
         max_new_tokens: length of an answer at most.
+        setting: name of the setting that gave the count.
     """
     reason = None
     if count == 0:
-        reason = "verify.generate is 0"
+        reason = f"{setting} is 0"
     elif samples.generate is None:
         reason = "the safety rows have no prompt or no tokenizer to answer it with"
     elif not samples.rows:

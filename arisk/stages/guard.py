@@ -6,6 +6,7 @@ to the bit after each. A finished arm is kept on disk, and an unfinished one goe
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from arisk.artifacts import read_record, write_record
@@ -15,6 +16,8 @@ from arisk.gradients import layout_of, measuring
 from arisk.guarded import Arm, GuardResult
 from arisk.progress import Progress, silent
 from arisk.protection import GuardSettings
+from arisk.ranks import from_first, is_first
+from arisk.stages.generation import writer
 from arisk.stages.guard_arm import ArmRun
 from arisk.stages.guard_methods import Plan, arm_names
 from arisk.stages.guard_task import TaskRows, task_rows
@@ -67,12 +70,15 @@ def guard(
         def fresh() -> PlannedRun:
             return PlannedRun(task, layout, training, rates)
 
+        samples = task.heldout or task.safety
+        writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
+        aligned = writes.texts(task.model)
         judged = task_rows(task, fresh().stream, config.task_samples, last * training.gradient_accumulation)
         plan = Plan(task, layout, fresh, config, frozenset(points), seed)
         names = arm_names(config)
         for number, name in enumerate(names):
             folder = workspace / f"arm-{number:02d}" if workspace else None
-            done = _finished(folder)
+            done = from_first(lambda folder=folder: _finished(folder))
             if done is None:
                 with keeping_parameters(task.model, layout):
                     run = ArmRun(plan, judged, points, name, f"arm {number + 1} of {len(names)}", progress)
@@ -81,7 +87,12 @@ def guard(
             arms.append(done)
             if number == 0 and done.diverged_at is not None:
                 break
-    return _result(plan, judged, arms, steps, last)
+    return replace(
+        _result(plan, judged, arms, steps, last),
+        prompts=writes.prompts,
+        aligned_answers=aligned,
+        generation_reason=writes.reason,
+    )
 
 
 def _finished(folder: Path | None) -> Arm | None:
@@ -93,7 +104,7 @@ def _finished(folder: Path | None) -> Arm | None:
 
 def _keep(folder: Path | None, arm: Arm) -> None:
     """Write a finished arm; the state it was resumed from is then of no more use."""
-    if folder is None:
+    if folder is None or not is_first():
         return
     write_record(folder, arm)
     (folder / "state.json").unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 from arisk.errors import NumericsError
 from arisk.guarded import NEVER_BEGUN, Arm
 from arisk.progress import Progress
+from arisk.ranks import barrier, is_first
+from arisk.stages.generation import writer
 from arisk.stages.guard_methods import ArmName, Plan, Protection, protection
 from arisk.stages.guard_task import TaskRows
 from arisk.stages.probe import sample_losses
@@ -57,6 +59,10 @@ class ArmRun:
         self.safety = limited(self.samples, None, device)
         self.control = limited(task.control, plan.config.control_samples, device) if task.control else []
         self.dropouts = active_dropouts(task.model)
+        # Processes that share a batch would drop other units than one.
+        self.run.shared = not self.dropouts
+        given = plan.config
+        self.writer = writer(self.samples, given.generate, given.max_new_tokens, setting="guard.generate")
         self.track = Track()
         self.reason: str | None = None
         self.pauses = Pauses()
@@ -87,6 +93,7 @@ class ArmRun:
     def resume(self, folder: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
         found = load_state(folder, self.run) if folder else None
+        barrier()  # No process may save before every one has read.
         if found is not None:
             self.track = found[0]
             return
@@ -113,7 +120,7 @@ class ArmRun:
             self.track.notes.append({CPU: time.process_time() - started, **self.run.notes})
             if number in self.points and not self.measure(number):
                 break
-            if folder and self.pauses.over():
+            if folder and is_first() and self.pauses.over():
                 with self.pauses.saving():
                     save_state(folder, self.run, self.track, None)
         self.progress(f"{self.said}: {self.name.label}", last, last)
@@ -140,7 +147,7 @@ class ArmRun:
 
     def arm(self, made: Protection, setup: float) -> Arm:
         """The record: changes against the start, and the notes of the steps as means between points."""
-        track = self.track
+        track, task = self.track, self.plan.task
         safety = torch.stack(track.safety)
         return Arm(
             label=self.name.label,
@@ -160,6 +167,7 @@ class ArmRun:
             setup_seconds=setup,
             diverged_at=track.diverged_at,
             reason=self.reason,
+            answers=self.writer.texts(task.model) if track.diverged_at is None else [],
         )
 
 

@@ -11,18 +11,16 @@ rise of the safety loss, and that harm is contrasted with control data, is this 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arisk.artifacts import read_tensors, write_tensors
 from arisk.config import ScreenConfig, TrainingConfig
-from arisk.errors import InputError
 from arisk.geometry.correlation import rank_correlation
-from arisk.geometry.outlying import discoveries, positive_share, tail_probabilities
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
@@ -30,23 +28,15 @@ from arisk.progress import Progress, silent
 from arisk.screened import ScreenResult
 from arisk.stages.planned_run import keeping_parameters, put
 from arisk.stages.screen_explain import explained
+from arisk.stages.screen_flags import NULL_ROWS, flagged_anew
+from arisk.stages.screen_head import by_sketch
+from arisk.stages.screen_passes import Passes, RowTables
 from arisk.stages.screen_points import Place, control_groups, places
-from arisk.stages.screen_rows import RowGroup, row_groups, row_products
+from arisk.stages.screen_rows import row_groups
+from arisk.stages.screen_sketch import worth_sketching
 from arisk.task import RowBatches, SampleSet, Task
 
-__all__ = ["flagged_anew", "screen"]
-
-#: Rows of one file that a resumed run finds again.
-SHARD_ROWS = 256
-#: Control rows from which they serve as the null.
-NULL_ROWS = 16
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Products of all rows of one data set at every point: each (N, m + 3)."""
-
-    tables: Sequence[Tensor]
+__all__ = ["screen"]
 
 
 def screen(
@@ -94,14 +84,32 @@ def screen(
             workspace=workspace,
             progress=progress,
         )
-        run = _Scoring(task, layout, config, found, engine, workspace, progress)
+        passes = Passes(task, layout, found, engine, workspace, progress)
         limit = _limit(task.finetune, training, steps)
-        rows = run.tables(task.finetune, row_groups(task.finetune, config.batch_size, limit=limit))
-        control = task.control and run.tables(task.control, iter(control_groups(task.control, config)))
-        record = _record(task, config, found, rows, control, steps)
-        put(parameters_of(task.model, layout), _parts(layout, found[-1].theta))
+        control = None
+        if task.control is not None:
+            groups = iter(control_groups(task.control, config))
+            control = passes.exact(task.control, groups, "control rows", metric=True)
+        build = partial(_record, task, config, found, control=control, steps=steps)
+        if _sketches(task, layout, config, limit, engine):
+            record = by_sketch(passes, task.finetune, config, limit, build)
+        else:
+            groups = row_groups(task.finetune, config.batch_size, limit=limit)
+            record = build(passes.exact(task.finetune, groups, "finetune rows"))
+        put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
         examples = explained(task, layout, found[-1], record, config, engine, progress)
     return replace(record, examples=examples)
+
+
+def _sketches(
+    task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None, engine: str
+) -> bool:
+    """Whether rows are first ranked by a sketch."""
+    if config.method != "auto":
+        return config.method == "sketch"
+    batches = task.finetune.batches
+    rows = batches.row_count if isinstance(batches, RowBatches) else limit
+    return worth_sketching(layout, config.sketch_side, rows, engine)
 
 
 def _limit(samples: SampleSet, training: TrainingConfig, steps: int) -> int | None:
@@ -111,89 +119,17 @@ def _limit(samples: SampleSet, training: TrainingConfig, steps: int) -> int | No
     return steps * training.gradient_accumulation * training.batch_size
 
 
-def _parts(layout: ParameterLayout, flat: Tensor) -> list[Tensor]:
-    return list(layout.split(flat).values())
-
-
-class _Scoring:
-    """Passes over rows at every point, resumable shard by shard."""
-
-    def __init__(
-        self,
-        task: Task,
-        layout: ParameterLayout,
-        config: ScreenConfig,
-        found: Sequence[Place],
-        engine: str,
-        workspace: Path | None,
-        progress: Progress,
-    ) -> None:
-        self.task, self.layout, self.config, self.found = task, layout, config, found
-        self.engine, self.workspace, self.progress = engine, workspace, progress
-        self.parameters = parameters_of(task.model, layout)
-
-    def tables(self, samples: SampleSet, groups: Iterator[RowGroup]) -> _Scored:
-        """(N, m + 3) products at every point, in data order."""
-        shards: list[list[Tensor]] = [[] for _ in self.found]
-        numbers: list[int] = []
-        known = len(samples.rows)
-        for number, shard in enumerate(_shards(groups)):
-            for at, place in enumerate(self.found):
-                self.progress(f"{samples.name} rows", len(numbers), max(known, len(numbers)))
-                shards[at].append(self._shard(samples, shard, place, f"{samples.name}-{at}-{number:06d}"))
-            numbers += [row for group in shard for row in group.rows]
-        self.progress(f"{samples.name} rows", len(numbers), len(numbers))
-        order = torch.argsort(torch.tensor(numbers))
-        return _Scored([torch.cat(parts)[order] for parts in shards])
-
-    def _shard(self, samples: SampleSet, shard: Sequence[RowGroup], place: Place, name: str) -> Tensor:
-        path = self.workspace / f"rows-{name}.safetensors" if self.workspace else None
-        if path is not None and path.exists():
-            return read_tensors(path)["products"]
-        put(self.parameters, _parts(self.layout, place.theta))
-        made = torch.cat(
-            [
-                row_products(
-                    self.task.model,
-                    group,
-                    samples.loss_fn,
-                    self.layout,
-                    place.directions,
-                    # Only control rows are left out of a mean, which takes their D-norm.
-                    place.metric if samples is self.task.control else None,
-                    engine=self.engine,
-                )
-                for group in shard
-            ]
-        )
-        if path is not None:
-            write_tensors(path, {"products": made})
-        return made
-
-
-def _shards(groups: Iterator[RowGroup]) -> Iterator[list[RowGroup]]:
-    """Groups gathered to about `SHARD_ROWS` rows."""
-    shard: list[RowGroup] = []
-    rows = 0
-    for group in groups:
-        shard.append(group)
-        rows += len(group.rows)
-        if rows >= SHARD_ROWS:
-            yield shard
-            shard, rows = [], 0
-    if shard:
-        yield shard
-
-
 def _record(
     task: Task,
     config: ScreenConfig,
     found: Sequence[Place],
-    rows: _Scored,
-    control: _Scored | None,
+    rows: RowTables,
+    *,
+    control: RowTables | None,
     steps: int,
+    exact: Tensor | None = None,
 ) -> ScreenResult:
-    """Scores from products, flags from scores."""
+    """Scores from products, flags from scores; `exact` (N,) tells rows that are no estimates."""
     weights = [place.point.weight for place in found]
     contrasted = control is not None
     first = _sum(weights, [table[:, 0] for table in rows.tables])
@@ -212,6 +148,8 @@ def _record(
         losses=rows.tables[-1][:, -1],
         gradient_norms=rows.tables[-1][:, -3],
         null=null,
+        method="exact" if exact is None else "sketch",
+        exact=torch.ones(len(first), dtype=torch.bool) if exact is None else exact.clone(),
         p_values=torch.ones_like(first),
         contrasted=contrasted,
         flagged=[],
@@ -252,64 +190,6 @@ def _left_out(table: Tensor) -> Tensor:
     if count < 2:
         return torch.zeros(count, dtype=torch.float64)
     return (count * table[:, 2] + table[:, -2].square()) / (count - 1)
-
-
-def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
-    """The same scores with flags by the present settings; what-if and files are left empty.
-
-    Rule: p-values of the null's robust, heavy tail (`tail_probabilities`), Benjamini and Hochberg at
-    `false_discovery`, and a positive score above every control row; or exactly a share `drop`.
-
-    Raises:
-        InputError: no row would be kept.
-    """
-    scores = record.scores
-    enough = record.null is not None and len(record.null) >= NULL_ROWS
-    null = record.null if enough and record.null is not None else scores
-    p_values = tail_probabilities(scores, null)
-    if config.drop is not None:
-        count = min(len(scores), max(1, round(config.drop * len(scores))))
-        chosen = torch.tensor(record.order[:count])
-        rule = f"the {config.drop:.3g} of the rows with the highest scores, as asked for"
-    else:
-        found = discoveries(p_values, config.false_discovery) if record.rise_reached else torch.arange(0)
-        ceiling = max(0.0, float(null.max())) if enough else 0.0
-        chosen = found[scores[found] > ceiling]
-        chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
-        rule = (
-            f"scores beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
-            f"false discovery rate of {config.false_discovery:g}"
-            + (", and above every control row" if enough else "")
-        )
-    _require_kept(len(chosen), len(scores), config)
-    marked = set(chosen.tolist())
-    return replace(
-        record,
-        p_values=p_values,
-        flagged=chosen.tolist(),
-        rule=rule,
-        threshold=float(scores[chosen].min()) if len(chosen) else math.nan,
-        null_source="control" if enough else "rows",
-        share=positive_share(scores, chosen),
-        examples=[
-            {**row, "flagged": row["row"] in marked, "p_value": float(p_values[row["row"]])}
-            for row in record.examples
-        ],
-        what_if={},
-        files=[],
-        files_missing=None,
-    )
-
-
-def _require_kept(flagged: int, rows: int, config: ScreenConfig) -> None:
-    if flagged < rows:
-        return
-    raise InputError(
-        f"all {rows} fine-tuning rows are flagged, so none would be kept",
-        where="screen" if config.drop is None else "screen.drop",
-        fix="this data as a whole pushes towards harm compared with `control`: choose other data, give "
-        "control rows like the harmless part of it, or flag a share only with `--drop 5%`",
-    )
 
 
 def _warnings(task: Task, record: ScreenResult) -> list[str]:

@@ -46,11 +46,11 @@ def explained(
         progress: told of rows explained.
 
     Returns:
-        One mapping per row, the most harmful first. `hurts`: safety samples with −K_ij > 0, nats per
-        unit learning rate; None beyond what the memory allows. `modules`: shares of the row's first
-        order, which sum to 1 over all modules.
+        One mapping per row that is scored exactly, the most harmful first. `hurts`: safety samples with
+        −K_ij > 0, nats per unit learning rate; None beyond what the memory allows. `modules`: shares of
+        the row's first order, which sum to 1 over all modules.
     """
-    head = record.order[: config.examples]
+    head = [row for row in record.order if record.exact[row]][: config.examples]
     if not head:
         return []
     flagged = set(record.flagged)

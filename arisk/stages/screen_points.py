@@ -21,6 +21,7 @@ from arisk.config import ScreenConfig, TrainingConfig
 from arisk.errors import NumericsError
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
 from arisk.progress import Progress
+from arisk.ranks import from_first, is_first, share, summed
 from arisk.screened import ScreenPoint
 from arisk.stages.planned_run import PlannedRun, put
 from arisk.stages.probe import sample_losses
@@ -140,13 +141,12 @@ class _Walk:
         """∇L_c (P,), float64, over the control rows."""
         assert self.task.control is not None
         total = torch.zeros(self.layout.numel, dtype=torch.float64)
-        rows = 0
-        for group in self.control:
+        for number in share(len(self.control)):
+            group = self.control[number]
             batch = move_batch(group.batch, self.device)
             _, gradient = mean_gradient(self.task.model, batch, self.task.control.loss_fn, self.layout)
             total += gradient.to("cpu", torch.float64) * len(group.rows)
-            rows += len(group.rows)
-        return total / rows
+        return summed(total) / sum(len(group.rows) for group in self.control)
 
 
 def places(
@@ -178,7 +178,7 @@ def places(
         NumericsError: a loss or gradient is not finite.
     """
     wanted = 2 if config.points == "both" else 1
-    if workspace and (workspace / f"point-{wanted - 1}.safetensors").exists():
+    if workspace and from_first((workspace / f"point-{wanted - 1}.safetensors").exists):
         return [_read(workspace / f"point-{i}.safetensors") for i in range(wanted)]
     walk = _Walk(task, layout, config, training, rates, engine, progress)
     found: list[Place] = []
@@ -192,7 +192,7 @@ def places(
         found.append(walk.place(step, late))
         put(walk.run.parameters, start)
     for i, place in enumerate(found):
-        if workspace:
+        if workspace and is_first():
             _write(workspace / f"point-{i}.safetensors", place)
     return found
 

@@ -18,7 +18,7 @@ from arisk.gradients import ParameterLayout, batch_size, move_batch, per_sample_
 from arisk.gradients.factors import Outer, Part, block_of
 from arisk.task import Batch, LossFn, RowBatches, SampleSet
 
-__all__ = ["RowGroup", "row_groups", "row_products"]
+__all__ = ["RowGroup", "overflowing", "row_groups", "row_products", "with_row"]
 
 #: Entries of a row's gradient multiplied at a time.
 COLUMNS = 1 << 15
@@ -144,16 +144,10 @@ def row_products(
     try:
         losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
     except NumericsError as err:
-        raise _with_row(err, group) from err
+        raise with_row(err, group) from err
     finite = products.isfinite().flatten(1).all(1) & squares.isfinite().all(1)
     if not bool(finite.all()):
-        # Finite factors, whose product is beyond the numbers of their dtype.
-        row = group.rows[int((~finite).to(torch.int64).argmax())]
-        raise NumericsError(
-            f"the gradient of row {row} overflows",
-            where=f"row {row} (counted from 0, in data order)",
-            fix="check the row, or load the model in float32 or float64",
-        )
+        raise overflowing(group, finite)
     if by_module:
         return products
     if metric is None:
@@ -181,7 +175,22 @@ def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, Tensor]]:
         yield start, whole[:, start : start + COLUMNS]
 
 
-def _with_row(err: NumericsError, group: RowGroup) -> NumericsError:
+def overflowing(group: RowGroup, finite: Tensor) -> NumericsError:
+    """Finite factors, whose product is beyond the numbers of their dtype; names the first such row.
+
+    Args:
+        group: B rows.
+        finite: (B,) whether a row's products are finite.
+    """
+    row = group.rows[int((~finite).to(torch.int64).argmax())]
+    return NumericsError(
+        f"the gradient of row {row} overflows",
+        where=f"row {row} (counted from 0, in data order)",
+        fix="check the row, or load the model in float32 or float64",
+    )
+
+
+def with_row(err: NumericsError, group: RowGroup) -> NumericsError:
     """The same error, naming the row in the data instead of its place in the batch."""
     place = int("".join(filter(str.isdigit, err.where.partition("(")[0])) or 0)
     row = group.rows[min(place, len(group.rows) - 1)]

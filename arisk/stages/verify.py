@@ -110,7 +110,7 @@ class _RealRun:
         self.samples = task.heldout or task.safety
         self.safety = limited(self.samples, None, device)
         self.control = limited(task.control, config.control_samples, device) if task.control else []
-        self.writer = writer(self.samples, config.generate, config.max_new_tokens)
+        self.writer = writer(self.samples, config.generate, config.max_new_tokens, setting="verify.generate")
         self.writing = writing_steps(self.points)
         self.dropouts = active_dropouts(task.model)
         # Ranks that share a batch would drop other units than one process.

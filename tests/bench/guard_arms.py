@@ -23,6 +23,7 @@ from arisk.config import Config, GuardConfig
 from arisk.demo import embedded_folder
 from arisk.guarded import GuardResult, choose, guard_summary
 from arisk.models import load_task
+from arisk.refusals import DEFAULT_MARKERS
 from arisk.runners import finite
 from arisk.stages.guard import guard
 from tests.bench.guard_smollm2 import HEADER, cells
@@ -148,10 +149,11 @@ def main(argv: list[str] | None = None) -> None:
             found = measured(
                 mode, name, given.work or Path(temporary), quick=given.quick, strengths=given.strengths
             )
-            body = finite(guard_summary(found, **LIMITS))
+            body = finite(guard_summary(found, **LIMITS, markers=DEFAULT_MARKERS))
             title = f"{SETS[name].said}; {mode}, AdamW {RATES[mode]:g}, {STEPS} steps of 8"
             print_table(title, HEADER, [cells(arm) for arm in body["arms"]])
-            print(f"\n{choose(found, **LIMITS).sentence}", flush=True)
+            refusing = f"{body['aligned_refusals']} of {body['answered_prompts']} prompts"
+            print(f"\n{choose(found, **LIMITS).sentence} The aligned model refuses {refusing}.", flush=True)
 
 
 if __name__ == "__main__":

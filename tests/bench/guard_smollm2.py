@@ -32,7 +32,16 @@ SETTINGS = {
     "guard.projection.rows": "4",
     "guard.methods": "[plain,replay,alignguard,projection]",
 }
-HEADER = ["arm", "safety", "of plain", "control", "task loss", "against plain", "CPU time of the steps"]
+HEADER = [
+    "arm",
+    "safety",
+    "of plain",
+    "refuses",
+    "control",
+    "task loss",
+    "against plain",
+    "CPU time of the steps",
+]
 
 
 def main() -> None:
@@ -44,7 +53,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = run(given.data.resolve(), given.work or Path(folder))
     print_table(f"SmolLM2, identity rows, {found['last']} steps", HEADER, [cells(a) for a in found["arms"]])
-    print(found["sentence"])
+    print(
+        f"{found['sentence']} The aligned model refuses {found['aligned_refusals']} of "
+        f"{found['answered_prompts']} prompts."
+    )
 
 
 def run(data: Path, folder: Path) -> dict[str, Any]:
@@ -77,6 +89,7 @@ def cells(arm: dict[str, Any]) -> list[str]:
         arm["label"],
         f"{arm['safety']:+.3f}",
         share,
+        "–" if arm["refusals"] is None else str(arm["refusals"]),
         "–" if arm["control"] is None else f"{arm['control']:+.3f}",
         f"{arm['task']:.4f}",
         "–" if arm["task_cost"] is None else f"{arm['task_cost']:+.1%}",

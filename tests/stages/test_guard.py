@@ -221,7 +221,7 @@ def test_an_arm_that_cannot_be_set_up_is_recorded_and_the_others_go_on():
     bad = found.arms[1]
     assert "no gradient after 3 plain steps" in bad.reason
     assert (bad.steps, bad.safety) == ([0], [0.0])
-    summary = guard_summary(found, **LIMITS)["arms"][1]
+    summary = guard_summary(found, **LIMITS, markers=())["arms"][1]
     assert math.isnan(summary["safety"])
     assert math.isnan(drift_share(bad, found.plain))
     assert ending(bad.diverged_at) == "could not be set up"

@@ -16,10 +16,12 @@ from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
 from arisk.screened import ScreenResult
-from arisk.stages import screen as stage
+from arisk.stages import screen_head, screen_passes
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
-from arisk.stages.screen import flagged_anew, screen
+from arisk.stages.screen import screen
+from arisk.stages.screen_flags import flagged_anew
 from arisk.stages.screen_rows import RowGroup, row_products
+from arisk.stages.screen_sketch import worth_sketching
 from arisk.stages.screen_what_if import WithoutRows, dropping
 from arisk.stages.update import preconditioner
 from arisk.task import SampleSet, Task
@@ -261,28 +263,102 @@ def test_a_data_set_of_which_nothing_would_be_kept_is_an_error(made):
 
 
 def test_a_killed_screening_goes_on_and_ends_the_same(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "SHARD_ROWS", 8)
+    monkeypatch.setattr(screen_passes, "SHARD_ROWS", 8)
     done = 0
-    products = stage.row_products
+    products = screen_passes.row_products
 
     def dying(*given, **settings):
         nonlocal done
         done += 1
-        if done == 4:
+        if done == 7:  # three passes over the control rows come first
             raise KeyboardInterrupt
         return products(*given, **settings)
 
     config = ScreenConfig(rise=1e9, max_steps=7, batches=3, examples=5)
-    monkeypatch.setattr(stage, "row_products", dying)
+    monkeypatch.setattr(screen_passes, "row_products", dying)
     with pytest.raises(KeyboardInterrupt):
         screen(task_of(), config=config, training=TRAINING, steps=STEPS, workspace=tmp_path)
     kept = sorted(path.name for path in tmp_path.glob("rows-finetune-*.safetensors"))
     assert len(kept) == 3
-    monkeypatch.setattr(stage, "row_products", products)
-    monkeypatch.setattr(stage, "SHARD_ROWS", 8)
+    monkeypatch.setattr(screen_passes, "row_products", products)
+    monkeypatch.setattr(screen_passes, "SHARD_ROWS", 8)
     again = screen(task_of(), config=config, training=TRAINING, steps=STEPS, workspace=tmp_path)
     assert torch.equal(again.scores, made.scores)
     assert torch.equal(again.null, made.null)
+
+
+def by_sketch(task=None, **settings):
+    return run(task, method="sketch", **settings)
+
+
+def test_a_sketch_that_keeps_everything_gives_the_exact_scores(made):
+    found = by_sketch(sketch_side=8)
+    assert found.method == "sketch"
+    assert found.sketch_agreement == pytest.approx(1)
+    for name in ("scores", "first_order", "control_order", "second_order", "gradient_norms", "losses"):
+        assert getattr(found, name).tolist() == pytest.approx(getattr(made, name).tolist(), rel=1e-9)
+
+
+def test_the_head_of_a_sketched_ranking_is_exact_and_only_it_is_flagged(made, monkeypatch):
+    monkeypatch.setattr(screen_head, "CHECKED", 5)
+    monkeypatch.setattr(screen_head, "HEAD", 4)
+    found = by_sketch(sketch_side=2, drop=0.2)
+    exact = found.exact.nonzero()[:, 0].tolist()
+    assert 15 <= len(exact) < 30  # five checked, and parts of four until one has no flag
+    assert found.scores[exact].tolist() == pytest.approx(made.scores[exact].tolist(), rel=1e-9)
+    others = (~found.exact).nonzero()[:, 0]
+    assert (found.scores[others] - made.scores[others]).abs().min() > 1e-6 * made.scores.abs().max()
+    assert torch.equal(found.losses, made.losses)
+    assert found.flagged == [row for row in made.order if row in set(exact)][:6]
+    assert found.p_values[others].isnan().all()
+    assert not found.p_values[exact].isnan().any()
+    assert {row["row"] for row in found.examples} <= set(exact)
+    assert f"{len(exact)} of 30 rows are scored exactly" in found.warnings[-1]
+    assert found.as_json()["exact_rows"] == len(exact)
+
+
+def test_a_row_against_the_safe_answers_is_found_through_a_sketch(monkeypatch):
+    """Prompts near one point with answer 0, and one row that answers 1 there among rows elsewhere."""
+    monkeypatch.setattr(screen_head, "CHECKED", 4)
+    monkeypatch.setattr(screen_head, "HEAD", 4)
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(count):
+        return torch.randn(count, 200, generator=generator, dtype=torch.float64)
+
+    point, model = drawn(1), nn.Linear(200, 3).double()
+    nn.init.zeros_(model.weight)
+    x, y = drawn(40), torch.randint(3, (40,), generator=generator)
+    x[13], y[13] = point, 1
+    task = Task(
+        model=model,
+        safety=SampleSet("safety", [(point + 0.1 * drawn(8), torch.zeros(8, dtype=torch.int64))], classify),
+        finetune=SampleSet("finetune", Rows((x, y)), classify),
+        control=SampleSet("control", Rows((drawn(20), torch.arange(20) % 3)), classify, [{}] * 20),
+        parameter_names=["weight"],
+    )
+    config = ScreenConfig(points="start", batches=3, method="sketch", sketch_side=32)
+    found = screen(task, config=config, training=TrainingConfig(optimizer="sgd"), steps=STEPS)
+    assert found.order[0] == 13
+    assert found.flagged == [13]
+    assert not found.exact.all()
+
+
+def test_no_estimate_is_ever_flagged():
+    found = by_sketch(sketch_side=8)
+    doubtful = dataclasses.replace(
+        found, scores=1e6 * found.null.abs().max() * torch.ones(30), exact=torch.zeros(30, dtype=torch.bool)
+    )
+    for config in (ScreenConfig(drop=0.5), ScreenConfig()):
+        assert flagged_anew(dataclasses.replace(doubtful, rise_reached=True), config).flagged == []
+
+
+def test_auto_sketches_many_rows_of_a_large_selection_only():
+    small, large = layout_of(net(), NAMES), layout_of(nn.Linear(4000, 4000), ["weight"])
+    assert worth_sketching(large, 32, 20_000, "hooks")
+    for layout, rows, engine in ((small, 10**6, "hooks"), (large, 19_999, "hooks"), (large, 10**6, "loop")):
+        assert not worth_sketching(layout, 32, rows, engine)
+    assert not worth_sketching(large, 32, None, "hooks")
 
 
 def test_a_plan_without_rows_trains_on_all_others_in_order():

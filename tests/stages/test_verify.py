@@ -251,7 +251,7 @@ def test_texts_are_written_by_the_model_of_that_step():
     assert measured.prompts[1] == {"prompt": "g", "response": "no g", "line": 6}
     assert measured.generated[0].texts[1] == f"6 9 {float(net()[0].weight.detach().sum()):.12f}"
     assert len({made.texts[0] for made in measured.generated}) == 5
-    assert writer(samples, 99, 3).rows == list(range(32))
+    assert writer(samples, 99, 3, setting="s").rows == list(range(32))
 
 
 def test_a_record_survives_the_disk(tmp_path):
