@@ -78,19 +78,33 @@ ACTING = {
     ],
     "guard": [
         *("guard.methods=[replay,ewc,alignguard,projection]", "guard.replay.strengths=[0.3]"),
-        *("guard.ewc.strengths=[10]", "guard.alignguard.strengths=[3]", "guard.calibration_steps=3"),
-        *("guard.control_samples=16", "guard.steps=6", "guard.generate=4", "guard.max_new_tokens=6"),
+        *(
+            "guard.ewc.strengths=[10]",
+            "guard.alignguard.strengths=[3]",
+            "guard.calibration_steps=2",
+            "guard.task_samples=16",
+        ),
+        *("guard.control_samples=16", "guard.steps=4", "guard.generate=2", "guard.max_new_tokens=6"),
     ],
 }
 
 
-def numbers(value, place=""):
-    """Every number of a JSON value by its place, CPU seconds left out."""
-    if isinstance(value, dict):
-        return {k: v for name in value for k, v in numbers(value[name], f"{place}.{name}").items()}
-    if isinstance(value, list):
-        return {k: v for i, one in enumerate(value) for k, v in numbers(one, f"{place}[{i}]").items()}
-    return {} if "seconds" in place else {place: value}
+def numbers(value, place="", skipped=("seconds",)):
+    """Every number and text of a JSON value by its place; places with these words are left out."""
+    if isinstance(value, dict | list):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [numbers(one, f"{place}.{name}", skipped) for name, one in inside]
+        return {key: found for part in parts for key, found in part.items()}
+    return {} if any(word in place for word in skipped) else {place: value}
+
+
+def assert_same(one, two, *, at_least):
+    """The same texts at the same places, and numbers equal to rounding."""
+    assert one.keys() == two.keys()
+    for place, value in one.items():
+        close = pytest.approx(value, rel=1e-8, abs=1e-11) if isinstance(value, float) else value
+        assert two[place] == close, place
+    assert sum(isinstance(value, float) for value in one.values()) > at_least
 
 
 @pytest.mark.parametrize("verb", ACTING)
@@ -102,15 +116,7 @@ def test_two_processes_screen_and_protect_as_one_does(tmp_path, verb):
         numbers(json.loads((tmp_path / name / verb / "record.json").read_text(encoding="utf-8"))["values"])
         for name in ("one", "two")
     )
-    assert one.keys() == two.keys()
-    counted = 0
-    for place, value in one.items():
-        if isinstance(value, float):
-            counted += 1
-            assert two[place] == pytest.approx(value, rel=1e-8, abs=1e-11), place
-        else:
-            assert two[place] == value, place
-    assert counted > 30
+    assert_same(one, two, at_least=30)
     if verb == "screen":
         ours, theirs = (load_file(tmp_path / n / verb / "scores.safetensors") for n in ("one", "two"))
         for name, value in ours.items():
@@ -130,14 +136,10 @@ def test_two_processes_compare_as_one_does(tmp_path):
         plans = [str(tmp_path / "mixed.yaml"), str(tmp_path / "benign.yaml")]
         given = ["--output", str(folder / "page"), "--set", "rollout.pilot_steps=6", "--json"]
         out = finish(start(folder, count, *given, verb="compare", configs=plans))
-        bodies.append(numbers(json.loads(out)))
+        bodies.append(numbers(json.loads(out.replace(str(folder), "")), skipped=("seconds", "cost")))
         assert (folder / "page" / "compare.html").exists()
     assert bodies[0].keys() == bodies[1].keys()
-    ranked = [value for place, value in bodies[0].items() if isinstance(value, float)]
-    assert len(ranked) > 20
-    for place, value in bodies[0].items():
-        if isinstance(value, float) and "cost" not in place:
-            assert bodies[1][place] == pytest.approx(value, rel=1e-6, abs=1e-9), place
+    assert_same(*bodies, at_least=20)
 
 
 @pytest.mark.parametrize(
