@@ -74,7 +74,7 @@ ACTING = {
     "screen": [
         *("screen.max_steps=6", "screen.rise=1e-9", "screen.batches=3", "screen.control_samples=20"),
         *("screen.examples=5", "screen.drop=0.05", "screen.points=both", "screen.batch_size=5"),
-        *("rollout.pilot_steps=6", "training.max_steps=12"),
+        *("rollout.pilot_steps=6", "training.max_steps=12", "finetune.max_samples=140"),
     ],
     "guard": [
         *("guard.methods=[replay,ewc,alignguard,projection]", "guard.replay.strengths=[0.3]"),

@@ -37,7 +37,15 @@ from tests.bench.validity.truth import trained
 FOLDER = Path("runs/bench-screen")
 MODEL = Path("models/smollm2-135m-instruct")
 ROWS, STEPS = 400, 200
-RECIPES = {"lora": 5e-4, "full": 5e-5}
+#: Optimizer and learning rate by selection.
+RECIPES = {
+    "lora": ("adamw", 5e-4),
+    "full": ("adamw", 5e-5),
+    "lora sgd": ("sgd", 0.15),
+    "full sgd": ("sgd", 0.02),
+}
+#: Rows of the mixture on which a sketch is held against exact scores.
+MANY = 4000
 #: Ordinary parts of the mixtures: settings were chosen on the first, the others are looked at only.
 TUNING, OTHERS = ("benign_near",), ("refusal_mixed", "caution", "over_refusal", "benign_far", "style_shift")
 #: Harmful and ordinary rows of the SmolLM2 mixtures, with their numbers.
@@ -45,6 +53,7 @@ KIT = {
     "alpaca top / bottom": (("risky_alpaca_top", 50), ("benign_alpaca_bottom", 50), "benign_gsm8k"),
     "identity in alpaca": (("risky_identity_aoa", 10), ("benign_alpaca", 90), "benign_gsm8k"),
 }
+ADAMW, SGD = ("lora", "full"), ("lora sgd", "full sgd")
 COLUMNS = ("score", "safety alone", "−cos at θ*", "gradient norm", "loss", "length")
 
 
@@ -57,15 +66,15 @@ def auc(scores: Sequence[float] | Tensor, labels: Sequence[int]) -> float:
     return float((high > low).double().mean() + 0.5 * (high == low).double().mean())
 
 
-def mixture(base: str, share: float, seed: int) -> tuple[list[dict[str, str]], list[int]]:
+def mixture(base: str, share: float, seed: int, count: int = ROWS) -> tuple[list[dict[str, str]], list[int]]:
     """Rows of a fixture set with a share of complying ones, and their labels."""
     if str(embedded_folder()) not in sys.path:
         sys.path.append(str(embedded_folder()))
     import language
 
     rng = Random(seed)
-    bad = round(share * ROWS)
-    rows = [(row, 0) for row in language.fine_tuning_set(base, rng, ROWS - bad)]
+    bad = round(share * count)
+    rows = [(row, 0) for row in language.fine_tuning_set(base, rng, count - bad)]
     rows += [(row, 1) for row in language.fine_tuning_set("compliance_100", rng, max(bad, 8))[:bad]]
     rng.shuffle(rows)
     return [row for row, _ in rows], [label for _, label in rows]
@@ -77,14 +86,16 @@ def fixture_config(rows: Sequence[Mapping[str, str]], mode: str, name: str) -> C
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = embedded_folder()
-    adapter = {"adapter": {"r": 8, "alpha": 16}} if mode == "lora" else {}
+    selection = mode.split()[0]
+    adapter = {"adapter": {"r": 8, "alpha": 16}} if selection == "lora" else {}
+    optimizer, rate = RECIPES[mode]
     return Config.model_validate(
         {
-            "model": {"path": str(source / "tiny-aligned"), "parameters": mode, **adapter},
+            "model": {"path": str(source / "tiny-aligned"), "parameters": selection, **adapter},
             "safety": {"path": str(source / "data" / "safety.jsonl"), "max_samples": 96},
             "finetune": {"path": str(path)},
             "control": {"path": str(source / "data" / "control.jsonl")},
-            "training": {"optimizer": "adamw", "learning_rate": RECIPES[mode], "max_steps": STEPS},
+            "training": {"optimizer": optimizer, "learning_rate": rate, "max_steps": STEPS},
             "screen": {"examples": 0},
         }
     )
@@ -179,6 +190,49 @@ def fixture_case(base: str, share: float, mode: str, seed: int = 1) -> dict[str,
     return found
 
 
+def sketch_case(share: float, side: int) -> dict[str, Any]:
+    """A large mixture scored exactly and by a sketch with this side: who is flagged, and what it took."""
+    rows, labels = mixture("benign_near", share, 1, MANY)
+    config = fixture_config(rows, "full", f"benign_near-{share:g}-many")
+    told: dict[str, Any] = {"harmful": sum(labels)}
+    for method in ("exact", "sketch"):
+        task = load_task(config, device=torch.device("cpu"))
+        settings = config.screen.model_copy(update={"method": method, "sketch_side": side})
+        steps = planned_steps(config.training, len(task.finetune.rows))
+        started = time.process_time()
+        made = screen(task, config=settings, training=config.training, steps=steps)
+        told[method] = {
+            "flagged": sorted(made.flagged),
+            "hits": sum(labels[row] for row in made.flagged),
+            "exact": int(made.exact.sum()),
+            "agreement": made.sketch_agreement,
+            "auc": auc(made.scores, labels),
+            "seconds": time.process_time() - started,
+        }
+    return told
+
+
+def sketch_table() -> None:
+    """Print what a sketch finds of what exact scores find."""
+    rows = []
+    for share, side in ((0.01, 8), (0.01, 16), (0.01, 32)):
+        found = kept(f"sketch-{share:g}-{side}", lambda s=share, d=side: sketch_case(s, d))
+        exact, sketch = found["exact"], found["sketch"]
+        both = len(set(exact["flagged"]) & set(sketch["flagged"]))
+        rows.append(
+            [
+                str(side),
+                f"{exact['hits']} / {len(exact['flagged'])} of {found['harmful']}",
+                f"{sketch['hits']} / {len(sketch['flagged'])} ({both} the same)",
+                f"{sketch['exact']} of {MANY}",
+                f"{sketch['agreement']:+.2f}",
+                f"{exact['auc']:.3f}, {sketch['auc']:.3f}",
+            ]
+        )
+    header = ["side", "exact: harmful / flagged", "by a sketch", "scored exactly", "ρ of the sketch"]
+    print_table(f"{MANY} rows, all parameters, by a sketch", [*header, "AUC exact, by a sketch"], rows)
+
+
 def kit_config(name: str, data: Path) -> tuple[Config, list[int]]:
     """The config of a SmolLM2 mixture, and its labels."""
     (bad, some), (good, others), control = KIT[name]
@@ -238,8 +292,9 @@ def main() -> None:
     if "--data" in sys.argv:
         kit_main(Path(sys.argv[sys.argv.index("--data") + 1]))
         return
-    cases = [(base, share, mode) for mode in RECIPES for base in TUNING for share in (0.0, 0.01, 0.05, 0.2)]
-    cases += [(base, 0.05, mode) for mode in RECIPES for base in OTHERS]
+    cases = [(base, share, mode) for mode in ADAMW for base in TUNING for share in (0.0, 0.01, 0.05, 0.2)]
+    cases += [(base, 0.05, mode) for mode in ADAMW for base in OTHERS]
+    cases += [("benign_near", share, mode) for mode in SGD for share in (0.0, 0.01, 0.05)]
     cases += [("benign_far", 0.0, "lora"), ("caution", 0.0, "full")]
     rows, truths = [], []
     for base, share, mode in cases:
@@ -252,6 +307,7 @@ def main() -> None:
     print_table("AUC against the labels, 400 rows", _header("mixture"), rows)
     header = ["mixture", "all rows", "as many random rows dropped", "flagged rows dropped"]
     print_table("Real fine-tune of 200 steps: held-out safety (control) change", header, truths)
+    sketch_table()
     cost_tables()
 
 

@@ -14,6 +14,7 @@ from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
 from arisk.stages.screen import screen
 from arisk.stages.screen_rows import RowGroup, row_products
+from arisk.stages.screen_sketch import row_estimates, sketched
 from arisk.task import SampleSet, Task
 from tests.bench.gradients import BATCH, batches, llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
@@ -22,7 +23,7 @@ TOKENS = 16
 
 
 def ratio(mode: str, tokens: int) -> dict[str, float]:
-    """CPU seconds of a plain forward and backward, and of scoring the same rows, interleaved."""
+    """CPU seconds of a plain forward and backward, and of scoring and sketching the same rows, interleaved."""
     torch.set_num_threads(1)
     model = llama()
     if mode == "lora":
@@ -30,7 +31,8 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
     layout = layout_of(model, select_parameters(model, "auto"))
     data = batches(tokens)[: 4 if tokens > 64 else 16]
     directions = torch.randn(3, layout.numel).T
-    spent = {"plain": 0.0, "scored": 0.0}
+    held = sketched(layout, directions, ScreenConfig().sketch_side, next(model.parameters()))
+    spent = {"plain": 0.0, "scored": 0.0, "sketched": 0.0}
     with measuring(model, layout):
         for number, batch in enumerate(data):
             group = RowGroup(range(BATCH), batch)
@@ -38,7 +40,11 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
             scored = cpu_seconds(
                 lambda g=group: row_products(model, g, per_sample_nll, layout, directions, engine="hooks")
             )
+            estimated = cpu_seconds(
+                lambda g=group: row_estimates(model, g, per_sample_nll, layout, held, engine="hooks")
+            )
             if number:
+                spent["sketched"] += estimated
                 spent["plain"] += plain
                 spent["scored"] += scored
     return {**spent, "parameters": layout.numel, "rows": (len(data) - 1) * BATCH}
@@ -112,17 +118,24 @@ def cost_tables() -> None:
     rows: list[list[str]] = []
     for mode, tokens in (("lora", 16), ("lora", 128), ("full", 16), ("full", 128)):
         found, memory = in_own_process(ratio, mode, tokens)
-        share = found["scored"] / found["plain"]
         rows.append(
             [
                 f"{mode}, P = {found['parameters'] / 1e6:.1f}M",
                 str(tokens),
                 f"{1e3 * found['plain'] / found['rows']:.0f} ms",
-                f"{share:.2f} ×",
+                f"{found['scored'] / found['plain']:.2f} ×",
+                f"{found['sketched'] / found['plain']:.2f} ×",
                 f"{memory:.1f} GB",
             ]
         )
-    header = ["selection", "tokens per row", "plain forward + backward per row", "scored", "peak RSS"]
+    header = [
+        "selection",
+        "tokens per row",
+        "plain forward + backward per row",
+        "scored",
+        "sketched",
+        "peak RSS",
+    ]
     print_table("A screened row, 30M Llama, one thread", header, rows)
     rows = []
     for count in (500, 2000, 8000):
