@@ -86,7 +86,7 @@ def fixture_config(rows: Sequence[Mapping[str, str]], mode: str, name: str) -> C
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = embedded_folder()
-    selection = mode.split()[0]
+    selection = mode.split(maxsplit=1)[0]
     adapter = {"adapter": {"r": 8, "alpha": 16}} if selection == "lora" else {}
     optimizer, rate = RECIPES[mode]
     return Config.model_validate(

@@ -23,7 +23,7 @@ TOKENS = 16
 
 
 def ratio(mode: str, tokens: int) -> dict[str, float]:
-    """CPU seconds of a plain forward and backward, and of scoring and sketching the same rows, interleaved."""
+    """CPU seconds of a plain pass, and of scoring and sketching the same rows, interleaved."""
     torch.set_num_threads(1)
     model = llama()
     if mode == "lora":
