@@ -110,7 +110,7 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
         {
             "arisk_score": score,
             "arisk_rank": rank[row],
-            **({} if exact[row] else {"arisk_estimate": "sketch"}),
+            **({} if exact[row] else {"arisk_estimate": made.method}),
             "arisk_reasons": made.reasons(row) if row in flagged else [],
         }
         for row, score in enumerate(made.scores.tolist())

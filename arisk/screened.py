@@ -47,9 +47,10 @@ class ScreenResult:
             empirical Fisher matrix of the safety samples there; for comparison.
         losses, gradient_norms: (N,) at the last point; nats per response token.
         null: (N_c,) scores of control rows, each left out of its own ∇L_c; None where there are none.
-        method: "exact", or "sketch" where rows were ranked by a sketch of their gradient first.
-        exact: (N,) whether a row's numbers are exact products; the others are estimates from the sketch
-            (the losses are exact always).
+        method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
+            that rows are held against, or by a "sketch" of their gradient.
+        exact: (N,) whether a row's numbers are exact products; of the others `scores` has the estimate,
+            and all but `losses` is NaN.
         p_values: (N,) probability that a harmless row scores as high, by `null_source`; NaN for estimates.
         flagged: row numbers, the most harmful first.
         rule: how they were chosen, in words. threshold: smallest score that the rule flags, NaN
@@ -66,8 +67,8 @@ class ScreenResult:
         what_if: forecasts with and without the flagged rows; `status` says where not measured.
         files: names of the JSONL files beside the record; empty where `files_missing` says why.
         warnings: sentences for the report.
-        sketch_agreement: Spearman's ρ of estimates and exact scores on rows spread over the ranking; None
-            where no sketch was used.
+        agreement: Spearman's ρ of estimates and exact scores on rows spread over the ranking; None where
+            all scores are exact.
     """
 
     scores: Tensor
@@ -77,7 +78,7 @@ class ScreenResult:
     losses: Tensor
     gradient_norms: Tensor
     null: Tensor | None
-    method: Literal["exact", "sketch"]
+    method: Literal["exact", "differences", "sketch"]
     exact: Tensor
     p_values: Tensor
     contrasted: bool
@@ -96,7 +97,7 @@ class ScreenResult:
     files: Sequence[str]
     files_missing: str | None
     warnings: Sequence[str]
-    sketch_agreement: float | None = None
+    agreement: float | None = None
 
     @property
     def order(self) -> list[int]:
@@ -182,7 +183,7 @@ class ScreenResult:
             "sentence": self.sentence,
             "method": self.method,
             "exact_rows": int(self.exact.sum()),
-            "sketch_agreement": self.sketch_agreement,
+            "agreement": self.agreement,
             "rows": len(self.scores),
             "flagged": [int(row) for row in self.flagged],
             "flagged_share": len(self.flagged) / len(self.scores),

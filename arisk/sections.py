@@ -163,9 +163,10 @@ class ScreenConfig(Section):
     """Real steps of the plan taken at most to get there; no rise within them flags no row."""
     points: Literal["risen", "start", "both"] = "risen"
     """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
-    method: Literal["auto", "exact", "sketch"] = "auto"
-    """Exact products for every row; or a sketch of its gradient first, and exact products for the head of
-    that ranking, from which rows are flagged. auto: a sketch from 20 000 rows of a large selection."""
+    method: Literal["auto", "exact", "differences", "sketch"] = "auto"
+    """Exact products for every row; or an estimate first, by differences of its loss or by a sketch of its
+    gradient, and exact products for the head of that ranking, from which rows are flagged. auto: differences
+    from 5000 rows where most of the model is selected."""
     sketch_side: PositiveInt = 32
     """Entries that a sketch keeps of each side of a matrix; larger is truer and costs more."""
     batches: Annotated[int, Field(ge=2)] = 8

@@ -4,8 +4,9 @@ A weight's gradient G (O, I) becomes L G Rᵀ with L (p, O) and R (q, I) of inde
 N(0, 1/q) entries, so E⟨sketch, sketch'⟩ = ⟨G, G'⟩ (Johnson–Lindenstrauss); a side no longer than p is kept
 as it is. From the factors of G = Y'ᵀX it is (Y'Lᵀ)ᵀ(XRᵀ): nothing of the parameter's size is made. The
 sides are seeded by the parameter's name, so sketches made at different times or by different processes
-go together. For ranking examples only: eigenvalues, overlap and γ̂ are biased in a sketch, and exact
-products of a few directions cost less. Say "sketch" beside every number that comes from one.
+go together. The error of an estimate grows with ‖G‖‖G'‖, so two gradients that are nearly orthogonal
+need `balanced` sides. For ranking examples only: eigenvalues, overlap and γ̂ are biased in a sketch, and
+exact products of a few directions cost less. Say "sketch" beside every number that comes from one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from arisk.gradients.layout import ParameterLayout
 from arisk.gradients.per_sample import per_sample_parts
 from arisk.task import Batch, LossFn
 
-__all__ = ["Sides", "Sketch", "per_sample_sketches", "sketch_of", "sketch_products"]
+__all__ = ["Sides", "Sketch", "balanced", "per_sample_sketches", "sketch_of", "sketch_products"]
+
+#: Ratios below this share of the largest count as that.
+SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,30 @@ def _side(seed: str, kept: int, length: int, dtype: torch.dtype, device: torch.d
     generator = torch.Generator().manual_seed(number)
     drawn = torch.randn(kept, length, generator=generator, dtype=torch.float32) / math.sqrt(kept)
     return drawn.to(device, dtype)
+
+
+def balanced(sides: Sides, ratio: Tensor) -> tuple[Sides, Tensor]:
+    """Sides that estimate the product with one known direction V with less noise.
+
+    ⟨G, V⟩ = ⟨G∘s, V/s⟩ for any s > 0, and the noise grows with ‖G∘s‖‖V/s‖, which is least at
+    s² ∝ |V|/rms(G). Only s = abᵀ can be drawn into the sides, so that factors stay factors: √ratio is
+    fitted by the means of its logarithm over rows and columns. A side that is kept is left alone.
+
+    Args:
+        sides: the parameter's sides, with which V/s is to be projected.
+        ratio: (rows, columns) |V|/rms(G), ≥ 0, up to a factor.
+
+    Returns:
+        The sides for G, and s (rows, columns) that V is to be divided by.
+    """
+    logs = 0.5 * ratio.clamp(min=max(SMALLEST * float(ratio.max()), torch.finfo(ratio.dtype).tiny)).log()
+    both = sides.left is not None and sides.right is not None
+    middle = logs.mean() / 2 if both else torch.zeros_like(logs.mean())
+    a = torch.ones_like(logs[:, 0]) if sides.left is None else (logs.mean(1) - middle).exp()
+    b = torch.ones_like(logs[0]) if sides.right is None else (logs.mean(0) - middle).exp()
+    left = None if sides.left is None else sides.left * a.to(sides.left)
+    right = None if sides.right is None else sides.right * b.to(sides.right)
+    return Sides(left, right, sides.rows, sides.columns), a[:, None] * b
 
 
 def sketch_of(parts: Sequence[Part], sides: Sides) -> Tensor:

@@ -100,8 +100,8 @@ def _reading(found: ScreenResult) -> str:
         else "; what it does to other abilities was not measured"
     )
     estimates = (
-        "Rows below the head of the ranking are estimates from a sketch of their gradient. "
-        if found.method == "sketch"
+        f"Rows below the head of the ranking have estimates ({found.method}). "
+        if found.method != "exact"
         else ""
     )
     return (

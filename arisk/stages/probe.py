@@ -20,7 +20,7 @@ from arisk.progress import Progress
 from arisk.ranks import gathered, share
 from arisk.task import Batch, LossFn, SampleSet, Task
 
-__all__ = ["Probe", "displaced", "probe_along", "sample_losses"]
+__all__ = ["Probe", "batch_losses", "displaced", "probe_along", "sample_losses"]
 
 #: First displacement tried, as a share of ‖θ‖ (of 1 where θ = 0), and the most doublings after it.
 FIRST_SHARE, DOUBLINGS = 2.0**-14, 22
@@ -55,17 +55,19 @@ def displaced(model: nn.Module, layout: ParameterLayout, delta: Tensor) -> Gener
                 parameters[name].copy_(value)
 
 
-def sample_losses(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Tensor:
-    """ℓ_i of every sample, (N,) float64; a scalar loss is asked one sample at a time. Shared over ranks."""
-    losses: list[Tensor] = []
+def batch_losses(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+    """ℓ_i of a batch's samples, (B,) float64; a scalar loss is asked one sample at a time. No gradient."""
     with torch.no_grad():
-        for number in share(len(batches)):
-            batch = batches[number]
-            loss = loss_fn(model, batch)
-            size = batch_size(batch)
-            if loss.ndim == 0 and size > 1:
-                loss = torch.stack([loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(size)])
-            losses.append(loss.reshape(-1).to("cpu", torch.float64))
+        loss = loss_fn(model, batch)
+        size = batch_size(batch)
+        if loss.ndim == 0 and size > 1:
+            loss = torch.stack([loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(size)])
+        return loss.reshape(-1).to("cpu", torch.float64)
+
+
+def sample_losses(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Tensor:
+    """ℓ_i of every sample, (N,) float64, as of `batch_losses`. Shared over ranks."""
+    losses = [batch_losses(model, batches[number], loss_fn) for number in share(len(batches))]
     return torch.cat(gathered(losses, len(batches)))
 
 

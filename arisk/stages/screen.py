@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ from arisk.gradients.layout import parameters_of
 from arisk.progress import Progress, silent
 from arisk.screened import ScreenResult
 from arisk.stages.planned_run import keeping_parameters, put
+from arisk.stages.screen_estimates import worth_estimating
 from arisk.stages.screen_explain import explained
 from arisk.stages.screen_flags import NULL_ROWS, flagged_anew
-from arisk.stages.screen_head import by_sketch
+from arisk.stages.screen_head import Estimates, by_estimates
 from arisk.stages.screen_passes import Passes, RowTables
 from arisk.stages.screen_points import Place, control_groups, places
 from arisk.stages.screen_rows import row_groups
-from arisk.stages.screen_sketch import worth_sketching
 from arisk.task import RowBatches, SampleSet, Task
 
 __all__ = ["screen"]
@@ -88,28 +89,30 @@ def screen(
         limit = _limit(task.finetune, training, steps)
         control = None
         if task.control is not None:
-            groups = iter(control_groups(task.control, config))
-            control = passes.exact(task.control, groups, "control rows", metric=True)
+            held = control_groups(task.control, config)
+            control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
         build = partial(_record, task, config, found, control=control, steps=steps)
-        if _sketches(task, layout, config, limit, engine):
-            record = by_sketch(passes, task.finetune, config, limit, build)
-        else:
-            groups = row_groups(task.finetune, config.batch_size, limit=limit)
+        method = _method(task, layout, config, limit)
+        if method == "exact":
+            groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
             record = build(passes.exact(task.finetune, groups, "finetune rows"))
+        else:
+            record = by_estimates(passes, task.finetune, config, limit, method, build)
         put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
         examples = explained(task, layout, found[-1], record, config, engine, progress)
     return replace(record, examples=examples)
 
 
-def _sketches(
-    task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None, engine: str
-) -> bool:
-    """Whether rows are first ranked by a sketch."""
+Method = Literal["exact", "differences", "sketch"]
+
+
+def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> Method:
+    """How all rows are scored first."""
     if config.method != "auto":
-        return config.method == "sketch"
+        return config.method
     batches = task.finetune.batches
     rows = batches.row_count if isinstance(batches, RowBatches) else limit
-    return worth_sketching(layout, config.sketch_side, rows, engine)
+    return "differences" if worth_estimating(task.model, layout, rows) else "exact"
 
 
 def _limit(samples: SampleSet, training: TrainingConfig, steps: int) -> int | None:
@@ -127,9 +130,9 @@ def _record(
     *,
     control: RowTables | None,
     steps: int,
-    exact: Tensor | None = None,
+    estimates: Estimates | None = None,
 ) -> ScreenResult:
-    """Scores from products, flags from scores; `exact` (N,) tells rows that are no estimates."""
+    """Scores from products, flags from scores; a row without products has its estimate."""
     weights = [place.point.weight for place in found]
     contrasted = control is not None
     first = _sum(weights, [table[:, 0] for table in rows.tables])
@@ -140,6 +143,10 @@ def _record(
     point = found[-1].point
     reached = point.safety_rise >= config.rise or config.points == "start"
     scores = first if against is None else first - against
+    exact = torch.ones(len(scores), dtype=torch.bool)
+    if estimates is not None:
+        exact = estimates.exact.clone()
+        scores = torch.where(exact, scores, estimates.scores)
     record = ScreenResult(
         scores=scores,
         first_order=first,
@@ -148,8 +155,8 @@ def _record(
         losses=rows.tables[-1][:, -1],
         gradient_norms=rows.tables[-1][:, -3],
         null=null,
-        method="exact" if exact is None else "sketch",
-        exact=torch.ones(len(first), dtype=torch.bool) if exact is None else exact.clone(),
+        method="exact" if estimates is None else estimates.method,
+        exact=exact,
         p_values=torch.ones_like(first),
         contrasted=contrasted,
         flagged=[],

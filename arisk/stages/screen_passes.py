@@ -1,4 +1,4 @@
-"""Passes over the rows of a data set at every point: exact products, or estimates from a sketch.
+"""Passes over the rows of a data set at every point: exact products, or estimates of the score.
 
 Rows are worked through shard by shard. Processes of one run share the shards, and a finished shard
 is kept on disk, so that a killed run finds it again.
@@ -7,7 +7,9 @@ is kept on disk, so that a killed run finds it again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +21,9 @@ from arisk.gradients.layout import parameters_of
 from arisk.progress import Progress
 from arisk.ranks import gathered, rank, world
 from arisk.stages.planned_run import put
+from arisk.stages.screen_estimates import Estimate, by_differences, by_sketches
 from arisk.stages.screen_points import Place
 from arisk.stages.screen_rows import RowGroup, row_products
-from arisk.stages.screen_sketch import SketchedDirections, row_estimates, sketched
 from arisk.task import SampleSet, Task
 
 __all__ = ["Passes", "RowTables"]
@@ -36,7 +38,7 @@ class RowTables:
 
     Attributes:
         rows: their numbers, ascending.
-        tables: per point (N, m + 3), columns as of `row_products`.
+        tables: per point (N, m + 3), columns as of `row_products`; (N, 2) of estimates: score and loss.
     """
 
     rows: Tensor
@@ -69,73 +71,84 @@ class Passes:
         self.parameters = parameters_of(task.model, layout)
 
     def exact(
-        self, samples: SampleSet, groups: Iterator[RowGroup], name: str, *, metric: bool = False
+        self, samples: SampleSet, groups: Callable[[], Iterator[RowGroup]], name: str, *, metric: bool = False
     ) -> RowTables:
         """Exact products with the directions of every point.
 
         Args:
             samples: the data set.
-            groups: its rows.
+            groups: gives its rows anew.
             name: of the pass, for its files and the display.
             metric: take the D-norm as well.
         """
 
-        def products(group: RowGroup, at: int) -> Tensor:
-            place = self.found[at]
-            return row_products(
-                self.task.model,
-                group,
-                samples.loss_fn,
-                self.layout,
-                place.directions,
-                place.metric if metric else None,
-                engine=self.engine,
-            )
+        def made(place: Place) -> AbstractContextManager[Estimate]:
+            def products(shard: Sequence[RowGroup]) -> Tensor:
+                put(self.parameters, list(self.layout.split(place.theta).values()))
+                run = partial(row_products, self.task.model, engine=self.engine)
+                against = (samples.loss_fn, self.layout, place.directions, place.metric if metric else None)
+                return torch.cat([run(group, *against) for group in shard])
 
-        return self._tables(groups, name, len(samples.rows), products)
+            return nullcontext(products)
 
-    def estimated(self, samples: SampleSet, groups: Iterator[RowGroup], name: str, side: int) -> RowTables:
-        """Estimates of the same from sketches with `side` entries of each side of a matrix."""
-        held: list[SketchedDirections] = [
-            sketched(self.layout, place.directions, side, self.parameters[0]) for place in self.found
-        ]
+        return self._tables(groups, name, len(samples.rows), made)
 
-        def estimates(group: RowGroup, at: int) -> Tensor:
-            model, loss_fn = self.task.model, samples.loss_fn
-            return row_estimates(model, group, loss_fn, self.layout, held[at], engine=self.engine)
+    def estimated(
+        self, samples: SampleSet, groups: Callable[[], Iterator[RowGroup]], method: str, side: int
+    ) -> RowTables:
+        """Estimates of the score at every point.
 
-        return self._tables(groups, name, len(samples.rows), estimates)
+        Args:
+            samples: the data set.
+            groups: gives its rows anew.
+            method: `differences` or `sketch`.
+            side: entries that a sketch keeps of each side of a matrix.
+
+        Returns:
+            Tables (N, 2): score and loss.
+        """
+        model, layout, loss_fn = self.task.model, self.layout, samples.loss_fn
+
+        def made(place: Place) -> AbstractContextManager[Estimate]:
+            if method == "sketch":
+                return by_sketches(model, layout, place, loss_fn, side, self.engine)
+            return by_differences(model, layout, place, loss_fn, next(groups()))
+
+        return self._tables(groups, f"{samples.name} rows by {method}", len(samples.rows), made)
 
     def _tables(
-        self, groups: Iterator[RowGroup], name: str, known: int, measure: Callable[[RowGroup, int], Tensor]
+        self,
+        groups: Callable[[], Iterator[RowGroup]],
+        name: str,
+        known: int,
+        made: Callable[[Place], AbstractContextManager[Estimate]],
     ) -> RowTables:
-        own: list[tuple[list[int], list[Tensor]]] = []
-        count = seen = 0
-        for number, shard in enumerate(_shards(groups)):
-            count = number + 1
-            rows = [row for group in shard for row in group.rows]
-            if number % world() == rank():
-                self.progress(name, seen, max(known, seen))
-                files = [f"rows-{name}-{at}-{number:06d}" for at in range(len(self.found))]
-                made = [self._shard(shard, at, file, measure) for at, file in enumerate(files)]
-                own.append((rows, made))
-            seen += len(rows)
-        everything = gathered(own, count)
-        self.progress(name, seen, seen)
-        numbers = torch.tensor([row for rows, _ in everything for row in rows])
-        order = torch.argsort(numbers)
-        points = range(len(self.found))
-        tables = [torch.cat([made[at] for _, made in everything])[order] for at in points]
-        return RowTables(numbers[order], tables)
+        """One pass over all rows per point, each rank taking its share of the shards."""
+        tables: list[Tensor] = []
+        numbers = torch.zeros(0, dtype=torch.int64)
+        for at, place in enumerate(self.found):
+            own: list[tuple[list[int], Tensor]] = []
+            count = seen = 0
+            with made(place) as measure:
+                for number, shard in enumerate(_shards(groups())):
+                    rows = [row for group in shard for row in group.rows]
+                    if number % world() == rank():
+                        self.progress(name, seen, max(known, seen))
+                        own.append((rows, self._shard(shard, f"rows-{name}-{at}-{number:06d}", measure)))
+                    count, seen = number + 1, seen + len(rows)
+            everything = gathered(own, count)
+            self.progress(name, seen, seen)
+            numbers = torch.tensor([row for rows, _ in everything for row in rows])
+            order = torch.argsort(numbers)
+            numbers = numbers[order]
+            tables.append(torch.cat([table for _, table in everything])[order])
+        return RowTables(numbers, tables)
 
-    def _shard(
-        self, shard: Sequence[RowGroup], at: int, name: str, measure: Callable[[RowGroup, int], Tensor]
-    ) -> Tensor:
+    def _shard(self, shard: Sequence[RowGroup], name: str, measure: Estimate) -> Tensor:
         path = self.workspace / f"{name.replace(' ', '-')}.safetensors" if self.workspace else None
         if path is not None and path.exists():
             return read_tensors(path)["products"]
-        put(self.parameters, list(self.layout.split(self.found[at].theta).values()))
-        made = torch.cat([measure(group, at) for group in shard])
+        made = measure(shard)
         if path is not None:
             write_tensors(path, {"products": made})
         return made

@@ -9,12 +9,15 @@ import torch
 
 from arisk.config import AdapterConfig, ScreenConfig, TrainingConfig
 from arisk.gradients import layout_of, mean_gradient, measuring
+from arisk.gradients.layout import parameters_of
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
+from arisk.screened import ScreenPoint
 from arisk.stages.screen import screen
+from arisk.stages.screen_estimates import by_differences, by_sketches
+from arisk.stages.screen_points import Place
 from arisk.stages.screen_rows import RowGroup, row_products
-from arisk.stages.screen_sketch import row_estimates, sketched
 from arisk.task import SampleSet, Task
 from tests.bench.gradients import BATCH, batches, llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
@@ -31,20 +34,26 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
     layout = layout_of(model, select_parameters(model, "auto"))
     data = batches(tokens)[: 4 if tokens > 64 else 16]
     directions = torch.randn(3, layout.numel).T
-    held = sketched(layout, directions, ScreenConfig().sketch_side, next(model.parameters()))
-    spent = {"plain": 0.0, "scored": 0.0, "sketched": 0.0}
-    with measuring(model, layout):
+    theta = torch.cat([p.detach().reshape(-1) for p in parameters_of(model, layout)])
+    place = Place(ScreenPoint(0, 0.0, None, 1.0), theta, directions, torch.ones(layout.numel))
+    spent = {"plain": 0.0, "scored": 0.0, "differences": 0.0, "sketched": 0.0}
+    side, rows = ScreenConfig().sketch_side, RowGroup(range(BATCH), data[0])
+    with (
+        measuring(model, layout),
+        by_differences(model, layout, place, per_sample_nll, rows) as slopes,
+        by_sketches(model, layout, place, per_sample_nll, side, "hooks") as sketches,
+    ):
         for number, batch in enumerate(data):
             group = RowGroup(range(BATCH), batch)
             plain = cpu_seconds(lambda b=batch: mean_gradient(model, b, per_sample_nll, layout))
             scored = cpu_seconds(
                 lambda g=group: row_products(model, g, per_sample_nll, layout, directions, engine="hooks")
             )
-            estimated = cpu_seconds(
-                lambda g=group: row_estimates(model, g, per_sample_nll, layout, held, engine="hooks")
-            )
+            sloped = cpu_seconds(lambda g=group: slopes([g]))
+            sketched = cpu_seconds(lambda g=group: sketches([g]))
             if number:
-                spent["sketched"] += estimated
+                spent["differences"] += sloped
+                spent["sketched"] += sketched
                 spent["plain"] += plain
                 spent["scored"] += scored
     return {**spent, "parameters": layout.numel, "rows": (len(data) - 1) * BATCH}
@@ -124,6 +133,7 @@ def cost_tables() -> None:
                 str(tokens),
                 f"{1e3 * found['plain'] / found['rows']:.0f} ms",
                 f"{found['scored'] / found['plain']:.2f} ×",
+                f"{found['differences'] / found['plain']:.2f} ×",
                 f"{found['sketched'] / found['plain']:.2f} ×",
                 f"{memory:.1f} GB",
             ]
