@@ -143,6 +143,7 @@ def cost_tables() -> None:
         "tokens per row",
         "plain forward + backward per row",
         "scored",
+        "differences",
         "sketched",
         "peak RSS",
     ]

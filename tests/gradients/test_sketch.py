@@ -11,7 +11,7 @@ from arisk.errors import NumericsError
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts
-from arisk.gradients.sketch import Sides, Sketch, per_sample_sketches, sketch_of, sketch_products
+from arisk.gradients.sketch import Sides, Sketch, balanced, per_sample_sketches, sketch_of, sketch_products
 
 spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
 cases = importlib.util.module_from_spec(spec)
@@ -113,3 +113,27 @@ def test_a_bad_sample_is_named():
     batch[1] = float("nan")
     with pytest.raises(NumericsError, match="sample 11"):
         per_sample_sketches(model, batch, lambda m, b: m(b).sum(1), layout, sketch, offset=10)
+
+
+@pytest.mark.parametrize("shape", [(24, 30), (24, 3), (1, 30)], ids=["both sides", "left", "a vector"])
+def test_balanced_sides_estimate_a_known_direction_without_bias_and_with_less_noise(shape):
+    """A direction that is large where gradients are small, as a preconditioned one is."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = lambda *size: torch.randn(*size, dtype=torch.float64, generator=generator)  # noqa: E731
+    size = torch.exp(1.5 * drawn(shape[0], 1)) * torch.exp(1.5 * drawn(1, shape[1]))
+    g, v = size * drawn(*shape), drawn(*shape) / size
+    exact, found = float((g * v).sum()), {"plain": [], "balanced": []}
+    for _ in range(400):
+        sides = Sides(
+            drawn(4, shape[0]) / 2 if shape[0] > 4 else None,
+            drawn(4, shape[1]) / 2 if shape[1] > 4 else None,
+            *shape,
+        )
+        own, scale = balanced(sides, v.abs() / size)
+        found["plain"].append(float((sketch_of([g[None]], sides) * sketch_of([v[None]], sides)).sum()))
+        found["balanced"].append(
+            float((sketch_of([g[None]], own) * sketch_of([(v / scale)[None]], sides)).sum())
+        )
+    plain, even = (torch.tensor(values, dtype=torch.float64) for values in found.values())
+    assert abs(float(even.mean()) - exact) < 4 * float(even.std()) / 20
+    assert even.std() < 0.4 * plain.std()
