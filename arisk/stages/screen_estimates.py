@@ -35,11 +35,11 @@ Estimate = Callable[[Sequence[RowGroup]], Tensor]
 #: Rows from which `screen.method: auto` estimates, where at least this share of the model is selected:
 #: a gradient of few parameters costs no more than two forward passes.
 ROWS, SELECTED = 5_000, 0.5
-#: Root mean square of ℓ(θ + εv) − ℓ(θ − εv) that ε aims at (nats per token): far above the rounding of a
-#: loss, far below where it bends.
-RISE = {torch.float64: 1e-4, torch.float32: 5e-3}
-#: Share of ‖θ‖ (of 1 where that is less) from which the search for ε starts, and its rounds.
-START, ROUNDS = 1e-4, 4
+#: Share of ‖θ‖ (of 1 where that is less) from which the search for ε starts, its rounds, and the root mean
+#: square of ℓ(θ + εv) − ℓ(θ − εv) that it ends at (nats per token): a step at which losses already bend.
+START, ROUNDS, RISE = 1e-4, 4, 2e-2
+#: From there ε falls by this factor so many times: at the bottom losses are mostly rounding.
+FACTOR, RUNGS = 4.0, 7
 
 
 def worth_estimating(model: nn.Module, layout: ParameterLayout, rows: int | None) -> bool:
@@ -62,16 +62,19 @@ def contrast(place: Place) -> Tensor:
 
 @contextmanager
 def by_differences(
-    model: nn.Module, layout: ParameterLayout, place: Place, loss_fn: LossFn, first: RowGroup
+    model: nn.Module, layout: ParameterLayout, place: Place, loss_fn: LossFn, probe: Sequence[RowGroup]
 ) -> Generator[Estimate]:
     """Slopes along v by central differences; a narrow model is float32 inside.
+
+    An AdamW direction is long where gradients are small, so losses bend early along it, while bulk rows
+    have slopes near the rounding of their loss. ε is the one of a ladder at which slopes change least.
 
     Args:
         model: the model, inside `measuring`; stands anywhere, and is moved.
         layout: the selected parameters.
         place: the point.
         loss_fn: per-sample losses.
-        first: rows on which ε is set.
+        probe: rows on which ε is set, best spread over the data.
 
     Raises:
         NumericsError: a loss is not finite; names the row.
@@ -86,14 +89,11 @@ def by_differences(
             put(parameters, list(layout.split(at + step * along).values()))
             return torch.cat([_losses(model, group, loss_fn) for group in groups])
 
+        def slopes(step: float) -> Tensor:
+            return (losses(probe, step) - losses(probe, -step)) / (2 * step)
+
         size = float(along.norm())
-        step = START * max(float(at.norm()), 1.0) / size if size else 1.0
-        aim = RISE.get(parameters[0].dtype, RISE[torch.float32])
-        for _ in range(ROUNDS):
-            seen = losses([first], step) - losses([first], -step)
-            rise = float(seen.square().mean().sqrt())
-            # Beyond what the losses bear, or below their rounding, the ratio says nothing: no wild leaps.
-            step *= min(max(aim / rise, 1e-2), 1e2) if rise else 1e2
+        step = _step(slopes, START * max(float(at.norm()), 1.0) / size if size else 1.0)
 
         def estimate(groups: Sequence[RowGroup]) -> Tensor:
             up, down = losses(groups, step), losses(groups, -step)
@@ -101,6 +101,24 @@ def by_differences(
             return torch.stack([(up - down) / (2 * step), (up + down) / 2], dim=1)
 
         yield estimate
+
+
+def _step(slopes: Callable[[float], Tensor], step: float) -> float:
+    """ε at which slopes (B,) change least from one rung to the next, measured by the median row."""
+    for _ in range(ROUNDS):
+        rise = 2 * step * float(slopes(step).square().mean().sqrt())
+        # Beyond what the losses bear, or below their rounding, the ratio says nothing: no wild leaps.
+        step *= min(max(RISE / rise, 1e-2), 1e2) if rise else 1e2
+    best, least = step, float("inf")
+    before = slopes(step)
+    for _ in range(RUNGS):
+        step /= FACTOR
+        now = slopes(step)
+        change = float(((now - before).abs() / (now.abs() + now.abs().median())).nan_to_num().median())
+        if change < least:
+            best, least = step, change
+        before = now
+    return best
 
 
 def _losses(model: nn.Module, group: RowGroup, loss_fn: LossFn) -> Tensor:

@@ -62,7 +62,7 @@ def by_estimates(
         NumericsError: a loss or gradient is not finite; names the row.
     """
     groups = partial(row_groups, samples, config.batch_size, limit=limit)
-    found = passes.estimated(samples, groups, method, config.sketch_side)
+    found = passes.estimated(samples, groups, method, side=config.sketch_side, size=config.batch_size)
     weights = [place.point.weight for place in passes.found]
     scores = torch.stack([w * table[:, 0] for w, table in zip(weights, found.tables, strict=True)]).sum(0)
     estimates = Estimates(method, scores, torch.zeros(len(scores), dtype=torch.bool))

@@ -23,13 +23,15 @@ from arisk.ranks import gathered, rank, world
 from arisk.stages.planned_run import put
 from arisk.stages.screen_estimates import Estimate, by_differences, by_sketches
 from arisk.stages.screen_points import Place
-from arisk.stages.screen_rows import RowGroup, row_products
-from arisk.task import SampleSet, Task
+from arisk.stages.screen_rows import RowGroup, row_groups, row_products
+from arisk.task import RowBatches, SampleSet, Task
 
 __all__ = ["Passes", "RowTables"]
 
 #: Rows of one file that a resumed run finds again.
 SHARD_ROWS = 128
+#: Rows on which the step of differences is set.
+PROBED = 32
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,13 @@ class Passes:
         return self._tables(groups, name, len(samples.rows), made)
 
     def estimated(
-        self, samples: SampleSet, groups: Callable[[], Iterator[RowGroup]], method: str, side: int
+        self,
+        samples: SampleSet,
+        groups: Callable[[], Iterator[RowGroup]],
+        method: str,
+        *,
+        side: int,
+        size: int,
     ) -> RowTables:
         """Estimates of the score at every point.
 
@@ -103,16 +111,18 @@ class Passes:
             groups: gives its rows anew.
             method: `differences` or `sketch`.
             side: entries that a sketch keeps of each side of a matrix.
+            size: rows per group.
 
         Returns:
             Tables (N, 2): score and loss.
         """
         model, layout, loss_fn = self.task.model, self.layout, samples.loss_fn
+        probe = list(row_groups(samples, size, rows=_spread(samples), limit=PROBED))
 
         def made(place: Place) -> AbstractContextManager[Estimate]:
             if method == "sketch":
                 return by_sketches(model, layout, place, loss_fn, side, self.engine)
-            return by_differences(model, layout, place, loss_fn, next(groups()))
+            return by_differences(model, layout, place, loss_fn, probe)
 
         return self._tables(groups, f"{samples.name} rows by {method}", len(samples.rows), made)
 
@@ -152,6 +162,14 @@ class Passes:
         if path is not None:
             write_tensors(path, {"products": made})
         return made
+
+
+def _spread(samples: SampleSet) -> list[int] | None:
+    """Rows that the step of differences is set on: spread evenly, or the first ones of any other loader."""
+    if not isinstance(samples.batches, RowBatches):
+        return None
+    count = samples.batches.row_count
+    return sorted({i * count // PROBED for i in range(PROBED)})
 
 
 def _shards(groups: Iterator[RowGroup]) -> Iterator[list[RowGroup]]:

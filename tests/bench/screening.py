@@ -187,6 +187,10 @@ def fixture_case(base: str, share: float, mode: str, seed: int = 1) -> dict[str,
     if made.flagged:
         drawn = Random(0).sample(range(len(rows)), len(made.flagged))
         found["random"] = verified(config, drawn)
+    # Where the labelled rows are not what moves safety, labels are no measure of a score.
+    found["labelled"] = (
+        verified(config, [row for row, label in enumerate(labels) if label]) if share else None
+    )
     return found
 
 
@@ -286,6 +290,11 @@ def _row(name: str, found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _changes(found: Mapping[str, Any]) -> list[str]:
+    made = [found[key] for key in ("with", "random", "without", "labelled")]
+    return ["–" if m is None else f"{m['safety']:+.3f} ({m['control']:+.3f})" for m in made]
+
+
 def main() -> None:
     """All tables; with `--data` those of SmolLM2 alone."""
     if "--data" in sys.argv:
@@ -301,10 +310,9 @@ def main() -> None:
         found = kept(f"{base}-{share:g}-{mode}", lambda b=base, s=share, m=mode: fixture_case(b, s, m))
         rows.append(_row(name, found))
         if found["without"] is not None:
-            changes = [found[key] for key in ("with", "random", "without")]
-            truths.append([name, *(f"{c['safety']:+.3f} ({c['control']:+.3f})" for c in changes)])
+            truths.append([name, *_changes(found)])
     print_table("AUC against the labels, 400 rows", _header("mixture"), rows)
-    header = ["mixture", "all rows", "as many random rows dropped", "flagged rows dropped"]
+    header = ["mixture", "all rows", "as many random rows dropped", "flagged dropped", "labelled dropped"]
     print_table("Real fine-tune of 200 steps: held-out safety (control) change", header, truths)
     estimate_table()
     cost_tables()

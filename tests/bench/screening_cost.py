@@ -40,7 +40,7 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
     side, rows = ScreenConfig().sketch_side, RowGroup(range(BATCH), data[0])
     with (
         measuring(model, layout),
-        by_differences(model, layout, place, per_sample_nll, rows) as slopes,
+        by_differences(model, layout, place, per_sample_nll, [rows]) as slopes,
         by_sketches(model, layout, place, per_sample_nll, side, "hooks") as sketches,
     ):
         for number, batch in enumerate(data):
