@@ -10,12 +10,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from arisk.config import Config
 from arisk.display import peak_memory
+from arisk.errors import InputError
 from arisk.gradients import (
     ParameterLayout,
     batch_invariance,
@@ -44,6 +45,8 @@ TIMED, LONG = 3, 5.0
 SAMPLED = 4_000_000
 #: Columns of the two products from which the cost of a product and that of a column are told apart.
 FEW, MANY = 2, 10
+#: Prompts answered at once.
+ANSWERED = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Calibration:
 
     Attributes:
         seconds: for one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`,
-            `output losses` (of given outputs), `products` (of a kept gradient with any number of
+            `output losses` (of given outputs),
+            `answer tokens` (of a written answer), `products` (of a kept gradient with any number of
             directions) and `product columns` (for each of them); for one vector: `permutations`; once:
             `Gram products` of all safety rows, `curvature tests`, `engine`.
         memory: peak resident memory of the process (GB) after mean `gradients`, after those `per sample`,
@@ -63,13 +67,12 @@ class Calibration:
     memory: dict[str, float]
 
 
-def calibrate(task: Task, engine: str, hvp_method: Any) -> Calibration:
+def calibrate(task: Task, config: Config) -> Calibration:
     """Time every kind of pass.
 
     Args:
         task: the model with its data; left as found.
-        engine: the wanted engine for per-sample gradients.
-        hvp_method: the wanted method of Hessian-vector products.
+        config: the wanted engine, the method of Hessian-vector products, and the length of answers.
     """
     layout = layout_of(task.model, task.parameter_names)
     device = next(task.model.parameters()).device
@@ -86,10 +89,11 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> Calibration:
         made["forward rows"] = _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows
         made["output losses"] = _output_losses(task, safety) / rows
         made["gradient rows"] = _seconds(lambda: _gradients(task, layout, training)) / step_rows
+        made["answer tokens"] = _answers(task, config.verify.max_new_tokens)
         memory["gradients"] = peak_memory() or 0.0
         start = time.perf_counter()
         largest = move_batch(max(batches, key=batch_size), device)
-        choice = choose_engine(model, largest, safety_loss, layout, engine)
+        choice = choose_engine(model, largest, safety_loss, layout, config.collect.engine)
         batch_invariance(model, largest, safety_loss, layout, choice.engine)
         made["engine"] = time.perf_counter() - start
 
@@ -105,7 +109,7 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> Calibration:
         memory["per sample"] = peak_memory() or 0.0
         direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
         start = time.perf_counter()
-        plan = choose_hvp(model, training[:1], loss, layout, direction, hvp_method)
+        plan = choose_hvp(model, training[:1], loss, layout, direction, config.score.hvp)
         made["curvature tests"] = time.perf_counter() - start
 
         def products() -> None:
@@ -119,6 +123,18 @@ def calibrate(task: Task, engine: str, hvp_method: Any) -> Calibration:
 def _gradients(task: Task, layout: ParameterLayout, batches: Sequence[Batch]) -> None:
     for batch in batches:
         mean_gradient(task.model, batch, task.finetune.loss_fn, layout)
+
+
+def _answers(task: Task, tokens: int) -> float:
+    """Seconds of one token of an answer, several prompts at a time; 0 where nothing can be written."""
+    generate, rows = task.safety.generate, range(min(ANSWERED, len(task.safety.rows)))
+    if generate is None or not rows:
+        return 0.0
+    try:
+        return _seconds(lambda: generate(task.model, rows, tokens)) / (len(rows) * tokens)
+    except InputError:
+        # A model that cannot write is told by the stages that want answers, with the way out.
+        return 0.0
 
 
 def _output_losses(task: Task, safety: Batch) -> float:

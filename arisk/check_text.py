@@ -94,7 +94,7 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
     facts = [f"rollout: {work['rollout']}"] if "rollout" in work else []
     facts += [f"store: {plan['store']}"] if "store" in plan else []
     return [
-        "plan of work (estimated here; verify is optional):",
+        "plan of work (estimated here; verify, screen and guard have own commands and take that at most):",
         table(
             rows, ["stage", "time", "peak memory", "disk", "operations", "passes of the model"], width=width
         ),

@@ -16,6 +16,7 @@ from arisk.calibration import calibrate
 from arisk.config import Config
 from arisk.display import StageDisplay, peak_memory
 from arisk.job import Job
+from arisk.optional_work import OPTIONAL_STAGES
 from arisk.rundir import RunDir
 from arisk.workload import kept_gradients, operations, passes, path_operations, said, sizes
 
@@ -52,7 +53,7 @@ def estimate(
     """
     job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
-    timed = calibrate(task, config.collect.engine, config.score.hvp)
+    timed = calibrate(task, config)
     store = kept_gradients(task, config, run_dir)
     counts = passes(task, config, store)
     seconds = {
@@ -60,13 +61,14 @@ def estimate(
         for stage, own in counts.items()
     }
     seconds["collect"] += loading + timed.seconds["engine"] + WRITING * store.kept
-    seconds["verify"] += loading
+    for stage in OPTIONAL_STAGES:
+        seconds[stage] += loading
     for stage, fixed in FIXED.items():
         scale = config.forecast.bootstrap_samples / DRAWS if stage == "forecast" else 1.0
         seconds[stage] = fixed * scale
     seconds["forecast"] += path_operations(task, config) / RATE
     memory, disk = sizes(task, config, timed.memory, store)
-    order = ("collect", "subspace", "score", "rollout", "forecast", "report", "verify")
+    order = ("collect", "subspace", "score", "rollout", "forecast", "report")
     stages = {
         stage: {
             "seconds": round(seconds[stage], 2),
@@ -75,18 +77,18 @@ def estimate(
             "flop": operations(task, counts.get(stage, {})),
             "work": said(counts.get(stage, {})),
         }
-        for stage in order
+        for stage in (*order, *OPTIONAL_STAGES)
     }
     return {
         "stages": stages,
-        "seconds": round(sum(seconds[stage] for stage in order[:-1]), 2),
-        "memory_gb": round(max(memory.values()), 3),
+        "seconds": round(sum(seconds[stage] for stage in order), 2),
+        "memory_gb": round(max(memory[stage] for stage in order), 3),
         "store": store.told,
-        "warnings": [*store.refused, *_over_budget(run_dir, disk, memory)],
+        "warnings": [*store.refused, *_over_budget(run_dir, disk, max(memory[s] for s in order))],
     }
 
 
-def _over_budget(run_dir: Path, disk: dict[str, float], memory: dict[str, float]) -> list[str]:
+def _over_budget(run_dir: Path, disk: dict[str, float], memory: float) -> list[str]:
     """What does not fit, with the remedy."""
     found: list[str] = []
     free = shutil.disk_usage(existing_parent(run_dir)).free / 1e9
@@ -97,9 +99,9 @@ def _over_budget(run_dir: Path, disk: dict[str, float], memory: dict[str, float]
             "or give another --run-dir"
         )
     room = _available()
-    if room is not None and max(memory.values()) - (peak_memory() or 0.0) > room:
+    if room is not None and memory - (peak_memory() or 0.0) > room:
         found.append(
-            f"the run needs about {max(memory.values()):.1f} GB of memory and {room:.1f} GB more are "
+            f"the run needs about {memory:.1f} GB of memory and {room:.1f} GB more are "
             "available: lower collect.memory_budget_gb, collect.chunk_size or training.batch_size"
         )
     return found

@@ -16,6 +16,7 @@ from arisk.errors import ConfigError, ShapeError
 from arisk.geometry.segments import rollout_cost
 from arisk.geometry.vectors import column_groups
 from arisk.gradients import batch_size, layout_of, measuring, move_batch
+from arisk.optional_work import optional_passes, optional_sizes
 from arisk.progress import silent
 from arisk.stages.keeping import Plan, store_for
 from arisk.stages.overlaps import PERMUTATION_CHUNK
@@ -23,7 +24,6 @@ from arisk.stages.plan_path import PATH_BUDGET
 from arisk.stages.rare import SCORED_SHARE
 from arisk.stages.rollout import SCALES
 from arisk.stages.safety_pass import SafetyPass, held_entries
-from arisk.stages.verify import measured_steps
 from arisk.task import Task
 
 __all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "path_operations", "said", "sizes"]
@@ -33,10 +33,15 @@ KRYLOV = 12
 #: Doublings, about, until a virtual move has gone far enough.
 REACHING = 12
 #: Copies of the selected parameters beside the model: in a rollout (θ*, gradient, two moments, the anchor,
-#: direction, mean and square of a block, the leap), in a plain run, and in the update of stage score.
-COPIES, COPIES_OF_A_RUN, UPDATE = 9, 4, 4
+#: direction, mean and square of a block, the leap), and in the update of stage score.
+COPIES, UPDATE = 9, 4
 #: Forward passes in a pass of each kind, by floating-point operations: a backward pass counts as two.
-FORWARDS = {"forward rows": 1, "gradient rows": 3, "single-row gradients": 3, "curvature rows": 6}
+FORWARDS = {
+    "forward rows": 1,
+    "gradient rows": 3,
+    "single-row gradients": 3,
+    "curvature rows": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
             + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
             "output losses": len(SCALES) * measured,
         }
-    reach = min(config.verify.steps or steps, steps)
-    held = len(task.heldout.rows) if task.heldout else safety
-    looked = held + min(control, config.verify.control_samples)
-    counts["verify"] = {
-        "gradient rows": reach * per_step,
-        "forward rows": len(measured_steps(reach)) * looked,
-    }
+    counts |= optional_passes(task, config, counts["rollout"])
     return counts
 
 
@@ -227,13 +226,12 @@ def sizes(
         "rollout": seen["gradients"] + (COPIES * vector if config.rollout.enabled else 0.0),
         "forecast": seen["gradients"] + 2 * directions,
         "report": seen["gradients"],
-        "verify": seen["gradients"] + COPIES_OF_A_RUN * vector,
     }
     # A run is one process, whose peak stays.
     peak = 0.0
     for stage, own in memory.items():
-        peak = own if stage == "verify" else max(peak, own)
-        memory[stage] = peak
+        memory[stage] = peak = max(peak, own)
+    memory |= optional_sizes(task, config, seen)
     kept = store.kept
     if store.plan is not None and store.plan.store == "gram" and store.plan.place == "disk":
         kept = store.held

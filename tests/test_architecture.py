@@ -57,6 +57,7 @@ RANKS = {
     "peer_results": 3,
     "display": 5,
     "calibration": 6,
+    "optional_work": 5.5,
     "workload": 6,
     "estimate": 7,
     "risk_report": 5,

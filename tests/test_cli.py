@@ -414,10 +414,14 @@ def test_check_prints_work_and_rendered_rows(arisk):
     assert body["data"]["safety"]["rows"] == 8
     assert "safety: 8 rows are few, 32 or more are advised" in body["warnings"]
     stages = body["plan"]["stages"]
-    assert list(stages) == ["collect", "subspace", "score", "rollout", "forecast", "report", "verify"]
+    optional = ["verify", "screen", "guard"]
+    assert list(stages) == ["collect", "subspace", "score", "rollout", "forecast", "report", *optional]
     assert "8 single-row gradients" in stages["collect"]["work"]
     assert "120 gradient rows" in stages["verify"]["work"]  # 60 steps of 2 rows
-    total = sum(cost["seconds"] for stage, cost in stages.items() if stage != "verify")
+    # Nine arms of 120, two calibrations of 10 steps, two replays and a projection of 8 rows a step.
+    assert "2560 gradient rows" in stages["guard"]["work"]
+    assert all(stages[stage]["seconds"] > 0 for stage in optional)
+    total = sum(cost["seconds"] for stage, cost in stages.items() if stage not in optional)
     assert body["plan"]["seconds"] == pytest.approx(total, abs=0.1)
     assert body["plan"]["warnings"] == []
 

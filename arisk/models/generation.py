@@ -75,7 +75,7 @@ class GreedyAnswers:
             raise InputError(
                 f"the model cannot generate text: {lines[0] if lines else type(err).__name__}",
                 where="verify.generate",
-                fix="set `verify.generate: 0`; losses are measured all the same",
+                fix="set `verify.generate: 0` or `guard.generate: 0`; losses are measured all the same",
             ) from err
         texts: list[str] = self.tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
         return [text.strip() for text in texts]

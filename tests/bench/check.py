@@ -50,6 +50,15 @@ def _compared(title: str, config: Path, folder: Path) -> None:
         rows.append(
             [stage, f"{cost['seconds']:.1f} s", f"{took:.1f} s", f"{cost['seconds'] / max(took, 1e-3):.2f}"]
         )
+    for stage in ("verify", "screen", "guard"):
+        _, peak = _arisk(stage, str(config), "--run-dir", run, "-q")
+        cost, manifest = plan["stages"][stage], folder / "run" / stage / "manifest.json"
+        took = json.loads(manifest.read_text(encoding="utf-8"))["seconds"]
+        rows.append(
+            [stage, f"{cost['seconds']:.1f} s", f"{took:.1f} s", f"{cost['seconds'] / max(took, 1e-3):.2f}"]
+        )
+        memory = cost["memory_gb"]
+        rows.append([f"{stage}, peak memory", f"{memory:.2f} GB", f"{peak:.2f} GB", f"{memory / peak:.2f}"])
     rows.append(["whole run", f"{plan['seconds']:.1f} s", f"{total:.1f} s", f"{plan['seconds'] / total:.2f}"])
     print_table(f"arisk check beside arisk run, {title}", ["", "predicted", "measured", "ratio"], rows)
 

@@ -291,7 +291,7 @@ def _row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(found: Mapping[str, Any]) -> list[str]:
-    made = [found[key] for key in ("with", "random", "without", "labelled")]
+    made = [found.get(key) for key in ("with", "random", "without", "labelled")]
     return ["–" if m is None else f"{m['safety']:+.3f} ({m['control']:+.3f})" for m in made]
 
 
