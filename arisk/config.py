@@ -136,6 +136,8 @@ class ModelConfig(Section):
             raise ValueError("source: hf needs `path` (a model folder or hub id)")
         if self.source == "python" and not self.entry:
             raise ValueError("source: python needs `entry` (module:function)")
+        if self.source == "python" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is for source: hf; switch it on in the code of `entry`")
         return self
 
 

@@ -29,6 +29,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: Largest P for which `krylov_dim: auto` takes the whole space, and its dimension above that.
+SMALL_PROBLEM, KRYLOV_DEFAULT = 64, 12
 
 
 class Section(BaseModel):
@@ -92,6 +94,12 @@ class ScoreConfig(Section):
     """Fine-tuning rows scored one by one (those of the first batches)."""
     probe_points: Annotated[int, Field(ge=0)] = 10
     """Points of the measured straight move along the update direction; 0 switches it off."""
+
+    def krylov_steps(self, parameters: int) -> int:
+        """Lanczos steps for so many selected parameters."""
+        if self.krylov_dim != "auto":
+            return self.krylov_dim
+        return parameters if parameters <= SMALL_PROBLEM else KRYLOV_DEFAULT
 
 
 class RolloutConfig(Section):

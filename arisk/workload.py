@@ -28,8 +28,6 @@ from arisk.task import Task
 
 __all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "path_operations", "said", "sizes"]
 
-#: Krylov steps of the automatic choice.
-KRYLOV = 12
 #: Doublings, about, until a virtual move has gone far enough.
 REACHING = 12
 #: Copies of the selected parameters beside the model: in a rollout (θ*, gradient, two moments, the anchor,
@@ -93,11 +91,6 @@ def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
     return KeptGradients(plan, held / 2 if plan.dtype else held, held)
 
 
-def _krylov(config: Config) -> int:
-    wanted = config.score.krylov_dim
-    return KRYLOV if wanted == "auto" else wanted
-
-
 def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[str, float]]:
     """Passes of every stage that runs the model, by kind."""
     score, batch = config.score, config.training.batch_size
@@ -114,7 +107,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
         "collect": {"single-row gradients": safety, "Gram products": 1},
         "score": {
             "gradient rows": score.batches * batch * (2 if control else 1),
-            "curvature rows": _krylov(config) * score.hvp_batches * batch,
+            "curvature rows": config.score.krylov_steps(_numel(task)) * score.hvp_batches * batch,
             "curvature tests": 1,
             "single-row gradients": examples,
             "forward rows": probe * probed + reaching,
@@ -171,7 +164,11 @@ def path_operations(task: Task, config: Config) -> float:
     """Multiplications of the exact recursion of stage forecast; 0 where it is too long and left out."""
     training = config.training
     plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    count = _numel(task) * planned_steps(training, len(task.finetune.rows)) * (4 * _krylov(config) + 20)
+    count = (
+        _numel(task)
+        * planned_steps(training, len(task.finetune.rows))
+        * (4 * config.score.krylov_steps(_numel(task)) + 20)
+    )
     return 0.0 if plain or count > PATH_BUDGET else float(count)
 
 
@@ -183,7 +180,12 @@ def _products(task: Task, config: Config, store: KeptGradients) -> tuple[float, 
     """
     score, budget = config.score, config.collect.memory_budget_gb * 1e9
     chunks, rest = divmod(score.nulls, PERMUTATION_CHUNK)
-    several = [score.batches, _krylov(config), *[PERMUTATION_CHUNK] * chunks, *([rest] if rest else [])]
+    several = [
+        score.batches,
+        config.score.krylov_steps(_numel(task)),
+        *[PERMUTATION_CHUNK] * chunks,
+        *([rest] if rest else []),
+    ]
     single = 3 if task.control else 2  # The update, the pull of its c-vector, the control's update.
     layout = layout_of(task.model, task.parameter_names)
     whole = store.plan is not None and store.plan.store == "gram"
@@ -213,12 +215,12 @@ def sizes(
     """
     vector, budget = _numel(task) * 4 / 1e9, config.collect.memory_budget_gb
     block = min(budget, store.held)
-    stacks = [config.score.batches * vector, _krylov(config) * vector]
+    stacks = [config.score.batches * vector, config.score.krylov_steps(_numel(task)) * vector]
     inside = 0.0
     for size in stacks:
         inside += size if inside + size <= budget else 0.0
     spilled = sum(stacks) - inside
-    directions = 0.0 if spilled else (_krylov(config) + 3) * vector
+    directions = 0.0 if spilled else (config.score.krylov_steps(_numel(task)) + 3) * vector
     memory = {
         "collect": seen["per sample"] + block,
         "subspace": seen["gradients"],

@@ -64,6 +64,7 @@ def test_set_overrides_nested_values_and_reads_exponents(config_file):
         ("forecast.elevated_probability=0.9", "forecast", ""),
         ("safety.chat_template=maybe", "safety.chat_template", ""),
         ("run.dir=[1]", "run.dir", ""),
+        ("model={source: python, entry: 'a:b', gradient_checkpointing: true}", "model", ""),
     ],
 )
 def test_each_mistake_names_its_place_and_a_remedy(config_file, override, where, fix):

@@ -224,6 +224,9 @@ def _gauss_newton(
     # A loss that is linear in its logits has no curvature there.
     curved = torch.autograd.grad(slope, leaf, tangent)[0] if slope.requires_grad else torch.zeros_like(leaf)
     parameters = parameters_of(model, layout)
+    if not logits.requires_grad:
+        # No selected parameter reaches them.
+        return torch.zeros(layout.numel, dtype=_wide(leaf.dtype))
     parts = torch.autograd.grad(logits, parameters, curved, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, parts, strict=True)]
     return torch.cat([part.reshape(-1) for part in flat]).to("cpu", _wide(leaf.dtype))

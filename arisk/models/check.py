@@ -68,7 +68,7 @@ def check_task(
         },
         "data": shown,
         "warnings": _warnings(data),
-        "work": _work(config, {name: len(d.rendered) for name, d in data.items()}),
+        "work": _work(config, {name: len(d.rendered) for name, d in data.items()}, selected),
     }
 
 
@@ -101,7 +101,7 @@ def _check_python(task: Task, config: Config) -> dict[str, Any]:
     return {
         "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
         "data": rows,
-        "work": _work(config, rows),
+        "work": _work(config, rows, selected),
     }
 
 
@@ -112,10 +112,10 @@ def _marked(rendered: Rendered, tokenizer: Any) -> str:
     return f"{prompt}«{tokenizer.decode(list(rendered.tokens[start:]))}»".replace("\n", "\\n")
 
 
-def _work(config: Config, rows: Mapping[str, int]) -> dict[str, Any]:
+def _work(config: Config, rows: Mapping[str, int], selected: int) -> dict[str, Any]:
     """Planned work in gradients of single rows, and the share of the run that a rollout takes."""
     samples, score = rows.get("safety", 0), config.score
-    krylov = 12 if score.krylov_dim == "auto" else score.krylov_dim
+    krylov = score.krylov_steps(selected)
     batch = config.training.batch_size
     probes = (score.probe_points + 1) * (samples + 2 * score.hvp_batches * batch) * FORWARD
     gradients = {

@@ -37,8 +37,6 @@ __all__ = ["DIRECTION_NAMES", "ScoreOutput", "score"]
 #: Names of the P-sized vectors handed to the forecast beside the record.
 DIRECTION_NAMES = ("gradient", "noise_variance", "curvature_basis", "theta")
 
-#: Largest P for which `krylov_dim: auto` takes the whole space, and its dimension above that.
-SMALL_PROBLEM, KRYLOV_DEFAULT = 64, 12
 #: Condition 3 of the AIC holds where curvature turns the update into the subspace this many times
 #: more than a random direction would be.
 COUPLING_RATIO = 2.0
@@ -151,9 +149,7 @@ def _krylov(
     loss_fn, model, layout = scene.task.finetune.loss_fn, scene.task.model, scene.layout
     plan = choose_hvp(model, batches, loss_fn, layout, update.direction, config.hvp)
     root = update.preconditioner.sqrt()
-    wanted = config.krylov_dim
-    if wanted == "auto":
-        wanted = layout.numel if layout.numel <= SMALL_PROBLEM else KRYLOV_DEFAULT
+    wanted = config.krylov_steps(layout.numel)
     done = 0
 
     def operator(vector: Tensor) -> Tensor:

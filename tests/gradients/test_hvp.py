@@ -163,6 +163,22 @@ def test_gauss_newton_of_a_language_model_is_not_negative():
             assert float(v @ hvp(model, [batch], loss_fn, layout, v, method="ggn")) >= 0
 
 
+def test_gauss_newton_of_logits_that_the_selection_does_not_reach_is_zero():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(5, 3).double(), nn.Parameter(torch.ones(4).double())
+
+        def forward(self, x):
+            return self.used(x)
+
+    model, batch = Apart(), points()
+    layout = layout_of(model, ["unused"])
+    v = torch.ones(4, dtype=torch.float64)
+    with measuring(model, layout):
+        assert not hvp(model, [batch], classify, layout, v, method="ggn").any()
+
+
 def test_gauss_newton_needs_logits():
     model, batch = net(), points()
     layout = layout_of(model, ["0.weight"])
