@@ -61,10 +61,17 @@ class Calibration:
             `Gram products` of all safety rows, `curvature tests`, `engine`.
         memory: peak resident memory of the process (GB) after mean `gradients`, after those `per sample`,
             and after `curvature`.
+        device: peak memory (GB) on the model's device at the same places; empty where that is the CPU.
     """
 
     seconds: dict[str, float]
     memory: dict[str, float]
+    device: dict[str, float]
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Peak memory in GB that torch has taken on a device; None on the CPU, whose memory is the process's."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 def calibrate(task: Task, config: Config) -> Calibration:
@@ -84,13 +91,20 @@ def calibrate(task: Task, config: Config) -> Calibration:
     rows, step_rows = batch_size(safety), sum(batch_size(batch) for batch in training)
     made: dict[str, float] = {}
     memory: dict[str, float] = {}
+    on_device: dict[str, float] = {}
+
+    def seen(kind: str) -> None:
+        memory[kind] = peak_memory() or 0.0
+        if (taken := device_memory(device)) is not None:
+            on_device[kind] = taken
+
     with measuring(model, layout):
         # In the order of their memory, whose peak stays.
         made["forward rows"] = _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows
         made["output losses"] = _output_losses(task, safety) / rows
         made["gradient rows"] = _seconds(lambda: _gradients(task, layout, training)) / step_rows
         made["answer tokens"] = _answers(task, config.verify.max_new_tokens)
-        memory["gradients"] = peak_memory() or 0.0
+        seen("gradients")
         start = time.perf_counter()
         largest = move_batch(max(batches, key=batch_size), device)
         choice = choose_engine(model, largest, safety_loss, layout, config.collect.engine)
@@ -106,7 +120,7 @@ def calibrate(task: Task, config: Config) -> Calibration:
 
         made["single-row gradients"] = _seconds(rowwise) / rows
         made |= _vectors(task, layout, safety, choice.engine)
-        memory["per sample"] = peak_memory() or 0.0
+        seen("per sample")
         direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
         start = time.perf_counter()
         plan = choose_hvp(model, training[:1], loss, layout, direction, config.score.hvp)
@@ -116,8 +130,8 @@ def calibrate(task: Task, config: Config) -> Calibration:
             hvp(model, training[:1], loss, layout, direction, method=plan.method, step=plan.step)
 
         made["curvature rows"] = _seconds(products) / batch_size(training[0])
-        memory["curvature"] = peak_memory() or 0.0
-    return Calibration(made, memory)
+        seen("curvature")
+    return Calibration(made, memory, on_device)
 
 
 def _gradients(task: Task, layout: ParameterLayout, batches: Sequence[Batch]) -> None:

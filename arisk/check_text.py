@@ -80,11 +80,15 @@ def _cells(facts: Mapping[str, Any]) -> list[str]:
 def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
     """The stages to come with their estimated time, memory and disk."""
     plan, work = report["plan"], report.get("work", {})
+    device = any(cost.get("device_gb") for cost in plan["stages"].values())
+    header = ["stage", "time", "peak memory", *(["on the device"] if device else [])]
+    header += ["disk", "operations", "passes of the model"]
     rows = [
         [
             stage,
             clock(cost["seconds"]),
             f"{cost['memory_gb']:.2f} GB",
+            *([f"{cost['device_gb']:.2f} GB" if cost["device_gb"] else "–"] if device else []),
             f"{cost['disk_gb']:.2f} GB" if cost["disk_gb"] else "–",
             f"{cost['flop'] / 1e12:.2g} TFLOP" if cost.get("flop") else "–",
             cost["work"],
@@ -95,9 +99,7 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
     facts += [f"store: {plan['store']}"] if "store" in plan else []
     return [
         "plan of work (estimated here; verify, screen and guard have own commands and take that at most):",
-        table(
-            rows, ["stage", "time", "peak memory", "disk", "operations", "passes of the model"], width=width
-        ),
+        table(rows, header, width=width),
         *facts,
         f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
         *[_said(f"warning: {warning}") for warning in plan["warnings"]],

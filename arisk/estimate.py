@@ -18,7 +18,7 @@ from arisk.display import StageDisplay, peak_memory
 from arisk.job import Job
 from arisk.optional_work import OPTIONAL_STAGES
 from arisk.rundir import RunDir
-from arisk.workload import kept_gradients, operations, passes, path_operations, said, sizes
+from arisk.workload import device_sizes, kept_gradients, operations, passes, path_operations, said, sizes
 
 __all__ = ["estimate"]
 
@@ -45,8 +45,8 @@ def estimate(
 
     Returns:
         `stages` (by name: `seconds`, `memory_gb` as peak resident memory of the process up to there,
-        `disk_gb`, `flop` or None, `work`), `seconds` and `memory_gb` of a whole run,
-        the `store` that collect will choose, and `warnings` with a remedy each.
+        `device_gb` or None on the CPU, `disk_gb`, `flop` or None, `work`), `seconds` and `memory_gb` of a
+        whole run, the `store` that collect will choose, and `warnings` with a remedy each.
 
     Raises:
         AriskError: what would stop the run.
@@ -68,11 +68,13 @@ def estimate(
         seconds[stage] = fixed * scale
     seconds["forecast"] += path_operations(task, config) / RATE
     memory, disk = sizes(task, config, timed.memory, store)
+    on_device = device_sizes(task, timed.device)
     order = ("collect", "subspace", "score", "rollout", "forecast", "report")
     stages = {
         stage: {
             "seconds": round(seconds[stage], 2),
             "memory_gb": round(memory[stage], 3),
+            "device_gb": round(on_device[stage], 3) if stage in on_device else None,
             "disk_gb": round(disk.get(stage, 0.0), 4),
             "flop": operations(task, counts.get(stage, {})),
             "work": said(counts.get(stage, {})),

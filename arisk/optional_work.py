@@ -19,7 +19,7 @@ from arisk.stages.screen_points import EVERY
 from arisk.stages.verify import measured_steps
 from arisk.task import Task
 
-__all__ = ["OPTIONAL_STAGES", "optional_passes", "optional_sizes"]
+__all__ = ["COPIES_OF_A_RUN", "OPTIONAL_STAGES", "optional_passes", "optional_sizes"]
 
 OPTIONAL_STAGES = ("verify", "screen", "guard")
 #: Passes over all safety rows that give the directions of one point of stage screen.

@@ -16,7 +16,7 @@ from arisk.errors import ConfigError, ShapeError
 from arisk.geometry.segments import rollout_cost
 from arisk.geometry.vectors import column_groups
 from arisk.gradients import batch_size, layout_of, measuring, move_batch
-from arisk.optional_work import optional_passes, optional_sizes
+from arisk.optional_work import COPIES_OF_A_RUN, optional_passes, optional_sizes
 from arisk.progress import silent
 from arisk.stages.keeping import Plan, store_for
 from arisk.stages.overlaps import PERMUTATION_CHUNK
@@ -26,7 +26,16 @@ from arisk.stages.rollout import SCALES
 from arisk.stages.safety_pass import SafetyPass, held_entries
 from arisk.task import Task
 
-__all__ = ["KeptGradients", "kept_gradients", "operations", "passes", "path_operations", "said", "sizes"]
+__all__ = [
+    "KeptGradients",
+    "device_sizes",
+    "kept_gradients",
+    "operations",
+    "passes",
+    "path_operations",
+    "said",
+    "sizes",
+]
 
 #: Doublings, about, until a virtual move has gone far enough.
 REACHING = 12
@@ -200,6 +209,27 @@ def _products(task: Task, config: Config, store: KeptGradients) -> tuple[float, 
 
 def _numel(task: Task) -> int:
     return layout_of(task.model, task.parameter_names).numel
+
+
+def device_sizes(task: Task, seen: Mapping[str, float]) -> dict[str, float]:
+    """Peak memory in GB on the model's device, of the stages that run it; empty where that is the CPU.
+
+    Args:
+        task: the model with its data.
+        seen: peak memory there (GB) by kind of pass.
+    """
+    if not seen:
+        return {}
+    vector = _numel(task) * 4 / 1e9
+    moving = seen["gradients"] + COPIES_OF_A_RUN * vector
+    return {
+        "collect": seen["per sample"],
+        "score": seen["curvature"] + vector,
+        "rollout": seen["gradients"] + COPIES * vector,
+        "verify": moving,
+        "screen": max(moving, seen["per sample"] + vector),
+        "guard": moving + 2 * vector,
+    }
 
 
 def sizes(

@@ -426,6 +426,20 @@ def test_check_prints_work_and_rendered_rows(arisk):
     assert body["plan"]["warnings"] == []
 
 
+def test_check_tells_the_memory_of_a_device_where_there_is_one(arisk, monkeypatch):
+    """Two gigabytes seen there by every pass; what a stage keeps beside the model comes on top."""
+    stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
+    assert all(cost["device_gb"] is None for cost in stages.values())
+    monkeypatch.setattr("arisk.calibration.device_memory", lambda device: 2.0)
+    stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
+    assert {name for name, cost in stages.items() if cost["device_gb"]} == {
+        *("collect", "score", "rollout", "verify", "screen", "guard"),
+    }
+    assert stages["collect"]["device_gb"] == 2.0
+    assert stages["rollout"]["device_gb"] >= stages["verify"]["device_gb"] >= 2.0
+    assert "on the device" in arisk("check", DEMO, *arguments())[1]
+
+
 def test_check_says_what_is_over_budget(arisk):
     more = ["collect.store=gradients", "collect.disk_budget_gb=0.0001"]
     _, out, _ = arisk("check", DEMO, "--json", *arguments(*more))

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from arisk.errors import ConfigError, NumericsError
 from arisk.gradients import choose_hvp, hvp, layout_of, mean_gradient, measuring
