@@ -168,7 +168,7 @@ def test_gauss_newton_of_logits_that_the_selection_does_not_reach_is_zero():
     class Apart(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.unused = nn.Linear(5, 3).double(), nn.Parameter(torch.ones(4).double())
+            self.used, self.unused = nn.Linear(4, 3).double(), nn.Parameter(torch.ones(4).double())
 
         def forward(self, x):
             return self.used(x)

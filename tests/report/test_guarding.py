@@ -74,3 +74,15 @@ def test_a_plain_run_that_diverged_has_no_figure_of_costs(shift):
     made = extra(arm("plain", diverged_at=shift, reason="nan"))
     assert made.figures[0].missing
     assert made.summary["rule"] == "plain diverged"
+
+
+def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
+    prompts = [{"prompt": "p", "response": "No."}, {"prompt": "q", "response": "No."}]
+    counted = extra(
+        arm("plain", answers=["Sure", "I cannot say"]), prompts=prompts, aligned_answers=["No.", "No."]
+    )
+    assert "<td>1 of 2</td>" in counted.html
+    assert "the aligned model refuses 2 of them" in counted.html
+    assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
+    silent = extra(arm("plain"), generation_reason="guard.generate is 0")
+    assert "Refusals: not measured (guard.generate is 0)." in silent.html
