@@ -36,7 +36,8 @@ COLUMNS = (
 WORTH = (
     "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run is "
     "harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
-    "model and move safety themselves, labels and harm are two things and the ranking follows harm. A "
+    "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the flagged ones "
+    "(most of them) about halved the real drift. A "
     "score at the aligned model itself (points: start) is little better than chance."
 )
 
@@ -101,7 +102,7 @@ def _reading(found: ScreenResult) -> str:
     )
     estimates = (
         f"Rows below the head of the ranking have estimates ({found.method}). "
-        if found.method != "exact"
+        if not bool(found.exact.all())
         else ""
     )
     return (

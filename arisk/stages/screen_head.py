@@ -102,8 +102,13 @@ def _said(estimates: Estimates, agreement: float, checked: int) -> str:
     how = {"differences": "differences of their loss", "sketch": "a sketch of their gradient"}
     told = (
         f"{int(estimates.exact.sum())} of {len(estimates.exact)} rows are scored exactly, the others by "
-        f"{how[estimates.method]}; only exact scores are flagged. On {checked} rows spread over the ranking "
-        f"the order of the estimates agrees with the exact one at ρ = {agreement:+.2f}."
+        f"{how[estimates.method]}; only exact scores are flagged."
+    )
+    if bool(estimates.exact.all()):
+        told = f"Ranked by {how[estimates.method]} first; in the end every row is scored exactly."
+    told += (
+        f" On {checked} rows spread over the ranking the order of the estimates agrees with the exact one at "
+        f"ρ = {agreement:+.2f}."
     )
     if agreement < TELLING:
         told += " That is little, and harmful rows may lie further down: use `screen.method: exact`."
