@@ -113,7 +113,7 @@ STAGES = (
     ),
     StageSpec(
         "report",
-        8,
+        9,
         ("collect", "subspace", "score", "rollout", "forecast"),
         ("report", "verify.refusal_markers", "guard.tolerated_task_loss", "guard.wanted_drift"),
         shows=("verify", "screen", "guard"),

@@ -36,9 +36,9 @@ COLUMNS = (
 WORTH = (
     "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run is "
     "harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
-    "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the flagged ones "
-    "(most of them) about halved the real drift. A "
-    "score at the aligned model itself (points: start) is little better than chance."
+    "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
+    "flagged ones, most of them, about halved the real drift. A score at the aligned model itself "
+    "(points: start) is little better than chance."
 )
 
 
