@@ -98,9 +98,10 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
     facts = [f"rollout: {work['rollout']}"] if "rollout" in work else []
     facts += [f"store: {plan['store']}"] if "store" in plan else []
     return [
-        "plan of work (estimated here; verify, screen and guard have own commands and take that at most):",
+        "plan of work (estimated here):",
         table(rows, header, width=width),
         *facts,
+        "verify, screen and guard have commands of their own, and take that at most",
         f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
         *[_said(f"warning: {warning}") for warning in plan["warnings"]],
     ]
