@@ -10,6 +10,7 @@ in which no weight gradient is multiplied out, and projects the factors with ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -55,7 +56,7 @@ def worth_estimating(model: nn.Module, layout: ParameterLayout, rows: int | None
 
 
 def contrast(place: Place) -> Tensor:
-    """V (P,): −D(∇L_s − ∇L_c), or −D∇L_s without control data."""
+    """The direction v (P,): −D(∇L_s − ∇L_c), or −D∇L_s without control data."""
     directions = place.directions
     return directions[:, 0] - directions[:, 2] if directions.shape[1] > 2 else directions[:, 0]
 
@@ -97,6 +98,7 @@ def by_differences(
 
         def estimate(groups: Sequence[RowGroup]) -> Tensor:
             up, down = losses(groups, step), losses(groups, -step)
+            _require_finite(groups, up + down)
             # The loss itself to O(ε²), from passes that are made anyway.
             return torch.stack([(up - down) / (2 * step), (up + down) / 2], dim=1)
 
@@ -104,17 +106,27 @@ def by_differences(
 
 
 def _step(slopes: Callable[[float], Tensor], step: float) -> float:
-    """ε at which slopes (B,) change least from one rung to the next, measured by the median row."""
+    """ε at which slopes (B,) change least from one rung to the next, measured by the median row.
+
+    Slopes beyond the numbers are those of a step that is too long.
+    """
     for _ in range(ROUNDS):
         rise = 2 * step * float(slopes(step).square().mean().sqrt())
         # Beyond what the losses bear, or below their rounding, the ratio says nothing: no wild leaps.
-        step *= min(max(RISE / rise, 1e-2), 1e2) if rise else 1e2
-    best, least = step, float("inf")
+        if not math.isfinite(rise):
+            step *= 1e-2
+        else:
+            step *= min(max(RISE / rise, 1e-2), 1e2) if rise else 1e2
+    best, least = step, math.inf
     before = slopes(step)
     for _ in range(RUNGS):
         step /= FACTOR
         now = slopes(step)
-        change = float(((now - before).abs() / (now.abs() + now.abs().median())).nan_to_num().median())
+        known = now.isfinite()
+        size = now.abs() + now[known].abs().median() if bool(known.any()) else now
+        # Slopes that are all 0 do not change.
+        changes = ((now - before).abs() / size)[known & (size > 0)]
+        change = float(changes.median()) if len(changes) else (0.0 if bool(known.all()) else math.inf)
         if change < least:
             best, least = step, change
         before = now
@@ -122,17 +134,22 @@ def _step(slopes: Callable[[float], Tensor], step: float) -> float:
 
 
 def _losses(model: nn.Module, group: RowGroup, loss_fn: LossFn) -> Tensor:
-    """(B,) losses of a group; names a row whose loss is not finite."""
+    """(B,) losses of a group, finite or not."""
     batch = widened(move_batch(group.batch, next(model.parameters()).device))
-    found = batch_losses(model, batch, loss_fn)
-    if not bool(found.isfinite().all()):
-        row = group.rows[int((~found.isfinite()).to(torch.int64).argmax())]
-        raise NumericsError(
-            f"the loss of row {row} is {float(found[~found.isfinite()][0])}",
-            where=f"row {row} (counted from 0, in data order)",
-            fix="check the row, or load the model in float32 or float64",
-        )
-    return found
+    return batch_losses(model, batch, loss_fn)
+
+
+def _require_finite(groups: Sequence[RowGroup], losses: Tensor) -> None:
+    """Name the first row whose loss is not finite."""
+    finite = losses.isfinite()
+    if bool(finite.all()):
+        return
+    row = [row for group in groups for row in group.rows][int((~finite).to(torch.int64).argmax())]
+    raise NumericsError(
+        f"the loss of row {row} is not finite",
+        where=f"row {row} (counted from 0, in data order)",
+        fix="check the row, or load the model in float32 or float64",
+    )
 
 
 @contextmanager

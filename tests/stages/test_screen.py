@@ -16,7 +16,7 @@ from arisk.geometry.correlation import rank_correlation
 from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
 from arisk.screened import ScreenResult
-from arisk.stages import screen_head, screen_passes
+from arisk.stages import screen_estimates, screen_head, screen_passes
 from arisk.stages.planned_run import PlannedRun, keeping_parameters
 from arisk.stages.screen import screen
 from arisk.stages.screen_estimates import worth_estimating
@@ -348,6 +348,23 @@ def test_the_head_of_an_estimated_ranking_is_exact_and_only_it_is_flagged(made, 
 def test_a_weak_estimate_is_said_to_be_one(monkeypatch):
     monkeypatch.setattr(screen_head, "TELLING", 1.1)
     assert "harmful rows may lie further down" in run(method="sketch", sketch_side=2).warnings[-1]
+
+
+@pytest.mark.parametrize("slope", [1e-9, 1.0, 1e9, 0.0])
+def test_the_step_of_differences_is_neither_rounding_nor_beyond_the_numbers(slope):
+    """Losses that bend at 1e-2, end at 1, and are rounded to 1e-7 as float32 losses are."""
+    rows = slope * torch.linspace(0.5, 2, 8, dtype=torch.float64)
+
+    def slopes(step):
+        if step > 1:
+            return torch.full((8,), math.nan, dtype=torch.float64)
+        change = 2 * step * rows * (1 + (step / 1e-2) ** 2)
+        return ((change / 1e-7).round() * 1e-7) / (2 * step)
+
+    step = screen_estimates._step(slopes, 1e-4)
+    assert 0 < step <= 1
+    if slope >= 1:
+        assert slopes(step).tolist() == pytest.approx(rows.tolist(), rel=1e-3)
 
 
 def test_a_row_whose_loss_is_not_finite_is_named_by_differences():
