@@ -424,6 +424,26 @@ def test_auto_estimates_many_rows_of_a_large_selection_only():
     assert not worth_estimating(model, whole, None)
 
 
+@pytest.mark.parametrize("method", ["differences", "sketch"])
+def test_a_killed_estimate_goes_on_and_ends_the_same(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(screen_passes, "SHARD_ROWS", 8)
+    monkeypatch.setattr(screen_head, "CHECKED", 4)
+    monkeypatch.setattr(screen_head, "HEAD", 4)
+    config = ScreenConfig(rise=1e9, max_steps=7, batches=3, method=method, sketch_side=2, drop=0.1)
+    settings = {"config": config, "training": TRAINING, "steps": STEPS, "workspace": tmp_path}
+    whole = screen(task_of(), **settings)
+    shards = sorted(tmp_path.glob(f"rows-finetune-rows-by-{method}-*.safetensors"))
+    assert len(shards) == 4
+    for lost in [*shards[2:], *tmp_path.glob("rows-finetune-rows-head-*")]:
+        lost.unlink()
+    kept = shards[0].stat().st_mtime_ns
+    again = screen(task_of(), **settings)
+    assert shards[0].stat().st_mtime_ns == kept
+    assert torch.equal(again.scores, whole.scores)
+    assert torch.equal(again.exact, whole.exact)
+    assert again.flagged == whole.flagged
+
+
 def test_a_plan_without_rows_trains_on_all_others_in_order():
     base = Rows(points(2, 10), size=3)
     left = WithoutRows(base, [1, 4])
