@@ -101,7 +101,7 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
         "plan of work (estimated here):",
         table(rows, header, width=width),
         *facts,
-        "verify, screen and guard have commands of their own, and take that at most",
+        "verify, screen and guard have their own commands; screen takes that at most",
         f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
         *[_said(f"warning: {warning}") for warning in plan["warnings"]],
     ]

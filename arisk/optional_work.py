@@ -1,7 +1,8 @@
 """How much work the stages have that run only when asked for: verify, screen and guard.
 
-What they meet on the way is not known beforehand (when safety has risen, whether a row is flagged), so the
-counts are those of a run that takes all steps it may and drops rows.
+What screen meets on the way is not known beforehand (when safety has risen, whether a row is flagged), so
+its counts are those of a run that takes all steps it may and drops rows. What a penalty costs beside a
+step is not counted in guard.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from arisk.gradients import layout_of
 from arisk.stages.generation import writing_steps
 from arisk.stages.guard_methods import arm_names
 from arisk.stages.screen_estimates import worth_estimating
+from arisk.stages.screen_explain import ENTRIES
 from arisk.stages.screen_head import CHECKED, HEAD, HEAD_SHARE
-from arisk.stages.screen_points import EVERY
+from arisk.stages.screen_points import COLUMNS, EVERY
 from arisk.stages.verify import measured_steps
 from arisk.task import Task
 
@@ -24,11 +26,11 @@ __all__ = ["COPIES_OF_A_RUN", "OPTIONAL_STAGES", "optional_passes", "optional_si
 OPTIONAL_STAGES = ("verify", "screen", "guard")
 #: Passes over all safety rows that give the directions of one point of stage screen.
 SAFETY_PASSES = 3
-#: Directions there, and copies of the selected parameters beside the model: of a plain run, of screen (θ, the
-#: directions, D, θ* and the moments), of guard (a run, the reference and a Fisher diagonal).
-DIRECTIONS, COPIES_OF_A_RUN, COPIES_OF_SCREEN, COPIES_OF_GUARD = 3, 4, 10, 6
-#: Entries of explained rows that stage screen holds at most.
-EXPLAINED = 250_000_000
+#: Copies of the selected parameters beside the model: of a plain run, of screen (θ, the directions, D, θ* and
+#: the moments), of guard (a run, the reference and a Fisher diagonal).
+COPIES_OF_A_RUN, COPIES_OF_SCREEN, COPIES_OF_GUARD = 4, 10, 6
+#: Forward passes that an estimate of one row takes; a backward pass counts as two.
+ESTIMATE = {"differences": 2, "sketch": 3}
 
 
 def optional_passes(task: Task, config: Config, rollout: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -55,7 +57,7 @@ def optional_sizes(task: Task, config: Config, seen: Mapping[str, float]) -> dic
         seen: peak memory of this process (GB) by kind of pass.
     """
     count = layout_of(task.model, task.parameter_names).numel
-    vector, explained = count * 4 / 1e9, min(EXPLAINED, config.screen.examples * count) * 4 / 1e9
+    vector, explained = count * 4 / 1e9, min(ENTRIES, config.screen.examples * count) * 4 / 1e9
     return {
         "verify": seen["gradients"] + COPIES_OF_A_RUN * vector,
         "screen": seen["per sample"] + COPIES_OF_SCREEN * vector + explained,
@@ -102,14 +104,14 @@ def _screen(task: Task, config: Config, rollout: Mapping[str, float]) -> dict[st
         estimates = "differences" if worth_estimating(task.model, layout, rows) else "exact"
     if estimates != "exact":
         exact = min(rows, CHECKED + max(HEAD, round(HEAD_SHARE * rows)))
-        looked = rows * (2 if estimates == "differences" else 3)
+        looked = rows * ESTIMATE[estimates]
     counts: dict[str, float] = {
         "gradient rows": walked * _per_step(config)
         + points * (given.batches * config.training.batch_size + control),
         "forward rows": math.ceil(walked / EVERY) * safety + points * (safety + control + looked),
         "single-row gradients": points * (SAFETY_PASSES * safety + exact + control) + 2 * examples + safety,
         "products": points * (exact + control),
-        "product columns": points * DIRECTIONS * (exact + control),
+        "product columns": points * len(COLUMNS) * (exact + control),
     }
     if given.what_if and config.rollout.enabled:
         counts = {k: counts.get(k, 0.0) + 2 * rollout.get(k, 0.0) for k in {*counts, *rollout}}

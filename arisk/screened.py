@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["ScreenPoint", "ScreenResult"]
+__all__ = ["ScreenMethod", "ScreenPoint", "ScreenResult"]
+
+#: How the rows are scored first; the head of an estimated ranking is exact in any case.
+ScreenMethod = Literal["exact", "differences", "sketch"]
 
 #: |ρ| of score and length from which a reader is told.
 LENGTH_MATTERS = 0.5
@@ -50,7 +53,7 @@ class ScreenResult:
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
             that rows are held against, or by a "sketch" of their gradient.
         exact: (N,) whether a row's numbers are exact products; of the others `scores` has the estimate,
-            and all but `losses` is NaN.
+            and all but `losses` is NaN (a loss by differences is that of the point to O(ε²)).
         p_values: (N,) probability that a harmless row scores as high, by `null_source`; NaN for estimates.
         flagged: row numbers, the most harmful first.
         rule: how they were chosen, in words. threshold: smallest score that the rule flags, NaN
@@ -78,7 +81,7 @@ class ScreenResult:
     losses: Tensor
     gradient_norms: Tensor
     null: Tensor | None
-    method: Literal["exact", "differences", "sketch"]
+    method: ScreenMethod
     exact: Tensor
     p_values: Tensor
     contrasted: bool

@@ -93,9 +93,10 @@ def _side(seed: str, kept: int, length: int, dtype: torch.dtype, device: torch.d
 def balanced(sides: Sides, ratio: Tensor) -> tuple[Sides, Tensor]:
     """Sides that estimate the product with one known direction V with less noise.
 
-    ⟨G, V⟩ = ⟨G∘s, V/s⟩ for any s > 0, and the noise grows with ‖G∘s‖‖V/s‖, which is least at
-    s² ∝ |V|/rms(G). Only s = abᵀ can be drawn into the sides, so that factors stay factors: √ratio is
-    fitted by the means of its logarithm over rows and columns. A side that is kept is left alone.
+    ⟨G, V⟩ = ⟨G∘s, V/s⟩ for any s > 0, and the noise grows with ‖G∘s‖‖V/s‖, which is least in the mean
+    at s² ∝ |V|/rms(G) (Cauchy–Schwarz). Only s = abᵀ can be drawn into the sides, so that factors stay
+    factors: √ratio is fitted by the means of its logarithm over rows and columns. A side that is kept is
+    left alone.
 
     Args:
         sides: the parameter's sides, with which V/s is to be projected.

@@ -81,7 +81,9 @@ def guard(
             done = from_first(lambda folder=folder: _finished(folder))
             if done is None:
                 with keeping_parameters(task.model, layout):
-                    run = ArmRun(plan, judged, points, name, f"arm {number + 1} of {len(names)}", progress)
+                    run = ArmRun(
+                        plan, judged, writes, points, name, f"arm {number + 1} of {len(names)}", progress
+                    )
                     done = run.carry_out(folder)
                 _keep(folder, done)
             arms.append(done)

@@ -15,7 +15,7 @@ from arisk.errors import NumericsError
 from arisk.guarded import NEVER_BEGUN, Arm
 from arisk.progress import Progress
 from arisk.ranks import barrier, is_first
-from arisk.stages.generation import writer
+from arisk.stages.generation import Writer
 from arisk.stages.guard_methods import ArmName, Plan, Protection, protection
 from arisk.stages.guard_task import TaskRows
 from arisk.stages.probe import sample_losses
@@ -35,6 +35,7 @@ class ArmRun:
     Args:
         plan: model, data, recipe.
         judged: rows of the task loss.
+        writes: prompts that are answered after the last step.
         points: steps at which losses are measured, from 0.
         name: which arm.
         said: the arm for the progress display.
@@ -45,12 +46,14 @@ class ArmRun:
         self,
         plan: Plan,
         judged: TaskRows,
+        writes: Writer,
         points: Sequence[int],
         name: ArmName,
         said: str,
         progress: Progress,
     ) -> None:
-        self.plan, self.judged, self.points, self.name = plan, judged, list(points), name
+        self.plan, self.judged, self.writes = plan, judged, writes
+        self.points, self.name = list(points), name
         self.said, self.progress = said, progress
         task = plan.task
         self.run = plan.fresh()
@@ -61,8 +64,6 @@ class ArmRun:
         self.dropouts = active_dropouts(task.model)
         # Processes that share a batch would drop other units than one.
         self.run.shared = not self.dropouts
-        given = plan.config
-        self.writer = writer(self.samples, given.generate, given.max_new_tokens, setting="guard.generate")
         self.track = Track()
         self.reason: str | None = None
         self.pauses = Pauses()
@@ -167,7 +168,7 @@ class ArmRun:
             setup_seconds=setup,
             diverged_at=track.diverged_at,
             reason=self.reason,
-            answers=self.writer.texts(task.model) if track.diverged_at is None else [],
+            answers=self.writes.texts(task.model) if track.diverged_at is None else [],
         )
 
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from arisk.geometry.schedule import learning_rates
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
 from arisk.progress import Progress, silent
-from arisk.screened import ScreenResult
+from arisk.screened import ScreenMethod, ScreenResult
 from arisk.stages.planned_run import keeping_parameters, put
 from arisk.stages.screen_estimates import worth_estimating
 from arisk.stages.screen_explain import explained
@@ -103,10 +102,7 @@ def screen(
     return replace(record, examples=examples)
 
 
-Method = Literal["exact", "differences", "sketch"]
-
-
-def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> Method:
+def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> ScreenMethod:
     """How all rows are scored first."""
     if config.method != "auto":
         return config.method

@@ -30,7 +30,8 @@ from arisk.task import LossFn
 
 __all__ = ["Estimate", "by_differences", "by_sketches", "contrast", "worth_estimating"]
 
-#: ``estimate(groups)``: (B, 2) float64, the estimated score and the exact loss of every row.
+#: ``estimate(groups)``: (B, 2) float64, every row's estimated score (nats per unit learning rate) and loss
+#: (nats per response token).
 Estimate = Callable[[Sequence[RowGroup]], Tensor]
 
 #: Rows from which `screen.method: auto` estimates, where at least this share of the model is selected:
@@ -146,9 +147,10 @@ def _require_finite(groups: Sequence[RowGroup], losses: Tensor) -> None:
         return
     row = [row for group in groups for row in group.rows][int((~finite).to(torch.int64).argmax())]
     raise NumericsError(
-        f"the loss of row {row} is not finite",
+        f"the loss of row {row} is not finite beside the point at which rows are scored",
         where=f"row {row} (counted from 0, in data order)",
-        fix="check the row, or load the model in float32 or float64",
+        fix="check the row, load the model in float32 or float64, or set `screen.method: exact`, which takes "
+        "no step away from the point",
     )
 
 
@@ -156,7 +158,9 @@ def _require_finite(groups: Sequence[RowGroup], losses: Tensor) -> None:
 def by_sketches(
     model: nn.Module, layout: ParameterLayout, place: Place, loss_fn: LossFn, side: int, engine: str
 ) -> Generator[Estimate]:
-    """Unbiased estimates from sketches whose sides are balanced for v.
+    """Unbiased estimates ⟨L(G∘s)Rᵀ, L(V/s)Rᵀ⟩ from sketches whose sides are balanced for v.
+
+    See `arisk.gradients.sketch` for L, R and s; V is v as a matrix, parameter by parameter.
 
     Args:
         model: the model, inside `measuring`; is moved to the point.

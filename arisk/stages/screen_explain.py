@@ -17,7 +17,7 @@ from arisk.stages.screen_points import Place
 from arisk.stages.screen_rows import RowGroup, row_groups, row_products
 from arisk.task import Task
 
-__all__ = ["explained"]
+__all__ = ["ENTRIES", "explained"]
 
 #: Entries of D g_j held at a time (4 bytes each), and the most passes over the safety samples.
 ENTRIES, PASSES = 250_000_000, 4

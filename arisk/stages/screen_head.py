@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from arisk.config import ScreenConfig
 from arisk.geometry.correlation import rank_correlation
-from arisk.screened import ScreenResult
+from arisk.screened import ScreenMethod, ScreenResult
 from arisk.stages.screen_passes import Passes, RowTables
 from arisk.stages.screen_rows import row_groups
 from arisk.task import SampleSet
 
-__all__ = ["Estimates", "by_estimates"]
+__all__ = ["CHECKED", "HEAD", "HEAD_SHARE", "Estimates", "by_estimates"]
 
 #: Rows spread evenly over the ranking that are scored exactly to tell what the estimate is worth.
 CHECKED = 64
@@ -31,7 +30,7 @@ TELLING = 0.5
 class Estimates:
     """Estimated scores (N,), and whether a row has exact products in their place, (N,) bool."""
 
-    method: Literal["differences", "sketch"]
+    method: ScreenMethod
     scores: Tensor
     exact: Tensor
 
@@ -41,7 +40,7 @@ def by_estimates(
     samples: SampleSet,
     config: ScreenConfig,
     limit: int | None,
-    method: Literal["differences", "sketch"],
+    method: ScreenMethod,
     build: Callable[..., ScreenResult],
 ) -> ScreenResult:
     """Estimate every row, then score exactly from the top until a whole part of the head has no flag.

@@ -31,7 +31,7 @@ from arisk.stages.screen_rows import RowGroup, row_groups
 from arisk.stages.update import first_batches, measure_update
 from arisk.task import RowBatches, SampleSet, Task
 
-__all__ = ["COLUMNS", "Place", "control_groups", "places"]
+__all__ = ["COLUMNS", "EVERY", "Place", "control_groups", "places"]
 
 #: The safety loss is measured every so many steps.
 EVERY = 5

@@ -9,6 +9,7 @@ from torch import nn
 
 import arisk
 from arisk import PipelineConfig
+from arisk.acting import _flags_stand
 from arisk.artifacts import read_record, write_record
 from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
 from arisk.errors import ConfigError, InputError, NumericsError
@@ -413,6 +414,17 @@ def test_no_estimate_is_ever_flagged(made):
     )
     for config in (ScreenConfig(drop=0.5), ScreenConfig()):
         assert flagged_anew(doubtful, config).flagged == []
+
+
+@pytest.mark.parametrize(
+    ("method", "flagged", "stands"), [("exact", 9, True), ("sketch", 5, True), ("sketch", 6, False)]
+)
+def test_flags_set_anew_stand_only_well_within_the_exact_rows(made, method, flagged, stands):
+    """Ten rows are exact: six flags among them may leave out a row that was only estimated."""
+    record = dataclasses.replace(
+        made, method=method, exact=torch.arange(30) < 10, flagged=list(range(flagged))
+    )
+    assert _flags_stand(record) is stands
 
 
 def test_auto_estimates_many_rows_of_a_large_selection_only():
