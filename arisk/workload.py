@@ -100,6 +100,10 @@ def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
     return KeptGradients(plan, held / 2 if plan.dtype else held, held)
 
 
+def _krylov(task: Task, config: Config) -> int:
+    return config.score.krylov_steps(_numel(task))
+
+
 def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[str, float]]:
     """Passes of every stage that runs the model, by kind."""
     score, batch = config.score, config.training.batch_size
@@ -116,7 +120,7 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
         "collect": {"single-row gradients": safety, "Gram products": 1},
         "score": {
             "gradient rows": score.batches * batch * (2 if control else 1),
-            "curvature rows": config.score.krylov_steps(_numel(task)) * score.hvp_batches * batch,
+            "curvature rows": _krylov(task, config) * score.hvp_batches * batch,
             "curvature tests": 1,
             "single-row gradients": examples,
             "forward rows": probe * probed + reaching,
@@ -173,11 +177,7 @@ def path_operations(task: Task, config: Config) -> float:
     """Multiplications of the exact recursion of stage forecast; 0 where it is too long and left out."""
     training = config.training
     plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    count = (
-        _numel(task)
-        * planned_steps(training, len(task.finetune.rows))
-        * (4 * config.score.krylov_steps(_numel(task)) + 20)
-    )
+    count = _numel(task) * planned_steps(training, len(task.finetune.rows)) * (4 * _krylov(task, config) + 20)
     return 0.0 if plain or count > PATH_BUDGET else float(count)
 
 
@@ -191,7 +191,7 @@ def _products(task: Task, config: Config, store: KeptGradients) -> tuple[float, 
     chunks, rest = divmod(score.nulls, PERMUTATION_CHUNK)
     several = [
         score.batches,
-        config.score.krylov_steps(_numel(task)),
+        _krylov(task, config),
         *[PERMUTATION_CHUNK] * chunks,
         *([rest] if rest else []),
     ]
@@ -245,12 +245,12 @@ def sizes(
     """
     vector, budget = _numel(task) * 4 / 1e9, config.collect.memory_budget_gb
     block = min(budget, store.held)
-    stacks = [config.score.batches * vector, config.score.krylov_steps(_numel(task)) * vector]
+    stacks = [config.score.batches * vector, _krylov(task, config) * vector]
     inside = 0.0
     for size in stacks:
         inside += size if inside + size <= budget else 0.0
     spilled = sum(stacks) - inside
-    directions = 0.0 if spilled else (config.score.krylov_steps(_numel(task)) + 3) * vector
+    directions = 0.0 if spilled else (_krylov(task, config) + 3) * vector
     memory = {
         "collect": seen["per sample"] + block,
         "subspace": seen["gradients"],

@@ -6,7 +6,6 @@ to the bit after each. A finished arm is kept on disk, and an unfinished one goe
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from arisk.artifacts import read_record, write_record
@@ -17,7 +16,7 @@ from arisk.guarded import Arm, GuardResult
 from arisk.progress import Progress, silent
 from arisk.protection import GuardSettings
 from arisk.ranks import from_first, is_first
-from arisk.stages.generation import writer
+from arisk.stages.generation import Writer, writer
 from arisk.stages.guard_arm import ArmRun
 from arisk.stages.guard_methods import Plan, arm_names
 from arisk.stages.guard_task import TaskRows, task_rows
@@ -89,12 +88,7 @@ def guard(
             arms.append(done)
             if number == 0 and done.diverged_at is not None:
                 break
-    return replace(
-        _result(plan, judged, arms, steps, last),
-        prompts=writes.prompts,
-        aligned_answers=aligned,
-        generation_reason=writes.reason,
-    )
+    return _result(plan, judged, writes, aligned, arms, steps, last)
 
 
 def _finished(folder: Path | None) -> Arm | None:
@@ -114,7 +108,15 @@ def _keep(folder: Path | None, arm: Arm) -> None:
         state.unlink()
 
 
-def _result(plan: Plan, judged: TaskRows, arms: list[Arm], steps: int, last: int) -> GuardResult:
+def _result(
+    plan: Plan,
+    judged: TaskRows,
+    writes: Writer,
+    aligned: list[str],
+    arms: list[Arm],
+    steps: int,
+    last: int,
+) -> GuardResult:
     task = plan.task
     shared = _shared_prompts(task)
     plain = arms[0]
@@ -146,6 +148,9 @@ def _result(plan: Plan, judged: TaskRows, arms: list[Arm], steps: int, last: int
         trained_rows=judged.trained,
         surprising_rows=judged.surprising_count,
         warnings=warnings,
+        prompts=writes.prompts,
+        aligned_answers=aligned,
+        generation_reason=writes.reason,
     )
 
 

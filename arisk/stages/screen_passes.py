@@ -117,11 +117,11 @@ class Passes:
             Tables (N, 2): score and loss.
         """
         model, layout, loss_fn = self.task.model, self.layout, samples.loss_fn
-        probe = list(row_groups(samples, size, rows=_spread(samples), limit=PROBED))
 
         def made(place: Place) -> AbstractContextManager[Estimate]:
             if method == "sketch":
                 return by_sketches(model, layout, place, loss_fn, side, self.engine)
+            probe = list(row_groups(samples, size, rows=_spread(samples), limit=PROBED))
             return by_differences(model, layout, place, loss_fn, probe)
 
         return self._tables(groups, f"{samples.name} rows by {method}", len(samples.rows), made)
