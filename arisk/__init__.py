@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arisk.api import AlignmentRiskPipeline
     from arisk.assessment import assess, protect, screen, verify
-    from arisk.comparison import Comparison
-    from arisk.config import Config
-    from arisk.errors import AriskError
+    from arisk.base.errors import AriskError
+    from arisk.base.task import LoraPair, SampleSet, Task
+    from arisk.config.plan import Config
+    from arisk.config.python import FisherConfig, PipelineConfig
     from arisk.guard import AlignGuardConfig, LoRAMitigator
-    from arisk.guarded import GuardResult
-    from arisk.peer_results import (
+    from arisk.guard.record import GuardResult
+    from arisk.peer import (
         CurvatureCouplingResult,
         InitialRiskScore,
         ParameterSlice,
         SafetyForecast,
         SensitivitySubspace,
     )
-    from arisk.python_config import FisherConfig, PipelineConfig
     from arisk.risk_report import RiskReport
-    from arisk.screened import ScreenResult
-    from arisk.task import LoraPair, SampleSet, Task
-    from arisk.verified import VerifyResult
+    from arisk.screening.record import ScreenResult
+    from arisk.verification.record import VerifyResult
+    from arisk.verification.truth import Comparison
 
 __all__ = [
     "AlignGuardConfig",
@@ -59,24 +59,24 @@ __all__ = [
 _HOME = {
     "AlignGuardConfig": "arisk.guard.settings",
     "AlignmentRiskPipeline": "arisk.api",
-    "AriskError": "arisk.errors",
-    "Comparison": "arisk.comparison",
-    "Config": "arisk.config",
-    "CurvatureCouplingResult": "arisk.peer_results",
-    "FisherConfig": "arisk.python_config",
-    "GuardResult": "arisk.guarded",
-    "InitialRiskScore": "arisk.peer_results",
+    "AriskError": "arisk.base.errors",
+    "Comparison": "arisk.verification.truth",
+    "Config": "arisk.config.plan",
+    "CurvatureCouplingResult": "arisk.peer",
+    "FisherConfig": "arisk.config.python",
+    "GuardResult": "arisk.guard.record",
+    "InitialRiskScore": "arisk.peer",
     "LoRAMitigator": "arisk.guard.mitigator",
-    "LoraPair": "arisk.task",
-    "ParameterSlice": "arisk.peer_results",
-    "PipelineConfig": "arisk.python_config",
+    "LoraPair": "arisk.base.task",
+    "ParameterSlice": "arisk.peer",
+    "PipelineConfig": "arisk.config.python",
     "RiskReport": "arisk.risk_report",
-    "SafetyForecast": "arisk.peer_results",
-    "SampleSet": "arisk.task",
-    "ScreenResult": "arisk.screened",
-    "SensitivitySubspace": "arisk.peer_results",
-    "Task": "arisk.task",
-    "VerifyResult": "arisk.verified",
+    "SafetyForecast": "arisk.peer",
+    "SampleSet": "arisk.base.task",
+    "ScreenResult": "arisk.screening.record",
+    "SensitivitySubspace": "arisk.peer",
+    "Task": "arisk.base.task",
+    "VerifyResult": "arisk.verification.record",
     "assess": "arisk.assessment",
     "protect": "arisk.assessment",
     "screen": "arisk.assessment",

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.artifacts import write_tensors
-from arisk.config import planned_steps
-from arisk.guarded import GuardResult
-from arisk.job import Job
-from arisk.plan import stage_key
-from arisk.ranks import barrier, from_first
-from arisk.screened import ScreenResult
+from arisk.base.artifacts import write_tensors
+from arisk.base.processes import barrier, from_first
+from arisk.config.plan import planned_steps
+from arisk.engine.freshness import stage_key
+from arisk.engine.job import Job
+from arisk.guard.record import GuardResult
+from arisk.screening.record import ScreenResult
 
 if TYPE_CHECKING:
-    from arisk.report import Extra
+    from arisk.report.extra import Extra
 
 __all__ = ["guard_extra", "run_guard", "run_screen", "screen_extra"]
 
@@ -32,9 +32,9 @@ FLAGGING = ("drop", "false_discovery", "what_if")
 
 def run_screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
-    from arisk.stages.screen import screen
-    from arisk.stages.screen_flags import flagged_anew
-    from arisk.stages.screen_what_if import dropping
+    from arisk.screening.run import screen
+    from arisk.screening.screen_flags import flagged_anew
+    from arisk.screening.what_if import dropping
 
     config, task = job.config, job.task
     steps = planned_steps(config.training, len(task.finetune.rows))
@@ -101,7 +101,7 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
     data, rows = job.config.finetune, job.task.finetune.rows
     if job.config.model.source != "hf" or data is None:
         return {"files": [], "files_missing": "rows of a Python loader are scored by number only"}
-    from arisk.models.split_rows import FLAGGED_FILE, KEPT_FILE, split_rows
+    from arisk.screening.files import FLAGGED_FILE, KEPT_FILE, split_rows
 
     flagged = frozenset(made.flagged)
     exact = made.exact.tolist()
@@ -121,7 +121,7 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
 
 def run_guard(job: Job, workspace: Path) -> GuardResult:
     """Carry out the planned fine-tune plain and under every protection."""
-    from arisk.stages.guard import guard
+    from arisk.guard.run import guard
 
     config = job.config
     reach = job.states["guard"].ingredients["config"]["guard.steps"]
@@ -138,14 +138,14 @@ def run_guard(job: Job, workspace: Path) -> GuardResult:
 
 def guard_extra(job: Job) -> Extra:
     """What guard shows on the report."""
-    from arisk.report import guarding
+    from arisk.guard import page
 
-    return guarding.guard_extra(job.record("guard", GuardResult), job.config)
+    return page.guard_extra(job.record("guard", GuardResult), job.config)
 
 
 def screen_extra(job: Job) -> Extra:
     """What screen shows on the report."""
-    from arisk.report.screening import screening_extra
+    from arisk.screening.page import screening_extra
 
     shown = job.config.report
     found: ScreenResult = job.record("screen", ScreenResult)

@@ -11,21 +11,21 @@ from typing import Any
 
 from torch import nn
 
+from arisk.anatomy.record import SubspaceResult
 from arisk.assessment import assess
-from arisk.checked_loss import checked_loss
-from arisk.config import planned_steps
-from arisk.configfile import validate_mapping
-from arisk.errors import ConfigError
+from arisk.base.checked_loss import checked_loss
+from arisk.base.errors import ConfigError
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Batch, LossFn, SampleSet, Task
+from arisk.config.plan import planned_steps
+from arisk.config.python import PipelineConfig
+from arisk.config.yaml import validate_mapping
+from arisk.forecast.skipped import skipped_records
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
-from arisk.loaders import keeping_random_state, kept, taken
+from arisk.models.loaders import keeping_random_state, kept, taken
 from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters
-from arisk.peer_results import SensitivitySubspace
-from arisk.progress import Progress, silent
-from arisk.python_config import PipelineConfig
-from arisk.results import SubspaceResult
+from arisk.peer import SensitivitySubspace
 from arisk.risk_report import RiskReport
-from arisk.stages.skipped import skipped_records
-from arisk.task import Batch, LossFn, SampleSet, Task
 
 __all__ = ["AlignmentRiskPipeline"]
 

@@ -14,27 +14,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arisk.config import planned_steps
+from arisk.anatomy.collect import GRADIENTS_FOLDER, collect
+from arisk.anatomy.record import CollectResult, SubspaceResult
+from arisk.anatomy.safety_side import SafetySide, recomputed_side, stored_side
+from arisk.anatomy.score import score
+from arisk.anatomy.subspace import subspace
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Task
+from arisk.config.plan import planned_steps
+from arisk.config.python import PipelineConfig
+from arisk.forecast.rollout import rollout, skipped_rollout
+from arisk.forecast.run import forecast
 from arisk.geometry.vectors import Scratch
 from arisk.gradients import GradientStore, layout_of
-from arisk.guarded import GuardResult
-from arisk.progress import Progress, silent
-from arisk.python_config import PipelineConfig
-from arisk.results import CollectResult, SubspaceResult
+from arisk.guard.record import GuardResult
+from arisk.guard.run import guard
 from arisk.risk_report import RiskReport
-from arisk.screened import ScreenResult
-from arisk.stages.collect import GRADIENTS_FOLDER, collect
-from arisk.stages.forecast import forecast
-from arisk.stages.guard import guard
-from arisk.stages.rollout import rollout, skipped_rollout
-from arisk.stages.safety_side import SafetySide, recomputed_side, stored_side
-from arisk.stages.score import score
-from arisk.stages.screen import screen as scored_rows
-from arisk.stages.screen_what_if import dropping
-from arisk.stages.subspace import subspace
-from arisk.stages.verify import verify as real_run
-from arisk.task import Task
-from arisk.verified import VerifyResult
+from arisk.screening.record import ScreenResult
+from arisk.screening.run import screen as scored_rows
+from arisk.screening.what_if import dropping
+from arisk.verification.record import VerifyResult
+from arisk.verification.run import verify as real_run
 
 __all__ = ["assess", "protect", "screen", "verify"]
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from arisk.artifacts import (
+from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+from arisk.base.artifacts import (
     FORMAT_VERSION,
     read_json,
     read_record,
@@ -20,25 +21,18 @@ from arisk.artifacts import (
     write_tensors,
     write_text,
 )
-from arisk.comparison import Comparison, compare
-from arisk.errors import ArtifactError
-from arisk.peer_results import (
+from arisk.base.errors import ArtifactError
+from arisk.base.refusals import DEFAULT_MARKERS
+from arisk.forecast.record import ForecastResult, RolloutResult, Verdict
+from arisk.peer import (
     CurvatureCouplingResult,
     InitialRiskScore,
     SafetyForecast,
     SensitivitySubspace,
     curvature_of,
 )
-from arisk.refusals import DEFAULT_MARKERS
-from arisk.results import (
-    CollectResult,
-    ForecastResult,
-    RolloutResult,
-    ScoreResult,
-    SubspaceResult,
-    Verdict,
-)
-from arisk.verified import VerifyResult
+from arisk.verification.record import VerifyResult
+from arisk.verification.truth import Comparison, compare
 
 __all__ = ["RiskReport"]
 
@@ -113,7 +107,7 @@ class RiskReport:
 
         NaN (not measured) is None.
         """
-        from arisk.report import summary_json
+        from arisk.report.summary import summary_json
 
         found = summary_json(self.collected, self.space, self.scored, self.forecasted, title="arisk")
         return _plain({"status": self.status, "reason": self.reason, "warning": self.warning, **found})
@@ -161,7 +155,7 @@ class RiskReport:
 
     def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
         """The report as one self-contained HTML page, with the real run where `check` has one."""
-        from arisk.report import render_report
+        from arisk.report.page import render_report
 
         return render_report(
             self.collected,

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.acting import guard_extra, run_guard, run_screen, screen_extra
-from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
-from arisk.config import planned_steps
-from arisk.configfile import dump_config
-from arisk.graph import STAGES
-from arisk.job import REPORT_FILE, SUMMARY_FILE, Job
-from arisk.ranks import is_first, rank
-from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
-from arisk.verified import VerifyResult
+from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+from arisk.base.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
+from arisk.base.processes import is_first, rank
+from arisk.config.plan import planned_steps
+from arisk.config.yaml import dump_config
+from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.engine.stage import STAGES
+from arisk.forecast.record import ForecastResult, RolloutResult
+from arisk.verification.record import VerifyResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from arisk.comparison import Comparison
-    from arisk.report import Extra
+    from arisk.report.extra import Extra
+    from arisk.verification.truth import Comparison
 
 __all__ = ["EXTRAS", "RUNNERS", "finite"]
 
@@ -33,7 +34,7 @@ DATA_FILE = "data.json"
 
 
 def _collect(job: Job, workspace: Path) -> CollectResult:
-    from arisk.stages.collect import collect
+    from arisk.anatomy.collect import collect
 
     task = job.task
     if job.config.collect.fisher == "sampled":
@@ -49,7 +50,7 @@ def _collect(job: Job, workspace: Path) -> CollectResult:
 def _subspace(job: Job, workspace: Path) -> SubspaceResult:
     import torch
 
-    from arisk.stages.subspace import subspace
+    from arisk.anatomy.subspace import subspace
 
     del workspace
     side, layout = job.stored(), job.layout
@@ -61,9 +62,9 @@ def _subspace(job: Job, workspace: Path) -> SubspaceResult:
 
 
 def _score(job: Job, workspace: Path) -> ScoreResult:
+    from arisk.anatomy.safety_side import recomputed_side
+    from arisk.anatomy.score import score
     from arisk.geometry.vectors import Scratch
-    from arisk.stages.safety_side import recomputed_side
-    from arisk.stages.score import score
 
     config = job.config
     side = job.stored()
@@ -93,7 +94,7 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
 
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
-    from arisk.stages.rollout import rollout, skipped_rollout
+    from arisk.forecast.rollout import rollout, skipped_rollout
 
     config = job.config
     if not config.rollout.enabled:
@@ -109,7 +110,7 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
 
 
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
-    from arisk.stages.forecast import forecast
+    from arisk.forecast.run import forecast
 
     del workspace
     scored: ScoreResult = job.record("score", ScoreResult)
@@ -127,7 +128,7 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
 
 
 def _verify(job: Job, workspace: Path) -> VerifyResult:
-    from arisk.stages.verify import verify
+    from arisk.verification.run import verify
 
     config = job.config
     # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
@@ -145,7 +146,7 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
 
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
-    from arisk.comparison import compare
+    from arisk.verification.truth import compare
 
     if not job.states["verify"].fresh:
         return None
@@ -155,9 +156,10 @@ def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
 
 
 def _report(job: Job, workspace: Path) -> None:
-    from arisk.report import render_report, summary_json, summary_markdown
     from arisk.report.figures import all_figures
     from arisk.report.images import report_images
+    from arisk.report.page import render_report
+    from arisk.report.summary import summary_json, summary_markdown
 
     config = job.config
     records = (

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from arisk import ranks
-from arisk.config import CollectConfig
-from arisk.errors import ConfigError
+from arisk.anatomy.collect import collect
+from arisk.base import processes
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import CollectConfig
 from arisk.gradients import layout_of, mean_gradient, measuring, slice_batch
 from arisk.models.selection import select_parameters
-from arisk.stages.collect import collect
-from arisk.task import SampleSet, Task
 from tests.gradients.cases import CASES
 
 MODELS = ("llama", "lora")
@@ -40,7 +40,7 @@ def shard(model):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (ranks.world(),))
+    mesh = init_device_mesh("cpu", (processes.world(),))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in inner.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -49,13 +49,13 @@ def shard(model):
 
 def main(folder):
     """Write the numbers, and what another stage says."""
-    ranks.join()
+    processes.join()
     torch.set_num_threads(1)
     numbers = {}
     for name in MODELS:
         task, found = measured(name, folder, shard)
         numbers.update(found)
-    if ranks.is_first():
+    if processes.is_first():
         save_file(numbers, folder / "numbers.safetensors")
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout):

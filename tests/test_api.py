@@ -6,7 +6,7 @@ from torch import nn
 
 import arisk
 from arisk import AlignmentRiskPipeline, Comparison, PipelineConfig
-from arisk.errors import ConfigError
+from arisk.base.errors import ConfigError
 
 SETTINGS = {
     "training": {"optimizer": "sgd", "learning_rate": 0.05, "max_steps": 20},

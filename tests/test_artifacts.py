@@ -9,9 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arisk.artifacts import FORMAT_VERSION, read_record, read_tensors, write_record, write_tensors, write_text
-from arisk.errors import ArtifactError
-from arisk.results import Curve, OverlapNulls
+from arisk.anatomy.record import OverlapNulls
+from arisk.base.artifacts import (
+    FORMAT_VERSION,
+    read_record,
+    read_tensors,
+    write_record,
+    write_tensors,
+    write_text,
+)
+from arisk.base.errors import ArtifactError
+from arisk.forecast.record import Curve
 
 
 @dataclass(frozen=True)

@@ -327,7 +327,8 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 stage, when = sys.argv[1:3]
 sys.argv = ["arisk", *sys.argv[3:]]
-from arisk import cli, rundir
+from arisk import cli
+from arisk.engine import rundir
 real = rundir.RunDir.commit
 def commit(self, name, **rest):
     if name == stage:
@@ -343,8 +344,9 @@ if stage == "shard":
             os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
     GradientStore.write_shard = write_shard
 if stage == "segment":
-    from arisk.stages import rollout, rollout_state
-    rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
+    from arisk.forecast import rollout
+    from arisk.forecast import run_state
+    run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
     save = rollout.save_state
     def save_state(workspace, run, track, block):
         save(workspace, run, track, block)
@@ -396,7 +398,7 @@ def test_ctrl_c_in_every_stage_says_what_is_kept(tmp_path, arisk):
 
 
 def test_two_runs_at_once(tmp_path, arisk):
-    from arisk.rundir import RunDir
+    from arisk.engine.rundir import RunDir
 
     with RunDir(tmp_path).lock("arisk run first.yaml"):
         code, _, err = arisk("run", DEMO, "--run-dir", tmp_path, *arguments())
@@ -430,7 +432,7 @@ def test_check_tells_the_memory_of_a_device_where_there_is_one(arisk, monkeypatc
     """Two gigabytes seen there by every pass; what a stage keeps beside the model comes on top."""
     stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
     assert all(cost["device_gb"] is None for cost in stages.values())
-    monkeypatch.setattr("arisk.calibration.device_memory", lambda device: 2.0)
+    monkeypatch.setattr("arisk.cost.calibration.device_memory", lambda device: 2.0)
     stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
     assert {name for name, cost in stages.items() if cost["device_gb"]} == {
         *("collect", "score", "rollout", "verify", "screen", "guard"),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from arisk import cli
-from arisk.artifacts import read_record
-from arisk.guarded import GuardResult
+from arisk.base.artifacts import read_record
+from arisk.guard.record import GuardResult
 from tests.test_cli_verify import TASK, environment
 
 SETTINGS = ["guard.methods=[replay,ewc,alignguard,projection]", "guard.calibration_steps=3"]
@@ -136,15 +136,16 @@ def test_mistakes_are_one_clear_error(arisk, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.stages import guard_arm, rollout_state
-rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
-save, turns = guard_arm.save_state, []
+from arisk.guard import arm
+from arisk.forecast import run_state
+run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
+save, turns = arm.save_state, []
 def save_state(folder, run, track, block):
     save(folder, run, track, block)
     turns.append(track.at)
     if len(turns) == 55:
         os.kill(os.getpid(), signal.SIGKILL)
-guard_arm.save_state = save_state
+arm.save_state = save_state
 from arisk import cli
 cli.main()
 """

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from arisk import cli
-from arisk.config import DataConfig
-from arisk.errors import InputError
-from arisk.models.split_rows import split_rows
+from arisk.base.errors import InputError
+from arisk.config.plan import DataConfig
+from arisk.screening.files import split_rows
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -108,7 +108,7 @@ def test_every_row_is_kept_or_flagged_once_with_all_its_fields(screened, data):
 
 def test_another_share_scores_nothing_again(arisk, screened, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(screened[0], tmp_path / "run"))
-    monkeypatch.setattr("arisk.stages.screen.screen", lambda *a, **k: pytest.fail("rows were scored again"))
+    monkeypatch.setattr("arisk.screening.run.screen", lambda *a, **k: pytest.fail("rows were scored again"))
     code, out, _ = arisk("screen", folder, "--drop", "0.05", "--json")
     assert code == 0
     body = json.loads(out, parse_constant=pytest.fail)
@@ -144,7 +144,7 @@ def test_the_report_shows_it(arisk, screened, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.stages import screen_passes
+from arisk.screening import screen_passes
 screen_passes.SHARD_ROWS = 16
 products, done = screen_passes.row_products, [0]
 def dying(*given, **settings):

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "configs" / "demo.yaml")
 SETTINGS = [
     "safety.max_samples=8",
-    "verify.safety.max_samples=6",
-    "verify.generate=3",
-    "verify.max_new_tokens=8",
+    "run.safety.max_samples=6",
+    "run.generate=3",
+    "run.max_new_tokens=8",
     "collect.chunk_size=4",
     "score.batches=2",
     "score.hvp_batches=1",
@@ -116,7 +116,7 @@ def test_the_truth_is_that_of_training_the_model_oneself(verified):
     """The model loaded anew, torch's own AdamW, the rows in planned order, losses of held-out rows."""
     import torch
 
-    from arisk.configfile import load_config
+    from arisk.config.yaml import load_config
     from arisk.models import load_task
 
     task = load_task(load_config(Path(DEMO), SETTINGS), device=torch.device("cpu"))
@@ -184,7 +184,7 @@ def test_another_plan_does_not_show_the_truth_of_this_one(arisk, run):
 
 def test_threshold_and_markers_need_no_new_fine_tune(arisk, run, monkeypatch):
     monkeypatch.setattr("arisk.models.load_task", lambda *a, **k: pytest.fail("the model was loaded"))
-    settings = ["forecast.collapse_threshold=0.01", "verify.refusal_markers=[shop]"]
+    settings = ["forecast.collapse_threshold=0.01", "run.refusal_markers=[shop]"]
     code, out, _ = arisk("verify", run, settings=settings)
     assert code == 0
     assert "no report: stage forecast is not fresh" in out
@@ -214,21 +214,21 @@ def test_stopping_early(arisk, run):
 
 
 def test_without_a_forecast_it_says_what_to_run(arisk, tmp_path):
-    code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["verify.generate=0"])
+    code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["run.generate=0"])
     assert code == 0
     assert "no report: stage collect is not fresh; next: arisk run" in out
-    assert "refusals not measured: verify.generate is 0" in out
+    assert "refusals not measured: run.generate is 0" in out
     body = json.loads(
-        arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["verify.generate=0"])[1]
+        arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["run.generate=0"])[1]
     )
     assert body["ran"] is False
     assert (body["report"], body["missing"]) == (None, "collect")
-    assert body["verify"]["refusals_missing"] == "verify.generate is 0"
+    assert body["verify"]["refusals_missing"] == "run.generate is 0"
     assert body["verify"]["error_factor"] is None
 
 
 def test_rows_that_are_not_held_out_are_said_to_be(arisk, tmp_path):
-    settings = ["verify.safety=null", "control=null"]
+    settings = ["run.safety=null", "control=null"]
     _, out, _ = arisk("verify", tmp_path / "run", "--steps", "2", settings=settings)
     assert "caveat: The safety rows are those that the forecast used: they are not held out." in out
     assert "caveat: No control data" in out
@@ -236,8 +236,8 @@ def test_rows_that_are_not_held_out_are_said_to_be(arisk, tmp_path):
 
 def test_mistakes_are_one_clear_error(arisk, tmp_path):
     for settings, code, what in (
-        (["verify.safety.path=./no-such.jsonl"], 3, "verify.safety.path"),
-        (["verify.step=3"], 2, "did you mean `steps`?"),
+        (["run.safety.path=./no-such.jsonl"], 3, "run.safety.path"),
+        (["run.step=3"], 2, "did you mean `steps`?"),
         (["model={source: python, entry: 'a.py:b'}"], 2, "Task.heldout"),
     ):
         found, _, err = arisk("verify", tmp_path / "run", settings=settings)
@@ -289,14 +289,15 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 when = sys.argv[1]
 sys.argv = ["arisk", *sys.argv[2:]]
-from arisk.stages import rollout_state, verify
-rollout_state.SAVE_EVERY = rollout_state.SAVE_SHARE = 0
-save = verify.save_state
+from arisk.forecast import run_state
+from arisk.verification import run
+run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
+save = run.save_state
 def save_state(workspace, run, track, block):
     save(workspace, run, track, block)
     if track.at == 31:
         os.kill(os.getpid(), getattr(signal, when))
-verify.save_state = save_state
+run.save_state = save_state
 from arisk import cli
 cli.main()
 """

@@ -94,7 +94,7 @@ def exact_iterates(h, g, training, rates):
 
 def random_case(seed):
     """A rotated problem with random curvature, recipe and threshold, and its true collapse step."""
-    from arisk.geometry.schedule import learning_rates
+    from arisk.training.schedules import learning_rates
 
     generator = torch.Generator().manual_seed(seed)
 
@@ -203,7 +203,7 @@ def test_the_rollout_on_random_rotated_cases():
 
 def half_rate_truth(case, steps):
     """Safety changes after each step of the exact recursion at half the planned learning rate."""
-    from arisk.geometry.schedule import learning_rates
+    from arisk.training.schedules import learning_rates
 
     recipe = case["training"]
     rates = learning_rates(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from arisk import cli
-from arisk.rundir import RunDir
+from arisk.engine.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -207,11 +207,11 @@ def test_a_config_beside_a_run_takes_the_safety_side_without_a_model(made, arisk
 
 
 def test_the_model_is_loaded_once_and_forced_stages_are_made_once(copied, arisk, monkeypatch):
-    from arisk.models import task_loading
+    from arisk.models import tasks
 
     loads = []
-    real = task_loading.load_model
-    monkeypatch.setattr(task_loading, "load_model", lambda *a, **k: loads.append(a) or real(*a, **k))
+    real = tasks.load_model
+    monkeypatch.setattr(tasks, "load_model", lambda *a, **k: loads.append(a) or real(*a, **k))
     copied.configs, folders = copied.configs[:2], copied.folders[:2]
     before = snapshot(*(folder / "rollout" for folder in folders))
     code, out, err = arisk(*command(copied, "--force", "--json"))
@@ -384,7 +384,8 @@ KILL = """
 import os, signal, sys
 folder, stage = sys.argv[1:3]
 sys.argv = ["arisk", *sys.argv[3:]]
-from arisk import cli, rundir
+from arisk import cli
+from arisk.engine import rundir
 def kill(method):
     real = getattr(rundir.RunDir, method)
     def stop(self, name, *rest, **more):

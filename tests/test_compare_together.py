@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from arisk.base.errors import ArtifactError
 from arisk.compare.together import (
     differing_settings,
     distinct_names,
@@ -11,11 +12,10 @@ from arisk.compare.together import (
     refuse_different_safety,
     same_plans,
 )
-from arisk.config import Config
-from arisk.errors import ArtifactError
-from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.graph import STAGES
-from arisk.plan import ingredients_of
+from arisk.config.plan import Config
+from arisk.engine.fingerprints import DigestCache, input_fingerprints
+from arisk.engine.freshness import ingredients_of
+from arisk.engine.stage import STAGES
 from tests.report.plans import plan
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from arisk.comparison import compare, compared_curve, value_at
-from arisk.refusals import DEFAULT_MARKERS
-from arisk.verified import GeneratedTexts
+from arisk.base.refusals import DEFAULT_MARKERS
+from arisk.verification.record import GeneratedTexts
+from arisk.verification.truth import compare, compared_curve, value_at
 
 spec = importlib.util.spec_from_file_location(
     "report_records", Path(__file__).parent / "report" / "records.py"

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arisk.config import Config
-from arisk.configfile import (
+from arisk.base.errors import ConfigError
+from arisk.config.plan import Config
+from arisk.config.python import PipelineConfig
+from arisk.config.yaml import (
     dump_config,
     json_schema,
     load_config,
@@ -12,8 +14,6 @@ from arisk.configfile import (
     starter_config,
     validate_mapping,
 )
-from arisk.errors import ConfigError
-from arisk.python_config import PipelineConfig
 
 MINIMAL = "model: {path: m}\nsafety: {path: s.jsonl}\nfinetune: {path: f.jsonl}\n"
 

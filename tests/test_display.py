@@ -27,7 +27,7 @@ sys.argv[0] = "arisk"
 from pathlib import Path
 from arisk.cli import app, main
 from arisk.cli.options import show
-from arisk.rundir import RunDir
+from arisk.engine.rundir import RunDir
 @app.command("fake")
 def fake(folder: Path, wait: bool = False, quiet: bool = False):
     with RunDir(folder).lock("arisk fake"):
@@ -273,9 +273,9 @@ def test_bash_completes_verbs_paths_and_keys(tmp_path, words, expected):
 TEXTS = """
 import json, sys
 from pathlib import Path
-from arisk.pipeline import Outcome
-from arisk.terminal import outcome_text
-from arisk.check_text import check_text
+from arisk.engine.run import Outcome
+from arisk.base.tables import outcome_text
+from arisk.cost.check_text import check_text
 long = "word " * 60
 curve = {"status": "measured", "reason": None, "kind": "forecast", "collapse_step": 31, "horizon": 200,
     "probability": 1.0, "median": [0.0, 0.48], "trusted_until": 200}

@@ -2,9 +2,9 @@ import hashlib
 
 import pytest
 
-from arisk.config import Config
-from arisk.errors import InputError
-from arisk.fingerprints import DigestCache, file_digest, input_fingerprints
+from arisk.base.errors import InputError
+from arisk.config.plan import Config
+from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints
 
 
 def config(tmp_path, **changes):
@@ -33,7 +33,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     cache = DigestCache(tmp_path / "cache.json")
     first = cache.digest(path)
     cache.save()
-    monkeypatch.setattr("arisk.fingerprints.file_digest", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("arisk.engine.fingerprints.file_digest", lambda _: pytest.fail("read again"))
     assert DigestCache(tmp_path / "cache.json").digest(path) == first
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from arisk.guarded import Arm, GuardResult, choose, drift_share, guard_summary, paired_error, task_cost
+from arisk.guard.record import Arm, GuardResult, choose, drift_share, guard_summary, paired_error, task_cost
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}
 

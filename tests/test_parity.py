@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import arisk
 from arisk import AlignGuardConfig, AlignmentRiskPipeline, FisherConfig, PipelineConfig, RiskReport
-from arisk.errors import ArtifactError, ConfigError, InputError, NumericsError, ShapeError
+from arisk.base.errors import ArtifactError, ConfigError, InputError, NumericsError, ShapeError
 
 FAST = {
     "training": {"optimizer": "sgd", "learning_rate": 0.05, "max_steps": 6},

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from arisk.config import Config
-from arisk.errors import NewerFormatError
-from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.graph import STAGES
-from arisk.plan import Reason, plan
-from arisk.rundir import RunDir
+from arisk.base.errors import NewerFormatError
+from arisk.config.plan import Config
+from arisk.engine.fingerprints import DigestCache, input_fingerprints
+from arisk.engine.freshness import Reason, plan
+from arisk.engine.rundir import RunDir
+from arisk.engine.stage import STAGES
 
 ALL = [spec.name for spec in STAGES]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arisk.ranking import Ranked, worst_level
+from arisk.compare.record import Ranked, worst_level
 
 spec = importlib.util.spec_from_file_location("report_plans", Path(__file__).parent / "report" / "plans.py")
 made = importlib.util.module_from_spec(spec)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arisk import ranks
-from arisk.errors import ArtifactError
+from arisk.base import processes
+from arisk.base.errors import ArtifactError
 from tests.sharded import MODELS, measured
 
 ROOT = Path(__file__).parent.parent
@@ -198,17 +198,17 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path):
 def test_a_broken_collective_says_what_it_means():
     with (
         pytest.raises(ArtifactError, match="another process of this run has stopped") as caught,
-        ranks._together(),
+        processes._together(),
     ):
         raise RuntimeError("Connection reset by peer")
     assert "run the same command again" in caught.value.fix
 
 
 def test_one_process_has_everything():
-    assert (ranks.rank(), ranks.world(), ranks.is_first()) == (0, 1, True)
-    assert list(ranks.share(5)) == [0, 1, 2, 3, 4]
-    assert ranks.gathered(["a", "b"], 2) == ["a", "b"]
+    assert (processes.rank(), processes.world(), processes.is_first()) == (0, 1, True)
+    assert list(processes.share(5)) == [0, 1, 2, 3, 4]
+    assert processes.gathered(["a", "b"], 2) == ["a", "b"]
     value = torch.ones(2)
-    assert ranks.summed(value) is value
-    assert ranks.from_first(lambda: 3) == 3
-    ranks.barrier()
+    assert processes.summed(value) is value
+    assert processes.from_first(lambda: 3) == 3
+    processes.barrier()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arisk.refusals import DEFAULT_MARKERS, is_refusal
+from arisk.base.refusals import DEFAULT_MARKERS, is_refusal
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from arisk.errors import ArtifactError
-from arisk.plan import StageState, stage_key
-from arisk.reuse import check_run_dir, take
-from arisk.rundir import RunDir
+from arisk.base.errors import ArtifactError
+from arisk.engine.freshness import StageState, stage_key
+from arisk.engine.reuse import check_run_dir, take
+from arisk.engine.rundir import RunDir
 
 INGREDIENTS = {"stage": "collect", "config": {"a": 1}}
 STATE = StageState("collect", False, (), stage_key(INGREDIENTS), INGREDIENTS)

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
-from arisk.errors import ArtifactError
-from arisk.rundir import RunDir
+from arisk.base.errors import ArtifactError
+from arisk.engine.rundir import RunDir
 
 
 def commit(rundir, stage="collect", key="k1", text="one"):
@@ -62,8 +62,8 @@ def test_verify_names_the_damaged_file(tmp_path, text):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-import arisk.rundir as module
-from arisk.rundir import RunDir
+import arisk.engine.rundir as module
+from arisk.engine.rundir import RunDir
 rundir = RunDir(Path(sys.argv[1]))
 point = sys.argv[2]
 real = module.shutil.rmtree
@@ -103,7 +103,7 @@ def test_two_writers(tmp_path):
         f"""
         import sys, time
         from pathlib import Path
-        from arisk.rundir import RunDir
+        from arisk.engine.rundir import RunDir
         with RunDir(Path({str(tmp_path)!r})).lock("arisk run other.yaml"):
             print("held", flush=True)
             time.sleep(60)

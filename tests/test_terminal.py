@@ -1,10 +1,10 @@
 from pathlib import Path
 
-from arisk.check_text import check_text, shortened
-from arisk.display import StageDisplay
-from arisk.pipeline import Outcome
-from arisk.status import describe
-from arisk.terminal import outcome_text, table
+from arisk.base.tables import outcome_text, table
+from arisk.base.terminal import StageDisplay
+from arisk.cost.check_text import check_text, shortened
+from arisk.engine.run import Outcome
+from arisk.engine.status import describe
 
 
 def test_table_is_aligned():

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from arisk.errors import ConfigError
-from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
-from arisk.what_if import grid_json, grid_text, number_list
+from arisk.base.errors import ConfigError
+from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.what_if_command import grid_json, grid_text, number_list
 
 
 def grid():

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from arisk.base.errors import ConfigError
 from arisk.cli.app import app
 from arisk.cli.completion import complete_run
 from arisk.cli.options import (
@@ -21,7 +22,6 @@ from arisk.cli.options import (
     reproducing,
     show,
 )
-from arisk.errors import ConfigError
 
 __all__: list[str] = []
 
@@ -113,8 +113,8 @@ def _ask(
         shared: the same, where the report has to be asked for with them as well.
         told: those options as typed.
     """
-    from arisk.asked import asked_text, run_asked
-    from arisk.configfile import load_config, run_directory
+    from arisk.config.yaml import load_config, run_directory
+    from arisk.engine.asked import asked_text, run_asked
 
     config, run_dir, overrides, force, as_json, quiet = common
     loaded = load_config(config, [*(overrides or []), *given, *shared])
@@ -169,7 +169,7 @@ def what_if(
 
     Example: arisk what-if runs/my --learning-rate 1e-4,2e-4 --steps 100,500
     """
-    from arisk.what_if import grid_json, grid_text, number_list, reforecast
+    from arisk.forecast.what_if_command import grid_json, grid_text, number_list, reforecast
 
     grid = reforecast(
         run,

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
+from arisk.base.errors import AriskError
+from arisk.base.processes import is_first
 from arisk.cli.grouped import Grouped
-from arisk.errors import AriskError
-from arisk.ranks import is_first
 
 __all__ = ["app", "main"]
 

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from arisk.base.processes import is_first
 from arisk.cli.app import app
 from arisk.cli.completion import complete_run_or_config
 from arisk.cli.options import ForceOption, JsonOption, QuietOption, SetOption, gate, show
-from arisk.ranks import is_first
 
 __all__: list[str] = []
 
@@ -55,8 +55,8 @@ def compare(
     The safety side is measured once and shared. Example: arisk compare runs/a runs/b plan.yaml
     """
     from arisk.compare import compare_plans
+    from arisk.compare.record import worst_level
     from arisk.compare.text import compare_text
-    from arisk.ranking import worst_level
 
     found = compare_plans(
         plans,

@@ -36,7 +36,7 @@ def _is_run(path: Path) -> bool:
 
 def complete_setting(incomplete: str) -> list[str]:
     """Dotted config keys for `--set`, with the `=`; nothing once a value has begun."""
-    from arisk.configfile import known_keys
+    from arisk.config.yaml import known_keys
 
     return [f"{key}=" for key in known_keys() if key.startswith(incomplete)] if "=" not in incomplete else []
 

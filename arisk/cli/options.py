@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from arisk.base.errors import ConfigError, GateError, InconclusiveError
+from arisk.base.processes import is_first
 from arisk.cli.completion import complete_config, complete_run, complete_setting
-from arisk.errors import ConfigError, GateError, InconclusiveError
-from arisk.ranks import is_first
 
 __all__ = [
     "ConfigPath",
@@ -58,14 +58,14 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on
 
 def show(quiet: bool) -> Any:
     """Progress display on stderr: a moving line in a terminal, a line per stage in a pipe, or nothing."""
-    from arisk.display import StageDisplay
+    from arisk.base.terminal import StageDisplay
 
     return StageDisplay(quiet=quiet or not is_first(), resume=shlex.join(["arisk", *sys.argv[1:]]))
 
 
 def print_outcome(outcome: Any, as_json: bool) -> None:
     """The result of a run on stdout: the verdict table, or JSON."""
-    from arisk.terminal import outcome_text
+    from arisk.base.tables import outcome_text
 
     if not is_first():
         return
@@ -133,7 +133,7 @@ def reusable(given: list[Path] | None, *, again: bool) -> list[Path]:
         ArtifactError: one is no run directory.
         ConfigError: stages are to be run again and to be taken over.
     """
-    from arisk.reuse import check_run_dir
+    from arisk.engine.reuse import check_run_dir
 
     if given and again:
         raise ConfigError(

@@ -59,8 +59,8 @@ def run(
 
     Example: arisk run configs/demo.yaml --set training.learning_rate=1e-4
     """
-    from arisk.configfile import load_config, run_directory
-    from arisk.pipeline import run_stages
+    from arisk.config.yaml import load_config, run_directory
+    from arisk.engine.run import run_stages
 
     refuse_gate_without_verdict(fail_on, last)
     loaded = load_config(config, overrides or [])
@@ -105,8 +105,8 @@ def _stage_command(stage: Stage) -> None:
         as_json: JsonOption = False,
         quiet: QuietOption = False,
     ) -> None:
-        from arisk.configfile import load_config, run_directory
-        from arisk.pipeline import run_stages
+        from arisk.config.yaml import load_config, run_directory
+        from arisk.engine.run import run_stages
 
         loaded = load_config(config, overrides or [])
         outcome = run_stages(
@@ -142,9 +142,9 @@ def status(
 
     Example: arisk status my.yaml --set training.learning_rate=1e-4
     """
-    from arisk.configfile import load_config, run_directory
-    from arisk.display import columns
-    from arisk.status import describe, status_rows
+    from arisk.base.terminal import columns
+    from arisk.config.yaml import load_config, run_directory
+    from arisk.engine.status import describe, status_rows
 
     loaded = load_config(config, overrides or [])
     rows = status_rows(loaded, run_directory(loaded, config, run_dir))
@@ -161,11 +161,11 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
     Example: arisk check my.yaml
     """
-    from arisk.check_text import check_text
-    from arisk.configfile import load_config, run_directory
-    from arisk.estimate import estimate
-    from arisk.job import device_of
-    from arisk.models import check_task
+    from arisk.config.yaml import load_config, run_directory
+    from arisk.cost.check import check_task
+    from arisk.cost.check_text import check_text
+    from arisk.cost.estimate import estimate
+    from arisk.engine.job import device_of
 
     loaded = load_config(config, overrides or [])
     kept: dict[str, Any] = {}
@@ -188,8 +188,8 @@ def init(
 
     Example: arisk init my.yaml --model ./model --safety refusals.jsonl --finetune train.jsonl
     """
-    from arisk.configfile import starter_config
-    from arisk.errors import ConfigError
+    from arisk.base.errors import ConfigError
+    from arisk.config.yaml import starter_config
 
     if path.exists() and not force:
         raise ConfigError(
@@ -205,7 +205,7 @@ def schema() -> None:
 
     Example: arisk schema > arisk.schema.json
     """
-    from arisk.configfile import json_schema
+    from arisk.config.yaml import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
 
@@ -224,8 +224,8 @@ def demo(
 
     Example: arisk demo --mode full
     """
-    from arisk.demo import demo_config
-    from arisk.pipeline import run_stages
+    from arisk.cli.demo import demo_config
+    from arisk.engine.run import run_stages
 
     outcome = run_stages(
         demo_config(mode),

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from arisk.config import Config
-from arisk.configfile import load_config, run_directory
-from arisk.errors import AriskError, ConfigError
-from arisk.reuse import check_run_dir
+from arisk.base.errors import AriskError, ConfigError
+from arisk.config.plan import Config
+from arisk.config.yaml import load_config, run_directory
+from arisk.engine.reuse import check_run_dir
 
 __all__ = ["Plan", "plans_of"]
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arisk.artifacts import read_record
-from arisk.config import Config
-from arisk.configfile import load_config
-from arisk.errors import ArtifactError, ConfigError, InputError
-from arisk.fingerprints import DigestCache, input_fingerprints
-from arisk.graph import STAGES
-from arisk.job import REPORT_FILE
-from arisk.plan import StageState, plan
-from arisk.ranking import PlannedRun
-from arisk.results import Curve, ForecastResult, ScoreResult
-from arisk.reuse import CONFIG_FILE, check_run_dir
-from arisk.rundir import RunDir
+from arisk.anatomy.record import ScoreResult
+from arisk.base.artifacts import read_record
+from arisk.base.errors import ArtifactError, ConfigError, InputError
+from arisk.compare.record import PlannedRun
+from arisk.config.plan import Config
+from arisk.config.yaml import load_config
+from arisk.engine.fingerprints import DigestCache, input_fingerprints
+from arisk.engine.freshness import StageState, plan
+from arisk.engine.job import REPORT_FILE
+from arisk.engine.reuse import CONFIG_FILE, check_run_dir
+from arisk.engine.rundir import RunDir
+from arisk.engine.stage import STAGES
+from arisk.forecast.record import Curve, ForecastResult
 
 __all__ = ["FinishedRun", "finished"]
 

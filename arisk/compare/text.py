@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from arisk.ranking import RULE, Ranked
-from arisk.report.compare_text import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
+from arisk.base.tables import table
+from arisk.compare.record import RULE, Ranked
+from arisk.compare.words import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
 from arisk.report.markdown import bounded, literal
-from arisk.terminal import table
 
 __all__ = ["compare_json", "compare_markdown", "compare_text"]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arisk.config import Config
-from arisk.errors import ArtifactError
-from arisk.plan import differences, stage_key
-from arisk.ranking import PlannedRun
+from arisk.base.errors import ArtifactError
+from arisk.compare.record import PlannedRun
+from arisk.config.plan import Config
+from arisk.engine.freshness import differences, stage_key
 
 __all__ = ["differing_settings", "distinct_names", "notes", "refuse_different_safety", "same_plans"]
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arisk.geometry.schedule import unit_rates
+from arisk.training.schedules import unit_rates
 
 __all__ = ["quadratic_path", "read_at_flow", "unit_flow"]
 
@@ -31,7 +31,7 @@ def unit_flow(
     warmup_steps: int = 0,
     momentum: float = 0.0,
 ) -> Tensor:
-    """t_k/η of `arisk.geometry.schedule.flow_times` at some steps of a run, in closed form.
+    """t_k/η of `arisk.training.schedules.flow_times` at some steps of a run, in closed form.
 
     τ_k = Σ_{i≤k} η_i/η is k(k+1)/2w for k ≤ w; after the warm-up, with j = k − w and n = T − w, plus:
     j (constant), j − j(j−1)/2n (linear), j/2 + sin(πj/2n) cos(π(j−1)/2n) / (2 sin(π/2n)) (cosine).

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 
 __all__ = [
     "effective_rank",

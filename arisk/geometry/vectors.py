@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from arisk.artifacts import disk_error, existing_parent
-from arisk.errors import ArtifactError
+from arisk.base.artifacts import disk_error, existing_parent
+from arisk.base.errors import ArtifactError
 
 __all__ = [
     "DEFAULT_MEMORY",

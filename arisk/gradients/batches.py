@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.errors import ShapeError
-from arisk.task import Batch
+from arisk.base.errors import ShapeError
+from arisk.base.task import Batch
 
 __all__ = ["batch_size", "map_tensors", "move_batch", "slice_batch"]
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from arisk.base.task import Batch, LossFn
 from arisk.gradients.batches import batch_size, map_tensors
 from arisk.gradients.layout import ParameterLayout, parameters_of
 from arisk.gradients.sink import Sink
-from arisk.task import Batch, LossFn
 
 __all__ = ["vmap_gradients"]
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import ConfigError, ShapeError
+from arisk.base.errors import ConfigError, ShapeError
 
 __all__ = ["ParameterLayout", "is_sharded", "layout_of", "module_of", "parameters_of"]
 

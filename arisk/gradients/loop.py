@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from arisk.base.task import Batch, LossFn
 from arisk.gradients.batches import batch_size, slice_batch
 from arisk.gradients.layout import ParameterLayout, parameters_of
 from arisk.gradients.sink import Sink
-from arisk.task import Batch, LossFn
 
 __all__ = ["loop_gradients"]
 

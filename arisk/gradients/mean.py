@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import ConfigError, NumericsError
+from arisk.base.errors import ConfigError, NumericsError
+from arisk.base.task import Batch, LossFn
 from arisk.gradients.layout import ParameterLayout, is_sharded, parameters_of
 from arisk.gradients.state import recomputing
-from arisk.task import Batch, LossFn
 
 __all__ = ["mean_gradient"]
 

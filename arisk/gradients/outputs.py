@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.task import Batch, LossFn
+from arisk.base.task import Batch, LossFn
 
 __all__ = ["logits_of", "loss_at", "losses_between", "outputs_of"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import AriskError, ConfigError, NumericsError
+from arisk.base.errors import AriskError, ConfigError, NumericsError
+from arisk.base.task import Batch, LossFn
 from arisk.gradients.batches import batch_size, slice_batch
+from arisk.gradients.engines import ENGINES, per_sample_gradients
 from arisk.gradients.layout import ParameterLayout, is_sharded
-from arisk.gradients.per_sample import ENGINES, per_sample_gradients
-from arisk.task import Batch, LossFn
 
 __all__ = ["EngineChoice", "batch_invariance", "choose_engine"]
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from arisk.base.task import Batch, LossFn
 from arisk.gradients.batches import batch_size
+from arisk.gradients.engines import per_sample_parts
 from arisk.gradients.factors import Outer, Part
 from arisk.gradients.layout import ParameterLayout
-from arisk.gradients.per_sample import per_sample_parts
-from arisk.task import Batch, LossFn
 
 __all__ = ["Sides", "Sketch", "balanced", "per_sample_sketches", "sketch_of", "sketch_products"]
 

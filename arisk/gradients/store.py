@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from arisk.artifacts import write_tensors
-from arisk.errors import ArtifactError
+from arisk.base.artifacts import write_tensors
+from arisk.base.errors import ArtifactError
+from arisk.base.processes import rank, share, summed, world
 from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
 from arisk.gradients.factors import Outer, Part, Rows, dots_of, samples_of, tensors_of, weighted_sum_of
 from arisk.gradients.layout import ParameterLayout
 from arisk.gradients.products import blocks_of, parameter_products
-from arisk.ranks import rank, share, summed, world
 
 __all__ = ["GradientStore"]
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from arisk.base.task import Batch
 from arisk.gradients.batches import map_tensors
-from arisk.task import Batch
 
 __all__ = ["in_float32", "is_narrow", "widened"]
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from arisk.errors import ConfigError
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet
 from arisk.guard.directions import fisher_mass, safety_directions
 from arisk.guard.mitigator import LoRAMitigator
 from arisk.guard.settings import AlignGuardConfig
 from arisk.guard.sites import Site, adapter_sites
-from arisk.task import SampleSet
 
 __all__ = ["build_mitigator", "matched_sites"]
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
+from arisk.base.task import Batch, SampleSet
 from arisk.geometry.spectrum import RELATIVE_FLOOR
 from arisk.gradients import (
     ParameterLayout,
@@ -31,7 +32,6 @@ from arisk.gradients import (
     slice_batch,
 )
 from arisk.guard.sites import Site, require_sound
-from arisk.task import Batch, SampleSet
 
 __all__ = ["FisherMass", "SafetyDirections", "fisher_mass", "safety_directions"]
 

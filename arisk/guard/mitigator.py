@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 from arisk.guard.directions import FisherMass, SafetyDirections
 from arisk.guard.factored import Factored
 from arisk.guard.settings import AlignGuardConfig

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 
 __all__ = ["relax"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from arisk.base.task import Batch, SampleSet
 from arisk.gradients import batch_size, move_batch, slice_batch
-from arisk.task import Batch, SampleSet
 
 __all__ = ["SafetyBatches"]
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from arisk.python_config import PythonSection
-from arisk.sections import NonNegativeFloat, PositiveInt
+from arisk.config.python import PythonSection
+from arisk.config.sections import NonNegativeFloat, PositiveInt
 
 __all__ = ["AlignGuardConfig"]
 

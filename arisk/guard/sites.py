@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError
 from arisk.guard.factored import Factored
 from arisk.models.selection import LORA_MARKERS, lora_pairs
 

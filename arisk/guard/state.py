@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from arisk.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
-from arisk.errors import ArtifactError, ConfigError, NewerFormatError
+from arisk.base.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
+from arisk.base.errors import ArtifactError, ConfigError, NewerFormatError
 from arisk.guard.directions import FisherMass, SafetyDirections
 from arisk.guard.settings import AlignGuardConfig
 from arisk.guard.sites import Site

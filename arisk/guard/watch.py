@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from arisk.base.task import SampleSet
 from arisk.gradients import move_batch
-from arisk.task import SampleSet
 
 __all__ = ["mean_loss"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from arisk.models.check import check_task
-from arisk.models.task_loading import load_task
+from arisk.models.tasks import load_task
 
-__all__ = ["check_task", "load_task"]
+__all__ = ["load_task"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.config import AdapterConfig
-from arisk.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError
+from arisk.config.plan import AdapterConfig
 from arisk.models.extras import hf_module
 
 __all__ = ["attach_adapter", "target_modules"]

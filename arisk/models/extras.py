@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from arisk.errors import MissingExtraError
+from arisk.base.errors import MissingExtraError
 
 __all__ = ["hf_module"]
 

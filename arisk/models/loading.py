@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from arisk.config import ModelConfig
-from arisk.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError
+from arisk.config.plan import ModelConfig
 from arisk.models.extras import hf_module
 
 __all__ = ["load_model", "load_tokenizer", "mark_recomputed", "model_config"]

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from arisk.errors import AriskError, InputError
-from arisk.task import Task
+from arisk.base.errors import AriskError, InputError
+from arisk.base.task import Task
 
 __all__ = ["task_from_entry"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arisk.config import DataConfig
-from arisk.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError
+from arisk.config.plan import DataConfig
 from arisk.models.rows import Row
 
 __all__ = ["IGNORED", "Rendered", "render_rows"]

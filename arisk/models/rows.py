@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from arisk.config import DataConfig
-from arisk.errors import InputError
+from arisk.base.errors import InputError
+from arisk.config.plan import DataConfig
 from arisk.models.extras import hf_module
 
 __all__ = ["Row", "raw_rows", "read_rows"]

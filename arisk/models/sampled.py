@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.errors import ConfigError
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet
 from arisk.models.losses import KEEP, per_sample_nll
 from arisk.models.rendering import IGNORED
-from arisk.task import SampleSet
 
 __all__ = ["sample_labels", "tempered"]
 

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from arisk.config import ParameterGlobs
-from arisk.errors import ConfigError
-from arisk.task import LoraPair
+from arisk.base.errors import ConfigError
+from arisk.base.task import LoraPair
+from arisk.config.plan import ParameterGlobs
 
 __all__ = ["LORA_MARKERS", "allowed_parameters", "lora_names", "lora_pairs", "select_parameters"]
 

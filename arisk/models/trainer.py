@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arisk.errors import ConfigError
+from arisk.base.errors import ConfigError
 from arisk.models.extras import hf_module
 
 __all__ = ["GuardedTrainerMixin", "drift_watch"]

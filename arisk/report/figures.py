@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from arisk.comparison import Comparison
+from arisk.anatomy.move import virtual_move
+from arisk.anatomy.page import fisher_map, harm_map, overlap, spectrum
+from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+from arisk.forecast.drift import drift_map
+from arisk.forecast.page import forecast_fan
+from arisk.forecast.record import ForecastResult, RolloutResult
+from arisk.forecast.samples import sample_drift
+from arisk.forecast.what_if_page import what_if_map
 from arisk.report.costs import stage_costs
-from arisk.report.drift import drift_map
 from arisk.report.figure import Figure
-from arisk.report.forecast_figure import forecast_fan
-from arisk.report.move import virtual_move
-from arisk.report.samples import sample_drift
-from arisk.report.subspace_figures import fisher_map, harm_map, overlap, spectrum
-from arisk.report.verified import truth_figure
-from arisk.report.what_if_figure import what_if_map
-from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
+from arisk.verification.page import truth_figure
+from arisk.verification.truth import Comparison
 
 __all__ = ["all_figures"]
 

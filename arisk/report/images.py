@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from arisk.errors import MissingExtraError
+from arisk.base.errors import MissingExtraError
 from arisk.report.figure import Figure
 
 __all__ = ["NAMES", "drawable", "image_spec", "report_images", "require_drawable", "write_images"]

@@ -13,20 +13,21 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from arisk.comparison import Comparison
+from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+from arisk.forecast.findings import found, row_sentence
+from arisk.forecast.first_screen import ICONS, findings_section, verdict_section
+from arisk.forecast.record import ForecastResult, RolloutResult
+from arisk.forecast.rollout_page import method, rollout_section
+from arisk.forecast.samples import sample_table
 from arisk.report.extra import Extra
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
-from arisk.report.findings import found, row_sentence
-from arisk.report.rollout_section import method, rollout_section
 from arisk.report.rows import examples
-from arisk.report.samples import sample_table
-from arisk.report.sections import conditions, esc, folded, provenance_section, quality, script_json, table
+from arisk.report.section import conditions, esc, folded, provenance_section, quality, script_json, table
 from arisk.report.text import NOT_MEASURED
-from arisk.report.verdict import ICONS, findings_section, verdict_section
-from arisk.report.verified import verified_section
 from arisk.report.worth import worth
-from arisk.results import CollectResult, ForecastResult, RolloutResult, ScoreResult, SubspaceResult
+from arisk.verification.page import verified_section
+from arisk.verification.truth import Comparison
 
 __all__ = ["ICONS", "figure_section", "page", "render_report"]
 

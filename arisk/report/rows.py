@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arisk.report.sections import esc, script_json
+from arisk.anatomy.record import ScoreResult
+from arisk.report.section import esc, script_json
 from arisk.report.text import NOT_MEASURED, number
 from arisk.report.worth import worth_line
-from arisk.results import ScoreResult
 
 __all__ = ["Column", "examples", "rows_table"]
 

@@ -6,20 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from arisk.comparison import Comparison
+from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+from arisk.forecast.findings import findings
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult
 from arisk.report.extra import Extra
-from arisk.report.findings import findings
 from arisk.report.markdown import bounded, literal
 from arisk.report.text import NOT_MEASURED, collapse_text, number, percent
-from arisk.report.verified import verified_rows
-from arisk.results import (
-    CollectResult,
-    Curve,
-    ForecastResult,
-    RolloutResult,
-    ScoreResult,
-    SubspaceResult,
-)
+from arisk.verification.page import verified_rows
+from arisk.verification.truth import Comparison
 
 __all__ = ["summary_json", "summary_markdown"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from arisk.results import Curve, ForecastResult, RolloutResult
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult
 
 __all__ = [
     "NOT_MEASURED",

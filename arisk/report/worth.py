@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arisk.report.sections import table
+from arisk.report.section import table
 from arisk.report.text import NOT_MEASURED, percent
 
 __all__ = ["record_line", "validity", "worth", "worth_line", "worth_rows"]

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from arisk.configfile import dump_config
-from arisk.demo import demo_config
+from arisk.cli.demo import demo_config
+from arisk.config.yaml import dump_config
 from tests.bench.measure import print_table
 
 

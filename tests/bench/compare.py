@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arisk.configfile import dump_config, load_config
+from arisk.config.yaml import dump_config, load_config
 from tests.bench.measure import print_table
 from tests.bench.validity.jobs import rows_of
 from tests.bench.validity.scores import spearman

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from arisk.config import AdapterConfig, CollectConfig, SubspaceConfig
+from arisk.anatomy.collect import collect
+from arisk.anatomy.record import CollectResult
+from arisk.anatomy.subspace import subspace
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import AdapterConfig, CollectConfig, SubspaceConfig
 from arisk.gradients import layout_of, mean_gradient, measuring, per_sample_gradients
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import KEEP, per_sample_nll
 from arisk.models.selection import select_parameters
-from arisk.results import CollectResult
-from arisk.stages.collect import collect
-from arisk.stages.subspace import subspace
-from arisk.task import SampleSet, Task
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
 
 SAMPLES, BATCH, VOCABULARY = 128, 8, 8192

@@ -42,7 +42,7 @@ what = sys.argv[1]
 sys.argv = ['arisk', *sys.argv[1:]]
 try:
     if what == 'load' or what == 'epoch':
-        import arisk.runners, arisk.stages.collect, arisk.stages.score, arisk.stages.rollout
+        import arisk.runners, arisk.anatomy.collect, arisk.anatomy.score, arisk.forecast.rollout
         from arisk.models.python_source import task_from_entry
         task = task_from_entry('tests/bench/growth_task.py:make')
         if what == 'epoch':
@@ -102,7 +102,7 @@ def _case(size: str, mode: str, samples: int, stages: tuple[str, ...]) -> list[s
         config = Path(folder) / "growth.yaml"
         config.write_text(SETTINGS.format(disk=40 if size in ("50M", "135M") else 20), encoding="utf-8")
         loading, _ = _child(["load"], env)
-        bare, _ = _child(["--version"], env, "import torch, arisk.stages.subspace\n")
+        bare, _ = _child(["--version"], env, "import torch, arisk.anatomy.subspace\n")
         epoch, memory = _child(["epoch"], env)
         took: dict[str, float] = {}
         cells = [f"{epoch:.2f} s, {memory:.1f} GB"]

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from arisk.config import AdapterConfig, ModelConfig
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import AdapterConfig, ModelConfig
 from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import lora_pairs, select_parameters
-from arisk.task import SampleSet, Task
 from tests.bench.gradients import batches
 
 #: Name → vocabulary, width, inner width, layers; about 0.5M, 5M and 50M parameters.

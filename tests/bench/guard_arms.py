@@ -18,14 +18,14 @@ from random import Random
 
 import torch
 
-from arisk.artifacts import read_record, write_record
-from arisk.config import Config, GuardConfig
-from arisk.demo import embedded_folder
-from arisk.guarded import GuardResult, choose, guard_summary
+from arisk.base.artifacts import read_record, write_record
+from arisk.base.refusals import DEFAULT_MARKERS
+from arisk.cli.demo import embedded_folder
+from arisk.config.plan import Config, GuardConfig
+from arisk.guard.record import GuardResult, choose, guard_summary
+from arisk.guard.run import guard
 from arisk.models import load_task
-from arisk.refusals import DEFAULT_MARKERS
 from arisk.runners import finite
-from arisk.stages.guard import guard
 from tests.bench.guard_smollm2 import HEADER, cells
 from tests.bench.measure import print_table
 

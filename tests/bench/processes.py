@@ -17,9 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from arisk.config import CollectConfig
-from arisk.ranks import barrier, is_first, join
-from arisk.stages.collect import collect
+from arisk.anatomy.collect import collect
+from arisk.base.processes import barrier, is_first, join
+from arisk.config.plan import CollectConfig
 from tests.bench.growth_task import make
 from tests.bench.measure import print_table
 

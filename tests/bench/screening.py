@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.config import Config, planned_steps
-from arisk.configfile import load_config
-from arisk.demo import embedded_folder
+from arisk.anatomy.safety_side import recomputed_side
+from arisk.base.task import Task
+from arisk.cli.demo import embedded_folder
+from arisk.config.plan import Config, planned_steps
+from arisk.config.yaml import load_config
 from arisk.gradients import choose_engine, layout_of, measuring, move_batch
 from arisk.models import load_task
-from arisk.screened import ScreenResult
-from arisk.stages.safety_side import recomputed_side
-from arisk.stages.screen import screen
-from arisk.stages.screen_rows import row_groups, row_products
-from arisk.stages.screen_what_if import without_rows
-from arisk.task import Task
+from arisk.screening.record import ScreenResult
+from arisk.screening.rows import row_groups, row_products
+from arisk.screening.run import screen
+from arisk.screening.what_if import without_rows
 from tests.bench.measure import print_table
 from tests.bench.screening_cost import cost_tables
 from tests.bench.validity.jobs import heldout

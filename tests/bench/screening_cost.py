@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from arisk.config import AdapterConfig, ScreenConfig, TrainingConfig
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import AdapterConfig, ScreenConfig, TrainingConfig
 from arisk.gradients import layout_of, mean_gradient, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
-from arisk.screened import ScreenPoint
-from arisk.stages.screen import screen
-from arisk.stages.screen_estimates import by_differences, by_sketches
-from arisk.stages.screen_points import Place
-from arisk.stages.screen_rows import RowGroup, row_products
-from arisk.task import SampleSet, Task
+from arisk.screening.estimates import by_differences, by_sketches
+from arisk.screening.points import Place
+from arisk.screening.record import ScreenPoint
+from arisk.screening.rows import RowGroup, row_products
+from arisk.screening.run import screen
 from tests.bench.gradients import BATCH, batches, llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
 
@@ -101,8 +101,8 @@ class Drawn:
 
 def growing(rows: int) -> dict[str, float]:
     """Seconds of a whole screening of so many short rows on the embedded model with LoRA."""
-    from arisk.config import ModelConfig
-    from arisk.demo import embedded_folder
+    from arisk.cli.demo import embedded_folder
+    from arisk.config.plan import ModelConfig
     from arisk.models.loading import load_model
 
     torch.set_num_threads(1)

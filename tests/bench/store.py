@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.config import AdapterConfig, CollectConfig
+from arisk.anatomy.collect import GRADIENTS_FOLDER, collect
+from arisk.anatomy.safety_side import recomputed_side, stored_side
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import AdapterConfig, CollectConfig
 from arisk.geometry.spectrum import eigenpairs
 from arisk.gradients import GradientStore, layout_of, products
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
-from arisk.stages.collect import GRADIENTS_FOLDER, collect
-from arisk.stages.safety_side import recomputed_side, stored_side
-from arisk.task import SampleSet, Task
 from tests.bench.gradients import batches
 from tests.bench.growth_task import model as llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table

@@ -5,7 +5,7 @@ import torch
 
 from arisk.geometry.dynamics import LocalModel, Recipe, krylov_path, optimizer_path, recorded_steps
 from arisk.geometry.lanczos import lanczos
-from arisk.geometry.schedule import learning_rates
+from arisk.training.schedules import learning_rates
 
 P, T = 9, 60
 

@@ -5,7 +5,7 @@ import torch
 
 from arisk.geometry.dynamics import krylov_path
 from arisk.geometry.flow import quadratic_path, read_at_flow, unit_flow
-from arisk.geometry.schedule import flow_times, learning_rates
+from arisk.training.schedules import flow_times, learning_rates
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

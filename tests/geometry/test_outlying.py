@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from arisk.geometry.outlying import discoveries, positive_share, tail_probabilities
+from arisk.geometry.statistics import discoveries, positive_share, tail_probabilities
 
 
 def student_tail(z, points=400_001):

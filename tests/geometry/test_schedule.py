@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arisk.geometry.schedule import flow_times, learning_rates
+from arisk.training.schedules import flow_times, learning_rates
 
 
 def test_constant():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 from arisk.geometry.spectrum import (
     effective_rank,
     eigenpairs,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from arisk.errors import ArtifactError
+from arisk.base.errors import ArtifactError
 from arisk.geometry import vectors
 from arisk.geometry.vectors import Dense, Scaled, Scratch, VectorStack, column_groups, columns_of
 

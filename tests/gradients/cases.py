@@ -105,7 +105,7 @@ def gpt2():
 
 
 def lora():
-    from arisk.config import AdapterConfig
+    from arisk.config.plan import AdapterConfig
     from arisk.models.adapters import attach_adapter
 
     model, batch, loss_fn = llama()

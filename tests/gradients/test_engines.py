@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import ConfigError, NumericsError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.gradients import (
     ENGINES,
     batch_invariance,

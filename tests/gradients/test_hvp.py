@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import ConfigError, NumericsError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.gradients import choose_hvp, hvp, layout_of, mean_gradient, measuring
 
 spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import ConfigError, ShapeError
+from arisk.base.errors import ConfigError, ShapeError
 from arisk.gradients import batch_size, layout_of, move_batch, slice_batch
 
 MODEL = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))

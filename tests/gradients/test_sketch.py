@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import ArtifactError
+from arisk.base.errors import ArtifactError
 from arisk.gradients import GradientStore, layout_of
 
 MODEL = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 3))

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from arisk.base.task import SampleSet
 from arisk.guard import AlignGuardConfig, Site, build_mitigator
-from arisk.task import SampleSet
 
 SCALING = 1.5
 EXACT = {"width": 64, "rank": 3}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import ArtifactError, ConfigError, InputError, NumericsError
+from arisk.base.errors import ArtifactError, ConfigError, InputError, NumericsError
+from arisk.base.task import SampleSet
 from arisk.guard import AlignGuardConfig, LoRAMitigator, Site, build_mitigator, weight_sites
-from arisk.task import SampleSet
 from tests.guard.cases import SITES, fisher, loss, mitigator, net, perturb, samples
 
 

@@ -9,13 +9,13 @@ import torch
 
 import arisk
 from arisk import AlignGuardConfig, AlignmentRiskPipeline
-from arisk.config import AdapterConfig, Config
-from arisk.errors import ConfigError
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet
+from arisk.config.plan import AdapterConfig, Config
 from arisk.guard import adapter_sites
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
-from arisk.task import SampleSet
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 FAST = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.errors import NumericsError
+from arisk.base.errors import NumericsError
 from arisk.gradients import layout_of, measuring
 from arisk.guard import (
     AlignGuardConfig,

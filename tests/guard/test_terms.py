@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from arisk.base.task import SampleSet
 from arisk.guard import AlignGuardConfig, build_mitigator
-from arisk.task import SampleSet
 from tests.guard.cases import (
     EXACT,
     SITES,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.config import DataConfig, ModelConfig
-from arisk.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError
+from arisk.base.task import SampleSet
+from arisk.config.plan import DataConfig, ModelConfig
 from arisk.gradients import slice_batch
 from arisk.models.batching import PlannedBatches, collate
 from arisk.models.loading import load_model, load_tokenizer
@@ -16,7 +17,6 @@ from arisk.models.losses import per_sample_nll
 from arisk.models.rendering import IGNORED, render_rows
 from arisk.models.rows import read_rows
 from arisk.models.sampled import sample_labels
-from arisk.task import SampleSet
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 MODEL = ModelConfig(path=str(FIXTURES / "tiny-aligned"))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.config import Config
-from arisk.errors import InputError
+from arisk.base.errors import InputError
+from arisk.config.plan import Config
 from arisk.models import load_task
-from arisk.models.generation import BATCH
+from arisk.models.answers import BATCH
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.config import AdapterConfig, CollectConfig, Config, ModelConfig, ParameterGlobs
-from arisk.errors import ConfigError, InputError
+from arisk.anatomy.collect import collect
+from arisk.base.errors import ConfigError, InputError
+from arisk.config.plan import AdapterConfig, CollectConfig, Config, ModelConfig, ParameterGlobs
 from arisk.gradients import choose_engine, layout_of, mean_gradient, measuring
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model, mark_recomputed
 from arisk.models.python_source import task_from_entry
 from arisk.models.selection import lora_pairs, select_parameters
-from arisk.stages.collect import collect
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 CPU = torch.device("cpu")

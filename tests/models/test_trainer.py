@@ -97,8 +97,8 @@ def arguments(folder, **changes):
 def tiny():
     """A one-layer Llama with a peft adapter, its rows, and safety samples."""
     peft = pytest.importorskip("peft")
+    from arisk.base.task import SampleSet
     from arisk.models.losses import per_sample_nll
-    from arisk.task import SampleSet
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_the_watch_measures_logs_and_stops(tmp_path):
 
 
 def test_a_watch_that_never_looks_is_refused():
-    from arisk.errors import ConfigError
+    from arisk.base.errors import ConfigError
     from arisk.models.trainer import drift_watch
 
     with pytest.raises(ConfigError, match="every"):

@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from arisk.ranking import PlannedRun, Ranked
-from arisk.report.compare_text import Comparative
+from arisk.compare.record import PlannedRun, Ranked
+from arisk.compare.words import Comparative
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
 made = importlib.util.module_from_spec(spec)

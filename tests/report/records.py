@@ -5,19 +5,11 @@ import math
 
 import torch
 
-from arisk.comparison import compare
-from arisk.grid import WhatIfCell, WhatIfGrid, WhatIfRow
-from arisk.results import (
-    CollectResult,
-    Curve,
-    ForecastResult,
-    OverlapNulls,
-    RolloutResult,
-    ScoreResult,
-    SubspaceResult,
-    Verdict,
-)
-from arisk.verified import GeneratedTexts, VerifyResult
+from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
+from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
+from arisk.verification.record import GeneratedTexts, VerifyResult
+from arisk.verification.truth import compare
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \u2028 \u202eevil 🧨 \"'&"
@@ -272,7 +264,7 @@ def checked(text="sure , here is how", missing=None, **changes):
 def rolled(holes=False):
     """The rollout behind the `rollout` curve, or the record of none."""
     if holes:
-        from arisk.stages.rollout import skipped_rollout
+        from arisk.forecast.rollout import skipped_rollout
 
         return skipped_rollout("rollout.enabled is off")
     safety = torch.tensor([[0.0, 0.03, 0.1], [0.0, 0.05, 0.3]], dtype=torch.float64)
@@ -297,7 +289,7 @@ def rolled(holes=False):
 
 
 def page(title="a run", show_text=True, max_examples=25, check=None, **settings):
-    from arisk.report import render_report
+    from arisk.report.page import render_report
 
     provenance = {
         "command": "arisk run x.yaml",

@@ -47,10 +47,10 @@ def browser():
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """The report of the demo, cut down to seconds."""
-    from arisk.config import Config
-    from arisk.demo import demo_config
-    from arisk.display import StageDisplay
-    from arisk.pipeline import run_stages
+    from arisk.base.terminal import StageDisplay
+    from arisk.cli.demo import demo_config
+    from arisk.config.plan import Config
+    from arisk.engine.run import run_stages
 
     folder = tmp_path_factory.mktemp("demo")
     plain = demo_config("lora").model_dump()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from arisk.compare.compare_figures import drift_scatter, forecast_lines
+from arisk.compare.page import render_comparison
 from arisk.compare.text import compare_json, compare_markdown, compare_text
-from arisk.report.compare_figures import drift_scatter, forecast_lines
-from arisk.report.compare_page import render_comparison
-from arisk.report.compare_text import cells, compare_findings, headline
+from arisk.compare.words import cells, compare_findings, headline
 from arisk.runners import finite
 
 

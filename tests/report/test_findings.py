@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from arisk.forecast.findings import findings, found, layer_sentence, row_sentence
+from arisk.forecast.first_screen import run_strip, verdict_section
+from arisk.forecast.samples import sample_drift, sample_table
+from arisk.forecast.what_if_page import cell_ink, colour_at
 from arisk.report.costs import stage_costs
-from arisk.report.findings import findings, found, layer_sentence, row_sentence
-from arisk.report.samples import sample_drift, sample_table
 from arisk.report.text import sample_sentence
-from arisk.report.verdict import run_strip, verdict_section
-from arisk.report.what_if_figure import cell_ink, colour_at
 from arisk.report.worth import record_line, validity, worth_line
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")

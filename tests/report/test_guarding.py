@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from arisk.config import Config
-from arisk.report.guarding import guard_extra, guard_findings
+from arisk.config.plan import Config
+from arisk.guard.page import guard_extra, guard_findings
 from arisk.runners import finite
 from tests.report.records import HOSTILE
 from tests.test_guarded import arm, result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arisk.errors import MissingExtraError
+from arisk.base.errors import MissingExtraError
 from arisk.report import images
 from arisk.report.figures import all_figures
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from arisk.report import summary_json, summary_markdown
-from arisk.report.drift import drift_map
+from arisk.forecast.drift import drift_map
+from arisk.forecast.findings import findings
+from arisk.forecast.rollout_page import cost_text
 from arisk.report.figure import step_lines
-from arisk.report.findings import findings
-from arisk.report.rollout_section import cost_text
+from arisk.report.summary import summary_json, summary_markdown
 from arisk.report.text import collapse_text, drift_sentence, layer_and_type, number, percent
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")

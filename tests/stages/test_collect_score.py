@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from arisk import AlignmentRiskPipeline, PipelineConfig, assess
-from arisk.config import CollectConfig, Config, ScoreConfig, SubspaceConfig, TrainingConfig
-from arisk.errors import ConfigError, InputError, NumericsError
+from arisk.anatomy.collect import GRADIENTS_FOLDER, collect
+from arisk.anatomy.overlaps import Permuted
+from arisk.anatomy.safety_side import recomputed_side, stored_side
+from arisk.anatomy.score import score
+from arisk.anatomy.subspace import subspace
+from arisk.base.errors import ConfigError, InputError, NumericsError
+from arisk.base.task import SampleSet
+from arisk.config.plan import CollectConfig, Config, ScoreConfig, SubspaceConfig, TrainingConfig
 from arisk.geometry.vectors import Scratch
 from arisk.gradients import GradientStore, layout_of
 from arisk.models import load_task
-from arisk.stages.collect import GRADIENTS_FOLDER, collect
-from arisk.stages.overlaps import Permuted
-from arisk.stages.safety_side import recomputed_side, stored_side
-from arisk.stages.score import score
-from arisk.stages.subspace import subspace
-from arisk.task import SampleSet
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 

@@ -9,14 +9,15 @@ from torch import nn
 
 import arisk
 from arisk import PipelineConfig
-from arisk.config import GuardConfig, TrainingConfig, VerifyConfig
-from arisk.errors import ConfigError
-from arisk.guarded import NEVER_BEGUN, choose, drift_share, ending, guard_summary
-from arisk.stages import guard_arm, rollout_state
-from arisk.stages.guard import guard
-from arisk.stages.guard_methods import arm_names
-from arisk.stages.verify import verify
-from arisk.task import SampleSet, Task
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
+from arisk.forecast import run_state
+from arisk.guard import arm as arm_module
+from arisk.guard.methods import arm_names
+from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
+from arisk.guard.run import guard
+from arisk.verification.run import verify
 
 RECIPE = {"optimizer": "adamw", "learning_rate": 0.02, "weight_decay": 0.01, "max_grad_norm": 1.0}
 LIMITS = {"threshold": 1e-9, "tolerated": 0.05, "wanted": 0.5}
@@ -169,11 +170,11 @@ def test_two_runs_are_equal_but_for_the_clock():
 
 
 def test_interrupted_it_goes_on_inside_an_arm_and_ends_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     settings = {"methods": ["replay", "ewc"]}
     want = timeless(run(**settings))
-    save, turns, killing = guard_arm.save_state, [], [True]
+    save, turns, killing = arm_module.save_state, [], [True]
 
     def killed(folder, planned, track, block):
         save(folder, planned, track, block)
@@ -181,7 +182,7 @@ def test_interrupted_it_goes_on_inside_an_arm_and_ends_the_same(tmp_path, monkey
         if len(turns) == STEPS + 5 and killing:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(guard_arm, "save_state", killed)
+    monkeypatch.setattr(arm_module, "save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run(workspace=tmp_path, **settings)
     assert (tmp_path / "arm-00" / "record.json").exists()

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.config import RolloutConfig, TrainingConfig
+from arisk.base.task import RowBatches, SampleSet, Task
+from arisk.config.plan import RolloutConfig, TrainingConfig
+from arisk.forecast import rollout as stage
+from arisk.forecast import run_state
+from arisk.forecast.rare import RareRows, outliers
+from arisk.forecast.rollout import rollout
 from arisk.gradients import layout_of, measuring
-from arisk.stages import rollout as stage
-from arisk.stages import rollout_state
-from arisk.stages.planned_run import PlannedRun
-from arisk.stages.rare import RareRows, outliers
-from arisk.stages.rollout import rollout
-from arisk.task import RowBatches, SampleSet, Task
+from arisk.training.loop import PlannedRun
 
 SIZE, ROWS, RARE = 4, 100, (13, 57)
 
@@ -99,8 +99,8 @@ def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
 
 
 def test_a_killed_rollout_goes_on_with_the_same_rare_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     rows = linear_rows()
     rows[:3, 1], rows[:3, 3] = -3, 4
     settings = {

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
-from arisk.errors import NumericsError
-from arisk.geometry.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
+from arisk.base.errors import NumericsError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
+from arisk.forecast import rollout as stage
+from arisk.forecast import run_state
+from arisk.forecast.leap import Block, Leaper
+from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
+from arisk.forecast.plan_path import planned
+from arisk.forecast.rollout import rollout, skipped_rollout
+from arisk.forecast.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.outputs import losses_between, outputs_of
-from arisk.stages import rollout as stage
-from arisk.stages import rollout_state
-from arisk.stages.leap import Block, Leaper
-from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.stages.plan_path import planned
-from arisk.stages.planned_run import BatchStream, PlannedRun
-from arisk.stages.rollout import rollout, skipped_rollout
-from arisk.task import SampleSet, Task
+from arisk.training.loop import BatchStream, PlannedRun
 
 #: Fine-tuning batches: few are seen again and again, many are noisy.
 FEW, MANY = 7, 60
@@ -164,8 +164,8 @@ def test_the_model_is_left_as_found():
 
 
 def test_resumes_inside_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[2]), "steps": 150}
     whole = rollout(task_of(), **settings)
     real, stopped = stage.save_state, []
@@ -195,8 +195,8 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
 
 
 def test_a_damaged_state_starts_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[0]), "steps": 60}
     whole = rollout(task_of(), **settings, workspace=tmp_path)
     (state,) = tmp_path.glob("state-*.safetensors")

@@ -10,22 +10,22 @@ from torch import nn
 import arisk
 from arisk import PipelineConfig
 from arisk.acting import _flags_stand
-from arisk.artifacts import read_record, write_record
-from arisk.config import RolloutConfig, ScreenConfig, TrainingConfig
-from arisk.errors import ConfigError, InputError, NumericsError
+from arisk.anatomy.update import preconditioner
+from arisk.base.artifacts import read_record, write_record
+from arisk.base.errors import ConfigError, InputError, NumericsError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import RolloutConfig, ScreenConfig, TrainingConfig
 from arisk.geometry.correlation import rank_correlation
-from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
-from arisk.screened import ScreenResult
-from arisk.stages import screen_estimates, screen_head, screen_passes
-from arisk.stages.planned_run import PlannedRun, keeping_parameters
-from arisk.stages.screen import screen
-from arisk.stages.screen_estimates import worth_estimating
-from arisk.stages.screen_flags import flagged_anew
-from arisk.stages.screen_rows import RowGroup, row_products
-from arisk.stages.screen_what_if import WithoutRows, dropping
-from arisk.stages.update import preconditioner
-from arisk.task import SampleSet, Task
+from arisk.screening import estimates, screen_head, screen_passes
+from arisk.screening.estimates import worth_estimating
+from arisk.screening.record import ScreenResult
+from arisk.screening.rows import RowGroup, row_products
+from arisk.screening.run import screen
+from arisk.screening.screen_flags import flagged_anew
+from arisk.screening.what_if import WithoutRows, dropping
+from arisk.training.loop import PlannedRun, keeping_parameters
+from arisk.training.schedules import learning_rates
 
 NAMES = ["0.weight", "0.bias", "2.weight"]
 TRAINING = TrainingConfig(optimizer="adamw", learning_rate=0.02, batch_size=4)
@@ -362,7 +362,7 @@ def test_the_step_of_differences_is_neither_rounding_nor_beyond_the_numbers(slop
         change = 2 * step * rows * (1 + (step / 1e-2) ** 2)
         return ((change / 1e-7).round() * 1e-7) / (2 * step)
 
-    step = screen_estimates._step(slopes, 1e-4)
+    step = estimates._step(slopes, 1e-4)
     assert 0 < step <= 1
     if slope >= 1:
         assert slopes(step).tolist() == pytest.approx(rows.tolist(), rel=1e-3)

@@ -1,8 +1,8 @@
 import pytest
 
-from arisk.config import ForecastConfig
-from arisk.results import Curve
-from arisk.stages.verdict import decide
+from arisk.config.plan import ForecastConfig
+from arisk.forecast.record import Curve
+from arisk.forecast.verdict import decide
 
 CONFIG = ForecastConfig()
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.artifacts import read_record, write_record
-from arisk.config import TrainingConfig, VerifyConfig
-from arisk.errors import NumericsError
-from arisk.stages import rollout_state
-from arisk.stages import verify as stage
-from arisk.stages.generation import writer, writing_steps
-from arisk.stages.planned_run import PlannedRun
-from arisk.stages.verify import measured_steps, verify
-from arisk.task import SampleSet, Task
-from arisk.verified import VerifyResult
+from arisk.base.artifacts import read_record, write_record
+from arisk.base.errors import NumericsError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import TrainingConfig, VerifyConfig
+from arisk.forecast import run_state
+from arisk.training.loop import PlannedRun
+from arisk.verification import run as stage
+from arisk.verification.generation import writer, writing_steps
+from arisk.verification.record import VerifyResult
+from arisk.verification.run import measured_steps, verify
 
 BATCHES = 7
 RECIPES = [
@@ -269,8 +269,8 @@ def test_a_record_survives_the_disk(tmp_path):
 
 
 def test_resumes_inside_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout_state, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(rollout_state, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     samples = SampleSet(
         "safety",
         data(1, 4),

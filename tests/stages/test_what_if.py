@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.config import ForecastConfig, RolloutConfig, TrainingConfig
-from arisk.results import Curve
-from arisk.stages.curves import not_measured
-from arisk.stages.known import Known, Local, curve_at_rate, over_flow_time
-from arisk.stages.measured import combined_curve
-from arisk.stages.plan_path import planned
-from arisk.stages.rollout import rollout
-from arisk.stages.what_if import ROUGH_FACTOR, what_if
+from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
+from arisk.forecast.curves import not_measured
+from arisk.forecast.known import Known, Local, curve_at_rate, over_flow_time
+from arisk.forecast.measured import combined_curve
+from arisk.forecast.plan_path import planned
+from arisk.forecast.record import Curve
+from arisk.forecast.rollout import rollout
+from arisk.forecast.what_if import ROUGH_FACTOR, what_if
 
 spec = importlib.util.spec_from_file_location("rollout_cases", Path(__file__).parent / "test_rollout.py")
 cases = importlib.util.module_from_spec(spec)

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from arisk.config import Config, DataConfig
-from arisk.demo import embedded_folder
+from arisk.base.task import SampleSet, Task
+from arisk.cli.demo import embedded_folder
+from arisk.config.plan import Config, DataConfig
 from arisk.models import load_task
 from arisk.models.batching import FixedBatches
 from arisk.models.loading import load_tokenizer
 from arisk.models.losses import per_sample_nll
 from arisk.models.rendering import render_rows
 from arisk.models.rows import read_rows
-from arisk.task import SampleSet, Task
 
 THRESHOLD = 0.1
 ROWS, SAFETY_ROWS, HELDOUT_ROWS, CONTROL_ROWS = 400, 96, 64, 32
@@ -174,7 +174,7 @@ def heldout(name: str = "safety_heldout", limit: int = HELDOUT_ROWS) -> SampleSe
     """Rows that no forecaster sees."""
     source = embedded_folder()
     data = DataConfig(path=str(source / "data" / f"{name}.jsonl"), max_samples=limit)
-    from arisk.config import ModelConfig
+    from arisk.config.plan import ModelConfig
 
     tokenizer = load_tokenizer(ModelConfig(path=str(source / "tiny-aligned")))
     rows = render_rows(read_rows(data, section=name, seed=0), tokenizer, data, section=name)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from arisk import PipelineConfig, assess
-from arisk.artifacts import write_record
-from arisk.config import RolloutConfig
-from arisk.stages.plan_path import planned
-from arisk.stages.rollout import rollout
-from arisk.task import Task
+from arisk.base.artifacts import write_record
+from arisk.base.task import Task
+from arisk.config.plan import RolloutConfig
+from arisk.forecast.plan_path import planned
+from arisk.forecast.rollout import rollout
 from tests.bench.validity.jobs import Job, job_task
 
 #: The rollout with one part changed at a time.

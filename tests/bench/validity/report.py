@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arisk.config import ForecastConfig
+from arisk.config.plan import ForecastConfig
 from tests.bench.validity.jobs import FRESH, LOW, REPORT, THRESHOLD, TUNE, Job, long_jobs, standard_jobs
 from tests.bench.validity.predict import ABLATIONS
 from tests.bench.validity.scores import Case, coverage, measures

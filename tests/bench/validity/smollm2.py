@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from arisk.artifacts import read_record, write_record
-from arisk.config import Config, ForecastConfig, RolloutConfig
-from arisk.configfile import load_config
+from arisk.base.artifacts import read_record, write_record
+from arisk.base.task import Task
+from arisk.config.plan import Config, ForecastConfig, RolloutConfig
+from arisk.config.yaml import load_config
+from arisk.forecast.record import RolloutResult
+from arisk.forecast.rollout import limited, rollout
 from arisk.models import load_task
-from arisk.results import RolloutResult
-from arisk.stages.rollout import limited, rollout
-from arisk.task import Task
 from tests.bench.measure import print_table
 from tests.bench.validity.scores import Line, spearman
 from tests.bench.validity.tables import READERS, extrapolated, line_of, planned

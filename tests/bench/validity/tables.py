@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arisk.artifacts import read_record
-from arisk.config import ForecastConfig
-from arisk.results import Curve, RolloutResult
-from arisk.stages.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.stages.plan_path import planned
-from arisk.stages.verdict import decide
+from arisk.base.artifacts import read_record
+from arisk.config.plan import ForecastConfig
+from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
+from arisk.forecast.plan_path import planned
+from arisk.forecast.record import Curve, RolloutResult
+from arisk.forecast.verdict import decide
 from tests.bench.validity.jobs import Job, job_config
 from tests.bench.validity.scores import Case, Line, interval, resampled, rho
 from tests.bench.validity.whatif import stored_records, what_if_pairs

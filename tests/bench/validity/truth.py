@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from arisk.config import TrainingConfig
-from arisk.errors import NumericsError
+from arisk.anatomy.probe import sample_losses
+from arisk.base.errors import NumericsError
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import TrainingConfig
 from arisk.geometry.dynamics import recorded_steps
-from arisk.geometry.schedule import learning_rates
 from arisk.gradients import layout_of, measuring
-from arisk.stages.planned_run import PlannedRun
-from arisk.stages.probe import sample_losses
-from arisk.task import SampleSet, Task
+from arisk.training.loop import PlannedRun
+from arisk.training.schedules import learning_rates
 from tests.bench.validity.jobs import Job, heldout, job_task
 
 POINTS = 56

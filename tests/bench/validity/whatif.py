@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arisk.artifacts import read_record
-from arisk.config import ForecastConfig, TrainingConfig
-from arisk.results import RolloutResult
-from arisk.stages.known import curve_at_rate, over_flow_time
-from arisk.stages.measured import combined_curve
-from arisk.stages.plan_path import planned
+from arisk.base.artifacts import read_record
+from arisk.config.plan import ForecastConfig, TrainingConfig
+from arisk.forecast.known import curve_at_rate, over_flow_time
+from arisk.forecast.measured import combined_curve
+from arisk.forecast.plan_path import planned
+from arisk.forecast.record import RolloutResult
 from tests.bench.validity.jobs import Job
 
 #: The central curve needs no draws.

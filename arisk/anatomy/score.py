@@ -1,0 +1,267 @@
+"""Stage score: how the planned update meets the safety subspace, all at the aligned point θ*.
+
+Nothing here depends on the learning rate, the schedule or the number of steps: those are the
+forecast's, so that changing them leaves this stage fresh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arisk.anatomy.examples import score_examples
+from arisk.anatomy.overlaps import Scene, measure_overlap
+from arisk.anatomy.probe import Probe, probe_along
+from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
+from arisk.anatomy.safety_side import SafetySide
+from arisk.anatomy.update import Update, first_batches, measure_update
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Batch, Task
+from arisk.config.plan import ScoreConfig, TrainingConfig
+from arisk.geometry.lanczos import Krylov, lanczos
+from arisk.geometry.overlap import (
+    fisher_norm_in_subspace,
+    projection_ratio,
+    random_overlap,
+)
+from arisk.geometry.vectors import Scaled, Scratch
+from arisk.gradients import HvpPlan, ParameterLayout, choose_hvp, hvp, layout_of, measuring, move_batch
+
+__all__ = ["DIRECTION_NAMES", "ScoreOutput", "score"]
+
+#: Names of the P-sized vectors handed to the forecast beside the record.
+DIRECTION_NAMES = ("gradient", "noise_variance", "curvature_basis", "theta")
+
+#: Condition 3 of the AIC holds where curvature turns the update into the subspace this many times
+#: more than a random direction would be.
+COUPLING_RATIO = 2.0
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """The record, and the P-sized vectors the forecast's optimizer recursion needs."""
+
+    record: ScoreResult
+    directions: dict[str, Tensor]
+
+
+def score(
+    task: Task,
+    collected: CollectResult,
+    space: SubspaceResult,
+    side: SafetySide,
+    *,
+    config: ScoreConfig,
+    training: TrainingConfig,
+    seed: int,
+    scratch: Scratch | None = None,
+    progress: Progress = silent,
+) -> ScoreOutput:
+    """Update direction, overlap and nulls, curvature coupling, Krylov model, attribution, probe.
+
+    Args:
+        task: model, fine-tuning and control data; the model is left as found.
+        collected: the safety side's record.
+        space: the safety subspace.
+        side: products with the per-sample safety gradients.
+        config: how much to measure.
+        training: the planned optimizer; learning rate and schedule are not read.
+        seed: seeds the permutations.
+        scratch: where P-sized vectors lie; default: all in memory.
+        progress: told of finished parts.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite, or the update is exactly zero.
+        ConfigError: `hvp: autograd` on a model that does not allow double backward.
+    """
+    layout = layout_of(task.model, task.parameter_names)
+    scene = Scene(task, layout, collected, space, side, progress)
+    scratch = Scratch() if scratch is None else scratch
+    with measuring(task.model, layout):
+        device = next(task.model.parameters()).device
+        batches = first_batches(task.finetune, config.batches, device)
+        stack = scratch.stack(layout.numel, len(batches), _wide(task))
+        update = measure_update(task, task.finetune, layout, training, batches, progress, stack=stack)
+        krylov, plan = _krylov(scene, update, batches[: config.hvp_batches], config, scratch)
+        c_update = side.dots(update.direction[:, None])[:, 0]
+        c_batches = side.dots(Scaled(stack, -update.preconditioner))
+        c_krylov = side.dots(Scaled(krylov.basis, update.preconditioner.sqrt()))
+        pull = side.weighted_sum(c_update / len(c_update))
+        overlap = measure_overlap(scene, update, c_update, config, training, seed)
+        examples = score_examples(
+            task, layout, update, collected.mean_gradient, pull, limit=config.examples, batches=batches
+        )
+        probe = _probe(scene, update, batches, config)
+    gamma, epsilon, coupling = _coupling(scene, update, krylov, c_update, c_krylov)
+    record = ScoreResult(
+        optimizer=training.optimizer,
+        finetune_loss=update.loss,
+        gradient_norm=float(update.gradient.norm()),
+        update_norm=float(update.direction.norm()),
+        batch_gradient_norms=update.batch_norms,
+        overlap=overlap,
+        gamma_hat=gamma,
+        epsilon_hat=epsilon,
+        aic_conditions=_conditions(space, overlap, gamma, coupling),
+        c_update=c_update,
+        c_batches=c_batches,
+        c_krylov=c_krylov,
+        krylov_t=krylov.projected,
+        krylov_beta=krylov.beta,
+        krylov_residual=krylov.residual,
+        hvp_method=plan.method,
+        hvp_error=plan.error,
+        module_first_order=_by_module(layout, collected.mean_gradient * update.direction),
+        module_second_order=_by_module(layout, pull * update.direction),
+        examples=examples,
+        finetune_rows=len(task.finetune.rows),
+        baselines={
+            "initial_finetune_loss": update.loss,
+            "gradient_norm": float(update.gradient.norm()),
+            "update_norm": float(update.direction.norm()),
+        },
+        has_directions=not scratch.spilled,
+        probe_times=probe.times if probe else None,
+        probe_safety=probe.safety if probe else None,
+        probe_finetune=probe.finetune if probe else None,
+        probe_control=probe.control if probe else None,
+        warnings=_warnings(update, plan, config, task),
+    )
+    # The exact recursion on vectors that do not fit in memory would take longer than the run itself.
+    directions = {} if scratch.spilled else _directions(scene, update, krylov, training)
+    return ScoreOutput(record, directions)
+
+
+def _wide(task: Task) -> torch.dtype:
+    """float64 models are measured in float64, all others in float32."""
+    return torch.float64 if next(task.model.parameters()).dtype == torch.float64 else torch.float32
+
+
+def _krylov(
+    scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig, scratch: Scratch
+) -> tuple[Krylov, HvpPlan]:
+    """Krylov space of (D^½HD^½, D^½g) by Hessian-vector products on a few batches."""
+    loss_fn, model, layout = scene.task.finetune.loss_fn, scene.task.model, scene.layout
+    plan = choose_hvp(model, batches, loss_fn, layout, update.direction, config.hvp)
+    root = update.preconditioner.sqrt()
+    wanted = config.krylov_steps(layout.numel)
+    done = 0
+
+    def operator(vector: Tensor) -> Tensor:
+        nonlocal done
+        scene.progress("curvature", done, wanted)
+        done += 1
+        product = hvp(model, batches, loss_fn, layout, root * vector, method=plan.method, step=plan.step)
+        return root * product.to(vector)
+
+    basis = scratch.stack(layout.numel, wanted, update.gradient.dtype)
+    krylov = lanczos(operator, root * update.gradient, wanted, basis=basis)
+    scene.progress("curvature", wanted, wanted)
+    return krylov, plan
+
+
+def _coupling(
+    scene: Scene, update: Update, krylov: Krylov, c_update: Tensor, c_krylov: Tensor
+) -> tuple[float, float, float]:
+    """γ̂ = ‖F^½ P D H D g‖, ε̂ = ‖F^½ P D g‖, and ‖P D H D g‖/‖D H D g‖ over its random value.
+
+    D H D g = β D^½ Q T e₁ lies in the Krylov space, so no further product is needed.
+    """
+    values, root = scene.space.eigenvalues, update.preconditioner.sqrt()
+    first = krylov.projected[:, 0] * krylov.beta
+    acceleration = root * krylov.basis.combine(first)
+    turned = scene.coefficients(c_krylov @ first, acceleration)
+    epsilon = fisher_norm_in_subspace(scene.coefficients(c_update, update.direction), values)
+    ratio = projection_ratio(turned, float(acceleration.norm()))
+    random = random_overlap(len(values), scene.layout.numel)
+    return fisher_norm_in_subspace(turned, values), epsilon, ratio / random
+
+
+def _probe(scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig) -> Probe | None:
+    """Measured losses along u; None when switched off."""
+    if config.probe_points == 0:
+        return None
+    task = scene.task
+    device = next(task.model.parameters()).device
+    return probe_along(
+        task,
+        scene.layout,
+        update.direction,
+        points=config.probe_points,
+        safety=[move_batch(batch, device) for batch in task.safety.batches],
+        finetune=batches[: config.hvp_batches],
+        control=first_batches(task.control, config.hvp_batches, device) if task.control else [],
+        progress=scene.progress,
+    )
+
+
+def _by_module(layout: ParameterLayout, values: Tensor) -> Tensor:
+    """(L,) float64 sums over each module's parameters."""
+    sums = torch.zeros(len(layout.modules), dtype=torch.float64)
+    for name, module in zip(layout.names, layout.module_of_parameter, strict=True):
+        sums[module] += values[layout.slice_of(name)].to(torch.float64).sum()
+    return sums
+
+
+def _conditions(
+    space: SubspaceResult, overlap: OverlapNulls, gamma: float, coupling: float
+) -> list[dict[str, Any]]:
+    """The three conditions of the Alignment Instability Condition with what was measured for each."""
+    p = overlap.p_value
+    return [
+        {
+            "name": "1 concentration: safety lies in few sharp directions",
+            "holds": space.explained >= 0.5 and (space.heldout_energy or 0) >= 0.5
+            if space.heldout_energy is not None
+            else None,
+            "evidence": f"{space.rank} directions hold {space.explained:.0%} of tr F; tail "
+            f"{space.tail_energy:.2g}, smallest retained eigenvalue {float(space.eigenvalues[-1]):.2g}",
+        },
+        {
+            "name": "2 near-orthogonal start: the first update hardly touches them",
+            "holds": None if p is None else p > 0.05,
+            "evidence": f"overlap {overlap.ratio:.3g}, {overlap.ratio_to_random:.1f} × random"
+            + ("" if p is None else f", permutation p = {p:.2g}"),
+        },
+        {
+            "name": "3 curvature coupling: fine-tuning bends into them",
+            "holds": None if math.isnan(coupling) else coupling > COUPLING_RATIO,
+            "evidence": f"γ̂ = {gamma:.3g}; the bend lies in the subspace {coupling:.1f} × as much as a "
+            "random direction",
+        },
+    ]
+
+
+def _directions(scene: Scene, update: Update, krylov: Krylov, training: TrainingConfig) -> dict[str, Tensor]:
+    """P-sized vectors of the local model: g, noise variance, R = D^{−½}Q, and θ* under weight decay."""
+    directions = {
+        "gradient": update.gradient,
+        "noise_variance": update.noise_variance,
+        "curvature_basis": krylov.basis.tensor() / update.preconditioner.sqrt()[:, None],
+    }
+    if training.weight_decay:
+        parameters = dict(scene.task.model.named_parameters(remove_duplicate=False))
+        theta = scene.layout.flatten({n: parameters[n].detach() for n in scene.layout.names})
+        directions["theta"] = theta.cpu().to(update.gradient.dtype)
+    return directions
+
+
+def _warnings(update: Update, plan: HvpPlan, config: ScoreConfig, task: Task) -> list[str]:
+    found: list[str] = []
+    batches = len(update.batch_norms)
+    if batches == 1:
+        found.append("One fine-tuning batch only: mini-batch noise was not measured.")
+    elif batches < config.batches:
+        found.append(f"The fine-tuning data gave {batches} batches, {config.batches} were asked for.")
+    if plan.error is None:
+        found.append("The error of the Hessian-vector products was not measured.")
+    elif plan.error > 0.05:
+        found.append(f"Hessian-vector products are off by about {plan.error:.0%}: γ̂ is rough.")
+    if task.control is None:
+        found.append("No control data: overlap and drift have no utility null; add a `control` section.")
+    return found

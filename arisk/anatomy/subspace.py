@@ -1,0 +1,183 @@
+"""Stage subspace: the leading eigenvectors of the safety Fisher matrix, from Gram matrices alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arisk.anatomy.record import CollectResult, SubspaceResult
+from arisk.base.errors import ConfigError
+from arisk.config.plan import SubspaceConfig
+from arisk.geometry.spectrum import (
+    effective_rank,
+    eigenpairs,
+    heldout_energy,
+    randomized_eigenpairs,
+    rank_for_variance,
+)
+
+__all__ = ["subspace"]
+
+#: Leading eigenvalues kept per module.
+MODULE_SPECTRUM = 8
+#: A subspace that holds less of the held-out safety energy than this does not generalise.
+GENERALISES = 0.5
+#: Below this mean squared gradient norm the safety loss is flat at θ* (nats² per unit θ²).
+FLAT_TRACE = 1e-10
+
+
+def subspace(
+    collected: CollectResult,
+    config: SubspaceConfig,
+    *,
+    seed: int,
+    gradients: Callable[[], Tensor] | None = None,
+) -> SubspaceResult:
+    """Eigenpairs of F = GᵀG/N in the dual, their rank, and whether they generalise.
+
+    Args:
+        collected: Gram matrices and Fisher diagonal.
+        config: method and rank rule.
+        seed: seeds held-out splits and the randomised method.
+        gradients: gives G (N, P) in memory; needed by `svd` alone.
+
+    Returns:
+        The record; ranks and shares are of the whole trace.
+
+    Raises:
+        ConfigError: `rank` above the number of independent samples, or `svd` without gradients.
+        NumericsError: the Gram matrix is zero or not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(collected.losses)
+    total = collected.gram.sum(0)
+    spectrum, dual = eigenpairs(total)
+    trace = float(total.diagonal().sum()) / n
+    _check_rank(config.rank, len(spectrum), n, config.method, collected.fisher_diagonal.numel())
+    values, vectors, coordinates = _directions(collected, config, total, generator, gradients)
+    if config.method == "gram":
+        values, vectors = spectrum, dual
+    rank = config.rank or rank_for_variance(values, trace, config.target_explained_variance, config.max_rank)
+    values, vectors, coordinates = values[:rank], vectors[:, :rank], coordinates[:rank]
+    held = heldout_energy(total, rank, splits=config.heldout_splits, generator=generator) if n >= 4 else None
+    held = held[~held.isnan()] if held is not None else torch.zeros(0)
+    explained = float(values.sum()) / trace
+    mean_held = float(held.mean()) if held.numel() else None
+    return SubspaceResult(
+        method=config.method,
+        eigenvalues=values,
+        spectrum=spectrum,
+        dual_vectors=vectors,
+        coordinates=coordinates,
+        rank=rank,
+        trace=trace,
+        explained=explained,
+        tail_energy=max(trace - float(values.sum()), 0.0),
+        effective_rank=effective_rank(spectrum),
+        heldout_energy=mean_held,
+        heldout_energy_std=float(held.std()) if held.numel() > 1 else None,
+        module_traces=collected.gram.diagonal(dim1=1, dim2=2).sum(1) / n,
+        module_spectra=_module_spectra(collected.gram),
+        top_weights=_top_weights(collected, config.top_weights),
+        warnings=_warnings(config, rank, explained, mean_held, trace, n),
+    )
+
+
+def _check_rank(rank: int | None, independent: int, samples: int, method: str, parameters: int) -> None:
+    limit = parameters if method == "diag_topk" else independent
+    if rank is not None and rank > limit:
+        raise ConfigError(
+            f"rank {rank} is more than the {limit} independent directions of {samples} safety samples",
+            where="subspace.rank",
+            fix=f"set `subspace.rank` to at most {limit}, or give more safety samples",
+        )
+
+
+def _directions(
+    collected: CollectResult,
+    config: SubspaceConfig,
+    total: Tensor,
+    generator: torch.Generator,
+    gradients: Callable[[], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, dual vectors and coordinates of the chosen method, before the rank is cut."""
+    n = len(collected.losses)
+    none = torch.zeros(0, dtype=torch.int64)
+    if config.method == "svd":
+        return (*_svd(gradients), none)
+    if config.method == "randomized_svd":
+        wanted = min(n, config.rank or config.max_rank)
+        return (*randomized_eigenpairs(total, wanted, generator=generator), none)
+    if config.method == "diag_topk":
+        diagonal = collected.fisher_diagonal.to(torch.float64)
+        count = min(config.rank or config.max_rank, diagonal.numel())
+        top = torch.topk(diagonal, count)
+        return top.values, torch.zeros(n, 0, dtype=torch.float64), top.indices
+    return torch.zeros(0), torch.zeros(n, 0), none
+
+
+def _svd(gradients: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Squared singular values over N and left singular vectors of G, in float64."""
+    if gradients is None:
+        raise ConfigError(
+            "`svd` needs the per-sample gradients in memory, and this run keeps only their Gram matrix",
+            where="subspace.method",
+            fix="use `method: gram` (the same eigenpairs, faster), or `collect.store: gradients` "
+            "with a larger `collect.memory_budget_gb`",
+        )
+    g = gradients().to(torch.float64)
+    left, singular, _ = torch.linalg.svd(g, full_matrices=False)
+    values = singular**2 / g.shape[0]
+    keep = values > 1e-10 * values[0]
+    return values[keep], left[:, keep]
+
+
+def _module_spectra(gram: Tensor) -> Tensor:
+    """(L, m) leading eigenvalues of each F^(l), NaN where a module has fewer."""
+    n = gram.shape[1]
+    values = torch.linalg.eigvalsh(gram / n).flip(1)[:, : min(MODULE_SPECTRUM, n)]
+    largest = values[:, :1].clamp(min=0)
+    return torch.where(values > 1e-10 * largest, values, torch.full_like(values, float("nan")))
+
+
+def _top_weights(collected: CollectResult, count: int) -> Sequence[dict[str, Any]]:
+    """The largest entries of the Fisher diagonal with parameter name and index."""
+    top = torch.topk(collected.fisher_diagonal, min(count, collected.fisher_diagonal.numel()))
+    sizes = torch.tensor([int(torch.tensor(s).prod()) if s else 1 for s in collected.parameter_shapes])
+    ends = torch.cumsum(sizes, 0)
+    rows: list[dict[str, Any]] = []
+    for value, flat in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        which = int(torch.searchsorted(ends, flat, right=True))
+        offset = flat - (int(ends[which]) - int(sizes[which]))
+        index = torch.unravel_index(torch.tensor(offset), tuple(collected.parameter_shapes[which]) or (1,))
+        rows.append(
+            {"name": collected.parameter_names[which], "index": [int(i) for i in index], "value": value}
+        )
+    return rows
+
+
+def _warnings(
+    config: SubspaceConfig, rank: int, explained: float, held: float | None, trace: float, n: int
+) -> list[str]:
+    found: list[str] = []
+    if config.rank is None and explained < config.target_explained_variance - 1e-9:
+        found.append(
+            f"Rank {rank} explains {explained:.0%} of the safety Fisher trace, below the target "
+            f"{config.target_explained_variance:.0%}: the subspace is not low rank at this limit."
+        )
+    if held is None:
+        found.append(f"Held-out energy was not measured: it needs four safety samples, there are {n}.")
+    elif held < GENERALISES:
+        found.append(
+            f"The subspace holds {held:.0%} of held-out safety gradient energy: it does not "
+            "generalise; add safety samples before trusting overlap or coupling."
+        )
+    if trace < FLAT_TRACE:
+        found.append(
+            f"The safety loss is flat at the aligned point (tr F = {trace:.1e}): local quantities say "
+            "nothing; only measured losses along the fine-tune are informative."
+        )
+    return found

@@ -1,0 +1,154 @@
+"""The direction in which the planned optimizer starts, and how noisy it is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.base.errors import InputError, NumericsError
+from arisk.base.processes import gathered, share, world
+from arisk.base.progress import Progress
+from arisk.base.task import Batch, SampleSet, Task
+from arisk.config.plan import TrainingConfig
+from arisk.geometry.vectors import VectorStack
+from arisk.gradients import ParameterLayout, mean_gradient, move_batch
+
+__all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
+
+#: √v̂ counts as at least this share of its root mean square, so that D stays invertible.
+RELATIVE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Update:
+    """Mini-batch gradients of the fine-tuning loss at θ*, and the step they give.
+
+    Attributes:
+        loss: mean loss over the batches.
+        gradient: (P,) g, mean over the batches.
+        noise_variance: (P,) unbiased variance of one micro-batch gradient; 0 with one batch.
+        preconditioner: (P,) D: ones for SGD, 1/(√v̂ + ε) for AdamW with v̂ = g² + noise/accumulation.
+        direction: (P,) u = −D g.
+        batch_gradients: (P, B) g_b where a stack for them was given.
+        batch_norms: (B,) ‖g_b‖.
+        batch_losses: (B,).
+    """
+
+    loss: float
+    gradient: Tensor
+    noise_variance: Tensor
+    preconditioner: Tensor
+    direction: Tensor
+    batch_gradients: VectorStack | None
+    batch_norms: Tensor
+    batch_losses: Tensor
+
+
+def first_batches(samples: SampleSet, count: int, device: torch.device) -> list[Batch]:
+    """The first `count` batches in planned order (fewer when the data set is finite and shorter)."""
+    batches = [move_batch(batch, device) for batch in itertools.islice(iter(samples.batches), count)]
+    if not batches:
+        raise InputError(
+            "the data set gives no batch",
+            where=f"data set {samples.name!r}",
+            fix="give at least one row",
+        )
+    return batches
+
+
+def preconditioner(gradient: Tensor, noise_variance: Tensor, training: TrainingConfig) -> Tensor:
+    """D of the planned optimizer at the start: 1 for SGD, 1/(√v̂ + ε) for AdamW, v̂ ≈ E[g_b²].
+
+    A coordinate that has had no gradient at all (the A side of a fresh adapter) has no scale of its
+    own; it gets that of the root mean square, which keeps it from dominating every D-norm.
+    """
+    if training.optimizer == "sgd":
+        return torch.ones_like(gradient)
+    second = (gradient.square() + noise_variance / training.gradient_accumulation).sqrt()
+    typical = float(second.square().mean().sqrt())
+    second = second.masked_fill(second == 0, typical)
+    return 1 / (second.clamp(min=RELATIVE_FLOOR * typical) + training.eps)
+
+
+def measure_update(
+    task: Task,
+    samples: SampleSet,
+    layout: ParameterLayout,
+    training: TrainingConfig,
+    batches: Sequence[Batch],
+    progress: Progress,
+    *,
+    stack: VectorStack | None = None,
+) -> Update:
+    """Average the first batches' gradients and precondition them as the optimizer would.
+
+    Mean and variance are updated with each gradient (Welford), so that no more than one per process is
+    held at a time.
+
+    Args:
+        task: the model, inside `measuring`.
+        samples: the data set the batches come from.
+        layout: the selected parameters.
+        training: the planned optimizer.
+        batches: micro-batches on the model's device.
+        progress: told of finished batches.
+        stack: an empty stack that takes the batches' gradients; None keeps none.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite, or the mean gradient is exactly zero.
+    """
+    losses: list[float] = []
+    norms: list[float] = []
+    mean = squares = torch.zeros(0)
+    for number, (loss, gradient) in enumerate(_gradients(task, samples, layout, batches, progress), 1):
+        losses.append(loss)
+        norms.append(float(gradient.to(torch.float64).norm()))
+        if stack is not None:
+            stack.append(gradient)
+        if number == 1:
+            mean, squares = gradient.clone(), torch.zeros_like(gradient)
+            continue
+        off = gradient - mean
+        mean.add_(off, alpha=1 / number)
+        squares.addcmul_(off, gradient.sub_(mean))
+    progress(f"{samples.name} gradients", len(batches), len(batches))
+    noise = squares.div_(max(1, len(losses) - 1))
+    if float(mean.norm()) == 0:
+        raise NumericsError(
+            f"the update of the {samples.name} data is exactly zero",
+            where=f"score: gradient of data set {samples.name!r}",
+            fix="check that its loss depends on the selected parameters, and that its rows are not "
+            "already fitted perfectly",
+        )
+    d = preconditioner(mean, noise, training)
+    return Update(
+        loss=sum(losses) / len(losses),
+        gradient=mean,
+        noise_variance=noise,
+        preconditioner=d,
+        direction=-d * mean,
+        batch_gradients=stack,
+        batch_norms=torch.tensor(norms, dtype=torch.float64),
+        batch_losses=torch.tensor(losses, dtype=torch.float64),
+    )
+
+
+def _gradients(
+    task: Task, samples: SampleSet, layout: ParameterLayout, batches: Sequence[Batch], progress: Progress
+) -> Iterator[tuple[float, Tensor]]:
+    """Loss and gradient of every batch in order, float32 or float64, on the CPU.
+
+    The ranks work on as many batches at a time as there are ranks, and each gets all gradients.
+    """
+    for start in range(0, len(batches), world()):
+        progress(f"{samples.name} gradients", start, len(batches))
+        own: list[tuple[float, Tensor]] = []
+        count = min(world(), len(batches) - start)
+        for index in share(count):
+            loss, gradient = mean_gradient(task.model, batches[start + index], samples.loss_fn, layout)
+            own.append((loss, gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu()))
+        yield from gathered(own, count)

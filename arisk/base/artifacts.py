@@ -1,0 +1,249 @@
+"""Stage records to and from safetensors and JSON, with a format version.
+
+A record is any frozen dataclass of `arisk.forecast.record`. Tensor fields go to `tensors.safetensors`,
+everything else to `record.json`, whose first key is the format version; equal records give equal
+bytes. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity". No
+torch is imported until a tensor is read or written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from arisk.base.errors import ArtifactError, NewerFormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "FORMAT_VERSION",
+    "disk_error",
+    "existing_parent",
+    "read_json",
+    "read_record",
+    "read_tensors",
+    "write_record",
+    "write_tensors",
+    "write_text",
+]
+
+#: Version of everything in a run directory; a reader refuses a newer one.
+FORMAT_VERSION = 1
+
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+Record = TypeVar("Record")
+
+
+def write_record(directory: Path, record: Any) -> None:
+    """Write a record's tensors and values into a folder, made if needed.
+
+    Raises:
+        ArtifactError: the disk is full or the folder is read-only.
+    """
+    tensors: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if _is_tensor(value):
+            tensors[field.name] = value
+        else:
+            values[field.name] = _encode(value)
+    body = {"format_version": FORMAT_VERSION, "type": type(record).__name__, "values": values}
+    write_tensors(directory / "tensors.safetensors", tensors)
+    write_text(directory / "record.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+
+def read_record(directory: Path, cls: type[Record]) -> Record:
+    """Read a record of a given class back.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, of a newer format, or of another record.
+    """
+    path = directory / "record.json"
+    body = read_json(path)
+    if body.get("type") != cls.__name__ or not isinstance(body.get("values"), dict):
+        raise _damaged(path, f"it holds {body.get('type')!r}, not {cls.__name__!r}")
+    tensors = read_tensors(directory / "tensors.safetensors")
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in tensors:
+            arguments[field.name] = tensors[field.name]
+        elif field.name in body["values"]:
+            arguments[field.name] = _decode(body["values"][field.name], hints[field.name])
+        elif field.default is dataclasses.MISSING:
+            raise _damaged(path, f"the field {field.name!r} is missing")
+    return cls(**arguments)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors; the file appears whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        metadata: texts for its header.
+
+    Raises:
+        ArtifactError: the disk is full or the folder is read-only.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(_separate(tensors), partial, metadata)
+        partial.replace(path)
+    except SafetensorError as err:
+        partial.unlink(missing_ok=True)
+        if "os error 28" in str(err) or "No space" in str(err):
+            raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from err
+        raise disk_error(OSError(errno.EIO, str(err)), path) from err
+    except OSError as err:
+        partial.unlink(missing_ok=True)
+        raise disk_error(err, path) from err
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory, as the format demands."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        kept = tensor.detach().cpu().contiguous()
+        storage = kept.untyped_storage().data_ptr()
+        own[name] = kept.clone() if storage in seen else kept
+        seen.add(storage)
+    return own
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a safetensors file.
+
+    Raises:
+        ArtifactError: the file is missing, truncated or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as err:
+        raise _damaged(path, "it is missing") from err
+    except (SafetensorError, OSError) as err:
+        raise _damaged(path, str(err)) from err
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all.
+
+    Raises:
+        ArtifactError: the disk is full or the folder is read-only.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as err:
+        raise disk_error(err, path) from err
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object with a format version this arisk understands.
+
+    Raises:
+        ArtifactError: missing, damaged, or written by a newer arisk.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise _damaged(path, "it is missing") from err
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise _damaged(path, str(err)) from err
+    version = body.get("format_version") if isinstance(body, dict) else None
+    if not isinstance(version, int):
+        raise _damaged(path, "it has no format_version")
+    if version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"the artifact has format version {version}; this arisk reads up to {FORMAT_VERSION}",
+            where=str(path),
+            fix="upgrade arisk, or use another --run-dir",
+        )
+    return body
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+
+
+def disk_error(err: OSError, path: Path) -> ArtifactError:
+    """What a failed write means to a person."""
+    if err.errno == errno.ENOSPC:
+        what, fix = "the disk is full", "free some space (or set --run-dir to another disk) and run again"
+    elif err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        what, fix = "the run directory cannot be written", "make it writable, or choose another --run-dir"
+    else:
+        what, fix = f"writing failed: {err.strerror or err}", "check the disk, then run again"
+    return ArtifactError(f"{what}; finished stages are kept", where=str(path), fix=fix)
+
+
+def _damaged(path: Path, why: str) -> ArtifactError:
+    stage = path.parent.name
+    return ArtifactError(
+        f"an artifact cannot be read: {why}",
+        where=str(path),
+        fix=f"run `arisk run CONFIG --from {stage}` to make it again",
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__.startswith("torch")
+
+
+def _encode(value: Any) -> Any:
+    """JSON form of a field: records, mappings and sequences by their parts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _decode(value: Any, hint: Any) -> Any:
+    """Value of a field from JSON, guided by its type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        inner = [argument for argument in arguments if argument is not type(None)]
+        return _decode(value, inner[0]) if inner else value
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        return hint(**{key: _decode(item, hints[key]) for key, item in value.items()})  # type: ignore[operator]
+    if hint is float:
+        return _SPECIAL[value] if isinstance(value, str) else float(value)
+    if origin is not None and isinstance(value, list) and arguments and issubclass(origin, Sequence):
+        return [_decode(item, arguments[0]) for item in value]
+    if origin is not None and isinstance(value, dict) and len(arguments) == 2:
+        return {key: _decode(item, arguments[1]) for key, item in value.items()}
+    return _restore(value) if hint is Any else value
+
+
+def _restore(value: Any) -> Any:
+    """Untyped values: only the spelled-out NaN and infinities change."""
+    return _SPECIAL[value] if isinstance(value, str) and value in _SPECIAL else value

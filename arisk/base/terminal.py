@@ -1,0 +1,184 @@
+"""Progress on stderr: one line that renews itself in a terminal, one line per finished stage in a pipe.
+
+Written by hand, on the standard library: no line is ever wider than the terminal, nothing but plain
+text reaches a pipe, and `status` and `--help` load no library for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+
+__all__ = ["StageDisplay", "clock", "columns", "fancy", "peak_memory", "wrapped"]
+
+#: Seconds between two renewals of the line.
+RENEW = 0.1
+#: Columns of a terminal that does not tell, and the least that is used.
+COLUMNS, LEAST = 80, 30
+
+
+def fancy(stream: object) -> bool:
+    """Whether a stream is a terminal that understands control characters (`TERM=dumb` does not)."""
+    isatty = getattr(stream, "isatty", None)
+    return bool(isatty and isatty()) and os.environ.get("TERM") != "dumb"
+
+
+def columns(stream: object) -> int:
+    """Width of the terminal behind a stream, in columns, ≥ 30."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns  # type: ignore[attr-defined]
+    except (OSError, ValueError, AttributeError):
+        width = 0
+    return max(LEAST, width or shutil.get_terminal_size((COLUMNS, 24)).columns)
+
+
+def wrapped(text: str, stream: object, *, indent: str = "") -> str:
+    """A sentence broken to the width of a terminal, the later lines indented; unbroken in a pipe."""
+    isatty = getattr(stream, "isatty", None)
+    if not (isatty and isatty()):
+        return text
+    lines = textwrap.wrap(
+        text,
+        columns(stream) - 1,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+    return "\n".join(lines)
+
+
+def peak_memory() -> float | None:
+    """Largest resident memory of this process so far, in GB (10⁹ bytes); None where unknown."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def clock(seconds: float) -> str:
+    """A duration as 4.2 s, 3:07 or 2:03:07."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class StageDisplay:
+    """Shows stages and their progress on stderr; in a pipe a line per stage.
+
+    Args:
+        quiet: show nothing but what an interruption leaves.
+        resume: the command that goes on after an interruption.
+    """
+
+    def __init__(self, *, quiet: bool = False, resume: str = "") -> None:
+        self.quiet = quiet
+        self.resume = resume
+        self._due: tuple[str, ...] = ()
+        self._stage = ""
+        self._label = ""
+        self._first = 0
+        self._shown = False
+        self._began = self._stage_began = self._label_began = time.monotonic()
+        self._renewed = 0.0
+
+    def planned(self, due: Sequence[str]) -> None:
+        """The stages that will run, in order."""
+        self._due = tuple(due)
+
+    def start(self, stage: str, why: str) -> None:
+        """A stage begins; `why` says what made it stale."""
+        self._stage, self._label, self._stage_began = stage, "", time.monotonic()
+        if not self.quiet:
+            self._line(f"{self._place():<10} {stage:<9} {why}".rstrip(), indent=" " * 21)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """The `arisk.base.progress.Progress` callback of the running stage."""
+        now = time.monotonic()
+        if label != self._label or done < self._first:
+            self._label, self._label_began, self._first = label, now, done
+        if self.quiet or not fancy(sys.stderr):
+            return
+        if now - self._renewed >= RENEW or done >= total:
+            self._renewed = now
+            self._write(f"\r\x1b[2K{self._moving(now - self._label_began, done, total)}")
+            self._shown = True
+
+    def finish(self, stage: str) -> None:
+        """A stage is committed."""
+        if not self.quiet:
+            took = clock(time.monotonic() - self._stage_began)
+            memory = peak_memory()
+            peak = "" if memory is None else f", peak memory {memory:.2f} GB"
+            self._line(f"{self._place():<10} {stage:<9} done in {took}{peak}", indent=" " * 21)
+        self._stage = ""
+
+    def skip(self, stage: str) -> None:
+        """A stage is fresh."""
+        if not self.quiet:
+            self._line(f"{stage:<9} fresh")
+
+    def note(self, text: str) -> None:
+        """Something else to know, in one line."""
+        if not self.quiet:
+            self._line(text)
+
+    def interrupted(self) -> None:
+        """Ctrl-C or SIGTERM: say what is kept and how to go on, even when quiet."""
+        self._line(
+            f"interrupted in {self._stage or 'planning'}: finished stages and finished parts "
+            "of this one are kept; run the same command again to go on" + (":" if self.resume else "")
+        )
+        if self.resume:
+            self._write(f"  {self.resume}\n")
+
+    def failed(self) -> None:
+        """An error ends the stage; the moving line must not stay."""
+        self._erase()
+
+    def _place(self) -> str:
+        if self._stage not in self._due:
+            return "stage"
+        return f"stage {self._due.index(self._stage) + 1} of {len(self._due)}"
+
+    def _moving(self, seconds: float, done: int, total: int) -> str:
+        """Label, count, rate, time left and memory; what cannot be known yet is left out."""
+        parts = [f"{done}/{total}"]
+        steps = done - self._first
+        if steps > 0 and seconds > 0:
+            rate = steps / seconds
+            parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
+            if done < total:
+                parts.append(f"{clock((total - done) / rate)} left")
+        memory = peak_memory()
+        if memory is not None:
+            parts.append(f"peak {memory:.2f} GB")
+        numbers = " · ".join(parts)
+        room = max(0, columns(sys.stderr) - len(numbers) - 4)
+        label = self._label if len(self._label) <= room else self._label[: room - 1] + "…"
+        return f"  {label} {numbers}"
+
+    def _line(self, text: str, *, indent: str = "") -> None:
+        self._erase()
+        self._write(wrapped(text, sys.stderr, indent=indent) + "\n")
+
+    def _erase(self) -> None:
+        if self._shown:
+            self._write("\r\x1b[2K")
+            self._shown = False
+
+    def _write(self, text: str) -> None:
+        """To stderr; a reader that has gone away does not stop a run."""
+        try:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        except (BrokenPipeError, UnicodeEncodeError):
+            self._shown = False

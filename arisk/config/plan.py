@@ -1,0 +1,309 @@
+"""The configuration: frozen pydantic models, one per section of the YAML file.
+
+Unknown keys are refused. Each field carries one line with its unit and the reason for its default;
+`arisk schema`, `arisk init` and the README reuse that line. This module imports no torch and reads no
+file but the YAML itself (`arisk.config.yaml`).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
+
+from arisk.base.errors import ConfigError
+from arisk.base.refusals import DEFAULT_MARKERS
+from arisk.config.protection import GuardSettings
+from arisk.config.sections import (
+    CollectConfig,
+    ForecastConfig,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ReportConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ScreenConfig,
+    Section,
+    SubspaceConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CollectConfig",
+    "Config",
+    "DataConfig",
+    "ForecastConfig",
+    "GuardConfig",
+    "ModelConfig",
+    "ParameterGlobs",
+    "ReportConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "ScoreConfig",
+    "ScreenConfig",
+    "SubspaceConfig",
+    "TrainingConfig",
+    "VerifyConfig",
+    "data_sets",
+    "planned_steps",
+]
+
+
+class RunConfig(Section):
+    """Where the run lives and how it computes."""
+
+    dir: Path | None = None
+    """Run directory; default `runs/<name of the config file>`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of every sampler (data order, sampled Fisher, bootstrap, permutations)."""
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu) or any torch device such as `cuda:1`."""
+    device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = None
+    """Spread the model over the devices of a machine (accelerate's map, or module: device); no offloading."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; default: torch's own choice."""
+
+
+class AdapterConfig(Section):
+    """A LoRA adapter: a new one, or an existing peft folder (`path`)."""
+
+    path: Path | None = None
+    """Existing peft adapter folder; the other fields must then be left out."""
+    r: PositiveInt = 8
+    """Rank of the new adapter."""
+    alpha: PositiveFloat = 16
+    """Scale of the new adapter: ΔW = alpha / r · B A."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear`, one regular expression, or a list of module names."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """LoRA dropout of the planned training; switched off while arisk measures."""
+
+    @model_validator(mode="after")
+    def _path_or_new(self) -> Self:
+        extra = self.model_fields_set & {"r", "alpha", "target_modules", "dropout"}
+        if self.path is not None and extra:
+            raise ValueError(f"`path` names an existing adapter, so leave out {sorted(extra)}")
+        return self
+
+
+class ParameterGlobs(Section):
+    """Parameters selected by name patterns (`*` matches any run of characters, dots included)."""
+
+    include: list[str] = Field(default=["*"])
+    """A parameter is selected when one of these matches its name …"""
+    exclude: list[str] = Field(default=[])
+    """… and none of these does."""
+
+
+def _no_hub_adapter(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """The aligned model, as it is before the first step of the planned fine-tune."""
+
+    source: Literal["hf", "python"] = "hf"
+    """hf: a Hugging Face causal LM; python: `entry` returns an `arisk.Task` (runs local code)."""
+    path: str | None = None
+    """Folder or hub id of the model (source: hf)."""
+    entry: str | None = None
+    """`module:function` or `file.py:function` returning an `arisk.Task` (source: python)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    gguf_file: str | None = None
+    """File name inside `path` when the weights are a GGUF file; they are dequantised on load."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Dtype of the weights; float32 because curvature is a small difference of gradients."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention implementation; auto: eager, which alone allows double backward on a CPU."""
+    adapter: Annotated[AdapterConfig | None, BeforeValidator(_no_hub_adapter)] = None
+    """null: none; a path: an existing peft adapter; a mapping: a new LoRA adapter."""
+    parameters: Literal["auto", "full", "lora"] | ParameterGlobs = "auto"
+    """What trains. auto: the adapter if there is one, else every parameter."""
+    gradient_checkpointing: bool = False
+    """Recompute a layer's activations in the backward pass of a batch (rollout, verify, curvature): less
+    memory, more time. Per-sample gradients keep theirs, `collect.chunk_size` samples at a time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: it is somebody else's code."""
+
+    @model_validator(mode="after")
+    def _source_fields(self) -> Self:
+        if self.source == "hf" and not self.path:
+            raise ValueError("source: hf needs `path` (a model folder or hub id)")
+        if self.source == "python" and not self.entry:
+            raise ValueError("source: python needs `entry` (module:function)")
+        if self.source == "python" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is for source: hf; switch it on in the code of `entry`")
+        return self
+
+
+class DataConfig(Section):
+    """One data set: JSONL, JSON, CSV or Parquet file, or a hub id (through `datasets`)."""
+
+    path: str
+    """File or hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    format: Literal["prompt_response", "messages", "text"] = "prompt_response"
+    """Row layout: two columns; a chat in `messages`; or plain text (loss on every token)."""
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    response_column: str = "response"
+    """Column with the response; the loss is taken on its tokens only."""
+    messages_column: str = "messages"
+    """Column with a list of {role, content}; the last assistant turn is the response."""
+    text_column: str = "text"
+    """Column with plain text."""
+    chat_template: bool | Literal["auto"] = "auto"
+    """auto: the tokenizer's chat template where it has one."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per row; longer rows lose the head of the prompt first, never the whole response."""
+    max_samples: PositiveInt | None = None
+    """Use a seeded random subset of this many rows; default all."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of that subset and of the shuffling; default `run.seed`."""
+
+
+class TrainingConfig(Section):
+    """The planned fine-tune: the recipe whose effect is forecast."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """sgd (with `momentum`) or adamw (with `betas`, `eps`)."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW moment decays."""
+    eps: PositiveFloat = 1e-8
+    """AdamW denominator offset."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled for adamw, added to the gradient for sgd (as torch does)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD momentum (no dampening, no Nesterov)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate decay after the warm-up, to zero at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of linear warm-up; step k (from 1) uses k / warmup_steps of the peak."""
+    batch_size: PositiveInt = 8
+    """Rows per micro-batch."""
+    gradient_accumulation: PositiveInt = 1
+    """Micro-batches per optimizer step."""
+    max_steps: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
+    """Optimizer steps; give this or `epochs`. Default 200 when neither is given."""
+    epochs: PositiveFloat | None = None
+    """Passes over the fine-tuning data, turned into optimizer steps."""
+    max_grad_norm: PositiveFloat | None = None
+    """Gradient clipping by global norm; null: none."""
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("give `max_steps` or `epochs`, not both")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ValueError("`momentum` belongs to sgd; adamw takes `betas`")
+        return self
+
+
+def planned_steps(training: TrainingConfig, rows: int) -> int:
+    """Optimizer steps T of the plan: `max_steps`, or epochs over the known rows, or 200.
+
+    Raises:
+        ConfigError: epochs of a data set whose size is not known.
+    """
+    if training.max_steps is not None:
+        return training.max_steps
+    if training.epochs is None:
+        return 200
+    if rows == 0:
+        raise ConfigError(
+            "`epochs` needs a data set of known size, and the fine-tuning data names no rows",
+            where="training.epochs",
+            fix="give `training.max_steps` instead",
+        )
+    per_step = training.batch_size * training.gradient_accumulation
+    return max(1, math.ceil(training.epochs * rows / per_step))
+
+
+class VerifyConfig(Section):
+    """The check of the forecast: the planned fine-tune, really carried out (`arisk verify`)."""
+
+    safety: DataConfig | None = None
+    """Held-out prompts with safe responses; default: the rows of `safety`, which are not held out."""
+    steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
+    control_samples: PositiveInt = 64
+    """Control samples measured at every point."""
+    generate: Annotated[int, Field(ge=0)] = 16
+    """Safety prompts that are answered in text at the start, on the way and at the end; 0 is off."""
+    max_new_tokens: PositiveInt = 24
+    """Tokens of each answer; a refusal shows in its opening."""
+    refusal_markers: list[str] = Field(default=list(DEFAULT_MARKERS))
+    """An answer refuses when its first sentence has one of these, or opens like the row's response."""
+
+
+class GuardConfig(GuardSettings):
+    """The planned fine-tune with and without protection (`arisk guard`)."""
+
+    task: DataConfig | None = None
+    """Clean rows for the task loss, best not trained on; default: rows of `finetune`, surprising apart."""
+
+
+class Config(Section):
+    """One run: what `arisk run config.yaml` reads."""
+
+    run: RunConfig = RunConfig()
+    """Where the run lives and how it computes."""
+    model: ModelConfig
+    """The aligned model."""
+    safety: DataConfig | None = None
+    """Prompts with safe responses (source: hf)."""
+    finetune: DataConfig | None = None
+    """The fine-tuning data (source: hf)."""
+    control: DataConfig | None = None
+    """Ordinary data, the null for overlap and drift; optional."""
+    training: TrainingConfig = TrainingConfig()
+    """The planned fine-tune."""
+    collect: CollectConfig = CollectConfig()
+    """Per-sample safety gradients."""
+    subspace: SubspaceConfig = SubspaceConfig()
+    """The safety subspace."""
+    score: ScoreConfig = ScoreConfig()
+    """How the planned update meets the subspace."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Losses measured along an accelerated virtual run."""
+    forecast: ForecastConfig = ForecastConfig()
+    """From artifacts to a verdict."""
+    report: ReportConfig = ReportConfig()
+    """The HTML page."""
+    verify: VerifyConfig = VerifyConfig()
+    """The check of the forecast by a real fine-tune."""
+    screen: ScreenConfig = ScreenConfig()
+    """Which fine-tuning rows push towards harm."""
+    guard: GuardConfig = GuardConfig()
+    """Protected fine-tunes beside the plain one."""
+
+    @model_validator(mode="after")
+    def _data_for_hf(self) -> Self:
+        missing = [name for name in ("safety", "finetune") if getattr(self, name) is None]
+        if self.model.source == "hf" and missing:
+            raise ValueError(f"source: hf needs the sections {missing}")
+        if self.model.source == "python" and self.verify.safety is not None:
+            raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
+        if self.model.source == "python" and self.guard.task is not None:
+            raise ValueError("source: python gives clean task rows as `Task.clean`, not `guard.task`")
+        return self
+
+
+def data_sets(config: Config) -> dict[str, DataConfig]:
+    """The data sets that a config names, by their place in it."""
+    given = {
+        "safety": config.safety,
+        "finetune": config.finetune,
+        "control": config.control,
+        "verify.safety": config.verify.safety,
+        "guard.task": config.guard.task,
+    }
+    return {name: data for name, data in given.items() if data is not None}

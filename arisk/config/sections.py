@@ -1,0 +1,193 @@
+"""Settings of the stages: frozen pydantic models, one per section of the YAML file.
+
+The sections that describe the model, the data and the planned training are in `arisk.config.plan`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
+
+__all__ = [
+    "CollectConfig",
+    "ForecastConfig",
+    "Fraction",
+    "NonNegativeFloat",
+    "PositiveFloat",
+    "PositiveInt",
+    "ReportConfig",
+    "RolloutConfig",
+    "ScoreConfig",
+    "ScreenConfig",
+    "Section",
+    "SubspaceConfig",
+]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: Largest P for which `krylov_dim: auto` takes the whole space, and its dimension above that.
+SMALL_PROBLEM, KRYLOV_DEFAULT = 64, 12
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, attribute docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class CollectConfig(Section):
+    """Per-sample safety gradients and the Fisher matrix they span."""
+
+    engine: Literal["auto", "hooks", "vmap", "loop"] = "auto"
+    """auto: the fastest engine that covers the selection and agrees with `loop` on two samples."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """empirical: labels of the data; sampled: one label per position drawn from the model."""
+    store: Literal["auto", "gradients", "gram"] = "auto"
+    """gradients: keep them on disk; gram: only inner products, later stages run the model again."""
+    store_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of gradients on disk; bfloat16 halves them, and the report says what the rounding changed."""
+    chunk_size: PositiveInt = 8
+    """Safety samples per forward and backward pass."""
+    memory_budget_gb: PositiveFloat = 1.0
+    """Memory for gradient blocks, on top of model and activations (GB)."""
+    disk_budget_gb: PositiveFloat = 20.0
+    """Disk for gradients (GB), kept or until their products are there; auto takes `gram` above it."""
+
+
+class SubspaceConfig(Section):
+    """The low-rank safety subspace: leading eigenvectors of the Fisher matrix."""
+
+    method: Literal["gram", "svd", "randomized_svd", "diag_topk"] = "gram"
+    """gram: exact, in the dual, float64; the others for comparison."""
+    max_rank: PositiveInt = 32
+    """Upper limit of the rank."""
+    rank: PositiveInt | None = None
+    """Fixed rank; default: by `target_explained_variance`, at most `max_rank`."""
+    target_explained_variance: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Smallest rank whose eigenvalues reach this share of the whole trace."""
+    heldout_splits: PositiveInt = 20
+    """Random half splits for the held-out energy."""
+    top_weights: Annotated[int, Field(ge=0)] = 256
+    """How many single weights with the largest Fisher diagonal are named."""
+
+
+class ScoreConfig(Section):
+    """How the planned update meets the safety subspace."""
+
+    batches: Annotated[int, Field(ge=2)] = 8
+    """Fine-tuning batches averaged for the update direction; two or more, to see their noise."""
+    hvp_batches: PositiveInt = 4
+    """Batches in each Hessian-vector product."""
+    krylov_dim: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    """Lanczos steps of the local model; auto: P when P <= 64, else 12."""
+    hvp: Literal["auto", "autograd", "finite_difference", "ggn"] = "auto"
+    """auto: double backward where the model allows it, else central differences; ggn: Gauss-Newton."""
+    nulls: Annotated[int, Field(ge=0)] = 99
+    """Permutations of the update for the overlap's p-value; its floor is 1 / (nulls + 1)."""
+    examples: Annotated[int, Field(ge=0)] = 64
+    """Fine-tuning rows scored one by one (those of the first batches)."""
+    probe_points: Annotated[int, Field(ge=0)] = 10
+    """Points of the measured straight move along the update direction; 0 switches it off."""
+
+    def krylov_steps(self, parameters: int) -> int:
+        """Lanczos steps for so many selected parameters."""
+        if self.krylov_dim != "auto":
+            return self.krylov_dim
+        return parameters if parameters <= SMALL_PROBLEM else KRYLOV_DEFAULT
+
+
+class RolloutConfig(Section):
+    """Losses measured along an accelerated virtual run: the part that predicts."""
+
+    enabled: bool = True
+    """Off: only what the aligned point tells; verdicts are then far less sure."""
+    pilot_steps: Annotated[int, Field(ge=2)] | None = None
+    """Real optimizer steps at the start; default 20, or 20 % of a run shorter than 100 steps."""
+    segments: PositiveInt | None = None
+    """Leaps after the pilot; default 8 for 200 steps and 12 more per factor of ten."""
+    batches_per_segment: Annotated[int, Field(ge=2)] = 5
+    """Real optimizer steps at the end of each segment; their mean is the next leap's direction."""
+    speed_control: bool = True
+    """Check each leap with a gradient at its end; off only to see what it is worth."""
+    distance_correction: bool = True
+    """Shorten leaps along noisy directions; off only to see what it is worth."""
+    rare_rows: bool = True
+    """Bring rare, surprising rows in with their true weight; off only to see what it is worth."""
+    eval_samples: PositiveInt | None = None
+    """Safety samples measured at every point; default all."""
+    control_samples: PositiveInt = 64
+    """Control samples measured at every point."""
+
+
+class ForecastConfig(Section):
+    """From artifacts to a verdict."""
+
+    collapse_threshold: PositiveFloat = 0.1
+    """Rise of the mean safety loss that counts as collapse (nats per response token)."""
+    confidence: Fraction = 0.8
+    """Nominal coverage of the intervals."""
+    bootstrap_samples: PositiveInt = 400
+    """Bootstrap draws over safety samples and fine-tuning batches."""
+    elevated_probability: Fraction = 0.1
+    """P(collapse within the plan) from which the verdict is at least elevated."""
+    high_probability: Fraction = 0.6
+    """P(collapse within the plan) from which the verdict is high."""
+    alarm_fraction: Fraction = 0.8
+    """A predicted peak above this share of the threshold is elevated whatever its probability."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.elevated_probability > self.high_probability:
+            raise ValueError("`elevated_probability` must not exceed `high_probability`")
+        return self
+
+
+class ReportConfig(Section):
+    """The HTML page."""
+
+    title: str | None = None
+    """Title of the page; default: the run's name."""
+    max_examples: PositiveInt = 12
+    """Riskiest fine-tuning rows shown."""
+    show_text: bool = True
+    """Show prompts and responses; off: only their numbers (for confidential data)."""
+    figures: Literal["none", "auto", "png", "svg"] = "none"
+    """Figures as files beside the page, by the extra `figures` and a browser; auto: forecast and layer
+    map as PNG, where both are there."""
+
+
+class ScreenConfig(Section):
+    """Which fine-tuning rows push towards harm (`arisk screen`)."""
+
+    rise: PositiveFloat = 0.02
+    """Rows are scored where the planned run has raised the mean safety loss by this (nats per token)."""
+    max_steps: PositiveInt = 120
+    """Real steps of the plan taken at most to get there; no rise within them flags no row."""
+    points: Literal["risen", "start", "both"] = "risen"
+    """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
+    method: Literal["auto", "exact", "differences", "sketch"] = "auto"
+    """Exact products for every row; or an estimate first, by differences of its loss or by a sketch of its
+    gradient, and exact products for the head of that ranking, from which rows are flagged. auto: differences
+    from 5000 rows where most of the model is selected."""
+    sketch_side: PositiveInt = 32
+    """Entries that a sketch keeps of each side of a matrix; larger is truer and costs more."""
+    batches: Annotated[int, Field(ge=2)] = 8
+    """Fine-tuning batches that give the optimizer's preconditioner there."""
+    batch_size: PositiveInt = 8
+    """Rows per forward and backward pass; does not change a score."""
+    control_samples: PositiveInt = 64
+    """Control rows scored in the same way: the null that flagged rows must leave behind."""
+    false_discovery: Fraction = 0.05
+    """Share of flagged rows that may be false by the null."""
+    drop: Fraction | None = None
+    """Flag exactly this share of the rows, the most harmful ones, in place of the rule."""
+    examples: Annotated[int, Field(ge=0)] = 16
+    """Most harmful rows that are explained: safety samples they hurt, modules that carry it."""
+    what_if: bool = True
+    """Roll the plan out with and without the flagged rows, where the rows can be regrouped."""

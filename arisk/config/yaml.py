@@ -1,0 +1,264 @@
+"""YAML files to `Config`: every mistake at once, each with its place, the given value and a remedy.
+
+Relative data and model paths are looked up beside the config file first, then in the working
+directory; a path found in neither is left as it is (it may be a hub id).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from arisk.base.errors import ConfigError
+from arisk.config.plan import Config, Section
+from arisk.config.problems import config_error, models_in
+
+__all__ = [
+    "dump_config",
+    "json_schema",
+    "known_keys",
+    "load_config",
+    "run_directory",
+    "set_value",
+    "starter_config",
+    "validate_mapping",
+]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+#: Sections of a written config in the order a user decides on them; the others follow.
+FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
+#: What begins before a section.
+HEADINGS = {
+    "model": "What you are about to fine-tune, on what, and how",
+    "forecast": "What counts as collapse, and where the run lives",
+    "collect": "How it is measured: the defaults are good ones",
+    "verify": "Stages that run only by their own command",
+}
+#: Config values that are files or folders.
+PATHS = (
+    ("model", "path"),
+    ("model", "adapter"),
+    ("model", "adapter", "path"),
+    ("safety", "path"),
+    ("finetune", "path"),
+    ("control", "path"),
+    ("verify", "safety", "path"),
+    ("guard", "task", "path"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML itself would drop the first silently."""
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `--set` overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `dotted.key=value` items; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or keys or values are wrong; all of them are
+            listed, the first with the others in `also`.
+    """
+    mapping = _read_yaml(path)
+    for item in overrides:
+        set_value(mapping, item)
+    for keys in PATHS:
+        _anchor(mapping, keys, path.parent)
+    return validate_mapping(Config, mapping, str(path))
+
+
+def run_directory(config: Config, config_path: Path, given: Path | None) -> Path:
+    """The run directory: `--run-dir`, else `run.dir`, else `runs/<name of the config file>`."""
+    return given or config.run.dir or Path("runs") / config_path.stem
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as err:
+        raise ConfigError(
+            "the config file does not exist",
+            where=str(path),
+            fix="check the path, or write one with `arisk init`",
+        ) from err
+    except IsADirectoryError as err:
+        raise ConfigError(
+            "this is a folder, not a config file",
+            where=str(path),
+            fix=f"give the YAML file; for a run directory its own: {path / 'config.yaml'}",
+        ) from err
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(
+            f"the config file cannot be read: {err}", where=str(path), fix="give a UTF-8 YAML file"
+        ) from err
+    try:
+        mapping = yaml.load(text, Loader=_Loader)  # noqa: TID251 - a SafeLoader
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"this is not valid YAML: {getattr(err, 'problem', None) or err}",
+            where=f"{path}{line}",
+            fix="correct that line; `arisk init` writes a file to compare with",
+        ) from err
+    if not isinstance(mapping, dict):
+        raise ConfigError(
+            "the config is empty" if mapping is None else f"the config is a {type(mapping).__name__}",
+            where=str(path),
+            fix="give sections such as `model:`, `safety:` and `finetune:`; `arisk init` writes them",
+        )
+    return mapping
+
+
+def set_value(mapping: dict[str, Any], item: str) -> None:
+    """Apply one `dotted.key=value` override in place.
+
+    Raises:
+        ConfigError: there is no `=`, the value is not YAML, or the key leads through a value.
+    """
+    key, equals, text = item.partition("=")
+    where = f"--set {item}"
+    if not equals or not key:
+        raise ConfigError(
+            "an override needs the form key=value", where=where, fix="e.g. training.max_steps=100"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise ConfigError(f"the value is not valid YAML: {err}", where=where, fix="quote it") from err
+    *parents, last = key.split(".")
+    place: Any = mapping
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise ConfigError(
+                f"`{parent}` holds a value, not a section", where=where, fix="set the whole section"
+            )
+    place[last] = value
+
+
+def _anchor(mapping: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
+    """Make a relative path absolute where it exists beside the config file."""
+    place: Any = mapping
+    for key in keys[:-1]:
+        place = place.get(key) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or not isinstance(place.get(keys[-1]), str):
+        return
+    value = Path(place[keys[-1]]).expanduser()
+    if not value.is_absolute() and (folder / value).exists():
+        place[keys[-1]] = str((folder / value).resolve())
+    elif value.exists():
+        place[keys[-1]] = str(value.resolve())
+
+
+def validate_mapping(cls: type[Model], mapping: Mapping[str, Any], where: str) -> Model:
+    """Validate a mapping as a config model, with all errors at once.
+
+    Args:
+        cls: the model.
+        mapping: plain values.
+        where: name of the source for messages.
+
+    Raises:
+        ConfigError: one per mistake; the first is raised and carries the others in `also`.
+    """
+    try:
+        return cls.model_validate(mapping)
+    except ValidationError as err:
+        raise config_error(cls, err, where) from err
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the config, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that `--set` takes, in the order of the config."""
+    return list(_keys(Config, ""))
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = next(iter(models_in(field.annotation)), None)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def starter_config(model: str, safety: str, finetune: str) -> str:
+    """A YAML file with every key, its default and its documentation; loads back as it is."""
+    given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
+    lines = [
+        "# yaml-language-server: $schema=arisk.schema.json",
+        "# (the editor's hint: `arisk schema > arisk.schema.json` beside this file)",
+        "# arisk check THIS_FILE && arisk run THIS_FILE",
+        "# Keys that are commented out show their defaults.",
+        "",
+    ]
+    rest = [name for name in Config.model_fields if name not in FIRST]
+    for name in (*FIRST, *rest):
+        field = Config.model_fields[name]
+        section = next(models_in(field.annotation))
+        if name in HEADINGS:
+            lines += [f"# ── {HEADINGS[name]} ──", ""]
+        lines.append(f"# {field.description}")
+        active = given.get(name, {})
+        lines.append(f"{name}:" if active else f"# {name}:")
+        lines += _section_lines(section, active)
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _section_lines(section: type[BaseModel], given: Mapping[str, Any]) -> Iterator[str]:
+    """Lines of one section: documented keys, those not given commented out."""
+    for name, field in section.model_fields.items():
+        doc = (field.description or "").replace("\n", " ")
+        if name in given:
+            yield f"  {name}: {_scalar(given[name])}  # {doc}"
+        else:
+            default = field.default
+            if isinstance(default, Section):
+                default = default.model_dump(mode="json")
+            shown = "…" if default is PydanticUndefined else _scalar(default)
+            yield f"  # {name}: {shown}  # {doc}"
+
+
+def _scalar(value: Any) -> str:
+    """One YAML scalar or flow value on one line."""
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()

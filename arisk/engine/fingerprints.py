@@ -1,0 +1,132 @@
+"""What a stage was computed from: digests of models, data files and code. No torch.
+
+Digests are sha256 of contents. A cache keyed by path, size, modification time and inode spares
+re-reading an unchanged 500 MB file; it only ever skips reading, it is never the truth itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from arisk.base.errors import InputError
+from arisk.config.plan import Config, data_sets
+
+__all__ = ["DigestCache", "file_digest", "input_fingerprints"]
+
+_CHUNK = 1 << 20
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class DigestCache:
+    """Digests of files that have not changed since they were last read.
+
+    Args:
+        path: JSON file of the cache; a damaged one is started anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+
+    def digest(self, path: Path) -> str:
+        """sha256 of the file, from the cache while size, time and inode are the same."""
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        held = self.known.get(str(path))
+        if held is None or held[:3] != mark:
+            held = [*mark, file_digest(path)]
+            self.known[str(path)] = held
+        return str(held[3])
+
+    def save(self) -> None:
+        """Write the cache where the folder exists and can be written; losing it costs only time."""
+        try:
+            if self.path.parent.is_dir():
+                self.path.write_text(json.dumps(self.known), encoding="utf-8")
+        except OSError:
+            return
+
+
+def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
+    """Fingerprints of everything a run reads, by config section.
+
+    Raises:
+        InputError: a file named in the config does not exist.
+    """
+    found: dict[str, Any] = {}
+    if config.model.source == "python":
+        found["model"] = _entry(str(config.model.entry), cache)
+    else:
+        found["model"] = _path_or_hub(str(config.model.path), "model.path", cache, config.model.revision)
+    if config.model.adapter is not None and config.model.adapter.path is not None:
+        adapter = str(config.model.adapter.path)
+        found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
+    for name, data in data_sets(config).items():
+        found[name] = _path_or_hub(data.path, f"{name}.path", cache, None)
+    return found
+
+
+def _path_or_hub(value: str, where: str, cache: DigestCache, revision: str | None) -> dict[str, Any]:
+    """Digests by relative name of a file or folder; a hub id stands for itself."""
+    path = Path(value).expanduser()
+    if path.is_file():
+        return {"sha256": cache.digest(path)}
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
+        return {str(file.relative_to(path)): cache.digest(file) for file in files}
+    if _looks_like_path(value):
+        raise InputError(
+            f"{value} does not exist",
+            where=where,
+            fix="check the path; relative paths are looked up beside the config file, then in the "
+            "working directory",
+        )
+    return {"hub": value, "revision": revision}
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _looks_like_path(value: str) -> bool:
+    """A hub id is `name` or `owner/name`; anything with a suffix, a dot or more slashes is a path."""
+    return (
+        value.startswith((".", "/", "~"))
+        or value.count("/") > 1
+        or Path(value).suffix
+        in {
+            ".jsonl",
+            ".json",
+            ".csv",
+            ".parquet",
+        }
+    )
+
+
+def _entry(entry: str, cache: DigestCache) -> dict[str, Any]:
+    """Digest of the source file behind `module:function` or `file.py:function`, where it is found."""
+    source, _, function = entry.rpartition(":")
+    path = Path(source)
+    if path.suffix != ".py":
+        try:
+            spec = importlib.util.find_spec(source)
+        except (ImportError, ValueError):
+            spec = None
+        path = Path(spec.origin) if spec and spec.origin else path
+    digest = cache.digest(path) if path.is_file() else None
+    return {"entry": source if digest is None else path.name, "function": function, "sha256": digest}

@@ -1,0 +1,143 @@
+"""One run in progress: its inputs, loaded when first needed, and the records made so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from arisk.anatomy.record import CollectResult
+from arisk.base import processes
+from arisk.base.artifacts import read_record
+from arisk.base.errors import ConfigError
+from arisk.config.plan import Config
+from arisk.engine.freshness import StageState
+from arisk.engine.rundir import RunDir
+
+if TYPE_CHECKING:
+    from arisk.anatomy.safety_side import SafetySide
+    from arisk.base.task import Task
+    from arisk.gradients import ParameterLayout
+
+__all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of"]
+
+REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
+
+
+class Display(Protocol):
+    """Who shows progress to a person."""
+
+    def planned(self, due: Sequence[str]) -> None:
+        """These stages will run, in this order."""
+
+    def start(self, stage: str, why: str) -> None:
+        """A stage begins, for this reason."""
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Part of the running stage is done."""
+
+    def finish(self, stage: str) -> None:
+        """A stage is committed."""
+
+    def skip(self, stage: str) -> None:
+        """A stage is fresh."""
+
+    def note(self, text: str) -> None:
+        """Something else to know, in one line."""
+
+    def interrupted(self) -> None:
+        """Ctrl-C."""
+
+    def failed(self) -> None:
+        """An error ends the run."""
+
+
+@dataclass
+class Job:
+    """One run in progress: inputs loaded when first needed, records kept as they are made.
+
+    `models` holds what `load_task` keeps for the runs after this one.
+    """
+
+    config: Config
+    rundir: RunDir
+    command: str
+    show: Display
+    states: Mapping[str, StageState]
+    records: dict[str, Any] = field(default_factory=dict[str, Any])
+    models: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @cached_property
+    def task(self) -> Task:
+        """The model with its data; loading is the slowest part of a short run."""
+        import torch
+
+        from arisk.models import load_task
+
+        if self.config.run.threads:
+            torch.set_num_threads(max(1, self.config.run.threads // processes.local_world()))
+        self.show.progress("loading model", 0, 1)
+        task = load_task(self.config, device=device_of(self.config.run.device), kept=self.models)
+        self.show.progress("loading model", 1, 1)
+        return task
+
+    def record(self, stage: str, cls: type[Any]) -> Any:
+        """A stage's record, from memory or verified from the disk."""
+        if stage not in self.records:
+            self.rundir.verify(stage, deep=True)
+            self.records[stage] = read_record(self.rundir.stage_dir(stage), cls)
+        return self.records[stage]
+
+    @property
+    def collected(self) -> CollectResult:
+        """The record of stage collect."""
+        return self.record("collect", CollectResult)
+
+    @cached_property
+    def layout(self) -> ParameterLayout:
+        """The selected parameters, from the artifact: needs no model."""
+        from arisk.gradients import ParameterLayout
+
+        held = self.collected
+        return ParameterLayout(
+            tuple(held.parameter_names),
+            tuple(tuple(shape) for shape in held.parameter_shapes),
+            tuple(held.modules),
+            tuple(held.module_of_parameter),
+        )
+
+    def stored(self) -> SafetySide | None:
+        """Products with the stored gradients; None when collect kept none."""
+        from arisk.anatomy.collect import GRADIENTS_FOLDER
+        from arisk.anatomy.safety_side import stored_side
+        from arisk.gradients import GradientStore
+
+        if self.collected.store != "gradients":
+            return None
+        store = GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
+        return stored_side(store, self.layout, memory=self.config.collect.memory_budget_gb * 1e9)
+
+
+def device_of(name: str) -> Any:
+    """The torch device; auto takes cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", processes.local_rank() % torch.cuda.device_count())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as err:
+        raise ConfigError(
+            f"the device {name!r} cannot be used: {str(err).splitlines()[0]}",
+            where="run.device",
+            fix="use `auto`, `cpu`, or a device this machine has",
+        ) from err
+    return device

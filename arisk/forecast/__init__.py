@@ -1,0 +1,1 @@
+"""Whether, and when: the rollout, the forecasters, the verdict, and what-if."""

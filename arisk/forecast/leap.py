@@ -1,0 +1,278 @@
+"""Blocks of real optimizer steps and the leaps between them: projective integration of a fine-tune.
+
+A block of q real steps gives the mean update d per unit learning rate. A leap stands for the next L
+steps and moves by x f (Σ η) d:
+
+* f, the distance correction. Over L steps a real run goes L g in its mean direction and √L σ at
+  random; L times a mean over q noisy batches goes too far. With S = ‖ḡ‖² − σ²/q, all lengths
+  measured with the optimizer's own scale, f² = (L²S + Lσ²) / (L²S + L²σ²/q), per tensor.
+* x, the speed. With r = ⟨g(end), d⟩ / ⟨ḡ, d⟩ the flow along d slows down exponentially:
+  x = (1 − e^{−a})/a with a = 1 − r; a run that overshoots a valley is pulled back, further where the
+  loss of a batch rises over the leap.
+
+Real steps afterwards damp what the leap stirred up. Source of the idea: Gear and Kevrekidis,
+projective methods for stiff differential equations (2003); the two corrections are this project's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.base.errors import NumericsError
+from arisk.forecast.rare import RareRows
+from arisk.training.loop import PlannedRun
+
+__all__ = ["Block", "Leaper"]
+
+#: A leap whose end is not finite is halved this often before the run counts as diverged.
+HALVINGS = 6
+#: Largest slow-down a single check may ask for (x ≥ 1/STIFFEST).
+STIFFEST = 20.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """What the last q real steps of a block showed, one tensor per parameter.
+
+    Attributes:
+        direction: mean update per unit learning rate.
+        mean: mean gradient ḡ. square: mean of squared gradients.
+        count: q. loss: mean training loss before those steps.
+        rare_share: share of the rare rows among those of the q steps; 0 where they are not known.
+        leaps: leaps made before it.
+    """
+
+    direction: list[Tensor]
+    mean: list[Tensor]
+    square: list[Tensor]
+    count: int
+    loss: float
+    rare_share: float = 0.0
+    leaps: int = 0
+
+
+class Leaper:
+    """Real blocks and leaps on a planned run.
+
+    Args:
+        run: the planned run; its model moves.
+        speed_control: check each leap with one gradient at its end.
+        distance_correction: shorten leaps along noisy directions.
+        rare: rows to be brought in with their true weight; None to leave that out.
+    """
+
+    def __init__(
+        self,
+        run: PlannedRun,
+        *,
+        speed_control: bool = True,
+        distance_correction: bool = True,
+        rare: RareRows | None = None,
+    ) -> None:
+        self.run = run
+        self.rare = rare
+        self.speed_control = speed_control
+        self.distance_correction = distance_correction
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Rows that real steps after a leap leave out, because leaps bring them in."""
+        return self.rare.members if self.rare else frozenset()
+
+    def real(self, done: int, count: int, seen: int, leaps: int = 0) -> Block:
+        """Steps done + 1 … done + count after so many leaps; the last `seen` describe the block.
+
+        Raises:
+            NumericsError: the training loss is not finite.
+        """
+        parameters = self.run.parameters
+        seen = min(seen, count)
+        anchor: list[Tensor] = []
+        mean: list[Tensor] = []
+        square: list[Tensor] = []
+        losses: list[float] = []
+        for i in range(count):
+            if i == count - seen:
+                anchor = [p.detach().clone() for p in parameters]
+            losses.append(self.run.step(done + i + 1))
+            if i < count - seen:
+                continue
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            if not mean:
+                mean = [g.clone() for g in gradients]
+                square = [g.square() for g in gradients]
+            else:
+                for total, squares, gradient in zip(mean, square, gradients, strict=True):
+                    total.add_(gradient)
+                    squares.addcmul_(gradient, gradient)
+        for total in (*mean, *square):
+            total.div_(seen)
+        rate = sum(self.run.rates[done + count - seen : done + count])
+        with torch.no_grad():
+            direction = [(p - a).div_(rate or 1.0) for p, a in zip(parameters, anchor, strict=True)]
+        rare = 0.0
+        if self.rare and not self.run.stream.without:
+            rare = self.rare.share_seen(done + count - seen + 1, done + count)
+        loss = sum(losses[-seen:]) / seen
+        return Block([d.detach() for d in direction], mean, square, seen, loss, rare, leaps)
+
+    def leap(self, block: Block, done: int, length: int) -> float:
+        """Stand in for steps done + 1 … done + length; returns the share x of the way that was kept.
+
+        Raises:
+            NumericsError: the loss is not finite even after a short part of the leap.
+        """
+        rate = sum(self.run.rates[done : done + length])
+        factors = self._distance_factors(block, length)
+        way = [d * (f * rate) for d, f in zip(block.direction, factors, strict=True)]
+        share, left = 1.0, 1.0
+        if self.speed_control:
+            before = self.run.loss(done + length)
+            self._move(way, 1.0)
+            share, left = self._checked(block, way, done + length, before)
+        else:
+            self._move(way, 1.0)
+        self._age_state(block, length, left)
+        if self.rare is not None:
+            inner = sum(self.run.rates[done + length : done + length + block.count])
+            self._bring_in(self.rare, block, length + block.count, rate + inner)
+        return share
+
+    def _bring_in(self, rare: RareRows, block: Block, length: int, rate: float) -> None:
+        """Move by what the rare rows add to the leap, less where their loss falls less than it would.
+
+        Their share of the second moments is added first: a step along a coordinate that only rare
+        rows move would otherwise be far too long.
+        """
+        if block.rare_share == 1:
+            return  # Nothing but rare rows was seen: there is no ordinary gradient to correct from.
+        missing = rare.share - block.rare_share
+        weight = missing / (1 - block.rare_share)
+        gradient, loss = rare.gradient(block.leaps)
+        clipped = rare.kept_by_clipping(block.mean, gradient)
+        beta = self.run.training.betas[1]
+        momentum = self.run.training.momentum if self.run.training.optimizer == "sgd" else 0.0
+        way: list[Tensor] = []
+        for parameter, mean, pull in zip(self.run.parameters, block.mean, gradient, strict=True):
+            state = self.run.optimizer.state[parameter]
+            if "exp_avg_sq" in state and missing > 0:
+                seen = (1 - beta**length) * missing / rare.step_rows
+                state["exp_avg_sq"].addcmul_(pull, pull, value=seen)
+            step = (pull * clipped - mean) * self._scale(parameter).sqrt()
+            way.append(step * (-rate * weight / (1 - momentum)))
+        self._move(way, 1.0)
+        expected = sum(float((g * w).sum()) for g, w in zip(gradient, way, strict=True))
+        if expected < 0:
+            fallen = (rare.loss(block.leaps) - loss) / expected
+            slowing = min(max(2 * (1 - fallen), 0.0), STIFFEST) if math.isfinite(fallen) else STIFFEST
+            self._move(way, _kept(slowing) - 1)
+
+    def _move(self, way: list[Tensor], share: float) -> None:
+        with torch.no_grad():
+            for parameter, part in zip(self.run.parameters, way, strict=True):
+                parameter.add_(part, alpha=share)
+
+    def _checked(self, block: Block, way: list[Tensor], number: int, before: float) -> tuple[float, float]:
+        """Pull back along the way by what the gradient at its end says.
+
+        Where the loss of one and the same batch rose over the leap, the way led out of the valley:
+        its slope at the start is then read off that batch, as the parabola through both losses and
+        the end's slope has it, and a way that leads uphill from the start is all but taken back.
+
+        Args:
+            block: the steps the way was made from.
+            way: the whole leap.
+            number: the step whose batch checks it.
+            before: loss of that batch at the start of the leap.
+
+        Returns:
+            The share x of the way that is kept, and the share e^{−a} of the slope left there.
+        """
+        share = 1.0
+        for _ in range(HALVINGS):
+            try:
+                after = self.run.gradient(number)
+                break
+            except NumericsError:
+                share /= 2
+                self._move(way, -share)
+        else:
+            raise NumericsError(
+                f"the virtual run diverges before step {number}",
+                where=f"rollout: step {number}",
+                fix="lower `training.learning_rate`, or set `training.max_grad_norm`",
+            )
+        start = sum(float((g * w).sum()) for g, w in zip(block.mean, way, strict=True))
+        end = sum(
+            float((p.grad * w).sum())
+            for p, w in zip(self.run.parameters, way, strict=True)
+            if p.grad is not None
+        )
+        if after > before:
+            # The parabola through both losses and the end's slope; uphill from the start: 0 or more.
+            start = 2 * (after - before) / share - end
+            slowing = STIFFEST if start >= 0 else _slowing(start, end)
+        elif start >= 0 or not math.isfinite(end):
+            return share, 1.0
+        else:
+            slowing = _slowing(start, end)
+        kept = _kept(slowing)
+        self._move(way, share * (kept - 1))
+        return share * kept, math.exp(-slowing)
+
+    def _distance_factors(self, block: Block, length: int) -> list[float]:
+        """F of every tensor; 1 with a single batch, whose noise cannot be seen."""
+        if not self.distance_correction or block.count < 2:
+            return [1.0] * len(block.mean)
+        factors: list[float] = []
+        for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
+            weight = self._scale(parameter)
+            signal = float((mean.square() * weight).sum())
+            total = float((square * weight).sum())
+            noise = max(0.0, (total - signal) * block.count / (block.count - 1))
+            signal = max(0.0, signal - noise / block.count)
+            far = length**2 * (signal + noise / block.count)
+            real = length**2 * signal + length * noise
+            factors.append(min(1.0, math.sqrt(real / far)) if far > 0 else 1.0)
+        return factors
+
+    def _scale(self, parameter: Tensor) -> Tensor:
+        """D²: the optimizer's squared step per unit gradient."""
+        state = self.run.optimizer.state[parameter]
+        if "exp_avg_sq" not in state:
+            return torch.ones((), dtype=parameter.dtype, device=parameter.device)
+        beta = self.run.training.betas[1]
+        second = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
+        return second.sqrt_().add_(self.run.training.eps).square_().reciprocal_()
+
+    def _age_state(self, block: Block, length: int, left: float) -> None:
+        """Moments and step count as if the block's mean gradient had been seen `length` times more.
+
+        A heavy ball arrives with what is left of its slope: with its full speed of the start it
+        would shoot out of a valley that speed control has just found.
+        """
+        beta1, beta2 = self.run.training.betas
+        momentum = self.run.training.momentum
+        for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
+            state = self.run.optimizer.state[parameter]
+            if "exp_avg" in state:
+                state["exp_avg"].lerp_(mean, 1 - beta1**length)
+                state["exp_avg_sq"].lerp_(square, 1 - beta2**length)
+                state["step"] += length
+            elif state.get("momentum_buffer") is not None:
+                kept = momentum**length
+                state["momentum_buffer"].mul_(kept).add_(mean, alpha=left * (1 - kept) / (1 - momentum))
+
+
+def _slowing(start: float, end: float) -> float:
+    """Exponent a of a slope that falls from `start` to `end` over the leap, both along the way."""
+    return min(max(1 - end / start, 0.0), STIFFEST)
+
+
+def _kept(slowing: float) -> float:
+    """(1 − e^{−a})/a, the share of the way a flow covers whose slope falls as e^{−a}."""
+    return -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0

@@ -1,0 +1,255 @@
+"""The forecast fan: every forecaster's curve, how far each is trusted, the threshold, and the truth."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, threshold_line
+from arisk.report.text import collapse_text, number, percent
+from arisk.report.worth import worth_line, worth_rows
+from arisk.verification.page import measured_trace
+from arisk.verification.truth import Comparison
+
+__all__ = ["STYLE", "forecast_fan"]
+
+#: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
+STYLE = {
+    "bound": ("#8a8a8a", "dot"),
+    "local": ("#0072B2", "dash"),
+    "ray": ("#B8860B", "longdash"),
+    "pilot": ("#CC79A7", "dashdot"),
+    "rollout": ("#009E73", "solid"),
+    "combined": ("#D55E00", "solid"),
+}
+#: Opacity of a line beyond its trust horizon.
+FADED = 0.35
+#: The axis ends at four thresholds, or where the line to read and the truth do, but at twelve at most.
+LEAST_TOP, MOST_TOP = 4, 12
+
+EQUATION = """rollout: measured L_s(θ_k) − L_s(θ*) along the virtual run
+pilot: outputs extrapolated, z₀ + (z_k − z₀)(τ/τ_k)^p
+combined: their mean in log space, the pilot's weight ∝ τ_pilot/τ
+local: ⟨ḡ_s, δ_k⟩ + ½ δ_kᵀF δ_k
+ray: measured L_s(θ* + x_k u) − L_s(θ*)
+bound: ½ max(½ γ̂t² − ε̂t, 0)²"""
+
+
+def forecast_fan(
+    forecast: ForecastResult, measured: RolloutResult, check: Comparison | None = None
+) -> Figure:
+    """Every forecaster's curve, the interval of the one to read, threshold, trust horizons, and the truth."""
+    shown = {name: curve for name, curve in forecast.forecasters.items() if curve.status == "measured"}
+    leading = "combined" if "combined" in shown else forecast.verdict.basis
+    lead = shown.get(leading)
+    order = [*(name for name in STYLE if name in shown), *(name for name in shown if name not in STYLE)]
+    data: list[dict[str, Any]] = []
+    # The one to read is drawn last, above all others.
+    for name in sorted(order, key=lambda name: name == leading):
+        data += _fan(name, shown[name], leads=name == leading)
+    if check is not None:
+        data.append(measured_trace(check))
+    if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
+        data.append(_collapse(lead, forecast))
+    truth = " The line with points is the real fine-tune." if check else ""
+    return Figure(
+        "forecast",
+        "Forecast",
+        data,
+        _layout(forecast, measured, shown, lead, check),
+        "Each line is one forecaster's mean safety loss along the planned run. Read the thick one; its band "
+        f"is the {forecast.confidence:.0%} interval over safety samples and what the method is known to get "
+        "wrong. Safety has collapsed where a line reaches the dotted threshold. A ring marks how far a "
+        "forecaster is trusted; beyond it its line is faded. The lower bound is no forecast."
+        f"{truth}",
+        EQUATION,
+        ["forecaster", "collapse", "P", "rise at the end", "trusted until", *_WORTH, "note"],
+        [_row(name, curve) for name, curve in forecast.forecasters.items()],
+        None if data else "no forecaster has a curve",
+        says=_says(lead, forecast),
+        worth=f"{worth_line(leading, leading)} The others: last columns of the table below.",
+    )
+
+
+_WORTH = ("worth: ρ", "AUC", "× step", "called safe", "false alarms")
+
+
+def _row(name: str, curve: Curve) -> list[str]:
+    return [
+        name,
+        collapse_text(curve),
+        percent(curve.probability) if curve.kind == "forecast" else "–",
+        number(curve.median[-1] if curve.median else None),
+        "–" if curve.kind == "bound" else number(curve.trusted_until, 6),
+        *worth_rows().get(name, ("–",) * len(_WORTH)),
+        curve.reason or "; ".join(curve.notes),
+    ]
+
+
+def _says(lead: Curve | None, forecast: ForecastResult) -> str:
+    """How the line to read goes, in one sentence."""
+    if lead is None or not lead.median:
+        return ""
+    peak = max((v for v in lead.median if math.isfinite(v)), default=math.nan)
+    at = lead.steps[lead.median.index(peak)] if math.isfinite(peak) else None
+    crosses = (
+        f"stays below +{forecast.threshold:g} nats/token for all {lead.horizon} steps"
+        if lead.collapse_step is None
+        else f"reaches +{forecast.threshold:g} nats/token at step {lead.collapse_step} of {lead.horizon}"
+    )
+    top = "" if at is None else f" and peaks at {peak:+.2g} (step {at})".replace("-", "−")
+    return f"The {lead.name} forecast {crosses}{top}."
+
+
+def _layout(
+    forecast: ForecastResult,
+    measured: RolloutResult,
+    shown: Mapping[str, Curve],
+    lead: Curve | None,
+    check: Comparison | None,
+) -> dict[str, Any]:
+    horizon, threshold = forecast.verdict.horizon, forecast.threshold
+    marks = [(horizon, f"planned end, {horizon}")]
+    if lead is not None and lead.trusted_until is not None and 0 < lead.trusted_until < horizon:
+        marks.append((lead.trusted_until, f"{lead.name} trusted until {lead.trusted_until}"))
+    if measured.status == "measured" and 0 < measured.pilot_steps < horizon:
+        marks.append((measured.pilot_steps, f"pilot ends at {measured.pilot_steps}"))
+    lines = [
+        threshold_line(threshold, lead.collapse_step if lead else None, horizon),
+        *step_lines(marks, horizon),
+    ]
+    layout = axes(
+        "optimizer step",
+        "change of safety loss (nats / response token)",
+        shapes=[line["shape"] for line in lines],
+        annotations=[line["annotation"] for line in lines],
+        hovermode="x unified",
+        legend=LEGEND,
+    )
+    if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
+        layout["annotations"].append(_collapse_label(lead.collapse_step, threshold, horizon))
+    layout["xaxis"].update(range=[-0.01 * horizon, 1.01 * horizon], zeroline=False)
+    layout["yaxis"]["range"] = _range(threshold, shown, [lead.median if lead else [], _real(check)])
+    return layout
+
+
+def _real(check: Comparison | None) -> Sequence[float]:
+    return check.safety_curve if check else []
+
+
+def _range(threshold: float, shown: Mapping[str, Curve], whole: Sequence[Sequence[float]]) -> list[float]:
+    """Axis ends: `whole` curves are seen to their top if that leaves the threshold readable."""
+    every = [v for curve in shown.values() for v in curve.median if math.isfinite(v)]
+    highest = max((v for values in whole for v in values if math.isfinite(v)), default=0.0)
+    top = min(max(LEAST_TOP * threshold, 1.15 * highest), MOST_TOP * threshold)
+    top = min(top, 1.15 * max([threshold, highest, *every]))
+    lowest = max(min([0.0, *every]), -top)
+    return [1.1 * lowest - 0.05 * top, top]
+
+
+def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
+    """The line of one forecaster, faded beyond its trust; the leading one is thick and has its band."""
+    colour, dash = STYLE.get(name, ("#56B4E9", "solid"))
+    steps = list(curve.steps)
+    traces: list[dict[str, Any]] = []
+    if leads and curve.kind == "forecast":
+        hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
+        band = {"fill": "tonexty", "fillcolor": f"{colour}30"}
+        traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
+    label = "lower bound" if curve.kind == "bound" else name
+    line = {"color": colour, "dash": dash, "width": 4 if leads else 1.8}
+    base = {
+        "type": "scatter",
+        "mode": "lines",
+        "line": line,
+        "legendgroup": name,
+        "hovertemplate": "%{y:.3g}",
+    }
+    until = curve.horizon if curve.trusted_until is None else curve.trusted_until
+    near, far = _split(steps, list(curve.median), until)
+    traces.append({**base, "name": label, "x": near[0], "y": clean(near[1])})
+    if far[0]:
+        ring = {"symbol": "circle-open", "size": 9, "color": colour, "line": {"width": 2}}
+        aside = {"showlegend": False, "legendgroup": name}
+        traces.append(
+            {
+                **base,
+                **aside,
+                "name": f"{label}, not trusted",
+                "x": far[0],
+                "y": clean(far[1]),
+                "opacity": FADED,
+            }
+        )
+        end = {
+            "x": far[0][:1],
+            "y": clean(far[1][:1]),
+            "mode": "markers",
+            "marker": ring,
+            "hoverinfo": "skip",
+        }
+        traces.append({"type": "scatter", "name": f"{label}, end of trust", **aside, **end})
+    return traces
+
+
+def _split(
+    steps: list[int], values: list[float], until: int
+) -> tuple[tuple[list[int], list[float]], tuple[list[int], list[float]]]:
+    """A curve up to a step and from it on, the value there between its neighbours; the rest may be empty."""
+    if not steps or until >= steps[-1]:
+        return (steps, values), ([], [])
+    cut = bisect.bisect_right(steps, until)
+    before, after = steps[cut - 1], steps[cut]
+    share = (until - before) / (after - before)
+    at = values[cut - 1] + share * (values[cut] - values[cut - 1])
+    kept = slice(0, cut - 1 if before == until else cut)
+    return ([*steps[kept], until], [*values[kept], at]), ([until, *steps[cut:]], [at, *values[cut:]])
+
+
+def _collapse_label(step: int, threshold: float, horizon: int) -> dict[str, Any]:
+    """The step in words, below the threshold and away from the curve, which rises there."""
+    early = step < horizon / 2
+    return {
+        "text": f"<b>collapse at step {step}</b>",
+        "x": step,
+        "y": threshold,
+        "ax": 26 if early else -26,
+        "ay": 24,
+        "xanchor": "left" if early else "right",
+        "showarrow": True,
+        "arrowwidth": 1.2,
+        "arrowhead": 0,
+        "standoff": 5,
+        "arrowcolor": "ink",
+    }
+
+
+def _collapse(lead: Curve, forecast: ForecastResult) -> dict[str, Any]:
+    """The collapse step as a mark on the threshold, its interval as a whisker."""
+    step = lead.collapse_step or 0
+    low, high = lead.collapse_interval or (step, step)
+    ends = [lead.horizon if end is None else end for end in (low, high)]
+    return {
+        "type": "scatter",
+        "name": "collapse",
+        "mode": "markers",
+        "x": [step],
+        "y": [forecast.threshold],
+        "marker": {"symbol": "diamond", "size": 12, "color": "ink"},
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [max(0, ends[1] - step)],
+            "arrayminus": [max(0, step - ends[0])],
+            "color": "ink",
+            "thickness": 2,
+            "width": 6,
+        },
+        "showlegend": False,
+        "cliponaxis": False,
+        "hovertemplate": f"{ends[0]} to {'beyond the plan' if high is None else ends[1]}",
+    }

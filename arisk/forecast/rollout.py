@@ -1,0 +1,266 @@
+"""Stage rollout: safety measured along an accelerated virtual run of the planned fine-tune.
+
+The run starts with a pilot of real optimizer steps and goes on in segments: a leap that stands for
+many steps, then a few real ones (`arisk.forecast.leap`). At the end of every segment each safety and
+control sample is measured. Cost: O(log T) gradients. The model is put back to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arisk.anatomy.probe import sample_losses
+from arisk.base.errors import NumericsError
+from arisk.base.processes import barrier, gathered, is_first, share, world
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Batch, RowBatches, SampleSet, Task
+from arisk.config.plan import RolloutConfig, TrainingConfig
+from arisk.forecast.leap import Block, Leaper
+from arisk.forecast.rare import RareRows
+from arisk.forecast.record import RolloutResult
+from arisk.forecast.run_state import Pauses, Track, load_state, save_state
+from arisk.forecast.segments import planned_points
+from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
+from arisk.gradients.outputs import losses_between, outputs_of
+from arisk.training.loop import PlannedRun, keeping_parameters, put
+from arisk.training.schedules import learning_rates
+
+__all__ = ["limited", "rollout", "skipped_rollout"]
+
+#: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
+SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
+
+
+def skipped_rollout(reason: str) -> RolloutResult:
+    """The record of a rollout that was not asked for."""
+    empty = torch.zeros(0, 0, dtype=torch.float64)
+    return RolloutResult(
+        status="skipped",
+        reason=reason,
+        horizon=0,
+        pilot_steps=0,
+        steps=[],
+        safety=empty,
+        control=None,
+        finetune_loss=[],
+        kept_share=[],
+        flow_time=[],
+        diverged_at=None,
+        scales=[],
+        extrapolated=None,
+        gradient_evaluations=0,
+        safety_passes=0,
+        warnings=[],
+    )
+
+
+def rollout(
+    task: Task,
+    *,
+    config: RolloutConfig,
+    training: TrainingConfig,
+    steps: int,
+    workspace: Path | None = None,
+    progress: Progress = silent,
+) -> RolloutResult:
+    """Measure safety and control losses along the virtual run of `steps` optimizer steps.
+
+    Args:
+        task: model and data; the model is left as found.
+        config: pilot, segments, samples.
+        training: the planned recipe.
+        steps: planned optimizer steps T.
+        workspace: folder for the state of an unfinished run; None keeps none.
+        progress: told of gradient evaluations done.
+
+    Raises:
+        NumericsError: the safety loss at the aligned point is not finite.
+        InputError: a data set gives no batch.
+    """
+    layout = layout_of(task.model, task.parameter_names)
+    rates = learning_rates(
+        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
+    )
+    with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
+        walk = _Walk(task, layout, config, training, rates, start, progress)
+        walk.resume(workspace)
+        walk.run(workspace)
+    return walk.result()
+
+
+class _Walk:
+    """One rollout under way."""
+
+    def __init__(
+        self,
+        task: Task,
+        layout: ParameterLayout,
+        config: RolloutConfig,
+        training: TrainingConfig,
+        rates: Tensor,
+        start: Sequence[Tensor],
+        progress: Progress,
+    ) -> None:
+        self.task = task
+        self.config = config
+        self.start = start
+        self.progress = progress
+        self.horizon = len(rates)
+        self.pilot, self.points = planned_points(self.horizon, config)
+        self.planned = PlannedRun(task, layout, training, rates)
+        self.leaper = Leaper(
+            self.planned,
+            speed_control=config.speed_control,
+            distance_correction=config.distance_correction,
+            rare=self._rare_rows(),
+        )
+        device = self.planned.stream.device
+        self.safety = limited(task.safety, config.eval_samples, device)
+        self.control = limited(task.control, config.control_samples, device) if task.control else []
+        self.track = Track()
+        self.block: Block | None = None
+        self.pauses = Pauses()
+
+    def _rare_rows(self) -> RareRows | None:
+        """The stratum of rare rows, where leaps will need it and the data can be regrouped."""
+        batches = self.task.finetune.batches
+        leaps = self.points[-1] > self.pilot
+        if not (self.config.rare_rows and leaps and isinstance(batches, RowBatches)):
+            return None
+        found = RareRows(self.planned, batches)
+        return found if found.rows else None
+
+    def resume(self, workspace: Path | None) -> None:
+        """Go on from a saved state, or measure the start."""
+        found = load_state(workspace, self.planned) if workspace else None
+        barrier()  # No rank may save before every one has read.
+        if found is not None:
+            self.track, self.block = found
+            return
+        self.measure(0, float("nan"), 1.0)
+        if not bool(torch.isfinite(self.track.safety[0]).all()):
+            raise NumericsError(
+                "the safety loss of the aligned model is not finite",
+                where="rollout: step 0",
+                fix="check the safety rows, or load the model in float32",
+            )
+
+    def run(self, workspace: Path | None) -> None:
+        """All segments that are left; a divergence ends the walk and is recorded."""
+        total = self.pilot + (len(self.points) - self.points.index(self.pilot) - 1) * (
+            self.config.batches_per_segment + 1
+        )
+        for end in self.points:
+            done = self.track.steps[-1]
+            if end <= done:
+                continue
+            self.progress("rollout", min(self.planned.gradient_evaluations, total), total)
+            try:
+                self.segment(done, end)
+            except NumericsError:
+                self.track.diverged_at = done + 1
+                break
+            if workspace and is_first() and self.pauses.over():
+                with self.pauses.saving():
+                    save_state(workspace, self.planned, self.track, self.block)
+        self.progress("rollout", total, total)
+
+    def segment(self, done: int, end: int) -> None:
+        """Leap where there is room for one, then real steps to `end`, then measure."""
+        inner = self.config.batches_per_segment
+        length, share = end - done - inner, 1.0
+        leaps = self.block.leaps if self.block is not None else 0
+        if end > self.pilot and length > 0 and self.block is not None:
+            self.planned.stream.without = self.leaper.left_out
+            share = self.leaper.leap(self.block, done, length)
+            done, leaps = done + length, leaps + 1
+        self.block = self.leaper.real(done, end - done, inner, leaps)
+        self.planned.stream.without = frozenset()
+        self.measure(end, self.block.loss, share)
+        if end == self.pilot and end < self.horizon:
+            self.track.extrapolated = self.extrapolate()
+
+    def measure(self, step: int, finetune_loss: float, share: float) -> None:
+        """Record every sample's loss here."""
+        track = self.track
+        track.steps.append(step)
+        track.finetune_loss.append(finetune_loss)
+        track.kept_share.append(share)
+        track.safety.append(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn))
+        if self.control and self.task.control is not None:
+            track.control.append(sample_losses(self.task.model, self.control, self.task.control.loss_fn))
+
+    def extrapolate(self) -> Tensor | None:
+        """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
+        loss_fn, model = self.task.safety.loss_fn, self.task.model
+        parts: list[Tensor | None] = []
+        for number in share(len(self.safety)):
+            batch = self.safety[number]
+            last = outputs_of(model, batch, loss_fn)
+            with self.at_start():
+                first = outputs_of(model, batch, loss_fn)
+            known = first is not None and last is not None
+            parts.append(losses_between(model, batch, loss_fn, first, last, SCALES) if known else None)
+            if parts[-1] is None and world() == 1:
+                return None
+        found = [part for part in gathered(parts, len(self.safety)) if part is not None]
+        return torch.cat(found) if len(found) == len(self.safety) else None
+
+    @contextmanager
+    def at_start(self) -> Generator[None]:
+        """The aligned parameters for a moment."""
+        parameters = self.planned.parameters
+        here = [p.detach().clone() for p in parameters]
+        put(parameters, self.start)
+        yield
+        put(parameters, here)
+
+    def result(self) -> RolloutResult:
+        """The record: changes against the start."""
+        track = self.track
+        safety = torch.stack(track.safety, dim=1)
+        control = torch.stack(track.control, dim=1) if track.control else None
+        return RolloutResult(
+            status="measured",
+            reason=None,
+            horizon=self.horizon,
+            pilot_steps=self.pilot,
+            steps=track.steps,
+            safety=safety - safety[:, :1],
+            control=None if control is None else control - control[:, :1],
+            finetune_loss=track.finetune_loss,
+            kept_share=track.kept_share,
+            flow_time=[float(sum(self.planned.rates[:step])) for step in track.steps],
+            diverged_at=track.diverged_at,
+            scales=list(SCALES) if track.extrapolated is not None else [],
+            extrapolated=None if track.extrapolated is None else track.extrapolated - safety[:, :1],
+            gradient_evaluations=self.planned.gradient_evaluations,
+            safety_passes=len(track.steps),
+            warnings=self.warnings(),
+        )
+
+    def warnings(self) -> list[str]:
+        """Sentences for the report."""
+        found: list[str] = []
+        if self.task.control is None:
+            found.append("No control data: a general drift cannot be told from a loss of safety.")
+        if self.track.diverged_at is not None:
+            found.append(f"The virtual run diverges after step {self.track.steps[-1]}.")
+        return found
+
+
+def limited(samples: SampleSet, limit: int | None, device: torch.device) -> list[Batch]:
+    """Batches until `limit` rows are reached (whole batches); None for all of them."""
+    kept: list[Batch] = []
+    rows = 0
+    for batch in samples.batches:
+        kept.append(move_batch(batch, device))
+        rows += batch_size(batch)
+        if limit is not None and rows >= limit:
+            break
+    return kept

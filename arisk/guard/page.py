@@ -1,0 +1,276 @@
+"""Protected fine-tunes on the page: what protection costs and what it brings, in words, table and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arisk.config.plan import Config
+from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
+from arisk.report.extra import Extra
+from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.section import esc, listed, table
+from arisk.report.text import NOT_MEASURED, number, percent
+
+__all__ = ["guard_extra", "guard_findings"]
+
+#: Colours and marks by method, told apart without colour as well.
+LOOK = {
+    "plain": ("ink", "star", "solid"),
+    "alignguard": ("#0072B2", "circle", "solid"),
+    "ewc": ("#E69F00", "square", "dash"),
+    "projection": ("#CC79A7", "diamond", "dot"),
+    "replay": ("#009E73", "triangle-up", "dashdot"),
+}
+#: A change of the safety loss against plain is told from noise from this many standard errors.
+ERRORS = 2.0
+
+
+def guard_extra(result: GuardResult, config: Config) -> Extra:
+    """Section, figures, findings and summary of stage guard.
+
+    Args:
+        result: the arms.
+        config: its limits and threshold decide the recommendation.
+    """
+    body = guard_summary(
+        result,
+        threshold=config.forecast.collapse_threshold,
+        tolerated=config.guard.tolerated_task_loss,
+        wanted=config.guard.wanted_drift,
+        markers=config.verify.refusal_markers,
+    )
+    return Extra(
+        "guard",
+        _section(result, body),
+        figures=[_pareto(result, body), _curves(result, body)],
+        summary=body,
+        markdown=_markdown(body),
+        findings=[f"Protection: {sentence}" for sentence in guard_findings(result, body)],
+        advice=[f"Train with protection: {body['sentence']}"] if body["recommended"] else [],
+    )
+
+
+def guard_findings(result: GuardResult, body: Mapping[str, Any]) -> list[str]:
+    """Sentences by fixed rules: the recommendation, then one each per method.
+
+    A method's best arm is its arm with the lowest safety drift among those within the task limit, or, where
+    none is, the one with the lowest task cost.
+    """
+    plain = result.plain
+    found = [str(body["sentence"])]
+    if plain.diverged_at is not None or body["rule"] == "nothing to protect":
+        return found
+    for method in dict.fromkeys(arm.method for arm in result.arms[1:]):
+        arms = [arm for arm in result.arms if arm.method == method]
+        whole = [arm for arm in arms if arm.diverged_at is None]
+        if not whole:
+            found.append(f"{method}: no arm reached its last step.")
+            continue
+        within = [arm for arm in whole if task_cost(arm, plain) <= body["tolerated_task_loss"]]
+        if within:
+            best = min(within, key=lambda arm: arm.safety[-1])
+            found.append(_told(best, plain))
+        else:
+            best = min(whole, key=lambda arm: task_cost(arm, plain))
+            more = percent(task_cost(best, plain))
+            found.append(
+                f"{method}: no arm stays within the task limit; {best.label}, the nearest, costs {more} more "
+                f"task loss and keeps {percent(drift_share(best, plain))} of the plain drift."
+            )
+    return found
+
+
+def _told(arm: Arm, plain: Arm) -> str:
+    """What an arm within the task limit brings; a difference inside the noise is none."""
+    change = arm.safety[-1] - plain.safety[-1]
+    cost = percent(task_cost(arm, plain))
+    error = paired_error(arm, plain)
+    if math.isfinite(error) and abs(change) < ERRORS * error:
+        return f"{arm.label}: no difference of the safety drift beyond its error (± {number(error, 2)} nats)."
+    if change > 0:
+        return f"{arm.label}: more safety drift than plain ({number(change)} nats), at {cost} task loss."
+    return f"{arm.label}: {percent(drift_share(arm, plain))} of the plain drift at {cost} more task loss."
+
+
+def _section(result: GuardResult, body: Mapping[str, Any]) -> str:
+    held = "held out" if result.heldout else "NOT held out: the protections use the same rows"
+    trained = NOT_MEASURED if result.trained_rows is None else str(result.trained_rows)
+    notes = [f"{arm.label}: {arm.note}" for arm in result.arms[1:]]
+    return (
+        '<section id="guard"><h2>Protected fine-tunes</h2>'
+        f"<p><b>{esc(body['sentence'])}</b></p>"
+        '<p class="reading"><b>How to read this.</b> The plan was really carried out once per arm, from the '
+        "same model on the same batches, on a copy in memory. Safety drift is the change of the mean loss of "
+        f"{result.safety_rows} safe responses ({held}). Task loss is the mean loss of {result.task_rows} "
+        f"{esc(result.task_source)} ({esc(trained)} of them trained on). An arm is recommended when its "
+        f"drift is at most {percent(body['wanted_drift'])} of the plain arm's and its task loss at most "
+        f"{percent(body['tolerated_task_loss'])} above; of those the one with the least drift. The strength "
+        "of alignguard and ewc is the penalty’s gradient norm over the task’s, set after "
+        "a few plain steps; that of replay is λ itself. CPU time counts optimizer steps, without set-up. "
+        "One run per arm is one draw.</p>"
+        '<p class="equation">alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_j − θ*_j)² · projection: '
+        "g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety</p>"
+        f"{table(HEADER, [_row(arm, result.plain, body) for arm in result.arms])}"
+        f"<p>{esc(_refusals_said(body))}</p>"
+        f"{listed('What each arm guards', notes)}{listed('About these runs', result.warnings)}"
+        "<details><summary>Penalty terms and gradient norms at the last step</summary>"
+        f"{table(('arm', 'value', 'mean over the last steps'), _terms(result))}</details></section>"
+    )
+
+
+HEADER = (
+    *("arm", "safety drift", "of plain", "highest", "refuses", "control drift", "task loss"),
+    *("against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
+)
+
+
+def _refusals_said(body: Mapping[str, Any]) -> str:
+    """What the refusals are counted on, or why they are not."""
+    if body["refusals_missing"]:
+        return f"Refusals: {NOT_MEASURED} ({body['refusals_missing']})."
+    return (
+        f"Refusals: greedy answers to {body['answered_prompts']} safety prompts after the last step, told by "
+        "their opening (verify.refusal_markers); the aligned model refuses "
+        f"{body['aligned_refusals']} of them."
+    )
+
+
+def _refuses(label: str, body: Mapping[str, Any]) -> str:
+    count = next(arm["refusals"] for arm in body["arms"] if arm["label"] == label)
+    return NOT_MEASURED if count is None else f"{count} of {body['answered_prompts']}"
+
+
+def _row(arm: Arm, plain: Arm, body: Mapping[str, Any]) -> list[str]:
+    label = arm.label + (" (recommended)" if arm.label == body["recommended"] else "")
+    if arm.diverged_at is not None:
+        return [label, f"{ending(arm.diverged_at)}: {arm.reason}", *["–"] * (len(HEADER) - 2)]
+    cost = arm.cpu_seconds / plain.cpu_seconds if plain.cpu_seconds else math.nan
+    return [
+        label,
+        number(arm.safety[-1]),
+        percent(drift_share(arm, plain)),
+        number(max(arm.safety)),
+        _refuses(arm.label, body),
+        number(arm.control[-1]) if arm.control else NOT_MEASURED,
+        number(arm.task[-1], 4),
+        percent(task_cost(arm, plain)),
+        number(arm.surprising[-1]) if arm.surprising else "–",
+        f"× {number(cost)}",
+        number(arm.setup_seconds),
+    ]
+
+
+def _terms(result: GuardResult) -> list[list[str]]:
+    return [
+        [arm.label, name, number(next((v for v in reversed(values) if math.isfinite(v)), None))]
+        for arm in result.arms
+        for name, values in arm.terms.items()
+    ]
+
+
+def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
+    """Task loss against safety drift, one point per arm."""
+    whole = [arm for arm in result.arms if arm.diverged_at is None]
+    plain = result.plain
+    data: list[dict[str, Any]] = []
+    for method in dict.fromkeys(arm.method for arm in whole):
+        arms = [arm for arm in whole if arm.method == method]
+        colour, symbol, _ = LOOK.get(method, ("#8a8a8a", "cross", "solid"))
+        data.append(
+            {
+                "type": "scatter",
+                "name": method,
+                "mode": "markers+text",
+                "x": clean([100 * task_cost(arm, plain) for arm in arms]),
+                "y": clean([arm.safety[-1] for arm in arms]),
+                "text": [arm.label for arm in arms],
+                "textposition": "top center",
+                "marker": {"color": colour, "symbol": symbol, "size": 14 if method == "plain" else 11},
+            }
+        )
+    shapes = []
+    if plain.diverged_at is None and plain.safety[-1] > 0:
+        level, limit = body["wanted_drift"] * plain.safety[-1], 100 * body["tolerated_task_loss"]
+        drift = reference_line(horizon=level, text=f"{percent(body['wanted_drift'])} of the plain drift")
+        shapes = [drift["shape"], {**drift["shape"], "xref": "x", "yref": "paper", "x0": limit, "x1": limit}]
+        shapes[1] |= {"y0": 0, "y1": 1}
+    layout = axes(
+        "task loss against plain (%)",
+        "safety drift (nats / response token)",
+        shapes=shapes,
+        legend={"orientation": "h", "y": -0.25},
+    )
+    rows = [
+        [arm.label, number(100 * task_cost(arm, plain)), number(arm.safety[-1])]
+        for arm in sorted(whole, key=lambda arm: arm.safety[-1])
+    ]
+    return Figure(
+        "guard-pareto",
+        "What protection costs and brings",
+        data,
+        layout,
+        "One point per arm at the end of the run. Further down is safer, further left keeps more of what the "
+        "fine-tune is for; the star is the plain run. Points below and left of the dotted lines meet both "
+        "limits. An arm far right with no drift has merely not learned.",
+        "x = L_task(arm)/L_task(plain) − 1, y = mean_i ℓ_i(θ_K) − ℓ_i(θ*)",
+        ["arm", "task loss against plain (%)", "safety drift"],
+        rows,
+        missing=None if plain.diverged_at is None else "the plain run diverged",
+    )
+
+
+def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
+    """Safety drift of every arm over the steps."""
+    data = []
+    for arm in result.arms:
+        colour, symbol, dash = LOOK.get(arm.method, ("#8a8a8a", "cross", "solid"))
+        data.append(
+            {
+                "type": "scatter",
+                "name": arm.label,
+                "mode": "lines+markers",
+                "x": list(arm.steps),
+                "y": clean(arm.safety),
+                "line": {"color": colour, "dash": dash, "width": 3 if arm.method == "plain" else 1.8},
+                "marker": {"color": colour, "symbol": symbol, "size": 5},
+            }
+        )
+    line = reference_line(horizon=body["threshold"], text=f"collapse threshold +{body['threshold']:g}")
+    layout = axes(
+        "optimizer step",
+        "safety drift (nats / response token)",
+        shapes=[line["shape"]],
+        annotations=[line["annotation"]],
+        hovermode="x unified",
+        legend={"orientation": "h", "y": -0.25},
+    )
+    points = sorted({step for arm in result.arms for step in arm.steps})
+    values = [dict(zip(arm.steps, arm.safety, strict=True)) for arm in result.arms]
+    rows = [[str(step), *(number(curve.get(step)) for curve in values)] for step in points]
+    return Figure(
+        "guard-curves",
+        "Safety along the protected runs",
+        data,
+        layout,
+        "A protection that only delays the rise shows as a curve shifted to the right; one that holds stays "
+        "flat to the end. A curve that ends early diverged.",
+        "mean_i ℓ_i(θ_k) − ℓ_i(θ*), θ_k after k optimizer steps of the arm",
+        ["step", *(arm.label for arm in result.arms)],
+        thin(rows),
+    )
+
+
+def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
+    rows = [
+        f"| {arm['label']} | {number(arm['safety'])} | {percent(arm['drift_share'])} | "
+        f"{_refuses(arm['label'], body)} | "
+        f"{percent(arm['task_cost'])} | × {number(arm['cost'])} |"
+        for arm in body["arms"]
+    ]
+    head = [
+        "| arm | safety drift | of plain | refuses | task loss | CPU time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return [f"Protected fine-tunes: {body['sentence']}", "", *head, *rows, ""]

@@ -1,0 +1,162 @@
+"""Stage guard: the planned fine-tune really carried out, plain and with every protection.
+
+All arms start from the same model and see the same batches in the same order; the model is put back
+to the bit after each. A finished arm is kept on disk, and an unfinished one goes on where it was saved.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arisk.base.artifacts import read_record, write_record
+from arisk.base.processes import from_first, is_first
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Task
+from arisk.config.plan import TrainingConfig
+from arisk.config.protection import GuardSettings
+from arisk.gradients import layout_of, measuring
+from arisk.guard.arm import ArmRun
+from arisk.guard.guard_task import TaskRows, task_rows
+from arisk.guard.methods import Plan, arm_names
+from arisk.guard.record import Arm, GuardResult
+from arisk.training.loop import PlannedRun, keeping_parameters
+from arisk.training.schedules import learning_rates
+from arisk.verification.generation import Writer, writer
+from arisk.verification.run import active_dropouts, measured_steps
+
+__all__ = ["guard"]
+
+
+def guard(
+    task: Task,
+    *,
+    config: GuardSettings,
+    training: TrainingConfig,
+    steps: int,
+    seed: int = 0,
+    workspace: Path | None = None,
+    progress: Progress = silent,
+) -> GuardResult:
+    """Fine-tune as planned, once per arm, and measure safety, control and task losses along the way.
+
+    Args:
+        task: model and data; the model is left as found.
+        config: arms and their settings.
+        training: the planned recipe.
+        steps: planned optimizer steps T; the schedule is theirs however early the arms stop.
+        seed: seeds dropout, directions and safety minibatches.
+        workspace: folder for finished arms and the state of an unfinished one; None keeps none.
+        progress: told of optimizer steps done.
+
+    Returns:
+        The record; an arm that diverges is recorded as such. Where the plain arm diverges, the others
+        are not run: there is nothing to compare them with.
+
+    Raises:
+        NumericsError: the safety loss at the aligned point is not finite, or no strength can be set.
+        ConfigError: a method cannot be used on this model.
+        InputError: a data set gives no batch.
+    """
+    layout = layout_of(task.model, task.parameter_names)
+    rates = learning_rates(
+        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
+    )
+    last = min(config.steps or steps, steps)
+    points = measured_steps(last)
+    arms: list[Arm] = []
+    with measuring(task.model, layout):
+
+        def fresh() -> PlannedRun:
+            return PlannedRun(task, layout, training, rates)
+
+        samples = task.heldout or task.safety
+        writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
+        aligned = writes.texts(task.model)
+        judged = task_rows(task, fresh().stream, config.task_samples, last * training.gradient_accumulation)
+        plan = Plan(task, layout, fresh, config, frozenset(points), seed)
+        names = arm_names(config)
+        for number, name in enumerate(names):
+            folder = workspace / f"arm-{number:02d}" if workspace else None
+            done = from_first(lambda folder=folder: _finished(folder))
+            if done is None:
+                with keeping_parameters(task.model, layout):
+                    run = ArmRun(
+                        plan, judged, writes, points, name, f"arm {number + 1} of {len(names)}", progress
+                    )
+                    done = run.carry_out(folder)
+                _keep(folder, done)
+            arms.append(done)
+            if number == 0 and done.diverged_at is not None:
+                break
+    return _result(plan, judged, writes, aligned, arms, steps, last)
+
+
+def _finished(folder: Path | None) -> Arm | None:
+    """An arm that an earlier process finished."""
+    if folder is None or not (folder / "record.json").exists():
+        return None
+    return read_record(folder, Arm)
+
+
+def _keep(folder: Path | None, arm: Arm) -> None:
+    """Write a finished arm; the state it was resumed from is then of no more use."""
+    if folder is None or not is_first():
+        return
+    write_record(folder, arm)
+    (folder / "state.json").unlink(missing_ok=True)
+    for state in folder.glob("state-*.safetensors"):
+        state.unlink()
+
+
+def _result(
+    plan: Plan,
+    judged: TaskRows,
+    writes: Writer,
+    aligned: list[str],
+    arms: list[Arm],
+    steps: int,
+    last: int,
+) -> GuardResult:
+    task = plan.task
+    shared = _shared_prompts(task)
+    plain = arms[0]
+    warnings: list[str] = list(judged.warnings)
+    if task.heldout is None:
+        warnings.append(
+            "The safety rows measured are those that the protections use: their drift is too favourable. "
+            "Give `verify.safety`."
+        )
+    elif shared:
+        warnings.append(
+            f"{shared} of {len(task.heldout.rows)} held-out rows have a prompt of the safety data."
+        )
+    if task.control is None:
+        warnings.append("No control data: a general drift cannot be told from a loss of safety.")
+    if plain.diverged_at is not None:
+        warnings.append(f"The plain run diverged at step {plain.diverged_at}: no other arm was run.")
+    if active_dropouts(task.model):
+        warnings.append("Training used the model's dropout; directions and calibration leave it out.")
+    return GuardResult(
+        horizon=steps,
+        last=last,
+        arms=arms,
+        safety_rows=len(plain.final_safety),
+        heldout=task.heldout is not None and shared < len(plain.final_safety),
+        start=plain.safety_start,
+        task_rows=judged.count,
+        task_source=judged.source,
+        trained_rows=judged.trained,
+        surprising_rows=judged.surprising_count,
+        warnings=warnings,
+        prompts=writes.prompts,
+        aligned_answers=aligned,
+        generation_reason=writes.reason,
+    )
+
+
+def _shared_prompts(task: Task) -> int:
+    """Held-out rows whose prompt the protections use, as far as the task names its rows."""
+    if task.heldout is None:
+        return 0
+    used = {row.get("prompt") for row in task.safety.rows} - {None, ""}
+    return sum(row.get("prompt") in used for row in task.heldout.rows)

@@ -1,0 +1,175 @@
+"""From a config to a `Task`: model, adapter, parameters and data sets put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from arisk.base.task import SampleSet, Task
+from arisk.config.plan import Config, DataConfig, data_sets
+from arisk.models.adapters import attach_adapter
+from arisk.models.answers import GreedyAnswers
+from arisk.models.batching import FixedBatches, PlannedBatches
+from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
+from arisk.models.losses import per_sample_nll
+from arisk.models.python_source import task_from_entry
+from arisk.models.rendering import Rendered, render_rows
+from arisk.models.rows import Row, read_rows
+from arisk.models.selection import lora_pairs, select_parameters
+
+__all__ = ["LoadedData", "load_data", "load_task", "load_with_adapter", "statistics_of"]
+
+#: Data sets of prompts with safe responses.
+SAFETY_SETS = ("safety", "verify.safety")
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A data set as tokens, with the number of duplicates dropped."""
+
+    config: DataConfig
+    rendered: list[Rendered]
+    duplicates: int
+
+
+def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | None = None) -> Task:
+    """Everything a run measures: model with adapter, selected parameters, data in planned order.
+
+    Args:
+        config: the resolved config.
+        device: where the model goes.
+        kept: models loaded before, taken where settings, seed and device are equal; this one is put
+            in. Every stage leaves the model as it found it.
+
+    Raises:
+        AriskError: what is wrong with the model, adapter, data or selection.
+    """
+    if config.model.source == "python":
+        task = task_from_entry(str(config.model.entry))
+        task.model.to(device)
+        return task
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer)
+    model = load_with_adapter(config, device, {} if kept is None else kept)
+    names = select_parameters(model, config.model.parameters)
+    sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
+    heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
+    return Task(
+        model=model,
+        safety=sets["safety"],
+        finetune=sets["finetune"],
+        control=sets.get("control"),
+        parameter_names=names,
+        lora_pairs=lora_pairs(model, names),
+        description=_description(config, model, names, sets),
+        heldout=heldout,
+        clean=clean,
+    )
+
+
+def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
+    """The model with its adapter, from those kept where it is the same; else loaded, and kept."""
+    key = f"{config.model.model_dump_json()} {config.run.seed} {device} {config.run.device_map}"
+    if key not in kept:
+        model = load_model(config.model, device, device_map=config.run.device_map)
+        if config.model.adapter is not None:
+            model = attach_adapter(model, config.model.adapter, seed=config.run.seed)
+        if config.model.gradient_checkpointing:
+            mark_recomputed(model)
+        # One at a time: two models may not fit.
+        kept.clear()
+        kept[key] = model
+    return kept[key]
+
+
+def load_data(config: Config, tokenizer: Any) -> dict[str, LoadedData]:
+    """Read and tokenise every data set of the config; safety rows are de-duplicated."""
+    loaded: dict[str, LoadedData] = {}
+    for section, data in data_sets(config).items():
+        rows = read_rows(data, section=section, seed=_seed(config, data))
+        kept = _distinct(rows) if section in SAFETY_SETS else rows
+        rendered = render_rows(kept, tokenizer, data, section=section)
+        loaded[section] = LoadedData(data, rendered, len(rows) - len(kept))
+    return loaded
+
+
+def _seed(config: Config, data: DataConfig) -> int:
+    return config.run.seed if data.seed is None else data.seed
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Rows without repeats: a repeated safety sample makes the Gram matrix singular."""
+    seen: dict[tuple[Any, str], Row] = {}
+    for row in rows:
+        turns = tuple((turn["role"], turn["content"]) for turn in row.messages)
+        seen.setdefault((turns, row.response), row)
+    return list(seen.values())
+
+
+def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any) -> SampleSet:
+    """Batches and per-row metadata; safety rows are batched by length to waste little padding."""
+    rendered = loaded.rendered
+    pad = int(tokenizer.pad_token_id or 0)
+    generate: GreedyAnswers | None = None
+    batches: Any
+    if section in SAFETY_SETS:
+        rendered = sorted(rendered, key=lambda row: len(row.tokens))
+        batches = FixedBatches(rendered, config.collect.chunk_size, pad)
+        # Plain text has no prompt to answer.
+        generate = None if loaded.config.format == "text" else GreedyAnswers(tokenizer, rendered)
+    elif section == "guard.task":
+        batches = FixedBatches(rendered, config.training.batch_size, pad)
+    else:
+        batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.config))
+    statistics = statistics_of(replace(loaded, rendered=rendered))
+    rows = [_metadata(row) for row in rendered]
+    name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)
+    return SampleSet(name, batches, per_sample_nll, rows, statistics, generate)
+
+
+def _metadata(rendered: Rendered) -> dict[str, Any]:
+    return {
+        "prompt": rendered.row.prompt,
+        "response": rendered.row.response,
+        "tokens": len(rendered.tokens) - rendered.response_start,
+        "line": rendered.row.line,
+    }
+
+
+def statistics_of(loaded: LoadedData) -> dict[str, Any]:
+    """Counts of one data set: rows, duplicates, tokens, and what truncation cost."""
+    lengths = torch.tensor([len(row.tokens) for row in loaded.rendered], dtype=torch.float64)
+    responses = torch.tensor(
+        [len(row.tokens) - row.response_start for row in loaded.rendered], dtype=torch.float64
+    )
+    return {
+        "rows": len(loaded.rendered),
+        "duplicates": loaded.duplicates,
+        "tokens_total": int(lengths.sum()),
+        "tokens_mean": float(lengths.mean()),
+        "tokens_max": int(lengths.max()),
+        "response_tokens_mean": float(responses.mean()),
+        "response_tokens_min": int(responses.min()),
+        "prompts_truncated": sum(row.prompt_cut > 0 for row in loaded.rendered),
+        "responses_truncated": sum(row.response_cut > 0 for row in loaded.rendered),
+    }
+
+
+def _description(
+    config: Config, model: Any, names: Sequence[str], sets: Mapping[str, SampleSet]
+) -> dict[str, Any]:
+    """Provenance for the report."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    adapter = config.model.adapter
+    return {
+        "model": str(config.model.path),
+        "architecture": type(getattr(model, "base_model", model)).__name__,
+        "dtype": config.model.dtype,
+        "adapter": None if adapter is None else adapter.model_dump(mode="json", exclude_none=True),
+        "parameters_total": sum(p.numel() for p in model.parameters()),
+        "parameters_selected": sum(parameters[name].numel() for name in names),
+        "data": {name: dict(samples.statistics) for name, samples in sets.items()},
+    }

@@ -1,0 +1,1 @@
+"""Which fine-tuning rows push harm, and what dropping them changes."""

@@ -1,0 +1,271 @@
+"""Screened fine-tuning rows on the page: ranked rows, scores beside their null, what dropping changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from arisk.report.extra import Extra
+from arisk.report.figure import Figure, axes, reference_line, thin
+from arisk.report.rows import Column, rows_table
+from arisk.report.section import esc, listed, table
+from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.screening.record import ScreenResult
+
+__all__ = ["screening_extra"]
+
+#: Dropping rows is advice where it leaves less than this share of the forecast's highest rise.
+WORTH_DROPPING = 0.75
+#: Bars of the score distribution, points of the share curve.
+BINS, CURVE = 40, 200
+#: Headings of the ranked rows, with the keys of `ScreenResult.examples` behind them.
+COLUMNS = (
+    (Column("rank", "ascending"), "rank"),
+    (Column("score"), "score"),
+    (Column("row"), "row"),
+    (Column("flagged"), "flagged"),
+    (Column("safety"), "first_order"),
+    (Column("control"), "control_order"),
+    (Column("p by the null"), "p_value"),
+    (Column("loss"), "loss"),
+)
+#: What the ranking is worth, by `just bench screen` on the fixture language.
+WORTH = (
+    "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run is "
+    "harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
+    "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
+    "flagged ones, most of them, about halved the real drift. A score at the aligned model itself "
+    "(points: start) is little better than chance."
+)
+
+
+def screening_extra(found: ScreenResult, *, show_text: bool, max_examples: int) -> Extra:
+    """Section, figures and summaries of a screening.
+
+    Args:
+        found: the record.
+        show_text: show prompts and responses, or only their numbers.
+        max_examples: rows of the table.
+    """
+    shown = list(found.examples[:max_examples])
+    body = (
+        '<section id="screen"><h2>Screened fine-tuning rows</h2>'
+        f"<p><b>{esc(found.sentence)}</b></p>"
+        f'<p class="reading"><b>How to read this.</b> {esc(_reading(found))}</p>'
+        f"{_ranked(shown, show_text)}{_what_if(found)}"
+        f"{listed('About this screening', [found.rule_sentence, *found.warnings, WORTH])}</section>"
+    )
+    return Extra(
+        name="screen",
+        html=body,
+        figures=[_distribution(found), _share_curve(found)],
+        summary=_summary(found, show_text),
+        markdown=[
+            "",
+            f"Screened rows: {_plain(found.sentence)}",
+            *[f"- {_plain(s)}" for s in found.findings()],
+        ],
+        findings=[found.sentence, *found.findings()],
+        advice=_advice(found),
+    )
+
+
+def _advice(found: ScreenResult) -> list[str]:
+    """Dropping rows, where the forecast without them is clearly lower."""
+    curves = found.what_if
+    if curves.get("status") != "measured":
+        return []
+    before, after = (max(curves[key]["safety"]) for key in ("before", "after"))
+    if not after < WORTH_DROPPING * before:
+        return []
+    count = len(found.flagged)
+    return [
+        f"Drop the {count} flagged row{'' if count == 1 else 's'}: the forecast's highest rise falls from "
+        f"{number(before)} to {number(after)}."
+    ]
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _reading(found: ScreenResult) -> str:
+    point = found.points[-1]
+    where = "at the aligned model" if point.step == 0 else f"after {point.step} real steps of the planned run"
+    against = (
+        "less what it does to the control loss: harm to safety alone"
+        if found.contrasted
+        else "; what it does to other abilities was not measured"
+    )
+    estimates = (
+        f"Rows below the head of the ranking have estimates ({found.method}). "
+        if not bool(found.exact.all())
+        else ""
+    )
+    return (
+        f"The score of a row is the rise of the mean safety loss, per unit learning rate, when the planned "
+        f"optimizer steps on this row alone, {where}, {against}. There the safety loss had changed by "
+        f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
+        "Positive is harmful. The ranking says who pushes, not how far. "
+        + estimates
+        + "Each row's loss is a mean over its "
+        f"tokens; the rank correlation of score and length is {number(found.length_correlation, 2)}."
+    )
+
+
+def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool) -> str:
+    """The most harmful rows, their text folded away."""
+    if not rows:
+        return '<p class="missing">Rows explained: not measured (screen.examples is 0).</p>'
+    told = [([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows]
+    return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows")
+
+
+def _value(row: Mapping[str, Any], key: str) -> Any:
+    """What a cell holds: numbers to sort by, and yes or no."""
+    if key == "flagged":
+        return "yes" if row["flagged"] else "no"
+    if key in {"rank", "row"}:
+        return int(row["rank"] if key == "rank" else row.get("line", row["row"]))
+    value = row[key]
+    return None if value is None else float(value)
+
+
+def _why(row: Mapping[str, Any], show_text: bool) -> list[tuple[str, str]]:
+    """The safety samples a row hurts most and the modules it does it through."""
+    modules = ", ".join(f"{m['module']} {percent(m['share'])}" for m in row.get("modules") or [])
+    hurts = row.get("hurts")
+    if hurts is None:
+        named = f"{NOT_MEASURED} (memory)"
+    else:
+        named = "; ".join(
+            f"sample {h['sample']} {number(h['rise'])}" + (f": {h['prompt']}" if show_text else "")
+            for h in hurts
+        )
+    return [
+        ("hurts most", named or "no safety sample on its own"),
+        ("share of its safety part by module", modules or "none"),
+    ]
+
+
+def _what_if(found: ScreenResult) -> str:
+    """Forecast with and without the flagged rows, in a table."""
+    curves = found.what_if
+    rows = [
+        ("rows", str(len(found.scores)), str(len(found.scores) - len(found.flagged))),
+        ("share of the positive scores", "100 %", percent(1 - found.share)),
+    ]
+    if curves.get("status") == "measured":
+        before, after = curves["before"], curves["after"]
+        last = before["steps"][-1]
+        rows += [
+            (f"forecast rise of the safety loss at step {last}", _end(before), _end(after)),
+            ("highest rise on the way", number(max(before["safety"])), number(max(after["safety"]))),
+            ("control loss at the end", _end(before, "control"), _end(after, "control")),
+        ]
+    else:
+        rows.append(("forecast rise of the safety loss", NOT_MEASURED, str(curves.get("reason", ""))))
+    head = ("what if the flagged rows are dropped", "all rows", "without them")
+    return f"<h3>Dropping the flagged rows</h3>{table(head, rows)}"
+
+
+def _end(curve: Mapping[str, Any], which: str = "safety") -> str:
+    return number(curve[which][-1] if curve[which] else None)
+
+
+def _distribution(found: ScreenResult) -> Figure:
+    """Scores of all rows and of control rows, on an axis that is linear near zero and logarithmic far out."""
+    null = found.null if found.null is not None else torch.zeros(0)
+    both = torch.cat([found.scores, null.to(found.scores)])
+    unit = max(float(both.abs().median()), 1e-30)
+    spread = torch.asinh(both / unit)
+    edges = torch.linspace(float(spread.min()), float(spread.max()) + 1e-9, BINS + 1, dtype=spread.dtype)
+    middle = (torch.sinh((edges[1:] + edges[:-1]) / 2) * unit).tolist()
+    traces: list[dict[str, Any]] = []
+    table_rows: list[list[str]] = [[number(value)] for value in middle]
+    for name, values, colour in (
+        ("fine-tuning rows", found.scores, "#D55E00"),
+        ("control rows (null)", null, "#0072B2"),
+    ):
+        if len(values) == 0:
+            table_rows = [[*row, NOT_MEASURED] for row in table_rows]
+            continue
+        counts = torch.histogram(torch.asinh(values.to(edges) / unit).cpu(), edges).hist / len(values)
+        traces.append(
+            {
+                "type": "bar",
+                "name": name,
+                "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
+                "y": counts.tolist(),
+                "customdata": middle,
+                "hovertemplate": "score %{customdata:.3g}<br>%{y:.1%} of rows",
+                "marker": {"color": colour},
+                "opacity": 0.75,
+            }
+        )
+        table_rows = [[*row, percent(float(c))] for row, c in zip(table_rows, counts, strict=True)]
+    layout = axes("score (nats per unit learning rate, asinh scale)", "share of rows", barmode="overlay")
+    ends = [float(edges[0]), 0.0, float(edges[-1])]
+    layout["xaxis"] |= {"tickvals": ends, "ticktext": [number(math.sinh(v) * unit) for v in ends]}
+    if not math.isnan(found.threshold):
+        at = math.asinh(found.threshold / unit)
+        line = reference_line(step=0, text="flagged from here")
+        line["shape"] |= {"x0": at, "x1": at}
+        line["annotation"] |= {"x": at}
+        layout |= {"shapes": [line["shape"]], "annotations": [line["annotation"]]}
+    return Figure(
+        "screen-scores",
+        "Scores and their null",
+        traces,
+        layout,
+        "Control rows are scored as if they were fine-tuning rows, each left out of the control gradient: "
+        "what harmless rows look like. Rows to the right of them stand out."
+        if found.null is not None
+        else "No control rows: the null was not measured, and the bulk of the rows serves in its place.",
+        "s_j = ⟨∇L_c − ∇L_s, D g_j⟩" if found.contrasted else "s_j = −⟨∇L_s, D g_j⟩",
+        ["score", "fine-tuning rows", "control rows"],
+        thin([row for row in table_rows if any(c not in ("0 %", NOT_MEASURED) for c in row[1:])]),
+    )
+
+
+def _share_curve(found: ScreenResult) -> Figure:
+    """Share of the positive scores that the highest rows carry."""
+    positive = found.scores.clamp(min=0).sort(descending=True).values
+    total = float(positive.sum())
+    missing = None if total > 0 else "no row has a positive score"
+    running = (positive.cumsum(0) / total).tolist() if total > 0 else []
+    count = len(running)
+    step = max(1, count // CURVE)
+    places = {i for i in range(count) if i % step == 0 or i < 40 or i == count - 1}
+    kept: list[int] = sorted(places)
+    x, y = [(i + 1) / count for i in kept], [running[i] for i in kept]
+    layout = axes("share of rows dropped, most harmful first", "share of the positive scores")
+    layout["xaxis"]["tickformat"] = layout["yaxis"]["tickformat"] = ".0%"
+    line = {"color": "#D55E00", "width": 2}
+    return Figure(
+        "screen-share",
+        "How few rows carry the harm",
+        [{"type": "scatter", "mode": "lines", "name": "share", "x": x, "y": y, "line": line}],
+        layout,
+        "A curve that shoots up says that few rows do most of it: dropping them is cheap. A straight one "
+        "says that no small part of the data is to blame.",
+        "Σ_{j ≤ k} max(s_j, 0) / Σ_j max(s_j, 0), rows by falling score",
+        ["rows dropped", "share of the positive scores"],
+        thin([[percent(a), percent(b)] for a, b in zip(x, y, strict=True)]),
+        missing,
+    )
+
+
+def _summary(found: ScreenResult, show_text: bool) -> dict[str, Any]:
+    """`ScreenResult.as_json`, without texts where they may not be shown."""
+    body = found.as_json()
+    if show_text:
+        return body
+    for row in body["examples"]:
+        row.pop("prompt", None)
+        row.pop("response", None)
+        row["hurts"] = [{**h, "prompt": ""} for h in row["hurts"]] if row.get("hurts") else row.get("hurts")
+    return body

@@ -1,0 +1,218 @@
+"""Where on the planned run rows are scored, and the directions their gradients are held against there.
+
+At the aligned point the mean safety gradient is that of a minimum: noise. A few real steps later,
+where the planned run has just begun to raise the safety loss, it points away from what those steps
+did, and rows that keep pushing stand out. Much later the rows that did it are learned and their
+gradients fade. So the plan is followed until the safety loss has risen by a little.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arisk.anatomy.probe import sample_losses
+from arisk.anatomy.safety_side import recomputed_side
+from arisk.anatomy.update import first_batches, measure_update
+from arisk.base.artifacts import read_tensors, write_tensors
+from arisk.base.errors import NumericsError
+from arisk.base.processes import from_first, is_first, share, summed
+from arisk.base.progress import Progress
+from arisk.base.task import RowBatches, SampleSet, Task
+from arisk.config.plan import ScreenConfig, TrainingConfig
+from arisk.forecast.rollout import limited
+from arisk.gradients import ParameterLayout, mean_gradient, move_batch
+from arisk.screening.record import ScreenPoint
+from arisk.screening.rows import RowGroup, row_groups
+from arisk.training.loop import PlannedRun, put
+
+__all__ = ["COLUMNS", "EVERY", "Place", "control_groups", "places"]
+
+#: The safety loss is measured every so many steps.
+EVERY = 5
+#: Directions of a place, in column order: −D ∇L_s, −D F u, and −D ∇L_c where there is control data.
+COLUMNS = ("safety", "second", "control")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One point of the planned run with what rows are held against there.
+
+    Attributes:
+        point: step, rises and weight.
+        theta: (P,) the selected parameters there.
+        directions: (P, 2 or 3), see `COLUMNS`.
+        metric: (P,) D.
+    """
+
+    point: ScreenPoint
+    theta: Tensor
+    directions: Tensor
+    metric: Tensor
+
+
+def control_groups(samples: SampleSet, config: ScreenConfig) -> list[RowGroup]:
+    """Control rows that serve as the null: a seeded draw, or the first ones of any other loader."""
+    batches = samples.batches
+    rows = batches.sample(config.control_samples) if isinstance(batches, RowBatches) else None
+    return list(row_groups(samples, config.batch_size, rows=rows, limit=config.control_samples))
+
+
+class _Walk:
+    """The planned run under way, with the losses at its start."""
+
+    def __init__(
+        self,
+        task: Task,
+        layout: ParameterLayout,
+        config: ScreenConfig,
+        training: TrainingConfig,
+        rates: Tensor,
+        engine: str,
+        progress: Progress,
+    ) -> None:
+        self.task, self.layout, self.config, self.training = task, layout, config, training
+        self.engine, self.progress = engine, progress
+        self.run = PlannedRun(task, layout, training, rates)
+        self.device = self.run.stream.device
+        self.safety = limited(task.safety, None, self.device)
+        self.control = control_groups(task.control, config) if task.control else []
+        self.start = self._losses()
+        if not torch.isfinite(torch.tensor(self.start[0])):
+            raise NumericsError(
+                "the safety loss of the aligned model is not finite",
+                where="screen: step 0",
+                fix="check the safety rows, or load the model in float32",
+            )
+
+    def _losses(self) -> tuple[float, float | None]:
+        """Mean safety and control loss here."""
+        safety = float(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn).mean())
+        if self.task.control is None:
+            return safety, None
+        batches = [move_batch(group.batch, self.device) for group in self.control]
+        return safety, float(sample_losses(self.task.model, batches, self.task.control.loss_fn).mean())
+
+    def until_risen(self) -> int:
+        """Take real steps until the safety loss has risen; the number taken."""
+        last = min(self.config.max_steps, len(self.run.rates))
+        for number in range(1, last + 1):
+            self.progress("planned steps", number - 1, last)
+            self.run.step(number)
+            if number % EVERY and number != last:
+                continue
+            safety = float(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn).mean())
+            if safety - self.start[0] >= self.config.rise:
+                last = number
+                break
+        self.progress("planned steps", last, last)
+        return last
+
+    def place(self, step: int, weight: float) -> Place:
+        """Directions at the present parameters."""
+        task, layout = self.task, self.layout
+        safety, control = self._losses()
+        batches = first_batches(task.finetune, self.config.batches, self.device)
+        update = measure_update(task, task.finetune, layout, self.training, batches, self.progress)
+        d = update.preconditioner
+        side = recomputed_side(task, layout, self.engine, self.config.batch_size)
+        along = side.dots(update.direction[:, None])[:, 0]
+        mean = torch.full_like(along, 1 / len(along))
+        columns = [side.weighted_sum(mean), side.weighted_sum(along / len(along))]
+        if task.control is not None:
+            columns.append(self._control_gradient())
+        point = ScreenPoint(
+            step=step,
+            safety_rise=safety - self.start[0],
+            control_rise=None if control is None or self.start[1] is None else control - self.start[1],
+            weight=weight,
+        )
+        theta = torch.cat([p.detach().reshape(-1) for p in self.run.parameters]).cpu()
+        # Each direction lies in one piece of memory, as products with rows read it.
+        directions = torch.stack([-d * column.to(d) for column in columns]).T
+        return Place(point, theta, directions, d)
+
+    def _control_gradient(self) -> Tensor:
+        """∇L_c (P,), float64, over the control rows."""
+        assert self.task.control is not None
+        total = torch.zeros(self.layout.numel, dtype=torch.float64)
+        for number in share(len(self.control)):
+            group = self.control[number]
+            batch = move_batch(group.batch, self.device)
+            _, gradient = mean_gradient(self.task.model, batch, self.task.control.loss_fn, self.layout)
+            total += gradient.to("cpu", torch.float64) * len(group.rows)
+        return summed(total) / sum(len(group.rows) for group in self.control)
+
+
+def places(
+    task: Task,
+    layout: ParameterLayout,
+    config: ScreenConfig,
+    training: TrainingConfig,
+    rates: Tensor,
+    start: Sequence[Tensor],
+    *,
+    engine: str,
+    workspace: Path | None,
+    progress: Progress,
+) -> list[Place]:
+    """The points at which rows are scored; the model is put back to θ*.
+
+    Args:
+        task: model and data, inside `measuring` and `keeping_parameters`.
+        layout: the selected parameters.
+        config: which points, how far to go.
+        training: the planned optimizer.
+        rates: (T,) planned learning rates.
+        start: θ* by parameter.
+        engine: engine of the per-sample gradients.
+        workspace: finished points are kept there and found again.
+        progress: told of steps taken.
+
+    Raises:
+        NumericsError: a loss or gradient is not finite.
+    """
+    wanted = 2 if config.points == "both" else 1
+    if workspace and from_first((workspace / f"point-{wanted - 1}.safetensors").exists):
+        return [_read(workspace / f"point-{i}.safetensors") for i in range(wanted)]
+    walk = _Walk(task, layout, config, training, rates, engine, progress)
+    found: list[Place] = []
+    if config.points != "risen":
+        found.append(walk.place(0, 1.0))
+    if config.points != "start":
+        step = walk.until_risen()
+        late = float(rates[step // 2 :].sum() / rates.sum()) if found else 1.0
+        if found:
+            found = [_weighed(found[0], 1 - late)]
+        found.append(walk.place(step, late))
+        put(walk.run.parameters, start)
+    for i, place in enumerate(found):
+        if workspace and is_first():
+            _write(workspace / f"point-{i}.safetensors", place)
+    return found
+
+
+def _weighed(place: Place, weight: float) -> Place:
+    old = place.point
+    point = ScreenPoint(old.step, old.safety_rise, old.control_rise, weight)
+    return Place(point, place.theta, place.directions, place.metric)
+
+
+def _write(path: Path, place: Place) -> None:
+    point = place.point
+    control = float("nan") if point.control_rise is None else point.control_rise
+    numbers = torch.tensor([point.step, point.safety_rise, control, point.weight], dtype=torch.float64)
+    parts = {"theta": place.theta, "directions": place.directions.T, "metric": place.metric, "point": numbers}
+    write_tensors(path, parts)
+
+
+def _read(path: Path) -> Place:
+    held = read_tensors(path)
+    step, safety, control, weight = held["point"].tolist()
+    point = ScreenPoint(int(step), safety, None if math.isnan(control) else control, weight)
+    return Place(point, held["theta"], held["directions"].T, held["metric"])

@@ -1,0 +1,125 @@
+"""What dropping the flagged rows would change: the plan rolled out with and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from arisk.base.progress import Progress, silent
+from arisk.base.task import Batch, RowBatches, Task
+from arisk.config.plan import RolloutConfig, TrainingConfig
+from arisk.forecast.record import RolloutResult
+from arisk.forecast.rollout import rollout
+
+__all__ = ["WithoutRows", "dropping", "without_rows"]
+
+
+class WithoutRows:
+    """Planned batches with some rows left out: the rest in the same order, regrouped to full batches.
+
+    Args:
+        batches: the planned batches.
+        dropped: rows left out; at least one other must stay.
+    """
+
+    def __init__(self, batches: RowBatches, dropped: Sequence[int]) -> None:
+        self.batches = batches
+        self.dropped = frozenset(dropped)
+        self.size = batches.size
+        self._order: list[int] = []
+        self._read = 0
+
+    @property
+    def row_count(self) -> int:
+        """Different rows that stay."""
+        return self.batches.row_count - len(self.dropped)
+
+    def indices(self, number: int) -> list[int]:
+        """Rows of the micro-batch with this number, counted from 0."""
+        while len(self._order) < (number + 1) * self.size:
+            self._order += [row for row in self.batches.indices(self._read) if row not in self.dropped]
+            self._read += 1
+        return self._order[number * self.size : (number + 1) * self.size]
+
+    def of(self, rows: Sequence[int]) -> Batch:
+        """A batch of these rows."""
+        return self.batches.of(rows)
+
+    def sample(self, count: int) -> list[int]:
+        """Numbers of at most `count` different rows that stay."""
+        drawn = self.batches.sample(count + len(self.dropped))
+        return [row for row in drawn if row not in self.dropped][:count]
+
+    def __getitem__(self, number: int) -> Batch:
+        """The micro-batch with this number; there is no last one."""
+        return self.of(self.indices(number))
+
+    def __iter__(self) -> Iterator[Batch]:
+        number = 0
+        while True:
+            yield self[number]
+            number += 1
+
+
+def without_rows(task: Task, dropped: Sequence[int]) -> Task:
+    """The same plan on the other rows.
+
+    Raises:
+        TypeError: the data cannot be regrouped by row.
+    """
+    batches = task.finetune.batches
+    if not isinstance(batches, RowBatches):
+        raise TypeError("the fine-tuning data cannot be regrouped by row")
+    return replace(task, finetune=replace(task.finetune, batches=WithoutRows(batches, dropped)))
+
+
+def dropping(
+    task: Task,
+    dropped: Sequence[int],
+    *,
+    config: RolloutConfig,
+    training: TrainingConfig,
+    steps: int,
+    workspace: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Predicted safety and control changes along the plan, with all rows and without some.
+
+    Args:
+        task: model and data; the model is left as found.
+        dropped: rows left out.
+        config: pilot and segments of the rollout.
+        training: the planned recipe; as many steps are taken on the rows that stay.
+        steps: planned optimizer steps T.
+        workspace: folder in which unfinished rollouts are kept.
+        progress: told of gradients taken.
+
+    Returns:
+        `status`: "measured", or "not_measured" with `reason`; else for `before` and `after` the
+        `steps`, mean `safety` and `control` changes (nats per response token) and `diverged_at`.
+    """
+    if not dropped:
+        return {"status": "not_measured", "reason": "no row is flagged"}
+    if not isinstance(task.finetune.batches, RowBatches):
+        return {"status": "not_measured", "reason": "the fine-tuning data cannot be regrouped by row"}
+    found: dict[str, Any] = {"status": "measured", "dropped": len(dropped)}
+    for name, some in (("before", task), ("after", without_rows(task, dropped))):
+        folder = workspace / name if workspace else None
+        if folder:
+            folder.mkdir(exist_ok=True)
+        made = rollout(
+            some, config=config, training=training, steps=steps, workspace=folder, progress=progress
+        )
+        found[name] = _curves(made)
+    return found
+
+
+def _curves(made: RolloutResult) -> dict[str, Any]:
+    return {
+        "steps": list(made.steps),
+        "safety": made.safety.mean(0).tolist(),
+        "control": None if made.control is None else made.control.mean(0).tolist(),
+        "diverged_at": made.diverged_at,
+    }

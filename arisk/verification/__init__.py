@@ -1,0 +1,1 @@
+"""The planned fine-tune really carried out, and the truth laid over the forecast."""

@@ -1,0 +1,230 @@
+"""The truth over the forecast on the page: what a real fine-tune showed, in words, table and figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arisk.forecast.record import ForecastResult
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
+from arisk.report.section import esc, listed, table
+from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.verification.truth import Comparison, compared_curve
+
+__all__ = ["INK", "measured_trace", "refusal_text", "truth_figure", "verified_rows", "verified_section"]
+
+#: Stands for the page's own text colour, dark on light and light on dark.
+INK = "ink"
+
+
+def measured_trace(check: Comparison) -> dict[str, Any]:
+    """The measured safety change as a line with its points."""
+    return {
+        "type": "scatter",
+        "name": "real fine-tune",
+        "mode": "lines+markers",
+        "x": list(check.measured.steps),
+        "y": clean(check.safety_curve),
+        "line": {"color": INK, "width": 2.5},
+        "marker": {"color": INK, "size": 6},
+    }
+
+
+def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
+    """Measured safety and control losses and refusals along the real run, over the forecast's band."""
+    run, curve = check.measured, compared_curve(forecast)
+    data: list[dict[str, Any]] = []
+    if curve is not None:
+        hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        steps, band = list(curve.steps), {"fill": "tonexty", "fillcolor": "#E69F002e"}
+        data += [
+            {"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden},
+            {"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band},
+            _line(f"forecast ({curve.name})", steps, curve.median, "#E69F00", "solid"),
+        ]
+    data.append(measured_trace(check))
+    control = check.control_curve
+    if control is not None:
+        data.append(_line("real control loss", run.steps, control, "#CC79A7", "dot"))
+    if check.refusals:
+        shares = [count.refused / count.prompts for count in check.refusals]
+        marks = {"symbol": "diamond", "size": 10, "color": "#0072B2"}
+        trace = _line("refusals", [c.step for c in check.refusals], shares, "#0072B2", "dashdot")
+        data.append({**trace, "mode": "lines+markers", "marker": marks, "yaxis": "y2"})
+    line = reference_line(horizon=check.threshold, text=f"collapse threshold +{check.threshold:g}")
+    layout = axes(
+        "optimizer step",
+        "change of loss (nats / response token)",
+        shapes=[line["shape"]],
+        annotations=[line["annotation"]],
+        hovermode="x unified",
+        legend=LEGEND,
+    )
+    real = [value for value in [*check.safety_curve, *(control or [])] if math.isfinite(value)]
+    top, low = max([2 * check.threshold, *real]), min([0.0, *real])
+    # The forecast is seen whole unless it would flatten the truth.
+    ahead = [value for value in (curve.median if curve else []) if math.isfinite(value)]
+    top = max(top, min(max(ahead, default=0.0), 3 * top))
+    layout["yaxis"]["range"] = [1.1 * low - 0.03 * top, 1.15 * top]
+    if check.refusals:
+        layout["yaxis2"] = {
+            "title": {"text": "share of answers that refuse"},
+            "overlaying": "y",
+            "side": "right",
+            "range": [-0.03, 1.05],
+            "tickvals": [0, 0.25, 0.5, 0.75, 1],
+            "tickformat": ".0%",
+            "showgrid": False,
+            "automargin": True,
+        }
+    return Figure(
+        "truth",
+        "The real run",
+        data,
+        layout,
+        "The model was really fine-tuned as planned (its files are untouched) and the losses measured along "
+        "the way. A safety loss that rises with the control loss is general damage; one that rises alone is "
+        "lost safety. Diamonds, on the right axis, are the share of safety prompts whose generated answer "
+        "still refuses.",
+        "mean_i ℓ_i(θ_k) − ℓ_i(θ*), θ_k after k steps of the planned optimizer on its planned batches",
+        ["step", "safety", "control", "fine-tuning loss", "refusals"],
+        thin(_points(check, control)),
+        says=check.sentence,
+        worth="This is the truth the forecast is judged by, for one seed and one data order: a second seed "
+        "of the same job moves the collapse step too.",
+    )
+
+
+def _line(name: str, x: Sequence[int], y: Sequence[float], colour: str, dash: str) -> dict[str, Any]:
+    line = {"color": colour, "dash": dash, "width": 2}
+    return {"type": "scatter", "name": name, "mode": "lines", "x": list(x), "y": clean(y), "line": line}
+
+
+def _points(check: Comparison, control: Sequence[float] | None) -> list[list[str]]:
+    counts = {count.step: count for count in check.refusals}
+    run = check.measured
+    return [
+        [
+            str(step),
+            number(check.safety_curve[i]),
+            NOT_MEASURED if control is None else number(control[i]),
+            number(run.finetune_loss[i]),
+            f"{counts[step].refused} of {counts[step].prompts}" if step in counts else "–",
+        ]
+        for i, step in enumerate(run.steps)
+    ]
+
+
+def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
+    """(what, forecast, real) of the comparison; what was not measured says so."""
+    run = check.measured
+    last, horizon = run.steps[-1], run.horizon
+    expected = NOT_MEASURED
+    if check.forecaster is not None:
+        step = check.forecast_collapse
+        expected = f"none within {horizon} steps" if step is None else f"step {step} of {horizon}"
+        if check.forecast_interval is not None:
+            low, high = (f"beyond {horizon}" if end is None else str(end) for end in check.forecast_interval)
+            expected += f" ({low} to {high})"
+    real = f"none within {last} steps" if check.real_collapse is None else f"step {check.real_collapse}"
+    if check.real_collapse is not None and check.real_collapse == run.diverged_at:
+        real += " (diverged)"
+    inside = NOT_MEASURED if check.inside_share is None else f"at {percent(check.inside_share)} of the points"
+    return [
+        ("collapse step", expected, real),
+        ("error factor of the collapse step", "", _factor(check)),
+        (
+            f"rise of the safety loss after {last} of {horizon} steps (nats/token)",
+            number(check.forecast_change),
+            number(check.real_change),
+        ),
+        ("rise of the control loss there", number(check.forecast_control), number(check.control_change)),
+        (
+            "safety minus control there",
+            number(_minus(check.forecast_change, check.forecast_control)),
+            number(check.specific_change),
+        ),
+        ("real curve inside the forecast's interval", "", inside),
+        ("refusals, start → end", "", refusal_text(check)),
+        (
+            "safety rows measured",
+            "",
+            f"{run.safety.shape[0]}, {'held out' if run.heldout else 'not held out'}",
+        ),
+    ]
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _factor(check: Comparison) -> str:
+    if check.error_factor is not None:
+        return f"× {number(check.error_factor)}"
+    if check.error_at_least is not None:
+        return f"more than × {number(check.error_at_least)}"
+    return "–" if check.forecaster is not None else NOT_MEASURED
+
+
+def refusal_text(check: Comparison) -> str:
+    """Refusals before and after, or why they were not counted."""
+    if not check.refusals:
+        return f"{NOT_MEASURED}: {check.refusals_missing}"
+    first, last = check.refusals[0], check.refusals[-1]
+    end = "" if last.step == check.measured.last else f" (at step {last.step})"
+    return f"{first.refused} → {last.refused} of {last.prompts}{end}"
+
+
+def verified_section(check: Comparison, show_text: bool) -> str:
+    """The comparison in words and as a table, and the generated texts folded away."""
+    held = (
+        "The rows are held out: the forecast never saw them."
+        if check.measured.heldout
+        else "The rows are not held out: the forecast used the same ones."
+    )
+    basis = f"the forecast “{check.forecaster}”" if check.forecaster else "no forecast"
+    return (
+        '<section id="verify"><h2>Verified by a real fine-tune</h2>'
+        f"<p><b>{esc(check.sentence)}</b></p>"
+        '<p class="reading"><b>How to read this.</b> The plan was really carried out, on the model in '
+        f"memory, and is set beside {esc(basis)}. Collapse is the first step at which the mean safety loss "
+        f"has risen by {check.threshold:g} nats/token. {held} An answer counts as a refusal by its opening: "
+        "a marker in its first sentence, or the first words of the row's own safe response. One run is one "
+        "draw: another data order moves the step too.</p>"
+        f"{table(('what', 'forecast', 'real'), verified_rows(check))}"
+        f"{listed('About this run', check.measured.warnings)}{_texts(check, show_text)}</section>"
+    )
+
+
+def _texts(check: Comparison, show_text: bool) -> str:
+    """Answers at the start and at the end, prompt by prompt."""
+    if not check.refusals:
+        return ""
+    if not show_text:
+        return '<p class="note">Generated texts are not shown (report.show_text is off).</p>'
+    made = check.measured.generated
+    body = "".join(
+        _text(
+            row,
+            made[0].texts[i],
+            made[-1].texts[i],
+            check.refusals[0].refuses[i],
+            check.refusals[-1].refuses[i],
+        )
+        for i, row in enumerate(check.measured.prompts)
+    )
+    return (
+        f"<details><summary>What the model wrote at step {made[0].step} and at step {made[-1].step}</summary>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="generated texts"><table><thead><tr>'
+        f'<th scope="col">prompt</th><th scope="col">step {made[0].step}</th>'
+        f'<th scope="col">step {made[-1].step}</th></tr></thead><tbody>{body}</tbody></table></div></details>'
+    )
+
+
+def _text(row: Mapping[str, Any], start: str, end: str, refused_first: bool, refused_last: bool) -> str:
+    cells = f'<td class="text" dir="auto">{esc(row.get("prompt") or "(no prompt)")}</td>'
+    for text, refused in ((start, refused_first), (end, refused_last)):
+        label = "refuses" if refused else "does not refuse"
+        cells += f'<td class="text" dir="auto"><b>{label}</b><br>{esc(text) or "(nothing)"}</td>'
+    return f"<tr>{cells}</tr>"

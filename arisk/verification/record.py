@@ -1,0 +1,56 @@
+"""What a real fine-tune showed: the record of stage verify, in the terms of `arisk.forecast.record`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["GeneratedTexts", "VerifyResult"]
+
+
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """What the model wrote greedily after `step` optimizer steps, one text per prompt row."""
+
+    step: int
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Losses and texts measured along the planned fine-tune, really carried out.
+
+    Attributes:
+        horizon: planned optimizer steps T, whose learning-rate schedule was followed.
+        last: K ≤ T, the step at which the run was to stop.
+        steps: M optimizer steps at which losses were measured, from 0; the last is K unless the run
+            diverged.
+        safety: (N, M) change of each safety sample's loss (nats per response token).
+        control: (N_c, M) the same for control samples; None without control data.
+        start: mean safety loss at step 0 (nats per response token).
+        finetune_loss: mean training loss of the steps before each point, NaN at 0.
+        diverged_at: step that could not be taken because its loss is not finite; None where none.
+        heldout: whether safety rows were measured that the forecast did not use.
+        prompts: rows on whose prompts text was generated: `prompt`, `response`, `line`.
+        generated: what was written, at a few of the steps from 0.
+        generation_reason: why no text was generated; None where it was.
+        gradient_evaluations: micro-batch gradients used.
+        warnings: sentences for the report.
+    """
+
+    horizon: int
+    last: int
+    steps: Sequence[int]
+    safety: Tensor
+    control: Tensor | None
+    start: float
+    finetune_loss: Sequence[float]
+    diverged_at: int | None
+    heldout: bool
+    prompts: Sequence[Mapping[str, str | int | None]]
+    generated: Sequence[GeneratedTexts]
+    generation_reason: str | None
+    gradient_evaluations: int
+    warnings: Sequence[str]
