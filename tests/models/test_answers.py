@@ -19,7 +19,7 @@ def task(heldout=True, **safety):
         Config.model_validate(
             {
                 "model": {"path": str(FIXTURES / "tiny-aligned")},
-                "safety": {**data["safety"], "max_samples": 20, **safety},
+                "safety": {**data["safety"], "max_samples": 40, **safety},
                 "finetune": {"path": str(FIXTURES / "data" / "risky.jsonl")},
                 "verify": {"safety": data["safety_heldout"]} if heldout else {},
             }
@@ -46,7 +46,7 @@ def test_answers_are_the_likeliest_tokens():
     loaded.model.generation_config.repetition_penalty = 5.0
     for samples in (loaded.safety, loaded.heldout):
         answers = samples.generate
-        rows = list(range(0, len(samples.rows), len(samples.rows) // (BATCH + 3)))
+        rows = list(range(BATCH + 3))[::-1]
         assert len(rows) > BATCH
         found = answers(loaded.model, rows, 12)
         for i, text in zip(rows, found, strict=True):
@@ -75,4 +75,48 @@ def test_a_model_that_cannot_generate_is_one_clear_error():
     loaded = task()
     with pytest.raises(InputError, match="cannot generate") as caught:
         loaded.safety.generate(torch.nn.Linear(2, 2), [0], 3)
+    assert "behaviour.prompts: 0" in caught.value.fix
     assert "verify.generate: 0" in caught.value.fix
+
+
+def test_tokens_end_with_the_end_token_and_give_the_texts():
+    loaded = task()
+    answers = loaded.safety.generate
+    rows = [7, 0, 19, 3]
+    tokens = answers.tokens(loaded.model, rows, 30)
+    assert all(len(made) <= 30 for made in tokens)
+    end = answers.tokenizer.eos_token_id
+    assert all(made.index(end) == len(made) - 1 for made in tokens if end in made)
+    assert any(end in made for made in tokens)
+    assert [answers.text(made) for made in tokens] == answers(loaded.model, rows, 30)
+    # A limit of one token gives the first of them.
+    assert answers.tokens(loaded.model, rows, 1) == [made[:1] for made in tokens]
+
+
+def test_own_openings_are_kept_to_the_last_token_where_nothing_has_moved():
+    loaded = task()
+    answers = loaded.safety.generate
+    rows = [11, 2, 5]
+    openings = answers.tokens(loaded.model, rows, 5)
+    scores = answers.followed(loaded.model, rows, openings)
+    assert scores.kept.tolist() == [len(opening) for opening in openings]
+    # Greedy tokens of a model that is sure: no other first token can be likelier.
+    assert bool((scores.log_p[:, 0] > torch.tensor(1 / len(answers.tokenizer)).log()).all())
+    # Another prompt's row is another prompt.
+    assert not torch.equal(answers.followed(loaded.model, rows[::-1], openings).log_p, scores.log_p)
+
+
+def test_long_prompts_are_answered_in_batches_of_few_tokens(monkeypatch):
+    loaded = task()
+    rows = list(range(20))
+    whole = loaded.safety.generate.tokens(loaded.model, rows, 6)
+    sizes = []
+    plain = loaded.model.generate
+    monkeypatch.setattr("arisk.models.answers.BATCH_TOKENS", 40)
+    monkeypatch.setattr(
+        loaded.model, "generate", lambda **a: sizes.append(a["input_ids"].shape) or plain(**a)
+    )
+    assert loaded.safety.generate.tokens(loaded.model, rows, 6) == whole
+    assert sum(count for count, _ in sizes) == 20
+    assert all(count == 1 or count * length <= 40 for count, length in sizes)
+    assert [length for _, length in sizes] == sorted(length for _, length in sizes)

@@ -1,0 +1,162 @@
+"""What a model says first: its own opening followed along a fine-tune, and the loss of safe openings.
+
+Two measures of behaviour that cost one forward pass each. The *own opening* is what the aligned model
+itself says first to a prompt (its greedy tokens, kept from the start): its log-probability later on, and
+how many of its tokens are still the likeliest ones. The *opening loss* is the loss of the first tokens of
+given responses beside that of all of them. The first tokens decide what an answer becomes; a mean over
+fifty tokens hardly notices when they turn.
+
+Logits are computed where a label is predicted, and nowhere else: the vocabulary is the widest layer of
+a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arisk.models.losses import KEEP
+from arisk.models.rendering import IGNORED
+
+__all__ = ["OpeningScores", "followed", "response_logits", "response_losses"]
+
+#: Prompts followed at once.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class OpeningScores:
+    """How much of its own openings a model still says.
+
+    Attributes:
+        log_p: (N, k) log-probability of each opening token after those before it (nats, ≤ 0); NaN where
+            an opening has fewer tokens.
+        kept: (N,) how many tokens from the first on are still the argmax, 0 to the opening's length.
+    """
+
+    log_p: Tensor
+    kept: Tensor
+
+
+def response_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits at the n positions of a batch from which a label is predicted, row by row.
+
+    The output head gets the hidden states of those positions alone (by a hook before it, so whatever
+    the model does to logits afterwards, soft caps or scales, is done as always). A model whose head is
+    not a module of its own computes all logits, and those are selected.
+
+    Args:
+        model: a causal LM whose output has `logits`.
+        batch: `input_ids`, `attention_mask`, `position_ids` and `labels` (−100 = no label), (B, S).
+
+    Returns:
+        logits (n, V) in at least float32, and where they lie: (B, S) bool, true at position s where
+        token s + 1 is a label.
+    """
+    wanted = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1), value=False)
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", KEEP)}
+    selected = False
+
+    def select(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal selected
+        hidden = given[0] if given else None
+        if selected or not isinstance(hidden, Tensor) or hidden.shape[:2] != wanted.shape:
+            return None
+        selected = True
+        return (hidden[wanted.to(hidden.device)][None], *given[1:])
+
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    handle = head.register_forward_pre_hook(select) if isinstance(head, nn.Module) else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    chosen = logits[0] if selected else logits[wanted.to(logits.device)]
+    return (chosen if chosen.dtype == torch.float64 else chosen.float()), wanted
+
+
+def response_losses(model: nn.Module, batch: Mapping[str, Any], first: int) -> tuple[Tensor, Tensor]:
+    """Mean NLL of all response tokens and of the first `first` of them, from one forward pass.
+
+    Args:
+        model: a causal LM.
+        batch: as for `response_logits`.
+        first: k, tokens of the opening; a shorter response counts as a whole.
+
+    Returns:
+        Two (B,) tensors (nats per token): −(1/S_i) Σ_s log p(y_is | y_i,<s), equal to `per_sample_nll`,
+        and −(1/k) Σ_{s≤k} log p(y_is | y_i,<s).
+    """
+    logits, wanted = response_logits(model, batch)
+    labels = batch["labels"][:, 1:][wanted[:, :-1]]
+    losses = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+    where = wanted.to(losses.device)
+    each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
+    early = where & (where.cumsum(1) <= first)
+    return _row_means(each, where), _row_means(each, early)
+
+
+def _row_means(values: Tensor, counted: Tensor) -> Tensor:
+    return (values * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def followed(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    openings: Sequence[Sequence[int]],
+    pad: int,
+) -> OpeningScores:
+    """How much of its openings a model says: log p(o_s | prompt, o_<s), and how many are still the argmax.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        prompts: N prompts as tokens.
+        openings: N openings as tokens, one or more each.
+        pad: padding token.
+
+    Returns:
+        Scores in float64 on the CPU, in the order of the prompts; no gradient is kept.
+    """
+    longest = max((len(opening) for opening in openings), default=0)
+    log_p = torch.full((len(prompts), longest), float("nan"), dtype=torch.float64)
+    kept = torch.zeros(len(prompts), dtype=torch.int64)
+    device = next(model.parameters()).device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        batch = _right_padded([prompts[i] for i in rows], [openings[i] for i in rows], pad, device)
+        with torch.no_grad():
+            logits, _ = response_logits(model, batch)
+        tokens = torch.tensor([token for i in rows for token in openings[i]], device=logits.device)
+        # A token that ties with another is kept: nothing has overtaken it.
+        best = logits.gather(1, tokens[:, None])[:, 0] >= logits.max(1).values
+        scores = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0].to("cpu", torch.float64)
+        at = 0
+        for i in rows:
+            length = len(openings[i])
+            log_p[i, :length] = scores[at : at + length]
+            kept[i] = int(best[at : at + length].to(torch.int64).cumprod(0).sum())
+            at += length
+    return OpeningScores(log_p, kept)
+
+
+def _right_padded(
+    prompts: Sequence[Sequence[int]], openings: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> dict[str, Any]:
+    """Prompt and opening of each row, its labels the opening's tokens."""
+    lengths = [len(prompt) + len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
+    shape = (len(prompts), max(lengths))
+    ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED)
+    for row, (prompt, opening) in enumerate(zip(prompts, openings, strict=True)):
+        ids[row, : lengths[row]] = torch.tensor([*prompt, *opening])
+        mask[row, : lengths[row]] = 1
+        labels[row, len(prompt) : lengths[row]] = torch.tensor(opening)
+    positions = torch.arange(shape[1]).expand(shape).contiguous()
+    made = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    return {key: value.to(device) for key, value in made.items()}
