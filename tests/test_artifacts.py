@@ -56,6 +56,33 @@ def example(number=1.5, **changes):
     return Example(**{**values, **changes})
 
 
+@dataclass(frozen=True)
+class Deeper:
+    tensor: torch.Tensor
+    label: str
+
+
+@dataclass(frozen=True)
+class Nested:
+    deeper: Deeper
+    maybe: Deeper | None
+    tensor: torch.Tensor | None
+
+
+def test_tensors_of_records_in_fields(tmp_path):
+    record = Nested(Deeper(torch.ones(2), "a"), None, torch.zeros(1))
+    write_record(tmp_path, record)
+    found = read_record(tmp_path, Nested)
+    assert torch.equal(found.deeper.tensor, torch.ones(2))
+    assert (found.deeper.label, found.maybe, found.tensor.tolist()) == ("a", None, [0.0])
+    write_record(tmp_path, Nested(record.deeper, Deeper(torch.zeros(3), "b"), None))
+    found = read_record(tmp_path, Nested)
+    assert (found.maybe.tensor.tolist(), found.maybe.label, found.tensor) == ([0.0] * 3, "b", None)
+    write_tensors(tmp_path / "tensors.safetensors", {"maybe.tensor": torch.zeros(3)})
+    with pytest.raises(ArtifactError, match=r"the field 'deeper.tensor' is missing"):
+        read_record(tmp_path, Nested)
+
+
 def test_round_trip(tmp_path):
     record = example()
     write_record(tmp_path, record)

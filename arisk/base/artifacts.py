@@ -1,9 +1,9 @@
 """Stage records to and from safetensors and JSON, with a format version.
 
-A record is any frozen dataclass of `arisk.forecast.record`. Tensor fields go to `tensors.safetensors`,
-everything else to `record.json`, whose first key is the format version; equal records give equal
-bytes. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity". No
-torch is imported until a tensor is read or written.
+A record is any frozen dataclass. Its tensors, and those of records in its fields, go to
+`tensors.safetensors`, everything else to `record.json`, whose first key is the format version; equal
+records give equal bytes. NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and
+"-Infinity". No torch is imported until a tensor is read or written.
 """
 
 from __future__ import annotations
@@ -50,13 +50,7 @@ def write_record(directory: Path, record: Any) -> None:
         ArtifactError: the disk is full or the folder is read-only.
     """
     tensors: dict[str, Any] = {}
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        if _is_tensor(value):
-            tensors[field.name] = value
-        else:
-            values[field.name] = _encode(value)
+    values = _parted(record, "", tensors)
     body = {"format_version": FORMAT_VERSION, "type": type(record).__name__, "values": values}
     write_tensors(directory / "tensors.safetensors", tensors)
     write_text(directory / "record.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
@@ -73,16 +67,10 @@ def read_record(directory: Path, cls: type[Record]) -> Record:
     if body.get("type") != cls.__name__ or not isinstance(body.get("values"), dict):
         raise _damaged(path, f"it holds {body.get('type')!r}, not {cls.__name__!r}")
     tensors = read_tensors(directory / "tensors.safetensors")
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in tensors:
-            arguments[field.name] = tensors[field.name]
-        elif field.name in body["values"]:
-            arguments[field.name] = _decode(body["values"][field.name], hints[field.name])
-        elif field.default is dataclasses.MISSING:
-            raise _damaged(path, f"the field {field.name!r} is missing")
-    return cls(**arguments)
+    found, missing = _joined(cls, body["values"], "", tensors)
+    if missing:
+        raise _damaged(path, f"the field {missing!r} is missing")
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -207,13 +195,61 @@ def _damaged(path: Path, why: str) -> ArtifactError:
     )
 
 
+def _parted(record: Any, prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """JSON form of a record; its tensors, and those of records in its fields, go into `tensors`."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(record):
+        value, name = getattr(record, field.name), f"{prefix}{field.name}"
+        if _is_tensor(value):
+            tensors[name] = value
+        elif _is_record(value):
+            values[field.name] = _parted(value, f"{name}.", tensors)
+        else:
+            values[field.name] = _encode(value)
+    return values
+
+
+def _joined(
+    cls: Any, values: Mapping[str, Any], prefix: str, tensors: Mapping[str, Any]
+) -> tuple[Any, str | None]:
+    """A record from its two parts, or the name of a field that neither has."""
+    hints = typing.get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        name, inner = f"{prefix}{field.name}", _record_type(hints[field.name])
+        if name in tensors:
+            arguments[field.name] = tensors[name]
+        elif field.name in values:
+            value, missing = values[field.name], None
+            if inner is not None and isinstance(value, dict):
+                arguments[field.name], missing = _joined(inner, value, f"{name}.", tensors)
+            else:
+                arguments[field.name] = _decode(value, hints[field.name])
+            if missing:
+                return None, missing
+        elif field.default is dataclasses.MISSING:
+            return None, name
+    return cls(**arguments), None
+
+
+def _record_type(hint: Any) -> Any | None:
+    """The record class of a field, optional or not; None where it holds something else."""
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = typing.get_args(hint) if optional else (hint,)
+    return next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
 def _is_tensor(value: Any) -> bool:
     return type(value).__module__.startswith("torch")
 
 
 def _encode(value: Any) -> Any:
     """JSON form of a field: records, mappings and sequences by their parts."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if _is_record(value):
         return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}

@@ -18,6 +18,7 @@ from arisk.base.errors import ConfigError
 from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.config.protection import GuardSettings
 from arisk.config.sections import (
+    BehaviourConfig,
     CollectConfig,
     ForecastConfig,
     NonNegativeFloat,
@@ -33,6 +34,7 @@ from arisk.config.sections import (
 
 __all__ = [
     "AdapterConfig",
+    "BehaviourConfig",
     "CollectConfig",
     "Config",
     "DataConfig",
@@ -272,6 +274,8 @@ class Config(Section):
     """The safety subspace."""
     score: ScoreConfig = ScoreConfig()
     """How the planned update meets the subspace."""
+    behaviour: BehaviourConfig = BehaviourConfig()
+    """What the model says along the run."""
     rollout: RolloutConfig = RolloutConfig()
     """Losses measured along an accelerated virtual run."""
     forecast: ForecastConfig = ForecastConfig()

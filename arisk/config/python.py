@@ -19,6 +19,7 @@ from arisk.config.plan import TrainingConfig, VerifyConfig
 from arisk.config.problems import config_error
 from arisk.config.protection import GuardSettings
 from arisk.config.sections import (
+    BehaviourConfig,
     CollectConfig,
     ForecastConfig,
     PositiveInt,
@@ -136,6 +137,10 @@ class _Score(ScoreConfig, PythonSection):
     __doc__ = ScoreConfig.__doc__
 
 
+class _Behaviour(BehaviourConfig, PythonSection):
+    __doc__ = BehaviourConfig.__doc__
+
+
 class _Rollout(RolloutConfig, PythonSection):
     __doc__ = RolloutConfig.__doc__
 
@@ -199,6 +204,8 @@ class PipelineConfig(PythonSection):
     """The safety subspace."""
     score: Annotated[_Score, BeforeValidator(_as_mapping)] = Field(default_factory=_Score)
     """How the planned update meets the subspace."""
+    behaviour: Annotated[_Behaviour, BeforeValidator(_as_mapping)] = Field(default_factory=_Behaviour)
+    """What the model says along the run."""
     rollout: Annotated[_Rollout, BeforeValidator(_as_mapping)] = Field(default_factory=_Rollout)
     """Losses measured along an accelerated virtual run."""
     forecast: Annotated[_Forecast, BeforeValidator(_as_mapping)] = Field(default_factory=_Forecast)

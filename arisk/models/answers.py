@@ -60,9 +60,13 @@ class GreedyAnswers:
         prompts = [self.prompt(i) for i in rows]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         made: dict[int, list[int]] = {}
+        # In float64 the masks of transformers overflow at padding, and what they mask is NaN.
+        pads = next(model.parameters()).dtype != torch.float64
         while order:
             taken = [i for n, i in enumerate(order[:BATCH]) if (n + 1) * len(prompts[i]) <= BATCH_TOKENS]
             taken = taken or order[:1]
+            if not pads:
+                taken = [i for i in taken if len(prompts[i]) == len(prompts[order[0]])]
             order = order[len(taken) :]
             made.update(
                 zip(taken, self._batch(model, [prompts[i] for i in taken], max_new_tokens), strict=True)

@@ -113,17 +113,17 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
     """Batches and per-row metadata; safety rows are batched by length to waste little padding."""
     rendered = loaded.rendered
     pad = int(tokenizer.pad_token_id or 0)
-    generate: GreedyAnswers | None = None
     batches: Any
     if section in SAFETY_SETS:
         rendered = sorted(rendered, key=lambda row: len(row.tokens))
         batches = FixedBatches(rendered, config.collect.chunk_size, pad)
-        # Plain text has no prompt to answer.
-        generate = None if loaded.config.format == "text" else GreedyAnswers(tokenizer, rendered)
     elif section == "guard.task":
         batches = FixedBatches(rendered, config.training.batch_size, pad)
     else:
         batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.config))
+    # Plain text has no prompt to answer.
+    answered = section in (*SAFETY_SETS, "control") and loaded.config.format != "text"
+    generate = GreedyAnswers(tokenizer, rendered) if answered else None
     statistics = statistics_of(replace(loaded, rendered=rendered))
     rows = [_metadata(row) for row in rendered]
     name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)

@@ -120,3 +120,18 @@ def test_long_prompts_are_answered_in_batches_of_few_tokens(monkeypatch):
     assert sum(count for count, _ in sizes) == 20
     assert all(count == 1 or count * length <= 40 for count, length in sizes)
     assert [length for _, length in sizes] == sorted(length for _, length in sizes)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_answers_are_those_of_one_prompt_alone(dtype, attention):
+    loaded = task()
+    model = loaded.model.to(dtype)
+    model.set_attn_implementation(attention)
+    answers = loaded.safety.generate
+    rows = list(range(12))
+    together = answers.tokens(model, rows, 8)
+    alone = [answers.tokens(model, [row], 8)[0] for row in rows]
+    # Rounding may turn a near tie in bfloat16, as any other batch size does.
+    assert sum(a != b for a, b in zip(together, alone, strict=True)) <= (dtype == torch.bfloat16)
+    assert all(len(set(made)) > 1 for made in together)
