@@ -17,7 +17,7 @@ from arisk.guard.record import GuardResult
 from arisk.screening.record import ScreenResult
 
 if TYPE_CHECKING:
-    from arisk.report.extra import Extra
+    from arisk.report.page import Extra
 
 __all__ = ["guard_extra", "run_guard", "run_screen", "screen_extra"]
 
@@ -32,8 +32,7 @@ FLAGGING = ("drop", "false_discovery", "what_if")
 
 def run_screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
-    from arisk.screening.run import screen
-    from arisk.screening.screen_flags import flagged_anew
+    from arisk.screening.run import flagged_anew, screen
     from arisk.screening.what_if import dropping
 
     config, task = job.config, job.task

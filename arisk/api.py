@@ -15,12 +15,11 @@ from arisk.anatomy.record import SubspaceResult
 from arisk.assessment import assess
 from arisk.base.checked_loss import checked_loss
 from arisk.base.errors import ConfigError
-from arisk.base.progress import Progress, silent
-from arisk.base.task import Batch, LossFn, SampleSet, Task
+from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task, silent
 from arisk.config.plan import planned_steps
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
-from arisk.forecast.skipped import skipped_records
+from arisk.forecast.run import skipped_records
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.models.loaders import keeping_random_state, kept, taken
 from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters

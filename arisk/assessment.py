@@ -19,8 +19,7 @@ from arisk.anatomy.record import CollectResult, SubspaceResult
 from arisk.anatomy.safety_side import SafetySide, recomputed_side, stored_side
 from arisk.anatomy.score import score
 from arisk.anatomy.subspace import subspace
-from arisk.base.progress import Progress, silent
-from arisk.base.task import Task
+from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import planned_steps
 from arisk.config.python import PipelineConfig
 from arisk.forecast.rollout import rollout, skipped_rollout

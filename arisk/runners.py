@@ -24,7 +24,7 @@ from arisk.verification.record import VerifyResult
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from arisk.report.extra import Extra
+    from arisk.report.page import Extra
     from arisk.verification.truth import Comparison
 
 __all__ = ["EXTRAS", "RUNNERS", "finite"]
@@ -38,7 +38,7 @@ def _collect(job: Job, workspace: Path) -> CollectResult:
 
     task = job.task
     if job.config.collect.fisher == "sampled":
-        from arisk.models.sampled import sample_labels
+        from arisk.models.losses import sample_labels
 
         task = replace(task, safety=sample_labels(task.model, task.safety, job.config.run.seed))
     made = collect(task, job.config.collect, workspace, progress=job.show.progress)

@@ -144,7 +144,7 @@ def test_the_report_shows_it(arisk, screened, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.screening import screen_passes
+from arisk.screening import estimates as screen_passes
 screen_passes.SHARD_ROWS = 16
 products, done = screen_passes.row_products, [0]
 def dying(*given, **settings):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from arisk.base.errors import ArtifactError
-from arisk.compare.together import (
+from arisk.compare.reading import (
     differing_settings,
     distinct_names,
     notes,

@@ -206,7 +206,7 @@ def test_help_fits_80_columns(verb):
 
 
 def test_help_names_every_command_in_a_group_and_in_whole_sentences():
-    from arisk.cli.grouped import GROUPS
+    from arisk.cli.app import GROUPS
 
     done = subprocess.run(
         [sys.executable, "-m", "arisk", "--help"],
@@ -275,7 +275,7 @@ import json, sys
 from pathlib import Path
 from arisk.engine.run import Outcome
 from arisk.base.tables import outcome_text
-from arisk.cost.check_text import check_text
+from arisk.cost.check import check_text
 long = "word " * 60
 curve = {"status": "measured", "reason": None, "kind": "forecast", "collapse_step": 31, "horizon": 200,
     "probability": 1.0, "median": [0.0, 0.48], "trusted_until": 200}

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from arisk.base.tables import outcome_text, table
 from arisk.base.terminal import StageDisplay
-from arisk.cost.check_text import check_text, shortened
+from arisk.cost.check import check_text, shortened
 from arisk.engine.run import Outcome
 from arisk.engine.status import describe
 

@@ -1,20 +1,24 @@
-"""Figures of the safety subspace: spectrum, layers, and overlap with its nulls."""
+"""Figures of the safety subspace: spectrum, layers, and overlap with its nulls.
+
+Losses measured along a straight virtual move: where local theory ends.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.findings import layer_sentence
-from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, step_lines, thin
-from arisk.report.text import layer_and_type, number, percent
+from arisk.forecast.first_screen import layer_sentence
+from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, reference_line, step_lines, thin
+from arisk.report.section import Column, esc, rows_table, table
+from arisk.report.text import NOT_MEASURED, layer_and_type, number, percent
 from arisk.report.worth import worth_line
 
-__all__ = ["fisher_map", "harm_map", "overlap", "spectrum"]
+__all__ = ["conditions", "examples", "fisher_map", "harm_map", "overlap", "spectrum", "virtual_move"]
 
 OBSERVED, CONTROL, NULL = "#D55E00", "#CC79A7", "#8a8a8a"
 
@@ -262,3 +266,152 @@ def _against(scored: ScoreResult) -> str:
     if o.control is not None and math.isfinite(o.control) and o.control > 0:
         says += f", {number(o.ratio / o.control, 2)} × ordinary data"
     return f"{says}; permutation p = {number(o.p_value, 2)}."
+
+
+def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
+    """Measured losses of safety, control and fine-tuning data along the first update direction."""
+    title, reading = (
+        "Measured along the first update direction",
+        "The model was moved along the planned optimizer's first direction and put back; the losses are "
+        "measured. The quadratic model is what local theory predicts for the same move: where it leaves the "
+        "measured safety line, theory ends.",
+    )
+    equation = "L(θ* + t u) − L(θ*), with u = −D g and t in units of Σ η"
+    header = ["flow time t", "safety", "quadratic model", "control", "fine-tuning"]
+    if scored.probe_times is None or scored.probe_safety is None or scored.probe_finetune is None:
+        return Figure("move", title, [], {}, reading, equation, header, [], "score.probe_points is 0")
+    times = scored.probe_times.tolist()
+    c = scored.c_update[:, None] * scored.probe_times[None]
+    curves = {
+        "safety": (scored.probe_safety.mean(0).tolist(), "#D55E00", "solid"),
+        "quadratic model": ((c + 0.5 * c**2).mean(0).tolist(), "#0072B2", "dash"),
+        "fine-tuning": (scored.probe_finetune.tolist(), "#009E73", "dashdot"),
+    }
+    control = scored.probe_control
+    if control is not None:
+        curves["control"] = (control.tolist(), "#CC79A7", "dot")
+    data = [
+        {
+            "type": "scatter",
+            "name": name,
+            "mode": "lines+markers",
+            "x": times[1:],
+            "y": clean(values[1:]),
+            "line": {"color": colour, "dash": dash},
+        }
+        for name, (values, colour, dash) in curves.items()
+    ]
+    line = reference_line(horizon=threshold, text=f"collapse threshold +{threshold:g}")
+    layout = axes(
+        "flow time t = Σ η (log)",
+        "change of loss (nats / token)",
+        shapes=[line["shape"]],
+        annotations=[line["annotation"]],
+        hovermode="x unified",
+        legend=LEGEND,
+    )
+    layout["xaxis"].update(type="log", dtick=1, exponentformat="power")
+    measured = [v for values, _, _ in curves.values() for v in values if math.isfinite(v)]
+    low = min([0.0, *measured])
+    high = max([threshold * 2, *[v for v in curves["safety"][0] if math.isfinite(v)]])
+    layout["yaxis"]["range"] = [max(1.1 * low, -2 * high), 1.15 * high]
+    rows = [
+        [
+            number(times[i]),
+            number(curves["safety"][0][i]),
+            number(curves["quadratic model"][0][i]),
+            "not measured" if control is None else number(float(control[i])),
+            number(curves["fine-tuning"][0][i]),
+        ]
+        for i in range(len(times))
+    ]
+    return Figure(
+        "move",
+        title,
+        data,
+        layout,
+        reading,
+        equation,
+        header,
+        thin(rows),
+        says=_says(times, curves["safety"][0], threshold),
+        worth=worth_line("ray"),
+    )
+
+
+def _says(times: list[float], safety: list[float], threshold: float) -> str:
+    """Where along the move safety goes."""
+    first = next((t for t, value in zip(times, safety, strict=True) if value >= threshold), None)
+    if first is None:
+        return f"Along this one direction safety does not lose {threshold:g} nats/token as far as measured."
+    return f"Along this one direction safety has lost {threshold:g} nats/token by flow time {number(first)}."
+
+
+def conditions(scored: ScoreResult) -> str:
+    """The three conditions of the theory, with what was measured for each."""
+    words = {True: "holds", False: "does not hold", None: NOT_MEASURED}
+    rows = [(c["name"], words[c["holds"]], c["evidence"]) for c in scored.aic_conditions]
+    facts = f"γ̂ = {number(scored.gamma_hat)}, ε̂ = {number(scored.epsilon_hat)}"
+    return (
+        '<section id="conditions"><h2>Alignment Instability Condition</h2>'
+        '<p class="reading"><b>How to read this.</b> Where all three hold, theory says that safety decays '
+        "like t⁴ even though training starts almost orthogonal to it. Theory and measurement are shown side "
+        f"by side; the verdict follows measurement. {esc(facts)}.</p>"
+        f"{table(('condition', 'here', 'evidence'), rows)}</section>"
+    )
+
+
+#: Headings of the riskiest rows, with the keys of `ScoreResult.examples` behind them.
+COLUMNS = (
+    (Column("row"), "line"),
+    (Column("second order", "descending"), "second_order"),
+    (Column("first order"), "first_order"),
+    (Column("loss"), "loss"),
+    (Column("gradient norm"), "gradient_norm"),
+    (Column("tokens"), "tokens"),
+)
+
+
+def examples(scored: ScoreResult, show_text: bool, limit: int, says: str | None = None) -> str:
+    """The riskiest rows, sortable, their text folded away.
+
+    Args:
+        scored: has the rows.
+        show_text: show prompts and responses, or only their numbers.
+        limit: rows shown.
+        says: what the ranking shows, in one sentence.
+    """
+    head = '<section id="examples"><h2>Riskiest training rows</h2>'
+    ranked = sorted(scored.examples, key=_harm, reverse=True)
+    if not ranked:
+        return (
+            f'{head}<p class="missing">Not measured: score.examples is 0. '
+            "That is not the same as no risk.</p></section>"
+        )
+    told = [([_value(row, key) for _, key in COLUMNS], row) for row in ranked[:limit]]
+    takeaway = f'<p class="says">{esc(says)}</p>' if says else ""
+    return (
+        f"{head}{takeaway}{rows_table([column for column, _ in COLUMNS], told, show_text, 'riskiest rows')}"
+        '<dl class="notes"><div><dt>How to read this.</dt><dd>'
+        f"{min(limit, len(ranked))} of the {len(ranked)} rows of the first batches that were scored one by "
+        "one, the most harmful first; a heading sorts. Positive means that a step on this row alone pushes "
+        "towards harm: first order along the safety gradient, second order along what the whole first update "
+        "does to the safety subspace. The ranking is local: it says who pushes, not how far.</dd></div>"
+        '<div><dt>Equation</dt><dd class="equation">first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)\n'
+        "second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)</dd></div>"
+        f"<div><dt>Worth</dt><dd>{esc(worth_line('second order', 'This ranking of single rows'))}</dd></div>"
+        "</dl></section>"
+    )
+
+
+def _harm(row: Mapping[str, Any]) -> float:
+    """Sort key: what was not measured comes last."""
+    value = row.get("second_order")
+    return float(value) if value is not None and math.isfinite(value) else -math.inf
+
+
+def _value(row: Mapping[str, Any], key: str) -> Any:
+    if key == "line":
+        return row.get("line", row.get("index"))
+    value = row.get(key)
+    return None if value is None else float(value)

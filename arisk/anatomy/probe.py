@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.processes import gathered, share
-from arisk.base.progress import Progress
-from arisk.base.task import Batch, LossFn, SampleSet, Task
+from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task
 from arisk.gradients import ParameterLayout, batch_size, slice_batch
 
 __all__ = ["Probe", "batch_losses", "displaced", "probe_along", "sample_losses"]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.processes import gathered, share, world
-from arisk.base.progress import Progress
-from arisk.base.task import Batch, SampleSet, Task
+from arisk.base.task import Batch, Progress, SampleSet, Task
 from arisk.config.plan import TrainingConfig
 from arisk.geometry.vectors import VectorStack
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch

@@ -2,6 +2,8 @@
 
 Everything after loading works on these records alone, so a Hugging Face model and any other torch
 model take the same road. This module holds data only; it loads nothing and runs nothing.
+
+How long work reports on itself: one callback, given by whoever shows it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Generate", "LoraPair", "LossFn", "RowBatches", "SampleSet", "Task"]
+__all__ = ["Batch", "Generate", "LoraPair", "LossFn", "Progress", "RowBatches", "SampleSet", "Task", "silent"]
 
 #: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
 Batch = Any
@@ -109,3 +111,11 @@ class Task:
     description: Mapping[str, Any] = field(default_factory=dict[str, Any])
     heldout: SampleSet | None = None
     clean: SampleSet | None = None
+
+
+#: ``progress(label, done, total)``; called with ``done == 0`` first and ``done == total`` last.
+Progress = Callable[[str, int, int], None]
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """Report nothing."""

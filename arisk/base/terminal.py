@@ -101,7 +101,7 @@ class StageDisplay:
             self._line(f"{self._place():<10} {stage:<9} {why}".rstrip(), indent=" " * 21)
 
     def progress(self, label: str, done: int, total: int) -> None:
-        """The `arisk.base.progress.Progress` callback of the running stage."""
+        """The `arisk.base.task.Progress` callback of the running stage."""
         now = time.monotonic()
         if label != self._label or done < self._first:
             self._label, self._label_began, self._first = label, now, done

@@ -6,7 +6,8 @@ Results go to stdout, progress and errors to stderr. No torch is imported here: 
 
 from __future__ import annotations
 
-from arisk.cli import acts, compare, stages
+from arisk.cli import acts, stages
+from arisk.cli import acts as compare
 from arisk.cli.app import app, main
 
 __all__ = ["acts", "app", "compare", "main", "stages"]

@@ -1,17 +1,20 @@
-"""Verbs that act on a plan beyond its run: verify, screen, guard, what-if."""
+"""Verbs that act on a plan beyond its run: verify, screen, guard, what-if.
+
+The verb `compare`: several planned fine-tunes of one model, ranked.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
 from arisk.base.errors import ConfigError
+from arisk.base.processes import is_first
 from arisk.cli.app import app
-from arisk.cli.completion import complete_run
 from arisk.cli.options import (
     ConfigPath,
     ForceOption,
@@ -19,9 +22,14 @@ from arisk.cli.options import (
     QuietOption,
     RunDirOption,
     SetOption,
+    complete_run,
+    complete_run_or_config,
+    gate,
     reproducing,
     show,
 )
+
+__all__ = []
 
 __all__: list[str] = []
 
@@ -114,7 +122,7 @@ def _ask(
         told: those options as typed.
     """
     from arisk.config.yaml import load_config, run_directory
-    from arisk.engine.asked import asked_text, run_asked
+    from arisk.engine.run import asked_text, run_asked
 
     config, run_dir, overrides, force, as_json, quiet = common
     loaded = load_config(config, [*(overrides or []), *given, *shared])
@@ -177,3 +185,79 @@ def what_if(
         lengths=number_list(steps, int, "--steps"),
     )
     typer.echo(json.dumps(grid_json(grid), indent=2) if as_json else grid_text(grid, cells=cells))
+
+
+__all__: list[str] = []
+
+
+@app.command()
+def compare(
+    plans: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_CONFIG…",
+            help="Run directories and YAML configs, two or more.",
+            autocompletion=complete_run_or_config,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of compare.html, compare.json and compare.md.")
+    ] = Path("runs/compare"),
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            help="Configs run in folders of this one, by their names; default: run.dir, or runs/<name>.",
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading of the page.")] = None,
+    overrides: SetOption = None,
+    last: Annotated[
+        Literal["forecast", "report"],
+        typer.Option("--until", help="Last stage run for configs; forecast leaves out their own reports."),
+    ] = "report",
+    force: ForceOption = False,
+    fail_on: Annotated[
+        Literal["elevated", "high"] | None,
+        typer.Option("--fail-on", help="Exit 10 when a plan reaches this level, 11 if one is inconclusive."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Rank several planned fine-tunes of one model; configs are run first, as far as they are not fresh.
+
+    The safety side is measured once and shared. Example: arisk compare runs/a runs/b plan.yaml
+    """
+    from arisk.compare import compare_plans
+    from arisk.compare.record import worst_level
+    from arisk.compare.text import compare_text
+
+    found = compare_plans(
+        plans,
+        output=output,
+        show=show(quiet),
+        command=_reproducing(plans, output, run_dir, title, overrides),
+        overrides=overrides or [],
+        base=run_dir,
+        last=last,
+        force=force,
+        title=title,
+    )
+    if is_first():
+        text = compare_text(found.told, str(found.page))
+        typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
+    if fail_on:
+        level, names = worst_level(found.told.runs, fail_on)
+        gate(level, fail_on, names)
+
+
+def _reproducing(
+    plans: list[Path], output: Path, run_dir: Path | None, title: str | None, overrides: list[str] | None
+) -> str:
+    """The command that makes this comparison again."""
+    import shlex
+
+    parts = ["arisk", "compare", *map(str, plans), "--output", str(output)]
+    parts += ["--run-dir", str(run_dir)] if run_dir else []
+    parts += ["--title", title] if title else []
+    return shlex.join([*parts, *(part for item in overrides or [] for part in ("--set", item))])

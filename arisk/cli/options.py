@@ -1,10 +1,14 @@
-"""Options and helpers that several verbs share."""
+"""Options and helpers that several verbs share.
+
+What the shell completes: configs, run directories and config keys. Looks at names, opens no file.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +16,6 @@ import typer
 
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
 from arisk.base.processes import is_first
-from arisk.cli.completion import complete_config, complete_run, complete_setting
 
 __all__ = [
     "ConfigPath",
@@ -22,6 +25,10 @@ __all__ = [
     "RunDirOption",
     "SetOption",
     "Stage",
+    "complete_config",
+    "complete_run",
+    "complete_run_or_config",
+    "complete_setting",
     "gate",
     "print_outcome",
     "refuse_gate_without_verdict",
@@ -29,6 +36,68 @@ __all__ = [
     "reusable",
     "show",
 ]
+
+#: Levels that are opened while a folder is the only match: the shell would put a space after its name.
+DEPTH = 4
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """YAML files and the folders on the way to them."""
+    return _paths(incomplete, _is_config)
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Run directories (folders with a `config.yaml`) and the folders on the way to them."""
+    return _paths(incomplete, _is_run)
+
+
+def complete_run_or_config(incomplete: str) -> list[str]:
+    """What `arisk compare` takes."""
+    return _paths(incomplete, lambda path: _is_config(path) or _is_run(path))
+
+
+def _is_config(path: Path) -> bool:
+    return path.suffix in {".yaml", ".yml"}
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def complete_setting(incomplete: str) -> list[str]:
+    """Dotted config keys for `--set`, with the `=`; nothing once a value has begun."""
+    from arisk.config.yaml import known_keys
+
+    return [f"{key}=" for key in known_keys() if key.startswith(incomplete)] if "=" not in incomplete else []
+
+
+def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
+    """Matches of a started path: what is wanted, and folders, opened while they are the only match."""
+    folder, slash, start = incomplete.rpartition("/")
+    found: list[str] = []
+    for _ in range(DEPTH):
+        found = _matches(folder + slash, start, wanted)
+        if len(found) != 1 or not found[0].endswith("/"):
+            break
+        folder, slash, start = found[0].removesuffix("/"), "/", ""
+    return found
+
+
+def _matches(prefix: str, start: str, wanted: Callable[[Path], bool]) -> list[str]:
+    place = Path(prefix).expanduser() if prefix else Path()
+    found: list[str] = []
+    try:
+        for path in sorted(place.iterdir()):
+            if not path.name.startswith(start) or (path.name.startswith(".") and not start.startswith(".")):
+                continue
+            if wanted(path):
+                found.append(prefix + path.name)
+            elif path.is_dir():
+                found.append(f"{prefix}{path.name}/")
+    except OSError:
+        return []
+    return found
+
 
 Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
 ConfigPath = Annotated[

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from arisk.cli.app import app
-from arisk.cli.completion import complete_run
 from arisk.cli.options import (
     ConfigPath,
     ForceOption,
@@ -20,6 +19,7 @@ from arisk.cli.options import (
     RunDirOption,
     SetOption,
     Stage,
+    complete_run,
     gate,
     print_outcome,
     refuse_gate_without_verdict,
@@ -162,8 +162,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     Example: arisk check my.yaml
     """
     from arisk.config.yaml import load_config, run_directory
-    from arisk.cost.check import check_task
-    from arisk.cost.check_text import check_text
+    from arisk.cost.check import check_task, check_text
     from arisk.cost.estimate import estimate
     from arisk.engine.job import device_of
 

@@ -1,18 +1,33 @@
-"""The page of a comparison: the ranked table first, then figures, differences and notes."""
+"""The page of a comparison: the ranked table first, then figures, differences and notes.
+
+Figures of a comparison: forecasts over one another, safety against control drift, budgets.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
+from typing import Any
 
-from arisk.compare.compare_figures import budget_bars, drift_scatter, forecast_lines
-from arisk.compare.record import RULE, PlannedRun, Ranked
-from arisk.compare.words import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
+from arisk.compare.record import RULE, Ranked, RankedRun
+from arisk.compare.text import (
+    COLUMNS,
+    MEANING,
+    Comparative,
+    cells,
+    compare_findings,
+    final_text,
+    headline,
+    rank_text,
+    signed,
+)
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
 from arisk.report.page import ICONS, figure_section, page
 from arisk.report.section import esc, listed, table
+from arisk.report.text import NOT_MEASURED, collapse_text
 
-__all__ = ["render_comparison"]
+__all__ = ["budget_bars", "drift_scatter", "forecast_lines", "render_comparison"]
 
 #: Icon of a run without a forecast.
 UNKNOWN = "?"
@@ -106,7 +121,7 @@ def _values(entry: Ranked) -> list[float | None]:
     return [value if value is not None and math.isfinite(value) else None for value in numbers]
 
 
-def _linked(run: PlannedRun, folder: Path) -> str:
+def _linked(run: RankedRun, folder: Path) -> str:
     """The name, linked to the run's own report where there is one."""
     if run.report is None:
         return esc(run.name)
@@ -134,4 +149,181 @@ def _provenance(told: Comparative) -> str:
     return (
         f'<section id="provenance"><h2>Provenance</h2>{table(header, rows)}'
         f"<h3>Made by</h3><pre><code>{esc(told.command)}</code></pre></section>"
+    )
+
+
+#: Colours that stay apart for the colour-blind (after Okabe and Ito 2008); dashes go on where they end.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#8a8a8a")
+DASHES = ("solid", "dash", "dot", "dashdot")
+#: Longest name on an axis.
+NAME = 22
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and dash of a run by its place."""
+    return COLOURS[index % len(COLOURS)], DASHES[(index // len(COLOURS)) % len(DASHES)]
+
+
+def short(name: str) -> str:
+    """A name that fits an axis: its end tells more than its beginning."""
+    return name if len(name) <= NAME else "…" + name[-(NAME - 1) :]
+
+
+def forecast_lines(told: Comparative) -> Figure:
+    """The curve each verdict rests on, with its band, and the collapse thresholds."""
+    shown = [(i, entry.run) for i, entry in enumerate(told.ranked) if entry.run.curve is not None]
+    data = [trace for i, run in shown for trace in _band(i, run)]
+    thresholds = sorted({run.threshold for run in told.runs})
+    lines = [reference_line(horizon=t, text=f"collapse threshold +{t:g}") for t in thresholds]
+    tops = [v for _, run in shown for v in (run.curve.median if run.curve else []) if math.isfinite(v)]
+    cap = 4 * thresholds[-1]
+    layout = axes(
+        "optimizer step",
+        "change of safety loss (nats / response token)",
+        shapes=[line["shape"] for line in lines],
+        annotations=[line["annotation"] for line in lines],
+        hovermode="x unified",
+        legend=LEGEND,
+    )
+    lowest = min([0.0, *tops])
+    layout["yaxis"]["range"] = [1.1 * lowest - 0.05 * cap, min(cap, max([thresholds[-1], *tops]) * 1.15)]
+    rows = [
+        [
+            entry.run.name,
+            entry.run.basis,
+            collapse_text(entry.run.curve) if entry.run.curve else NOT_MEASURED,
+            final_text(entry.run),
+        ]
+        for entry in told.ranked
+    ]
+    return Figure(
+        "forecasts",
+        "Forecasts of all plans",
+        data,
+        layout,
+        "Each line is the forecast that one run's verdict rests on: the mean safety loss along the planned "
+        "run, in nats per response token over optimizer steps. Its band is the interval at the run's "
+        "confidence. Safety has collapsed where a line reaches the threshold; the lowest line is the safest "
+        "plan. A name in the legend hides or shows its line. The axis ends at four thresholds.",
+        "L_s(θ_k) − L_s(θ*)",
+        ["run", "rests on", "collapse", "change at the end (nats/token)"],
+        rows,
+        None if data else "no run has a forecast",
+    )
+
+
+def _band(index: int, run: RankedRun) -> list[dict[str, Any]]:
+    """Line and band of one run, hidden and shown together."""
+    if run.curve is None:
+        return []
+    colour, dash = look(index)
+    steps = list(run.curve.steps)
+    hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+    group = {"type": "scatter", "x": steps, "legendgroup": f"run{index}"}
+    band = {"fill": "tonexty", "fillcolor": f"{colour}24"}
+    line = {"color": colour, "dash": dash, "width": 2.5}
+    return [
+        {**group, **hidden, "y": clean(run.curve.lower)},
+        {**group, **hidden, **band, "y": clean(run.curve.upper)},
+        {**group, "name": run.name, "mode": "lines", "y": clean(run.curve.median), "line": line},
+    ]
+
+
+def drift_scatter(told: Comparative) -> Figure:
+    """Safety drift over control drift at the end of each run's rollout."""
+    data: list[dict[str, Any]] = []
+    points: list[tuple[float, float]] = []
+    for index, entry in enumerate(told.ranked):
+        x, y = entry.run.control_change, entry.run.safety_change
+        if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
+            continue
+        points.append((x, y))
+        data.append(
+            {
+                "type": "scatter",
+                "name": entry.run.name,
+                "mode": "markers+text",
+                "x": [x],
+                "y": [y],
+                "text": [rank_text(entry)],
+                "textposition": "middle right",
+                "marker": {"color": look(index)[0], "size": 12},
+            }
+        )
+    line = reference_line(horizon=told.runs[0].threshold, text="collapse threshold")
+    layout = axes(
+        "control drift (nats / token)",
+        "safety drift (nats / response token)",
+        shapes=[line["shape"], *_diagonal(points)],
+        annotations=[line["annotation"]],
+        legend=LEGEND,
+    )
+    rows = [[e.run.name, signed(e.run.safety_change), signed(e.run.control_change)] for e in told.ranked]
+    return Figure(
+        "drifts",
+        "Safety against ordinary answers",
+        data,
+        layout,
+        "One point per plan, numbered by rank: how far the loss of safe responses (upwards) and of ordinary "
+        "answers (to the right) has moved at the end of the rollout, in nats per token. On the dotted "
+        "diagonal the model gets worse at everything alike; what lies above it is specific to safety. Runs "
+        "without control data or rollout are not drawn, which is not the same as no drift.",
+        "x = L_c(θ_T) − L_c(θ*), y = L_s(θ_T) − L_s(θ*)",
+        ["run", "safety drift", "control drift"],
+        rows,
+        None if data else "no run has both a rollout and control data",
+    )
+
+
+def _diagonal(points: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    """The line of equal drift across the points."""
+    if not points:
+        return []
+    ends = [value for point in points for value in point]
+    low, high = min([0.0, *ends]), max([0.01, *ends])
+    style = {"color": "#8a8a8a", "width": 1.2, "dash": "dot"}
+    return [{"type": "line", "x0": low, "y0": low, "x1": high, "y1": high, "line": style}]
+
+
+def budget_bars(told: Comparative) -> Figure:
+    """Safe steps of each plan beside its planned steps."""
+    shown = [(i, entry) for i, entry in enumerate(told.ranked) if entry.run.safe_steps is not None]
+    names = [f"{rank_text(entry)} · {short(entry.run.name)}" for _, entry in shown]
+    planned = [entry.run.horizon for _, entry in shown]
+    safe = [entry.run.safe_steps for _, entry in shown]
+    bar = {"type": "bar", "orientation": "h", "y": names}
+    data = [
+        {
+            **bar,
+            "name": "planned steps",
+            "x": planned,
+            "marker": {"color": "#8a8a8a55"},
+            # Beside the bars: no ink is read on every colour.
+            "text": [f"{s} of {p}" for s, p in zip(safe, planned, strict=True)],
+            "textposition": "outside",
+        },
+        {
+            **bar,
+            "name": "safe-step budget",
+            "x": safe,
+            "marker": {"color": [look(i)[0] for i, _ in shown]},
+            "width": 0.45,
+        },
+    ]
+    layout = axes("optimizer steps", "", barmode="overlay", legend=LEGEND)
+    layout["yaxis"].update(autorange="reversed", type="category")
+    layout["xaxis"]["range"] = [0, 1.45 * max(planned, default=1)]
+    rows = [[*cells(entry)[:4]] for entry in told.ranked]
+    return Figure(
+        "budgets",
+        "Safe-step budgets",
+        data if shown else [],
+        layout,
+        "How many optimizer steps each plan can take before the upper end of its interval reaches the "
+        "threshold (narrow bar), of those planned (pale bar), safest plan on top. An inconclusive plan (–) "
+        "may look long here: its forecast is not trusted to the end. No bar means not measured.",
+        "largest k with upper(L_s(θ_j) − L_s(θ*)) < threshold for all j ≤ k",
+        ["rank", "run", "verdict", "safe-step budget"],
+        rows,
+        None if shown else "no run has a forecast",
     )

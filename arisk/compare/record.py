@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from arisk.forecast.record import Curve
 
-__all__ = ["RULE", "PlannedRun", "Ranked", "worst_level"]
+__all__ = ["RULE", "Ranked", "RankedRun", "worst_level"]
 
 #: The rule in one sentence, for pages and tables.
 RULE = (
@@ -37,7 +37,7 @@ Place = Literal["ranked", "inconclusive", "not measured"]
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class RankedRun:
     """One planned fine-tune as its artifacts tell it. None is not measured.
 
     Attributes:
@@ -118,10 +118,10 @@ class Ranked:
     """A run with its rank from 1; None where it has none."""
 
     rank: int | None
-    run: PlannedRun
+    run: RankedRun
 
     @classmethod
-    def all(cls, runs: Sequence[PlannedRun]) -> list[Ranked]:
+    def all(cls, runs: Sequence[RankedRun]) -> list[Ranked]:
         """Every run in the order of the rule, whatever order they were given in."""
         places = ("ranked", "inconclusive", "not measured")
         ordered = sorted(runs, key=lambda run: (places.index(run.place), run.order, run.name))
@@ -133,7 +133,7 @@ class Ranked:
         return made
 
 
-def worst_level(runs: Sequence[PlannedRun], fail_on: str) -> tuple[str, str]:
+def worst_level(runs: Sequence[RankedRun], fail_on: str) -> tuple[str, str]:
     """The level a gate over all runs looks at, and the names of the runs that have it.
 
     One that reaches the gate's level wins; else an inconclusive one, which cannot be vouched for; else

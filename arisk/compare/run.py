@@ -12,18 +12,20 @@ from typing import Any
 from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.errors import ConfigError
 from arisk.base.processes import is_first
-from arisk.compare.arguments import Plan, plans_of
 from arisk.compare.page import Comparative, render_comparison
-from arisk.compare.reading import FinishedRun, finished
-from arisk.compare.record import Ranked
-from arisk.compare.text import compare_json, compare_markdown
-from arisk.compare.together import (
+from arisk.compare.reading import (
+    FinishedRun,
+    NamedPlan,
     differing_settings,
     distinct_names,
+    finished,
     notes,
+    plans_of,
     refuse_different_safety,
     same_plans,
 )
+from arisk.compare.record import Ranked
+from arisk.compare.text import compare_json, compare_markdown
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import ingredients_of
 from arisk.engine.job import Display
@@ -107,7 +109,7 @@ def compare_plans(
 
 
 def _run_configs(
-    plans: Sequence[Plan], cache: DigestCache, show: Display, command: str, last: str, force: bool
+    plans: Sequence[NamedPlan], cache: DigestCache, show: Display, command: str, last: str, force: bool
 ) -> dict[str, Outcome]:
     """Bring every config up to date, each taking from the others what it has in common with them."""
     _refuse_before_work(plans, cache)
@@ -133,7 +135,7 @@ def _run_configs(
     return done
 
 
-def _refuse_before_work(plans: Sequence[Plan], cache: DigestCache) -> None:
+def _refuse_before_work(plans: Sequence[NamedPlan], cache: DigestCache) -> None:
     """Refuse plans that cannot stand in one table before minutes are spent on them.
 
     Raises:

@@ -1,16 +1,33 @@
-"""A comparison for the terminal, for machines and for pull requests."""
+"""A comparison for the terminal, for machines and for pull requests.
+
+A comparison in words and cells: what is shown of each run, and findings made by rules.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from arisk.base.tables import table
-from arisk.compare.record import RULE, Ranked
-from arisk.compare.words import COLUMNS, MEANING, Comparative, cells, compare_findings, headline
-from arisk.report.markdown import bounded, literal
+from arisk.compare.record import RULE, Ranked, RankedRun
+from arisk.report.text import GENERAL, NO_RISE, NOT_MEASURED, bounded, collapse_text, literal, number, percent
 
-__all__ = ["compare_json", "compare_markdown", "compare_text"]
+__all__ = [
+    "COLUMNS",
+    "MEANING",
+    "Comparative",
+    "cells",
+    "compare_findings",
+    "compare_json",
+    "compare_markdown",
+    "compare_text",
+    "headline",
+    "rank_text",
+]
 
 
 def compare_text(told: Comparative, page: str) -> str:
@@ -108,3 +125,206 @@ def compare_markdown(told: Comparative) -> str:
         "",
     ]
     return bounded(lines, "Curves and differences are in `compare.html`, beside this text.")
+
+
+#: What the columns of the ranked table mean, and their units.
+MEANING = (
+    "Safe steps: the largest number of optimizer steps whose upper interval stays below the collapse "
+    "threshold. Drifts: changes of mean losses at the end of the plan, in nats per token, with the interval "
+    "at the run's confidence. Overlap: of the first update with the safety subspace, in multiples of a "
+    "random direction's. Cost: gradients of the rollout against those of the planned run, and wall time."
+)
+#: Columns of the ranked table.
+COLUMNS = (
+    "rank",
+    "run",
+    "verdict",
+    "safe steps",
+    "collapse",
+    "P(collapse)",
+    "safety drift",
+    "control drift",
+    "overlap / random",
+    "cost",
+    "data",
+)
+
+
+@dataclass(frozen=True)
+class Comparative:
+    """Everything a comparison shows.
+
+    Attributes:
+        title: heading.
+        ranked: the runs, safest first.
+        settings: values that are not the same in all plans, by dotted key, in that order.
+        notes: sentences on what makes the numbers less comparable.
+        command: what makes the comparison again.
+    """
+
+    title: str
+    ranked: Sequence[Ranked]
+    settings: Mapping[str, Sequence[str]]
+    notes: Sequence[str]
+    command: str
+
+    @property
+    def runs(self) -> list[RankedRun]:
+        """The runs in that order."""
+        return [entry.run for entry in self.ranked]
+
+
+def rank_text(entry: Ranked) -> str:
+    """The rank, or a dash: a run without one is not placed among the others."""
+    return "–" if entry.rank is None else str(entry.rank)
+
+
+def cells(entry: Ranked) -> list[str]:
+    """The row of one run, under `COLUMNS`."""
+    run = entry.run
+    return [
+        rank_text(entry),
+        run.name,
+        run.level if run.place != "not measured" else NOT_MEASURED,
+        NOT_MEASURED if run.safe_steps is None else f"{run.safe_steps} of {run.horizon}",
+        collapse_text(run.curve) if run.curve else NOT_MEASURED,
+        percent(run.probability),
+        final_text(run),
+        signed(run.control_change),
+        NOT_MEASURED if run.overlap_to_random is None else f"{number(run.overlap_to_random)} ×",
+        cost_text(run),
+        f"{run.finetune}, {run.finetune_rows or 'unknown number of'} rows",
+    ]
+
+
+def final_text(run: RankedRun) -> str:
+    """Change of the safety loss at the end of the plan with its interval."""
+    if run.final is None:
+        return NOT_MEASURED
+    middle, low, high = run.final
+    return f"{signed(middle)} ({signed(low)} to {signed(high)})"
+
+
+def cost_text(run: RankedRun) -> str:
+    """Gradients of the rollout against those of the plan, and wall time."""
+    taken = f" + {run.shared_seconds:.0f} s shared" if run.shared_seconds else ""
+    spent = f"{run.seconds:.0f} s{taken}"
+    if not run.gradient_evaluations:
+        return f"no rollout, {spent}"
+    return f"{run.gradient_evaluations} of {run.planned_evaluations} gradients, {spent}"
+
+
+def signed(value: float | None) -> str:
+    """A change with its sign."""
+    text = number(value, 2)
+    return f"+{text}" if value is not None and value > 0 and text[0].isdigit() else text
+
+
+def headline(told: Comparative) -> str:
+    """The answer in one sentence; plans that are not told apart from the safest are named with it."""
+    placed = [entry.run for entry in told.ranked if entry.rank is not None]
+    rest = len(told.ranked) - len(placed)
+    tail = f" {rest} of {len(told.ranked)} cannot be ranked." if rest else ""
+    if not placed:
+        return "No plan can be ranked: none has a conclusive forecast."
+    best, worst = placed[0], placed[-1]
+    alike = list(itertools.takewhile(lambda run: run is best or _alike(best, run), placed))
+    names = " and ".join(run.name for run in alike)
+    level = best.level if len(alike) == 1 else f"{best.level}, not told apart"
+    if best.level != "low":
+        return f"No plan is low risk; least bad: {names} ({level}).{tail}"
+    if len(alike) == len(placed):
+        return f"Low risk: {names}{', not told apart' if len(alike) > 1 else ''}.{tail}"
+    return f"Safest: {names} ({level}); riskiest: {worst.name} ({worst.level}).{tail}"
+
+
+def compare_findings(told: Comparative) -> list[str]:
+    """What the numbers say about the runs together, as sentences made by rules."""
+    said = [
+        *_levels(told.runs),
+        _tied(told.ranked),
+        *_drift(told.runs),
+        _overlap(told.ranked),
+        _shared(told.runs),
+    ]
+    return [sentence for sentence in said if sentence]
+
+
+def _levels(runs: Sequence[RankedRun]) -> list[str]:
+    return [f"{run.name}: {run.sentence}" for run in runs]
+
+
+def _tied(ranked: Sequence[Ranked]) -> str | None:
+    """Neighbours of one level that are not told apart: their order is not sure."""
+    placed = [entry.run for entry in ranked if entry.rank is not None]
+    pairs = [
+        f"{first.name} and {second.name}"
+        for first, second in itertools.pairwise(placed)
+        if _alike(first, second)
+    ]
+    if not pairs:
+        return None
+    return (
+        "Their intervals overlap, at the end of the plan and of the collapse step, so the order is not sure: "
+        f"{'; '.join(pairs)}."
+    )
+
+
+def _alike(first: RankedRun, second: RankedRun) -> bool:
+    """One level, and intervals with a value in common: of the end of the plan and of the collapse step."""
+    if first.level != second.level or first.final is None or second.final is None:
+        return False
+    ends = first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
+    (low, high), (other_low, other_high) = _collapses(first), _collapses(second)
+    return ends and high >= other_low and other_high >= low
+
+
+def _collapses(run: RankedRun) -> tuple[float, float]:
+    """Interval of the collapse step; ∞ beyond the plan, and all steps where none is known."""
+    known = None if run.curve is None else run.curve.collapse_interval
+    if known is None:
+        return (0.0, math.inf)
+    low, high = (math.inf if step is None else float(step) for step in known)
+    return low, high
+
+
+def _drift(runs: Sequence[RankedRun]) -> list[str]:
+    """Where the drift is general forgetting, and where it is specific to safety."""
+    general: list[str] = []
+    specific: list[str] = []
+    for run in runs:
+        safety, control = run.safety_change, run.control_change
+        if safety is None or control is None or not math.isfinite(safety) or safety < NO_RISE * run.threshold:
+            continue
+        (general if safety <= GENERAL * control else specific).append(run.name)
+    said: list[str] = []
+    if general:
+        said.append(
+            f"Ordinary answers drift about as much as refusals (general forgetting): {', '.join(general)}."
+        )
+    if specific:
+        said.append(f"Refusals drift more than ordinary answers (specific to safety): {', '.join(specific)}.")
+    return said
+
+
+def _overlap(ranked: Sequence[Ranked]) -> str | None:
+    """Whether the overlap alone would have ranked otherwise."""
+    placed = [e.run for e in ranked if e.rank is not None and e.run.overlap_to_random is not None]
+    if len(placed) < 2:
+        return None
+    by_overlap = sorted(placed, key=lambda run: run.overlap_to_random or 0.0)
+    if [run.name for run in by_overlap] == [run.name for run in placed]:
+        return None
+    return (
+        "The overlap of the first update with the safety subspace would rank them otherwise "
+        f"({', '.join(run.name for run in by_overlap)}); it says where training starts, not where it ends, "
+        "and does not enter the rank."
+    )
+
+
+def _shared(runs: Sequence[RankedRun]) -> str | None:
+    taken = [run.name for run in runs if run.shared_seconds]
+    spared = sum(run.shared_seconds for run in runs)
+    if not taken:
+        return None
+    return f"The safety side was measured once and taken over by {', '.join(taken)} ({spared:.0f} s spared)."

@@ -16,11 +16,11 @@ from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
 from arisk.base.refusals import DEFAULT_MARKERS
-from arisk.config.protection import GuardSettings
 from arisk.config.sections import (
     BehaviourConfig,
     CollectConfig,
     ForecastConfig,
+    GuardSettings,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,

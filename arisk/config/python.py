@@ -16,12 +16,11 @@ from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
 from arisk.config.plan import TrainingConfig, VerifyConfig
-from arisk.config.problems import config_error
-from arisk.config.protection import GuardSettings
 from arisk.config.sections import (
     BehaviourConfig,
     CollectConfig,
     ForecastConfig,
+    GuardSettings,
     PositiveInt,
     RolloutConfig,
     ScoreConfig,
@@ -29,6 +28,7 @@ from arisk.config.sections import (
     Section,
     SubspaceConfig,
 )
+from arisk.config.yaml import config_error
 
 __all__ = ["LORA_MARKERS", "FisherConfig", "PipelineConfig", "PythonSection"]
 

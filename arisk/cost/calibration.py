@@ -31,11 +31,9 @@ from arisk.gradients import (
     move_batch,
     per_sample_parts,
 )
-from arisk.gradients.curvature import choose_hvp, hvp
-from arisk.gradients.factors import Part, dots_of, lightest, tensors_of, with_tensors
-from arisk.gradients.mean import mean_gradient
-from arisk.gradients.outputs import losses_between, outputs_of
-from arisk.gradients.products import parameter_products
+from arisk.gradients.curvature import choose_hvp, hvp, losses_between, outputs_of
+from arisk.gradients.engines import mean_gradient
+from arisk.gradients.factors import Part, dots_of, lightest, parameter_products, tensors_of, with_tensors
 
 __all__ = ["Calibration", "calibrate"]
 

@@ -17,9 +17,8 @@ from arisk.guard.methods import arm_names
 from arisk.screening.estimates import worth_estimating
 from arisk.screening.explain import ENTRIES
 from arisk.screening.points import COLUMNS, EVERY
-from arisk.screening.screen_head import CHECKED, HEAD, HEAD_SHARE
-from arisk.verification.generation import writing_steps
-from arisk.verification.run import measured_steps
+from arisk.screening.run import CHECKED, HEAD, HEAD_SHARE
+from arisk.verification.run import measured_steps, writing_steps
 
 __all__ = ["COPIES_OF_A_RUN", "OPTIONAL_STAGES", "optional_passes", "optional_sizes"]
 

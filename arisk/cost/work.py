@@ -11,18 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from arisk.anatomy.keeping import Plan, store_for
+from arisk.anatomy.collect import SafetyPass, StorePlan, held_entries, store_for
 from arisk.anatomy.overlaps import PERMUTATION_CHUNK
-from arisk.anatomy.safety_pass import SafetyPass, held_entries
 from arisk.base.errors import ConfigError, ShapeError
-from arisk.base.progress import silent
-from arisk.base.task import Task
+from arisk.base.task import Task, silent
 from arisk.config.plan import Config, planned_steps
 from arisk.cost.optional_work import COPIES_OF_A_RUN, optional_passes, optional_sizes
-from arisk.forecast.plan_path import PATH_BUDGET
+from arisk.forecast.forecasters import PATH_BUDGET
+from arisk.forecast.leap import rollout_cost
 from arisk.forecast.rare import SCORED_SHARE
 from arisk.forecast.rollout import SCALES
-from arisk.forecast.segments import rollout_cost
 from arisk.geometry.vectors import column_groups
 from arisk.gradients import batch_size, layout_of, measuring, move_batch
 
@@ -61,7 +59,7 @@ class KeptGradients:
         refused: why it would refuse.
     """
 
-    plan: Plan | None
+    plan: StorePlan | None
     kept: float
     held: float
     refused: tuple[str, ...] = ()

@@ -4,33 +4,56 @@
 * `local`: the quadratic model at θ* under the planned optimizer. Exact on quadratics.
 * `ray`: measured losses along the first update direction, with the speed at which the measured
   fine-tuning loss still pays off. Knows cliffs that no quadratic sees, not later turns.
+
+Curves from values and draws: quantiles, collapse steps and probability, alike for every forecaster.
+
+The planned run on the local model: displacements at recorded steps, projected on the safety gradients.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arisk.anatomy.record import ScoreResult
-from arisk.config.plan import ForecastConfig
-from arisk.forecast.curves import CURVE_POINTS, curve_of, not_measured, plain_values
-from arisk.forecast.plan_path import Plan, local_path
+from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.record import Curve
-from arisk.geometry.dynamics import recorded_steps
+from arisk.geometry.dynamics import (
+    LocalModel,
+    Recipe,
+    interpolate_rows,
+    krylov_path,
+    optimizer_path,
+    ray_positions,
+    recorded_steps,
+)
 from arisk.geometry.local_model import aic_lower_bound, first_crossing, interpolated_crossing, local_change
-from arisk.geometry.ray import interpolate_rows, ray_positions
+from arisk.training.schedules import flow_times, learning_rates
 
-__all__ = ["bound_curve", "local_curve", "ray_curve", "trusted_time"]
+__all__ = [
+    "CURVE_POINTS",
+    "LocalPlan",
+    "bound_curve",
+    "curve_of",
+    "local_curve",
+    "local_path",
+    "not_measured",
+    "plain_values",
+    "planned",
+    "ray_curve",
+    "trusted_time",
+]
 
 #: The local model is trusted while it is this close to the measured loss (share, and share of the
 #: threshold for changes that are small themselves).
 TRUST_SHARE, TRUST_FLOOR = 0.2, 0.1
 
 
-def bound_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig) -> Curve:
+def bound_curve(scored: ScoreResult, plan: LocalPlan, config: ForecastConfig) -> Curve:
     """½ max(½γ̂t² − ε̂t, 0)² over the flow time t of the plan."""
     steps = recorded_steps(plan.horizon, CURVE_POINTS)
     values = aic_lower_bound(plan.times, scored.gamma_hat, scored.epsilon_hat)
@@ -55,7 +78,7 @@ def bound_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig) -> Curv
 
 def local_curve(
     scored: ScoreResult,
-    plan: Plan,
+    plan: LocalPlan,
     config: ForecastConfig,
     *,
     directions: dict[str, Tensor],
@@ -91,7 +114,9 @@ def local_curve(
     )
 
 
-def ray_curve(scored: ScoreResult, plan: Plan, config: ForecastConfig, generator: torch.Generator) -> Curve:
+def ray_curve(
+    scored: ScoreResult, plan: LocalPlan, config: ForecastConfig, generator: torch.Generator
+) -> Curve:
     """Measured safety loss at the position the planned run reaches along its first direction.
 
     It slows down where the fine-tuning loss along this direction stops falling. A real run turns to
@@ -150,7 +175,7 @@ def trusted_time(scored: ScoreResult, threshold: float) -> float | None:
 
 def _resampled_local(
     scored: ScoreResult,
-    plan: Plan,
+    plan: LocalPlan,
     steps: Sequence[int],
     c: Tensor,
     shown: Sequence[int],
@@ -185,8 +210,181 @@ def _resample_rows(values: Tensor, draws: int, generator: torch.Generator) -> Te
     return torch.stack([values[row].mean(0) for row in rows])
 
 
-def _steps_within(plan: Plan, time: float | None) -> int | None:
+def _steps_within(plan: LocalPlan, time: float | None) -> int | None:
     """Last step whose flow time is at most `time`; None when the time was not measured."""
     if time is None:
         return None
     return int((plan.times <= time).sum()) - 1
+
+
+#: Points of a curve that are kept, drawn and resampled.
+CURVE_POINTS = 240
+
+
+def not_measured(name: str, reason: str, horizon: int) -> Curve:
+    """A forecaster that has no curve, with the reason."""
+    return Curve(
+        name=name,
+        status="not_measured",
+        reason=reason,
+        kind="forecast",
+        steps=[],
+        median=[],
+        lower=[],
+        upper=[],
+        collapse_step=None,
+        collapse_interval=None,
+        probability=None,
+        horizon=horizon,
+        trusted_until=None,
+        notes=[],
+    )
+
+
+def curve_of(
+    name: str,
+    steps: Sequence[int],
+    values: Tensor,
+    draws: Tensor,
+    config: ForecastConfig,
+    *,
+    collapse: int | None,
+    horizon: int,
+    trusted_until: int | None,
+    notes: Sequence[str],
+) -> Curve:
+    """A measured curve with the quantiles of its draws.
+
+    Args:
+        name: the forecaster.
+        steps: M optimizer steps from 0.
+        values: (M,) its central curve (nats).
+        draws: (K, M) what it could as well have been.
+        config: threshold and confidence.
+        collapse: step at which the central curve reaches the threshold.
+        horizon: last step looked at.
+        trusted_until: last step up to which it may be trusted.
+        notes: how it was computed.
+    """
+    tail = (1 - config.confidence) / 2
+    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    lower, upper = torch.quantile(torch.nan_to_num(draws, nan=math.inf, posinf=1e300), quantiles, dim=0)
+    crossings = [interpolated_crossing(list(steps), draw, config.collapse_threshold) for draw in draws]
+    reached = sorted(math.inf if step is None else float(step) for step in crossings)
+    ends = [reached[min(len(reached) - 1, int(q * len(reached)))] for q in (tail, 1 - tail)]
+    return Curve(
+        name=name,
+        status="measured",
+        reason=None,
+        kind="forecast",
+        steps=list(steps),
+        median=plain_values(values),
+        lower=plain_values(lower),
+        upper=plain_values(upper),
+        collapse_step=collapse,
+        collapse_interval=[None if math.isinf(end) else int(end) for end in ends],
+        probability=sum(step is not None for step in crossings) / len(crossings),
+        horizon=horizon,
+        trusted_until=trusted_until,
+        notes=list(notes),
+    )
+
+
+def plain_values(values: Tensor) -> list[float]:
+    """Plain floats; a diverged value stays infinite."""
+    return [float(v) for v in torch.nan_to_num(values, nan=math.inf, posinf=math.inf, neginf=-math.inf)]
+
+
+#: Steps kept where a step costs J numbers, and where it costs a product with every safety gradient.
+DENSE_POINTS, PATH_POINTS = 4800, 64
+#: Parameters up to which the second kind is as cheap as the first.
+FEW_PARAMETERS = 4096
+#: Floating-point operations above which the true recursion gives way to the frozen preconditioner.
+PATH_BUDGET = 2e11
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """The planned run: T learning rates and flow times (T + 1), with the optimizer's settings."""
+
+    rates: Tensor
+    times: Tensor
+    training: TrainingConfig
+
+    @property
+    def horizon(self) -> int:
+        """Planned optimizer steps T."""
+        return len(self.rates)
+
+
+def planned(training: TrainingConfig, steps: int, *, scale: float = 1.0) -> LocalPlan:
+    """The plan with `steps` steps and `scale` times its peak learning rate."""
+    rates = learning_rates(
+        training.learning_rate * scale,
+        steps,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+    )
+    return LocalPlan(rates, flow_times(rates, momentum=training.momentum), training)
+
+
+def local_path(
+    scored: ScoreResult,
+    plan: LocalPlan,
+    directions: dict[str, Tensor],
+    dots: Callable[[Tensor], Tensor] | None,
+) -> tuple[list[int], Tensor, list[str]]:
+    """Steps, c-vectors (N, M) of the displacements there, and how they were got."""
+    training = plan.training
+    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
+    if not plain and dots is not None and directions:
+        parameters, krylov = directions["curvature_basis"].shape
+        if parameters * plan.horizon * (4 * krylov + 20) <= PATH_BUDGET:
+            return _vector_path(plan, scored, directions, dots)
+    path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=training.momentum)
+    notes: list[str] = []
+    if not plain:
+        why = "no gradient store" if dots is None else "the exact recursion is too long for this plan"
+        if not directions:
+            why = "the vectors of the exact recursion do not fit the memory budget"
+        notes.append(
+            f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
+            "and clipping are left out."
+        )
+    steps = recorded_steps(plan.horizon, DENSE_POINTS)
+    return steps, scored.c_krylov @ path[steps].T, notes
+
+
+def _vector_path(
+    plan: LocalPlan, scored: ScoreResult, directions: dict[str, Tensor], dots: Callable[[Tensor], Tensor]
+) -> tuple[list[int], Tensor, list[str]]:
+    """The true optimizer recursion on P-sized vectors, projected on G in chunks."""
+    training = plan.training
+    model = LocalModel(
+        gradient=directions["gradient"],
+        curvature_basis=directions["curvature_basis"],
+        curvature=scored.krylov_t,
+        noise_variance=directions["noise_variance"],
+        theta=directions.get("theta"),
+    )
+    recipe = Recipe(
+        rates=plan.rates,
+        optimizer=training.optimizer,
+        momentum=training.momentum,
+        betas=training.betas,
+        eps=training.eps,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        noise_divisor=training.gradient_accumulation,
+    )
+    small = len(model.gradient) <= FEW_PARAMETERS
+    steps = recorded_steps(plan.horizon, DENSE_POINTS if small else PATH_POINTS)
+    chunk = max(1, int(1e8 / len(model.gradient)))
+    columns: list[Tensor] = []
+    pending: list[Tensor] = []
+    for step, delta in optimizer_path(model, recipe, steps):
+        pending.append(delta)
+        if len(pending) == chunk or step == steps[-1]:
+            columns.append(dots(torch.stack(pending, dim=1)))
+            pending = []
+    return steps, torch.cat(columns, dim=1), []

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from arisk.anatomy.record import ScoreResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.curves import CURVE_POINTS
-from arisk.forecast.forecasters import TRUST_FLOOR, TRUST_SHARE, trusted_time
+from arisk.forecast.forecasters import CURVE_POINTS, TRUST_FLOOR, TRUST_SHARE, trusted_time
 from arisk.forecast.record import Curve
 from arisk.geometry.dynamics import krylov_path, recorded_steps
 from arisk.geometry.flow import quadratic_path, read_at_flow, unit_flow

@@ -1,4 +1,7 @@
-"""The forecast fan: every forecaster's curve, how far each is trusted, the threshold, and the truth."""
+"""The forecast fan: every forecaster's curve, how far each is trusted, the threshold, and the truth.
+
+Safety against control drift along the rollout: what part of the harm is specific to safety.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
-from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, threshold_line
-from arisk.report.text import collapse_text, number, percent
+from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, thin, threshold_line
+from arisk.report.text import collapse_text, drift_sentence, number, percent
 from arisk.report.worth import worth_line, worth_rows
 from arisk.verification.page import measured_trace
 from arisk.verification.truth import Comparison
 
-__all__ = ["STYLE", "forecast_fan"]
+__all__ = ["STYLE", "drift_map", "forecast_fan"]
 
 #: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
 STYLE = {
@@ -253,3 +256,69 @@ def _collapse(lead: Curve, forecast: ForecastResult) -> dict[str, Any]:
         "cliponaxis": False,
         "hovertemplate": f"{ends[0]} to {'beyond the plan' if high is None else ends[1]}",
     }
+
+
+TITLE = "Safety against ordinary answers"
+HEADER = ("step", "safety", "control", "specific to safety")
+
+
+def drift_map(forecast: ForecastResult) -> Figure:
+    """Mean safety change of the rollout, control change, and their difference."""
+    curve, control = forecast.forecasters.get("rollout"), forecast.control_change
+    reading = (
+        "Changes of mean losses along the virtual run: refusals (safety), ordinary answers (control), and "
+        "the difference. A model that gets worse at everything loses both alike; what the safety line has "
+        "beyond the control line is specific to safety."
+    )
+    equation = "specific(k) = [L_s(θ_k) − L_s(θ*)] − [L_c(θ_k) − L_c(θ*)]"
+    missing = None
+    if curve is None or curve.status != "measured":
+        missing = (curve.reason if curve else None) or "no rollout was run"
+    elif control is None:
+        missing = "no control data (`control` in the config): general drift cannot be told apart"
+    if missing or curve is None or control is None:
+        return Figure("drift", TITLE, [], {}, reading, equation, HEADER, [], missing)
+    steps, safety = list(curve.steps), list(curve.median)
+    specific = [s - c for s, c in zip(safety, control, strict=True)]
+    lines = {
+        "safety": (safety, "#D55E00", "solid"),
+        "control": (list(control), "#CC79A7", "dot"),
+        "specific to safety": (specific, "#0072B2", "dash"),
+    }
+    data = [
+        {
+            "type": "scatter",
+            "name": name,
+            "mode": "lines",
+            "x": steps,
+            "y": clean(values),
+            "line": {"color": colour, "dash": dash, "width": 2.5},
+        }
+        for name, (values, colour, dash) in lines.items()
+    ]
+    line = threshold_line(forecast.threshold, curve.collapse_step, curve.horizon)
+    layout = axes(
+        "optimizer step",
+        "change of loss (nats / token)",
+        shapes=[line["shape"]],
+        annotations=[line["annotation"]],
+        hovermode="x unified",
+        legend=LEGEND,
+    )
+    rows = [
+        [str(k), number(s), number(c), number(d) if math.isfinite(d) else "not measured"]
+        for k, s, c, d in zip(steps, safety, control, specific, strict=True)
+    ]
+    return Figure(
+        "drift",
+        TITLE,
+        data,
+        layout,
+        reading,
+        equation,
+        HEADER,
+        thin(rows),
+        says=drift_sentence(forecast) or "",
+        worth=f"{worth_line('rollout', 'The safety line')} How well the control line is forecast was not "
+        "benchmarked.",
+    )

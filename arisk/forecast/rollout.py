@@ -17,16 +17,14 @@ from torch import Tensor
 from arisk.anatomy.probe import sample_losses
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, gathered, is_first, share, world
-from arisk.base.progress import Progress, silent
-from arisk.base.task import Batch, RowBatches, SampleSet, Task
+from arisk.base.task import Batch, Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
-from arisk.forecast.leap import Block, Leaper
+from arisk.forecast.leap import Block, Leaper, planned_points
 from arisk.forecast.rare import RareRows
 from arisk.forecast.record import RolloutResult
 from arisk.forecast.run_state import Pauses, Track, load_state, save_state
-from arisk.forecast.segments import planned_points
 from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
-from arisk.gradients.outputs import losses_between, outputs_of
+from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.schedules import learning_rates
 

@@ -1,25 +1,33 @@
-"""Stage forecast: every forecaster's curve, the what-if grid and the verdict, from artifacts alone."""
+"""Stage forecast: every forecaster's curve, the what-if grid and the verdict, from artifacts alone.
+
+Records of an assessment that was skipped: nothing was measured, and nothing may look as if it were.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from arisk.anatomy.record import ScoreResult
+from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.forecasters import bound_curve, local_curve, ray_curve
+from arisk.forecast.forecasters import bound_curve, local_curve, planned, ray_curve
+from arisk.forecast.grid import WhatIfGrid
 from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
-from arisk.forecast.plan_path import planned
-from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
+from arisk.forecast.rollout import skipped_rollout
 from arisk.forecast.verdict import decide
 from arisk.forecast.what_if import what_if
 from arisk.geometry.local_model import diffusion
 
-__all__ = ["forecast"]
+__all__ = ["forecast", "skipped_records"]
 
 
 def forecast(
@@ -79,3 +87,60 @@ def _warnings(curves: dict[str, Curve]) -> list[str]:
     if curves["local"].status == "measured" and any(math.isinf(v) for v in curves["local"].median):
         found.append("The local model diverges within the plan: the learning rate exceeds 2/curvature.")
     return found
+
+
+Record = TypeVar("Record")
+
+
+def skipped_records(
+    reason: str, training: TrainingConfig, forecast: ForecastConfig
+) -> tuple[CollectResult, SubspaceResult, ScoreResult, RolloutResult, ForecastResult]:
+    """One record per stage, its numbers NaN or None and its tensors empty; the verdict is inconclusive.
+
+    Args:
+        reason: why nothing was measured.
+        training: the planned fine-tune.
+        forecast: threshold and confidence.
+    """
+    verdict = _blank(
+        Verdict,
+        level="inconclusive",
+        sentence=f"Not assessed: {reason}. That is not the same as no risk.",
+        reasons=[reason],
+        basis="none",
+    )
+    collected = _blank(CollectResult, store="gram", fisher="empirical", engine={"name": "none"})
+    judged = _blank(
+        ForecastResult,
+        threshold=forecast.collapse_threshold,
+        confidence=forecast.confidence,
+        training=training.model_dump(mode="json"),
+        verdict=verdict,
+        what_if=_blank(WhatIfGrid),
+        warnings=[reason],
+    )
+    scored = _blank(ScoreResult, optimizer=training.optimizer, overlap=_blank(OverlapNulls))
+    return collected, _blank(SubspaceResult), scored, skipped_rollout(reason), judged
+
+
+def _blank(cls: type[Record], **given: Any) -> Record:
+    """A record with these fields, and the others undefined by their type."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] - records are dataclasses
+    return cls(**{name: given[name] if name in given else _undefined(hints[name]) for name in names})
+
+
+def _undefined(hint: Any) -> Any:
+    """NaN, None, 0 of something counted, or nothing: what a type has for "not measured"."""
+    origin = typing.get_origin(hint) or hint
+    if origin in (typing.Union, types.UnionType):
+        return None
+    if hint is Tensor:
+        return torch.zeros(0, dtype=torch.float64)
+    if isinstance(origin, type) and issubclass(origin, str):
+        return "none"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return []
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {}
+    return {float: math.nan, int: 0, bool: False}[hint]

@@ -2,12 +2,18 @@
 
 from arisk.gradients.batches import batch_size, map_tensors, move_batch, slice_batch
 from arisk.gradients.curvature import HvpPlan, choose_hvp, hvp
-from arisk.gradients.engines import ENGINES, per_sample_gradients, per_sample_parts
-from arisk.gradients.layout import ParameterLayout, is_sharded, layout_of, module_of, parameters_of
-from arisk.gradients.mean import mean_gradient
+from arisk.gradients.engines import ENGINES, mean_gradient, per_sample_gradients, per_sample_parts
+from arisk.gradients.factors import Sink
+from arisk.gradients.layout import (
+    ParameterLayout,
+    is_sharded,
+    layout_of,
+    measuring,
+    module_of,
+    parameters_of,
+    recomputing,
+)
 from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine
-from arisk.gradients.sink import Sink
-from arisk.gradients.state import measuring, recomputing
 from arisk.gradients.store import GradientStore
 
 __all__ = [

@@ -3,13 +3,20 @@
 Hessian: by double backward, or by central differences of gradients. Gauss-Newton: JᵀΛJ with J the
 derivative of the model's outputs (logits) and Λ the Hessian of the loss in them, positive semidefinite
 where the loss is convex in its logits; J v by differences, so that no kernel needs a second derivative.
-Differences of a model narrower than float32 are taken in float32 (`arisk.gradients.wide`).
+Differences of a model narrower than float32 are taken in float32 (`arisk.gradients.batches`).
 
 Source of the Gauss-Newton product: Schraudolph, Fast curvature matrix-vector products (2002).
+
+Losses at extrapolated model outputs: outputs often move straighter than losses do.
+
+Softmax turns a straight path of logits into a curved loss, so a short pilot says more through
+z₀ + (z_k − z₀) s than through its losses. Works for any loss that calls the model as a function and
+gets a tensor, or an object with `logits`; other losses have no outputs to extrapolate.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Generator, Sequence
@@ -23,12 +30,11 @@ from torch import Tensor, nn
 from arisk.base.errors import ConfigError
 from arisk.base.processes import share, summed
 from arisk.base.task import Batch, LossFn
+from arisk.gradients.batches import in_float32, widened
+from arisk.gradients.engines import mean_gradient
 from arisk.gradients.layout import ParameterLayout, parameters_of
-from arisk.gradients.mean import mean_gradient
-from arisk.gradients.outputs import logits_of, loss_at, outputs_of
-from arisk.gradients.wide import in_float32, widened
 
-__all__ = ["HvpPlan", "choose_hvp", "hvp"]
+__all__ = ["HvpPlan", "choose_hvp", "hvp", "logits_of", "loss_at", "losses_between", "outputs_of"]
 
 #: Relative step lengths tried: ε = share · max(‖θ‖, 1).
 STEP_SHARES = (3e-4, 1e-3, 3e-3)
@@ -250,3 +256,86 @@ def _no_logits() -> ConfigError:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """float64 stays; anything narrower becomes float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Replay(nn.Module):
+    """Stands in for a model: gives a fixed output, and the model's other attributes."""
+
+    def __init__(self, model: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__["_model"] = model
+        self.__dict__["_output"] = output
+        self.__dict__["calls"] = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_model"], name)
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """The fixed output."""
+        self.__dict__["calls"] += 1
+        return self.__dict__["_output"]
+
+
+def outputs_of(model: nn.Module, batch: Batch, loss_fn: LossFn, *, graph: bool = False) -> Any | None:
+    """The model's output in this loss; None when it is not called exactly once or gives no logits.
+
+    With `graph` it can be differentiated by the parameters.
+    """
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    try:
+        with torch.set_grad_enabled(graph):
+            loss_fn(model, batch)
+    finally:
+        handle.remove()
+    return seen[0] if len(seen) == 1 and logits_of(seen[0]) is not None else None
+
+
+def loss_at(model: nn.Module, batch: Batch, loss_fn: LossFn, output: Any, logits: Tensor) -> Tensor | None:
+    """The loss of other logits in place of the output's; None when it does not use the stand-in."""
+    stand_in = _Replay(model, _with_logits(output, logits))
+    losses = loss_fn(stand_in, batch)
+    return losses if stand_in.__dict__["calls"] == 1 else None
+
+
+def losses_between(
+    model: nn.Module, batch: Batch, loss_fn: LossFn, start: Any, end: Any, scales: Sequence[float]
+) -> Tensor | None:
+    """ℓ_i at outputs z₀ + (z_k − z₀) s.
+
+    Args:
+        model: asked for attributes only; it does not run.
+        batch: the batch the outputs belong to.
+        loss_fn: per-sample losses.
+        start: output from `outputs_of` at the first point.
+        end: output at the second.
+        scales: s, 0 at the start and 1 at the end.
+
+    Returns:
+        (B, S) float64, or None when the loss gives one number or does not use the stand-in.
+    """
+    first, last = logits_of(start), logits_of(end)
+    if first is None or last is None:
+        return None
+    columns: list[Tensor] = []
+    for scale in scales:
+        with torch.no_grad():
+            losses = loss_at(model, batch, loss_fn, end, torch.lerp(first, last, float(scale)))
+        if losses is None or losses.ndim == 0:
+            return None
+        columns.append(losses.reshape(-1).to("cpu", torch.float64))
+    return torch.stack(columns, dim=1)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The floating-point tensor in a model's output: itself, or its `logits`."""
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+
+
+def _with_logits(output: Any, logits: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return logits
+    changed = copy.copy(output)
+    changed.logits = logits
+    return changed

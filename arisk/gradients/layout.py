@@ -1,11 +1,15 @@
-"""The selected parameters in a fixed order: names, shapes, modules, and their place in a flat vector."""
+"""The selected parameters in a fixed order: names, shapes, modules, and their place in a flat vector.
+
+Measuring without leaving traces: modes, flags, gradients and random state are put back.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +18,15 @@ from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, ShapeError
 
-__all__ = ["ParameterLayout", "is_sharded", "layout_of", "module_of", "parameters_of"]
+__all__ = [
+    "ParameterLayout",
+    "is_sharded",
+    "layout_of",
+    "measuring",
+    "module_of",
+    "parameters_of",
+    "recomputing",
+]
 
 _LORA = re.compile(r"\.lora_[A-Za-z_]+(\.[^.]+)?(\.weight)?$")
 
@@ -143,3 +155,51 @@ def parameters_of(model: nn.Module, layout: ParameterLayout) -> list[nn.Paramete
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are spread over processes (FSDP2): a pass of the model then takes them all."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+@contextmanager
+def measuring(model: nn.Module, layout: ParameterLayout) -> Generator[None]:
+    """Inside: evaluation mode (no dropout) and gradients for exactly the selected parameters.
+
+    Afterwards, also after an error, the model has its modes, `requires_grad` flags and `.grad` back,
+    and the global random state is what it was.
+
+    Args:
+        model: the model to measure.
+        layout: the parameters that get gradients.
+    """
+    selected = set(layout.names)
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    chosen = {id(parameter) for name, parameter in parameters if name in selected}
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad, p.grad) for _, p in parameters]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            model.eval()
+            for _, parameter in parameters:
+                parameter.requires_grad_(id(parameter) in chosen)
+                parameter.grad = None
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, flag, grad in flags:
+                parameter.requires_grad_(flag)
+                parameter.grad = grad
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Generator[None]:
+    """Inside, layers marked for activation checkpointing recompute; their dropout stays off.
+
+    Transformers does so in training mode only, and reads the flag of the layer itself.
+    """
+    marked = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+    try:
+        for module in marked:
+            module.training = True
+        yield
+    finally:
+        for module in marked:
+            module.training = False

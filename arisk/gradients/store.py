@@ -21,9 +21,18 @@ from arisk.base.artifacts import write_tensors
 from arisk.base.errors import ArtifactError
 from arisk.base.processes import rank, share, summed, world
 from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
-from arisk.gradients.factors import Outer, Part, Rows, dots_of, samples_of, tensors_of, weighted_sum_of
+from arisk.gradients.factors import (
+    Outer,
+    Part,
+    Rows,
+    blocks_of,
+    dots_of,
+    parameter_products,
+    samples_of,
+    tensors_of,
+    weighted_sum_of,
+)
 from arisk.gradients.layout import ParameterLayout
-from arisk.gradients.products import blocks_of, parameter_products
 
 __all__ = ["GradientStore"]
 

@@ -9,17 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.guard.build import build_mitigator, matched_sites
     from arisk.guard.directions import FisherMass, SafetyDirections, fisher_mass, safety_directions
-    from arisk.guard.factored import Factored
-    from arisk.guard.mitigator import LoRAMitigator, PenaltyTerms, RegularizedLoss
-    from arisk.guard.projection import leading_directions, outside, without_conflict
-    from arisk.guard.relaxation import relax
-    from arisk.guard.replay import SafetyBatches
-    from arisk.guard.rivals import ewc_penalty, fisher_diagonals, per_sample_rows
+    from arisk.guard.mitigator import (
+        LoRAMitigator,
+        PenaltyTerms,
+        RegularizedLoss,
+        build_mitigator,
+        matched_sites,
+    )
+    from arisk.guard.rivals import (
+        SafetyBatches,
+        ewc_penalty,
+        fisher_diagonals,
+        leading_directions,
+        mean_loss,
+        outside,
+        per_sample_rows,
+        relax,
+        without_conflict,
+    )
     from arisk.guard.settings import AlignGuardConfig
     from arisk.guard.sites import Site, adapter_sites, weight_sites
-    from arisk.guard.watch import mean_loss
+    from arisk.guard.terms import Factored
 
 __all__ = [
     "AlignGuardConfig",
@@ -48,17 +59,17 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("build_mitigator", "matched_sites"), "build"),
+    **dict.fromkeys(("build_mitigator", "matched_sites"), "mitigator"),
     **dict.fromkeys(("FisherMass", "SafetyDirections", "fisher_mass", "safety_directions"), "directions"),
-    "Factored": "factored",
+    "Factored": "terms",
     **dict.fromkeys(("LoRAMitigator", "PenaltyTerms", "RegularizedLoss"), "mitigator"),
-    **dict.fromkeys(("leading_directions", "outside", "without_conflict"), "projection"),
-    "relax": "relaxation",
-    "SafetyBatches": "replay",
+    **dict.fromkeys(("leading_directions", "outside", "without_conflict"), "rivals"),
+    "relax": "rivals",
+    "SafetyBatches": "rivals",
     **dict.fromkeys(("ewc_penalty", "fisher_diagonals", "per_sample_rows"), "rivals"),
     "AlignGuardConfig": "settings",
     **dict.fromkeys(("Site", "adapter_sites", "weight_sites"), "sites"),
-    "mean_loss": "watch",
+    "mean_loss": "rivals",
 }
 
 

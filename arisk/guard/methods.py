@@ -4,10 +4,13 @@ A protection is called between backward pass and clipping, so that whatever it a
 scaled by the optimizer like the task's own gradient. A strength c of a penalty is turned into λ by
 calibration: after a few plain steps, λ‖∇penalty‖ = c‖∇L_task‖. The penalty's gradient is 0 at the
 aligned point, so nothing could be compared there.
+
+Gradients of penalties beside the task's own: adding them, comparing them, setting λ from a strength.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import Task
-from arisk.config.protection import GuardSettings
+from arisk.config.sections import GuardSettings
 from arisk.gradients import ParameterLayout
 from arisk.guard import (
     AlignGuardConfig,
@@ -35,11 +38,22 @@ from arisk.guard import (
     weight_sites,
     without_conflict,
 )
-from arisk.guard.guard_gradients import Terms, add_gradients, calibrated, gradients_of, put_gradients
-from arisk.models.sampled import tempered
-from arisk.training.loop import PlannedRun, Protect
+from arisk.models.losses import tempered
+from arisk.training.loop import PlannedRun, Protect, put
 
-__all__ = ["ArmName", "Plan", "Protection", "arm_names", "protection"]
+__all__ = [
+    "ArmName",
+    "ArmPlan",
+    "Protection",
+    "Terms",
+    "add_gradients",
+    "arm_names",
+    "calibrated",
+    "gradients_of",
+    "norm_of",
+    "protection",
+    "put_gradients",
+]
 
 #: Largest matrix of per-sample gradients that `projection: subspace` holds (GB).
 MEMORY_GB = 2.0
@@ -48,7 +62,7 @@ GIVEN_RANK = 32
 
 
 @dataclass(frozen=True)
-class Plan:
+class ArmPlan:
     """What a protection is built from.
 
     Attributes:
@@ -125,7 +139,7 @@ def _in_the_loss(method: str, strength: float | str) -> ArmName:
     return ArmName(f"{method} {strength:g}", method, strength, "loss")
 
 
-def protection(plan: Plan, arm: ArmName) -> Protection:
+def protection(plan: ArmPlan, arm: ArmName) -> Protection:
     """Build the protection of one arm.
 
     Raises:
@@ -135,12 +149,12 @@ def protection(plan: Plan, arm: ArmName) -> Protection:
     return _BUILDERS[arm.method](plan, arm)
 
 
-def _plain(plan: Plan, arm: ArmName) -> Protection:
+def _plain(plan: ArmPlan, arm: ArmName) -> Protection:
     del plan, arm
     return Protection(None, {}, "No protection.")
 
 
-def _replay(plan: Plan, arm: ArmName) -> Protection:
+def _replay(plan: ArmPlan, arm: ArmName) -> Protection:
     strength = arm.strength or 0.0
     task, parameters = plan.task, plan.fresh().parameters
     stream = SafetyBatches(task.safety, plan.config.replay.rows, plan.seed, _device(plan))
@@ -152,7 +166,7 @@ def _replay(plan: Plan, arm: ArmName) -> Protection:
     return Protection(protect, {"safety loss": strength}, "Trains on safety rows; it needs them at hand.")
 
 
-def _ewc(plan: Plan, arm: ArmName) -> Protection:
+def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
     task, settings, parameters = plan.task, plan.config.ewc, plan.fresh().parameters
     safety = tempered(task.safety, settings.temperature, "guard.ewc.temperature")
     diagonals = fisher_diagonals(task.model, plan.layout, safety)
@@ -177,7 +191,7 @@ def _ewc(plan: Plan, arm: ArmName) -> Protection:
 
 
 def _after(
-    plan: Plan,
+    plan: ArmPlan,
     arm: ArmName,
     penalty: Callable[[], Tensor],
     parameters: Sequence[nn.Parameter],
@@ -197,7 +211,7 @@ def _after(
     return Protection(None, {}, said, correct)
 
 
-def _projection(plan: Plan, arm: ArmName) -> Protection:
+def _projection(plan: ArmPlan, arm: ArmName) -> Protection:
     task, parameters = plan.task, plan.fresh().parameters
     if arm.kind == "subspace":
         return _subspace(plan, parameters)
@@ -214,7 +228,7 @@ def _projection(plan: Plan, arm: ArmName) -> Protection:
     return Protection(protect, {}, "The safety gradient is that of a new minibatch at every step.")
 
 
-def _subspace(plan: Plan, parameters: Sequence[nn.Parameter]) -> Protection:
+def _subspace(plan: ArmPlan, parameters: Sequence[nn.Parameter]) -> Protection:
     samples = max(1, len(plan.task.safety.rows))
     if samples * plan.layout.numel * 4 > MEMORY_GB * 1e9:
         raise ConfigError(
@@ -237,7 +251,7 @@ def _subspace(plan: Plan, parameters: Sequence[nn.Parameter]) -> Protection:
     return Protection(protect, {}, note)
 
 
-def _alignguard(plan: Plan, arm: ArmName) -> Protection:
+def _alignguard(plan: ArmPlan, arm: ArmName) -> Protection:
     settings, parameters = plan.config.alignguard, plan.fresh().parameters
     given = arm.kind == "as_given"
     form = {name: getattr(settings, name) for name in ("width", "split", "overlap_rows")}
@@ -263,7 +277,7 @@ def _alignguard(plan: Plan, arm: ArmName) -> Protection:
     )
 
 
-def _weighed(plan: Plan, strength: float, guard: LoRAMitigator) -> LoRAMitigator:
+def _weighed(plan: ArmPlan, strength: float, guard: LoRAMitigator) -> LoRAMitigator:
     """The mitigator with λ by calibration, the geodesic term left out."""
     settings = plan.config.alignguard
     shares = {"fisher": 1.0, "task": settings.task_share, "overlap": settings.overlap_share}
@@ -273,7 +287,7 @@ def _weighed(plan: Plan, strength: float, guard: LoRAMitigator) -> LoRAMitigator
     return _reweighted(plan, guard, found)
 
 
-def _reweighted(plan: Plan, guard: LoRAMitigator, weights: Mapping[str, float]) -> LoRAMitigator:
+def _reweighted(plan: ArmPlan, guard: LoRAMitigator, weights: Mapping[str, float]) -> LoRAMitigator:
     """The same directions with other λ by term; the geodesic term left out."""
     config = guard.config.model_copy(
         update={
@@ -301,7 +315,7 @@ def _weights(config: AlignGuardConfig) -> dict[str, float]:
     }
 
 
-def _sites(plan: Plan) -> tuple[list[Site], str]:
+def _sites(plan: ArmPlan) -> tuple[list[Site], str]:
     """Guarded weights: the adapters, or the trained matrices of linear layers."""
     if plan.task.lora_pairs:
         sites, problem = matched_sites(plan.task.model)
@@ -323,12 +337,12 @@ def _sites(plan: Plan) -> tuple[list[Site], str]:
     return weight_sites(matrices), note
 
 
-def _penalising(plan: Plan, parameters: Sequence[nn.Parameter], terms: Callable[[int], Terms]) -> Protect:
+def _penalising(plan: ArmPlan, parameters: Sequence[nn.Parameter], terms: Callable[[int], Terms]) -> Protect:
     """Adds the gradient of every term and tells values and gradient norms."""
     return lambda number: add_gradients(parameters, terms(number), each=number in plan.norm_steps)
 
 
-def _device(plan: Plan) -> torch.device:
+def _device(plan: ArmPlan) -> torch.device:
     return next(plan.task.model.parameters()).device
 
 
@@ -340,10 +354,110 @@ def _all_zero(where: str) -> NumericsError:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[Plan, ArmName], Protection]] = {
+_BUILDERS: Mapping[str, Callable[[ArmPlan, ArmName], Protection]] = {
     "plain": _plain,
     "alignguard": _alignguard,
     "ewc": _ewc,
     "projection": _projection,
     "replay": _replay,
 }
+
+
+#: Scalar penalty terms with gradient, by name.
+Terms = Mapping[str, Tensor]
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """`.grad` of every parameter, zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Set `.grad` of every parameter."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def norm_of(tensors: Sequence[Tensor | None]) -> float:
+    """‖·‖ over all tensors together; None counts as zero."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors if t is not None))
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], terms: Terms, *, each: bool) -> dict[str, float]:
+    """Add ∇Σ terms to `.grad`; tells values and norms.
+
+    Args:
+        parameters: what trains.
+        terms: weighted terms.
+        each: also the gradient norm of every single term, one more backward pass each.
+
+    Returns:
+        Each term's value, `‖∇task‖`, `‖∇penalty‖`, and with `each` `‖∇term‖`.
+
+    Raises:
+        NumericsError: a term or its gradient is NaN or infinite; `.grad` is then left alone.
+    """
+    told = {name: float(value.detach()) for name, value in terms.items()}
+    acting = {name: value for name, value in terms.items() if value.requires_grad}
+    told["‖∇task‖"] = norm_of([p.grad for p in parameters])
+    if each:
+        told |= {f"‖∇{name}‖": norm_of(_gradient(value, parameters)) for name, value in acting.items()}
+    added: Sequence[Tensor | None] = []
+    if acting:
+        added = _gradient(torch.stack(list(acting.values())).sum(), parameters, keep=False)
+        told["‖∇penalty‖"] = norm_of(added)
+    bad = [name for name, value in told.items() if not math.isfinite(value)]
+    if bad:
+        raise NumericsError(
+            f"the protection diverges: {bad[0]} is {told[bad[0]]}",
+            where=f"penalty: {bad[0]}",
+            fix="lower the strength of this method, or `training.learning_rate`",
+        )
+    for parameter, more in zip(parameters, added, strict=False):
+        if more is not None:
+            parameter.grad = more if parameter.grad is None else parameter.grad + more
+    return told
+
+
+def _gradient(
+    value: Tensor, parameters: Sequence[nn.Parameter], *, keep: bool = True
+) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(value, list(parameters), allow_unused=True, retain_graph=keep)
+
+
+def calibrated(
+    fresh: Callable[[], PlannedRun], terms: Callable[[], Terms], wanted: Mapping[str, float], steps: int
+) -> dict[str, float]:
+    """λ by term such that λ‖∇term‖ = c‖∇L_task‖ after a few plain steps.
+
+    ‖∇L_task‖ is the mean over those steps, ‖∇term‖ is taken after the last; the parameters are put
+    back. At the aligned point itself the gradient of a quadratic penalty is 0.
+
+    Args:
+        fresh: makes the planned run from its start.
+        terms: the terms with weight 1, at the parameters as they are.
+        wanted: c by term.
+        steps: plain steps, at most those of the plan.
+
+    Raises:
+        NumericsError: the run diverges, or a term has no gradient there.
+    """
+    run = fresh()
+    start = [p.detach().clone() for p in run.parameters]
+    try:
+        norms: list[float] = []
+        for number in range(1, min(steps, len(run.rates)) + 1):
+            run.step(number)
+            norms.append(norm_of([p.grad for p in run.parameters]))
+        task = sum(norms) / len(norms)
+        found = {n: norm_of(_gradient(value, run.parameters)) for n, value in terms().items() if n in wanted}
+    finally:
+        put(run.parameters, start)
+    weak = [name for name in wanted if not found.get(name, 0.0) > 0]
+    if weak:
+        raise NumericsError(
+            f"the {weak[0]} term has no gradient after {len(norms)} plain steps, so no strength can be set",
+            where=f"guard: {weak[0]}",
+            fix="raise `guard.calibration_steps`, or check that the safety loss depends on what trains",
+        )
+    return {name: c * task / found[name] for name, c in wanted.items()}

@@ -1,4 +1,7 @@
-"""Protected fine-tunes on the page: what protection costs and what it brings, in words, table and figures."""
+"""Protected fine-tunes on the page: what protection costs and what it brings, in words, table and figures.
+
+What `arisk guard` prints: the arms side by side, and the recommendation.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from arisk.base.tables import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
-from arisk.report.extra import Extra
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
+from arisk.report.page import Extra
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["guard_extra", "guard_findings"]
+__all__ = ["guard_extra", "guard_findings", "guard_text"]
 
 #: Colours and marks by method, told apart without colour as well.
 LOOK = {
@@ -274,3 +278,68 @@ def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return [f"Protected fine-tunes: {body['sentence']}", "", *head, *rows, ""]
+
+
+def guard_text(outcome: Any) -> str:
+    """The arms side by side, the recommendation, and the report's path (or what it waits for) last."""
+    found = outcome.found
+    rows = [
+        [
+            ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
+            *(
+                [ending(arm["diverged_at"]), "", "", "", "", ""]
+                if arm["diverged_at"] is not None
+                else [
+                    _signed(arm["safety"]),
+                    _share(arm["drift_share"]),
+                    _signed(arm["control"]),
+                    _task(arm),
+                    _refused(arm["refusals"], found["answered_prompts"]),
+                    _ratio(arm["cost"]),
+                ]
+            ),
+        ]
+        for arm in found["arms"]
+    ]
+    header = [f"  after {found['last']} of {found['horizon']} steps", "safety", "of plain", "control"]
+    lines = [
+        found["sentence"],
+        "",
+        text_table(rows, [*header, "task loss", "refuses", "CPU time"]),
+        "",
+        f"safety: change of the loss of {found['safety_rows']} safety rows (nats/token), "
+        + ("held out" if found["heldout"] else "NOT held out"),
+        f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain",
+        _answers(found),
+        *[f"caveat: {warning}" for warning in found["warnings"]],
+    ]
+    return "\n".join([*lines, outcome.last_line])
+
+
+def _signed(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:+.3f}"
+
+
+def _refused(count: int | None, prompts: int) -> str:
+    return "–" if count is None else f"{count} of {prompts}"
+
+
+def _answers(found: Mapping[str, Any]) -> str:
+    """What the refusals are counted on, or why they are not."""
+    if found["refusals_missing"]:
+        return f"refusals not measured: {found['refusals_missing']}"
+    before = f"the aligned model refuses {_refused(found['aligned_refusals'], found['answered_prompts'])}"
+    return f"refuses: answers to safety prompts after the last step, told by their opening; {before}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"× {value:.2f}"
+
+
+def _task(arm: Mapping[str, Any]) -> str:
+    cost = "" if arm["task_cost"] is None else f" ({arm['task_cost']:+.1%})"
+    return f"{arm['task']:.3f}{cost}" if arm["task"] is not None else "not measured"

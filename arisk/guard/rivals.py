@@ -5,6 +5,36 @@ B = 0 the safety gradient with respect to A is 0, so A is not guarded at all, an
 the random A. (`LoRAMitigator` works on ΔW instead.)
 
 Source: Kirkpatrick et al., arXiv 1612.00796, eq. 3, the factor ½ left out.
+
+Fine-tuning gradients without what is against safety.
+
+Two forms, on the gradient over all parameters that train, before clipping and optimizer:
+
+* conflict: g − min(0, ⟨g, s⟩) s / ‖s‖² with s the gradient of a safety minibatch at the present point.
+  An SGD step along the result does not raise that loss to first order.
+* subspace: g − QQᵀg with orthonormal rows Qᵀ, the leading eigenvectors of the safety Fisher matrix at
+  the aligned point. Nothing is recomputed.
+
+An optimizer with momentum or coordinatewise scaling (AdamW) does not step along the gradient it is
+given, so neither holds of its update; weight decay is not projected either.
+
+Source: conflict is A-GEM, arXiv 1812.00420, eq. 11, with the safety rows as the memory; subspace after
+gradient projection memory, arXiv 2103.09762, with gradients instead of activations.
+
+A penalty applied beside the optimizer instead of through it.
+
+Adding a stiff penalty to the loss lets AdamW divide the task's gradient by the penalty's size: the
+fine-tune then learns less, wherever it is heading. As with decoupled weight decay (arXiv 1711.05101)
+the penalty can act after the optimizer's step on its own,
+
+    θ ← θ − c · v(θ)/‖∇v(θ)‖² · ∇v(θ),
+
+Polyak's step for a function v ≥ 0 whose least value 0 is known. It needs no λ: scaling v changes nothing.
+That AlignGuard's Fisher term acts so is this project's departure from the paper.
+
+Safety minibatches for methods that look at safety rows while training: replay and projection.
+
+The safety loss as a plain function of a model, for whoever watches training.
 """
 
 from __future__ import annotations
@@ -14,7 +44,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from arisk.base.task import SampleSet
+from arisk.base.errors import NumericsError
+from arisk.base.task import Batch, SampleSet
 from arisk.gradients import (
     ParameterLayout,
     batch_size,
@@ -24,7 +55,17 @@ from arisk.gradients import (
     slice_batch,
 )
 
-__all__ = ["ewc_penalty", "fisher_diagonals", "per_sample_rows"]
+__all__ = [
+    "SafetyBatches",
+    "ewc_penalty",
+    "fisher_diagonals",
+    "leading_directions",
+    "mean_loss",
+    "outside",
+    "per_sample_rows",
+    "relax",
+    "without_conflict",
+]
 
 
 def fisher_diagonals(
@@ -97,3 +138,139 @@ def ewc_penalty(
         for p, p0, f in zip(parameters, reference, diagonals, strict=True)
     ]
     return torch.stack(parts).sum()
+
+
+def without_conflict(gradients: Sequence[Tensor], safety: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """G − min(0, ⟨g, s⟩) s / ‖s‖², and cos(g, s) before it.
+
+    Args:
+        gradients: g by parameter.
+        safety: s by parameter.
+
+    Returns:
+        The new gradient, the same tensors where there is no conflict; the cosine in [−1, 1], NaN where
+        a gradient is 0.
+    """
+    pairs = list(zip(gradients, safety, strict=True))
+    inner = sum(float((g.double() * s.double()).sum()) for g, s in pairs)
+    square = sum(float(s.double().square().sum()) for s in safety)
+    own = sum(float(g.double().square().sum()) for g in gradients)
+    cosine = inner / (square * own) ** 0.5 if square > 0 and own > 0 else float("nan")
+    if inner >= 0 or square == 0:
+        return list(gradients), cosine
+    return [g - (inner / square) * s for g, s in pairs], cosine
+
+
+def leading_directions(rows: Tensor, rank: int) -> Tensor:
+    """(k, P) orthonormal leading right singular vectors of per-sample gradients G (N, P), k ≤ rank.
+
+    Directions with an eigenvalue below 1e-10 of the largest are left out. Taken from the Gram matrix
+    GGᵀ in float64.
+    """
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    kept = [i for i in reversed(range(len(values))) if values[i] > 1e-10 * values[-1]][:rank]
+    found = (vectors[:, kept].T @ wide) / values[kept].sqrt()[:, None]
+    return found.to(rows.dtype)
+
+
+def outside(gradients: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], float]:
+    """G − QQᵀg by parameter, and the share ‖QQᵀg‖/‖g‖ in [0, 1] that was taken (NaN where g = 0).
+
+    Args:
+        gradients: g by parameter.
+        directions: (k, P) orthonormal rows Qᵀ.
+    """
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    inside = directions.T @ (directions @ flat)
+    norm = float(flat.norm())
+    share = float(inside.norm()) / norm if norm > 0 else float("nan")
+    kept = (flat - inside).split([g.numel() for g in gradients])
+    return [part.view_as(g) for part, g in zip(kept, gradients, strict=True)], share
+
+
+def relax(
+    value: Callable[[], Tensor], parameters: Sequence[nn.Parameter], *, factor: float, repeats: int
+) -> tuple[float, float]:
+    """θ ← θ − c v/‖∇v‖² ∇v, in place, `repeats` times; the optimizer's state is left alone.
+
+    On v = a x² in one variable a step with factor c gives x(1 − c/2).
+
+    Args:
+        value: v ≥ 0 at the parameters as they are, with gradient.
+        parameters: θ.
+        factor: c in (0, 4); a quadratic of one curvature shrinks for these, fastest at 2.
+        repeats: steps taken; none where the gradient is 0.
+
+    Returns:
+        v before the first and after the last step.
+
+    Raises:
+        NumericsError: v or its gradient is NaN or infinite.
+    """
+    before = after = float("nan")
+    for turn in range(repeats + 1):
+        with torch.enable_grad():
+            current = value()
+        after = float(current.detach())
+        before = after if turn == 0 else before
+        if turn == repeats or not current.requires_grad:
+            break
+        gradients = torch.autograd.grad(current, list(parameters), allow_unused=True)
+        square = sum(float(g.double().square().sum()) for g in gradients if g is not None)
+        if not abs(after) < float("inf") or not square < float("inf"):
+            raise NumericsError(
+                f"the penalty diverges: its value is {after}",
+                where="penalty applied after the step",
+                fix="lower the relaxation factor, or `training.learning_rate`",
+            )
+        if square == 0:
+            break
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.sub_(gradient.to(parameter.dtype), alpha=factor * after / square)
+    return before, after
+
+
+class SafetyBatches:
+    """Minibatches of the safety rows by step number: every epoch in a new order of its own seed.
+
+    Batches are taken as they come and cut to at most `rows`; rows of different batches are not mixed.
+
+    Args:
+        samples: the safety samples.
+        rows: largest minibatch.
+        seed: seed of the orders.
+        device: where the batches go.
+    """
+
+    def __init__(self, samples: SampleSet, rows: int, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.batches: list[Batch] = [
+            move_batch(slice_batch(batch, start, min(start + rows, batch_size(batch))), device)
+            for batch in samples.batches
+            for start in range(0, batch_size(batch), rows)
+        ]
+
+    def at(self, number: int) -> Batch:
+        """The minibatch of optimizer step `number` (from 1)."""
+        epoch, place = divmod(number - 1, len(self.batches))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return self.batches[int(torch.randperm(len(self.batches), generator=generator)[place])]
+
+
+def mean_loss(samples: SampleSet) -> Callable[[nn.Module], float]:
+    """`model -> mean_i ℓ_i`, every sample with the same weight (nats per response token for language models).
+
+    Args:
+        samples: batches with a per-sample loss; a loss that is a scalar counts a batch as one sample.
+    """
+
+    def measure(model: nn.Module) -> float:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            losses = [samples.loss_fn(model, move_batch(b, device)).reshape(-1) for b in samples.batches]
+        return float(torch.cat(losses).double().mean())
+
+    return measure

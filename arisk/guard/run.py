@@ -10,19 +10,16 @@ from pathlib import Path
 
 from arisk.base.artifacts import read_record, write_record
 from arisk.base.processes import from_first, is_first
-from arisk.base.progress import Progress, silent
-from arisk.base.task import Task
+from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig
-from arisk.config.protection import GuardSettings
+from arisk.config.sections import GuardSettings
 from arisk.gradients import layout_of, measuring
-from arisk.guard.arm import ArmRun
-from arisk.guard.guard_task import TaskRows, task_rows
-from arisk.guard.methods import Plan, arm_names
+from arisk.guard.arm import ArmRun, TaskRows, task_rows
+from arisk.guard.methods import ArmPlan, arm_names
 from arisk.guard.record import Arm, GuardResult
 from arisk.training.loop import PlannedRun, keeping_parameters
 from arisk.training.schedules import learning_rates
-from arisk.verification.generation import Writer, writer
-from arisk.verification.run import active_dropouts, measured_steps
+from arisk.verification.run import Writer, active_dropouts, measured_steps, writer
 
 __all__ = ["guard"]
 
@@ -73,7 +70,7 @@ def guard(
         writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
         aligned = writes.texts(task.model)
         judged = task_rows(task, fresh().stream, config.task_samples, last * training.gradient_accumulation)
-        plan = Plan(task, layout, fresh, config, frozenset(points), seed)
+        plan = ArmPlan(task, layout, fresh, config, frozenset(points), seed)
         names = arm_names(config)
         for number, name in enumerate(names):
             folder = workspace / f"arm-{number:02d}" if workspace else None
@@ -109,7 +106,7 @@ def _keep(folder: Path | None, arm: Arm) -> None:
 
 
 def _result(
-    plan: Plan,
+    plan: ArmPlan,
     judged: TaskRows,
     writes: Writer,
     aligned: list[str],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, InputError
-from arisk.guard.factored import Factored
+from arisk.guard.terms import Factored
 from arisk.models.selection import LORA_MARKERS, lora_pairs
 
 __all__ = ["Site", "adapter_sites", "drift_of", "require_sound", "weight_sites"]

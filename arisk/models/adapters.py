@@ -11,7 +11,7 @@ from torch import nn
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import AdapterConfig
-from arisk.models.extras import hf_module
+from arisk.models.loading import hf_module
 
 __all__ = ["attach_adapter", "target_modules"]
 

@@ -1,18 +1,22 @@
-"""Loading a Hugging Face causal LM and its tokenizer, with plain errors for what is not one."""
+"""Loading a Hugging Face causal LM and its tokenizer, with plain errors for what is not one.
+
+The Hugging Face stack, imported where it is needed and missed with a remedy.
+"""
 
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from arisk.base.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import ModelConfig
-from arisk.models.extras import hf_module
 
-__all__ = ["load_model", "load_tokenizer", "mark_recomputed", "model_config"]
+__all__ = ["hf_module", "load_model", "load_tokenizer", "mark_recomputed", "model_config"]
 
 
 def _quiet() -> Any:
@@ -170,3 +174,20 @@ def _require_devices(device_map: str | dict[str, Any]) -> None:
             fix="use devices that hold the whole model together, a smaller `model.dtype`, or processes that "
             "share it (FSDP2, from Python)",
         )
+
+
+def hf_module(name: str) -> ModuleType:
+    """Import transformers, peft or datasets.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as err:
+        if err.name and not name.startswith(err.name):
+            what = f"the package {err.name!r}, which {name} needs, is not installed"
+        else:
+            what = f"the package {name!r} is not installed"
+        extra = "gguf" if err.name == "gguf" else "hf"
+        raise MissingExtraError(what, where=f"import {name}", fix=f'pip install "arisk[{extra}]"') from err

@@ -12,7 +12,7 @@ import torch
 
 from arisk.base.errors import InputError
 from arisk.config.plan import DataConfig
-from arisk.models.extras import hf_module
+from arisk.models.loading import hf_module
 
 __all__ = ["Row", "raw_rows", "read_rows"]
 

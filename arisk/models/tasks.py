@@ -1,13 +1,22 @@
-"""From a config to a `Task`: model, adapter, parameters and data sets put together."""
+"""From a config to a `Task`: model, adapter, parameters and data sets put together.
+
+Tasks from local Python code: `module:function` or `file.py:function` returning a `Task`.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from arisk.base.errors import AriskError, InputError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import Config, DataConfig, data_sets
 from arisk.models.adapters import attach_adapter
@@ -15,12 +24,11 @@ from arisk.models.answers import GreedyAnswers
 from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import per_sample_nll
-from arisk.models.python_source import task_from_entry
 from arisk.models.rendering import Rendered, render_rows
 from arisk.models.rows import Row, read_rows
 from arisk.models.selection import lora_pairs, select_parameters
 
-__all__ = ["LoadedData", "load_data", "load_task", "load_with_adapter", "statistics_of"]
+__all__ = ["LoadedData", "load_data", "load_task", "load_with_adapter", "statistics_of", "task_from_entry"]
 
 #: Data sets of prompts with safe responses.
 SAFETY_SETS = ("safety", "verify.safety")
@@ -173,3 +181,64 @@ def _description(
         "parameters_selected": sum(parameters[name].numel() for name in names),
         "data": {name: dict(samples.statistics) for name, samples in sets.items()},
     }
+
+
+def task_from_entry(entry: str) -> Task:
+    """Call the named function without arguments and check what it returns.
+
+    This runs local code, as `python` would.
+
+    Raises:
+        InputError: the module or function is not there, fails, or returns something else.
+    """
+    source, _, name = entry.rpartition(":")
+    where = f"model.entry: {entry}"
+    if not source or not name:
+        raise InputError("the entry is not module:function", where=where, fix="e.g. tasks.py:make_task")
+    function = getattr(_module(source, where), name, None)
+    if not callable(function):
+        raise InputError(
+            f"{source} has no function {name!r}", where=where, fix="name a function that returns arisk.Task"
+        )
+    try:
+        task = function()
+    except AriskError:
+        raise
+    except Exception as err:
+        raise InputError(
+            f"the function failed: {type(err).__name__}: {err}",
+            where=where,
+            fix="run it by itself; `--debug` shows the traceback",
+        ) from err
+    if not isinstance(task, Task):
+        raise InputError(
+            f"the function returned {type(task).__name__}, not arisk.Task",
+            where=where,
+            fix="return arisk.Task(model=…, safety=…, finetune=…, parameter_names=…)",
+        )
+    return task
+
+
+def _module(source: str, where: str) -> ModuleType:
+    """Import a module by name, or a file by path."""
+    path = Path(source)
+    try:
+        if path.suffix == ".py":
+            if not path.is_file():
+                raise InputError(f"{source} does not exist", where=where, fix="check the path")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[path.stem] = module
+            spec.loader.exec_module(module)
+            return module
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        return importlib.import_module(source)
+    except (ImportError, SyntaxError) as err:
+        raise InputError(
+            f"the module cannot be imported: {err}",
+            where=where,
+            fix="check its name, and that it can be imported from the working directory",
+        ) from err

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arisk.base.errors import ConfigError
-from arisk.models.extras import hf_module
+from arisk.models.loading import hf_module
 
 __all__ = ["GuardedTrainerMixin", "drift_watch"]
 
@@ -19,7 +19,7 @@ class _Terms(Protocol):
     def total(self) -> Tensor: ...
 
 
-class _Guard(Protocol):
+class _GuardPlugin(Protocol):
     def penalty(self) -> _Terms: ...
 
 
@@ -36,7 +36,7 @@ class GuardedTrainerMixin:
         kwargs: for the trainer.
     """
 
-    def __init__(self, *args: Any, mitigator: _Guard, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mitigator: _GuardPlugin, **kwargs: Any) -> None:
         self.mitigator = mitigator
         super().__init__(*args, **kwargs)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from arisk.anatomy.move import virtual_move
-from arisk.anatomy.page import fisher_map, harm_map, overlap, spectrum
+from arisk.anatomy.page import fisher_map, harm_map, overlap, spectrum, virtual_move
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.drift import drift_map
-from arisk.forecast.page import forecast_fan
+from arisk.forecast.page import drift_map, forecast_fan
 from arisk.forecast.record import ForecastResult, RolloutResult
-from arisk.forecast.samples import sample_drift
+from arisk.forecast.rollout_page import sample_drift
 from arisk.forecast.what_if_page import what_if_map
 from arisk.report.costs import stage_costs
 from arisk.report.figure import Figure

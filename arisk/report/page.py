@@ -2,34 +2,41 @@
 
 Three seams: records → figures and sentences (`figures`, `findings`, `text`) → HTML (here). Nothing is
 fetched: plotly.js, style and data are inside the page, and a content policy forbids the network.
+
+Sections that optional stages add to the page, and what they add to the summaries.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from arisk.anatomy.page import conditions, examples
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.findings import found, row_sentence
-from arisk.forecast.first_screen import ICONS, findings_section, verdict_section
+from arisk.forecast.first_screen import ICONS, findings_section, found, row_sentence, verdict_section
 from arisk.forecast.record import ForecastResult, RolloutResult
-from arisk.forecast.rollout_page import method, rollout_section
-from arisk.forecast.samples import sample_table
-from arisk.report.extra import Extra
+from arisk.forecast.rollout_page import method, rollout_section, sample_table
 from arisk.report.figure import Figure
 from arisk.report.figures import all_figures
-from arisk.report.rows import examples
-from arisk.report.section import conditions, esc, folded, provenance_section, quality, script_json, table
+from arisk.report.section import (
+    esc,
+    folded,
+    provenance_section,
+    quality,
+    script_json,
+    table,
+)
 from arisk.report.text import NOT_MEASURED
 from arisk.report.worth import worth
 from arisk.verification.page import verified_section
 from arisk.verification.truth import Comparison
 
-__all__ = ["ICONS", "figure_section", "page", "render_report"]
+__all__ = ["ICONS", "Extra", "figure_section", "page", "render_report"]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 #: Sections with a heading, as the table of contents takes them from the body.
@@ -193,3 +200,26 @@ def figure_section(figure: Figure, *, tall: bool = False, below: str = "") -> st
 def _pair(left: Figure, right: Figure) -> str:
     """Two figures beside each other where the screen is wide."""
     return f'<div class="two">{figure_section(left)}{figure_section(right)}</div>'
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What one optional stage shows beside the forecast.
+
+    Attributes:
+        name: the stage; its key in `summary.json`.
+        html: its section, everything from data escaped.
+        figures: drawn below the section, in order.
+        summary: plain values for `summary.json`.
+        markdown: lines for `summary.md`.
+        findings: sentences for the page's list of findings.
+        advice: what to do by its measurements, for the first screen.
+    """
+
+    name: str
+    html: str
+    figures: Sequence[Figure] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    markdown: Sequence[str] = ()
+    findings: Sequence[str] = ()
+    advice: Sequence[str] = ()

@@ -1,24 +1,33 @@
-"""Sections of the page that are words and tables; everything from data is escaped."""
+"""Sections of the page that are words and tables; everything from data is escaped.
+
+Tables of data rows: sortable columns, the row's own text escaped and folded away.
+
+A long table holds its first rows as HTML and the others as data, which the page turns into rows when they
+are asked for: ten thousand rows of HTML would take a browser gigabytes.
+"""
 
 from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.forecast.record import ForecastResult
 from arisk.report.text import NOT_MEASURED, number, percent
 
 __all__ = [
-    "conditions",
+    "Column",
     "esc",
     "folded",
     "items",
     "listed",
     "provenance_section",
     "quality",
+    "rows_table",
     "script_json",
     "table",
 ]
@@ -58,20 +67,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def folded(summary: str, content: str) -> str:
     """HTML that opens on demand; open from the start where no script runs, and on paper."""
     return f"<details open data-fold><summary>{esc(summary)}</summary>{content}</details>"
-
-
-def conditions(scored: ScoreResult) -> str:
-    """The three conditions of the theory, with what was measured for each."""
-    words = {True: "holds", False: "does not hold", None: NOT_MEASURED}
-    rows = [(c["name"], words[c["holds"]], c["evidence"]) for c in scored.aic_conditions]
-    facts = f"γ̂ = {number(scored.gamma_hat)}, ε̂ = {number(scored.epsilon_hat)}"
-    return (
-        '<section id="conditions"><h2>Alignment Instability Condition</h2>'
-        '<p class="reading"><b>How to read this.</b> Where all three hold, theory says that safety decays '
-        "like t⁴ even though training starts almost orthogonal to it. Theory and measurement are shown side "
-        f"by side; the verdict follows measurement. {esc(facts)}.</p>"
-        f"{table(('condition', 'here', 'evidence'), rows)}</section>"
-    )
 
 
 def quality(
@@ -160,3 +155,116 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+
+
+#: The text stands after this many columns, so that a phone shows it beside the number that matters.
+TEXT_AFTER = 2
+#: Characters of the prompt that stay visible.
+HEAD = 72
+#: Rows that are HTML from the start; characters of prompts and responses that all others may carry.
+AT_ONCE, TEXT_BUDGET = 100, 600_000
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, and the direction in which the rows come sorted by it."""
+
+    name: str
+    order: Literal["ascending", "descending"] | None = None
+
+
+def rows_table(
+    columns: Sequence[Column],
+    rows: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
+    show_text: bool,
+    label: str,
+) -> str:
+    """A sortable table in its own scroll box; rows after the first `AT_ONCE` come as data.
+
+    Args:
+        columns: headings.
+        rows: cells (numbers, None for not measured, or plain text) with the row's `prompt`, `response` and,
+            where there is one, `why`: pairs of a label and a text that are shown in any case.
+        show_text: show prompts and responses, or only the numbers.
+        label: what the table is, for screen readers.
+    """
+    told = list(rows)
+    heads = [_head(column) for column in columns]
+    heads.insert(TEXT_AFTER, '<th role="columnheader" scope="col">text</th>')
+    names = [column.name for column in columns]
+    body = "".join(_row(names, cells, row, show_text) for cells, row in told[:AT_ONCE])
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
+        '<table class="rows" role="table"><thead role="rowgroup">'
+        f'<tr role="row">{"".join(heads)}</tr></thead>'
+        f'<tbody role="rowgroup">{body}</tbody></table></div>{_others(told, show_text)}'
+    )
+
+
+def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: bool) -> str:
+    """The rows that are not HTML yet, as data, with the button that brings them."""
+    if len(told) <= AT_ONCE:
+        return ""
+    data: list[list[Any]] = []
+    left = TEXT_BUDGET
+    for cells, row in told[AT_ONCE:]:
+        prompt, response = _texts(row) if show_text else ("", "")
+        if len(prompt) + len(response) > left:
+            prompt, response = (_clipped(prompt), "") if left >= HEAD else ("", "")
+        left -= len(prompt) + len(response)
+        data.append([*(_shown(value) for value in cells), prompt, response, row.get("why") or []])
+    return (
+        f'<script type="application/json" class="others">{script_json(data)}</script>'
+        f'<p class="more note"><span aria-live="polite">{AT_ONCE} of {len(told)} rows are shown; a heading '
+        "sorts all of them.</span> "
+        '<button type="button">Show more</button></p>'
+    )
+
+
+def _head(column: Column) -> str:
+    mark = f' aria-sort="{column.order}"' if column.order else ""
+    return f'<th role="columnheader" scope="col"{mark}><button type="button">{esc(column.name)}</button></th>'
+
+
+def _row(names: Sequence[str], cells: Sequence[Any], row: Mapping[str, Any], show_text: bool) -> str:
+    made = [_cell(name, value) for name, value in zip(names, cells, strict=True)]
+    made.insert(TEXT_AFTER, _text(row, show_text))
+    return f'<tr role="row">{"".join(made)}</tr>'
+
+
+def _shown(value: Any) -> str:
+    """A cell as it is read."""
+    if value is None:
+        return NOT_MEASURED
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _cell(name: str, value: Any) -> str:
+    """A cell with its heading, for a phone, and the number it sorts by; what was not measured sorts last."""
+    if isinstance(value, float) or value is None:
+        key = "" if value is None or not math.isfinite(value) else f"{value:.9g}"
+    else:
+        key = value if isinstance(value, int) else ""
+    return f'<td role="cell" data-label="{esc(name)}" data-value="{esc(key)}">{esc(_shown(value))}</td>'
+
+
+def _texts(row: Mapping[str, Any]) -> tuple[str, str]:
+    return str(row.get("prompt") or ""), str(row.get("response") or "")
+
+
+def _clipped(prompt: str) -> str:
+    return prompt if len(prompt) <= HEAD else prompt[: HEAD - 1] + "…"
+
+
+def _text(row: Mapping[str, Any], show_text: bool) -> str:
+    prompt, response = _texts(row) if show_text else ("", "")
+    parts = [("prompt", prompt), ("response", response)] if prompt or response else []
+    head = _clipped(prompt) or "(no prompt)" if parts else "why"
+    parts += row.get("why") or []
+    if not parts:
+        return '<td role="cell" class="text note">not shown</td>'
+    told = "".join(f'<p dir="auto"><b>{esc(label)}</b> {esc(text)}</p>' for label, text in parts)
+    return (
+        f'<td role="cell" class="text" dir="auto"><details><summary>{esc(head)}</summary>'
+        f"{told}</details></td>"
+    )

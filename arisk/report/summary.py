@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.findings import findings
+from arisk.forecast.first_screen import findings
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
-from arisk.report.extra import Extra
-from arisk.report.markdown import bounded, literal
-from arisk.report.text import NOT_MEASURED, collapse_text, number, percent
+from arisk.report.page import Extra
+from arisk.report.text import NOT_MEASURED, bounded, collapse_text, literal, number, percent
 from arisk.verification.page import verified_rows
 from arisk.verification.truth import Comparison
 

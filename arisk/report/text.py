@@ -1,18 +1,26 @@
-"""Numbers in words. What was not measured says so, never 0."""
+"""Numbers in words. What was not measured says so, never 0.
+
+Text for pull-request comments and job summaries: escaped, on one line, and never too long to post.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
+from collections.abc import Sequence
 
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
 
 __all__ = [
+    "LIMIT",
     "NOT_MEASURED",
+    "bounded",
     "collapse_text",
     "drift_sentence",
     "last_drift",
     "layer_and_type",
+    "literal",
     "number",
     "percent",
     "sample_sentence",
@@ -133,3 +141,62 @@ def last_drift(measured: RolloutResult | None) -> tuple[int, list[float]] | None
         if bool(values.isfinite().all()):
             return measured.steps[column], values.tolist()
     return None
+
+
+#: Characters of a whole text; the comments of the common forges end at 65 536.
+LIMIT = 60_000
+#: Characters of one name or sentence from data.
+LONGEST = 400
+ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+#: What Markdown reads as markup anywhere in a line.
+MARKUP = frozenset("\\`*_{}[]#|~")
+#: What opens a list at the beginning of a line.
+OPENING = re.compile(r"^(\d+)?([-+.)])(?=\s|$)")
+
+
+def literal(text: str) -> str:
+    r"""Text that Markdown and HTML show as it is: one line, safe inside a table cell and a list item.
+
+    Mentions are broken by a zero-width space, so that no name in the data calls anybody. Control and
+    direction characters are left out. What is longer than 400 characters is cut.
+
+    >>> literal("a | b <c> *d*")
+    'a \\| b &lt;c&gt; \\*d\\*'
+    """
+    line = " ".join("".join(_visible(char) for char in text).split())
+    cut = line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
+    escaped = "".join(f"\\{char}" if char in MARKUP else ENTITIES.get(char, char) for char in cut)
+    escaped = re.sub(r"@(?=\w)", "@\u200b", escaped)
+    return OPENING.sub(r"\1\\\2", escaped)
+
+
+def _visible(char: str) -> str:
+    """The character; a space for line ends and tabs, nothing for what changes how others are shown."""
+    kind = unicodedata.category(char)
+    if kind in ("Zl", "Zp") or char in "\n\r\t\v\f":
+        return " "
+    return "" if kind in ("Cc", "Cs") or unicodedata.bidirectional(char) in _DIRECTIONS else char
+
+
+_DIRECTIONS = frozenset(("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+
+
+def bounded(lines: Sequence[str], last: str) -> str:
+    """Lines as one text of at most `LIMIT` characters; what does not fit is left out, and that is said.
+
+    Args:
+        lines: in order of importance.
+        last: the closing line, kept in any case.
+    """
+    text = "\n".join([*lines, last, ""])
+    if len(text) <= LIMIT:
+        return text
+    note = "… shortened: the report holds the rest."
+    room = LIMIT - len(note) - len(last) - 8
+    kept: list[str] = []
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            break
+        kept.append(line)
+    return "\n".join([*kept, "", note, "", last, ""])

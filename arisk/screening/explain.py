@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from arisk.anatomy.safety_side import recomputed_side
-from arisk.base.progress import Progress
-from arisk.base.task import Task
+from arisk.base.task import Progress, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import ParameterLayout, move_batch, per_sample_gradients
 from arisk.screening.points import Place

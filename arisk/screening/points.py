@@ -22,8 +22,7 @@ from arisk.anatomy.update import first_batches, measure_update
 from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import NumericsError
 from arisk.base.processes import from_first, is_first, share, summed
-from arisk.base.progress import Progress
-from arisk.base.task import RowBatches, SampleSet, Task
+from arisk.base.task import Progress, RowBatches, SampleSet, Task
 from arisk.config.plan import ScreenConfig, TrainingConfig
 from arisk.forecast.rollout import limited
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
@@ -63,7 +62,7 @@ def control_groups(samples: SampleSet, config: ScreenConfig) -> list[RowGroup]:
     return list(row_groups(samples, config.batch_size, rows=rows, limit=config.control_samples))
 
 
-class _Walk:
+class _PointWalk:
     """The planned run under way, with the losses at its start."""
 
     def __init__(
@@ -180,7 +179,7 @@ def places(
     wanted = 2 if config.points == "both" else 1
     if workspace and from_first((workspace / f"point-{wanted - 1}.safetensors").exists):
         return [_read(workspace / f"point-{i}.safetensors") for i in range(wanted)]
-    walk = _Walk(task, layout, config, training, rates, engine, progress)
+    walk = _PointWalk(task, layout, config, training, rates, engine, progress)
     found: list[Place] = []
     if config.points != "risen":
         found.append(walk.place(0, 1.0))

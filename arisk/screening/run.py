@@ -6,37 +6,47 @@ is, to first order, the rise of the safety loss less that of the control loss wh
 optimizer steps on row j alone, per unit learning rate, at points θ_c of the planned run. Tracing
 influence along a run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the
 rise of the safety loss, and that harm is contrasted with control data, is this project's.
+
+Which of the scored rows are flagged: those that leave harmless rows behind, or a share as asked for.
+
+Ranking rows by an estimate, and scoring exactly the head of that ranking, from which rows are flagged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arisk.base.progress import Progress, silent
-from arisk.base.task import RowBatches, SampleSet, Task
+from arisk.base.errors import InputError
+from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import ScreenConfig, TrainingConfig
-from arisk.geometry.correlation import rank_correlation
+from arisk.geometry.statistics import discoveries, positive_share, rank_correlation, tail_probabilities
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
-from arisk.screening.estimates import worth_estimating
+from arisk.screening.estimates import Passes, RowTables, worth_estimating
 from arisk.screening.explain import explained
 from arisk.screening.points import Place, control_groups, places
 from arisk.screening.record import ScreenMethod, ScreenResult
 from arisk.screening.rows import row_groups
-from arisk.screening.screen_flags import NULL_ROWS, flagged_anew
-from arisk.screening.screen_head import Estimates, by_estimates
-from arisk.screening.screen_passes import Passes, RowTables
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.schedules import learning_rates
 
-__all__ = ["screen"]
+__all__ = [
+    "CHECKED",
+    "HEAD",
+    "HEAD_SHARE",
+    "NULL_ROWS",
+    "Estimates",
+    "by_estimates",
+    "flagged_anew",
+    "screen",
+]
 
 
 def screen(
@@ -217,3 +227,163 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
     if point.step == 0:
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
     return found
+
+
+#: Control rows from which they serve as the null.
+NULL_ROWS = 16
+
+
+def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
+    """The same scores with flags by the present settings; what-if and files are left empty.
+
+    Only rows that are scored exactly are flagged. Rule: p-values of the null's robust, heavy tail
+    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive score above every
+    control row; or exactly a share `drop`.
+
+    Raises:
+        InputError: no row would be kept.
+    """
+    scores = record.scores
+    enough = record.null is not None and len(record.null) >= NULL_ROWS
+    null = record.null if enough and record.null is not None else scores
+    # An estimate is no evidence: in the rule its row counts as one that does not stand out.
+    p_values = tail_probabilities(scores, null).masked_fill(~record.exact, 1.0)
+    if config.drop is not None:
+        count = min(len(scores), max(1, round(config.drop * len(scores))))
+        chosen = torch.tensor([row for row in record.order if record.exact[row]][:count], dtype=torch.int64)
+        rule = f"the {config.drop:.3g} of the rows with the highest scores, as asked for"
+    else:
+        found = discoveries(p_values, config.false_discovery) if record.rise_reached else torch.arange(0)
+        ceiling = max(0.0, float(null.max())) if enough else 0.0
+        chosen = found[scores[found] > ceiling]
+        chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
+        rule = (
+            f"scores beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
+            f"false discovery rate of {config.false_discovery:g}"
+            + (", and above every control row" if enough else "")
+        )
+    _require_kept(len(chosen), len(scores), config)
+    marked = set(chosen.tolist())
+    return replace(
+        record,
+        p_values=p_values.masked_fill(~record.exact, math.nan),
+        flagged=chosen.tolist(),
+        rule=rule,
+        threshold=float(scores[chosen].min()) if len(chosen) else math.nan,
+        null_source="control" if enough else "rows",
+        share=positive_share(scores, chosen),
+        examples=[
+            {**row, "flagged": row["row"] in marked, "p_value": float(p_values[row["row"]])}
+            for row in record.examples
+        ],
+        what_if={},
+        files=[],
+        files_missing=None,
+    )
+
+
+def _require_kept(flagged: int, rows: int, config: ScreenConfig) -> None:
+    if flagged < rows:
+        return
+    raise InputError(
+        f"all {rows} fine-tuning rows are flagged, so none would be kept",
+        where="screen" if config.drop is None else "screen.drop",
+        fix="this data as a whole pushes towards harm compared with `control`: choose other data, give "
+        "control rows like the harmless part of it, or flag a share only with `--drop 5%`",
+    )
+
+
+#: Rows spread evenly over the ranking that are scored exactly to tell what the estimate is worth.
+CHECKED = 64
+#: Rows of the head scored exactly at a time: this many at least, and this share of all.
+HEAD, HEAD_SHARE = 256, 0.02
+#: Rank correlation below which a reader is told that the estimate says little.
+TELLING = 0.5
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Estimated scores (N,), and whether a row has exact products in their place, (N,) bool."""
+
+    method: ScreenMethod
+    scores: Tensor
+    exact: Tensor
+
+
+def by_estimates(
+    passes: Passes,
+    samples: SampleSet,
+    config: ScreenConfig,
+    limit: int | None,
+    method: ScreenMethod,
+    build: Callable[..., ScreenResult],
+) -> ScreenResult:
+    """Estimate every row, then score exactly from the top until a whole part of the head has no flag.
+
+    Args:
+        passes: passes over rows at the points.
+        samples: the fine-tuning data.
+        config: rows per pass, side of a sketch, how to flag.
+        limit: rows read of a loader that cannot be regrouped.
+        method: how to estimate.
+        build: ``build(tables, estimates=…)``: the record, with flags among the rows that are exact.
+
+    Returns:
+        The record; `exact` tells which scores are, and `agreement` what the others are worth.
+
+    Raises:
+        InputError: every row would be flagged.
+        NumericsError: a loss or gradient is not finite; names the row.
+    """
+    groups = partial(row_groups, samples, config.batch_size, limit=limit)
+    found = passes.estimated(samples, groups, method, side=config.sketch_side, size=config.batch_size)
+    weights = [place.point.weight for place in passes.found]
+    scores = torch.stack([w * table[:, 0] for w, table in zip(weights, found.tables, strict=True)]).sum(0)
+    estimates = Estimates(method, scores, torch.zeros(len(scores), dtype=torch.bool))
+    order = torch.argsort(scores, descending=True, stable=True).tolist()
+    width = passes.found[0].directions.shape[1]
+    tables = [_unknown(table[:, 1], width) for table in found.tables]
+
+    def rescored(rows: Sequence[int], name: str) -> ScreenResult:
+        made = passes.exact(samples, partial(groups, rows=rows), name)
+        for table, new in zip(tables, made.tables, strict=True):
+            table[made.rows] = new
+        estimates.exact[made.rows] = True
+        return build(RowTables(found.rows, tables), estimates=estimates)
+
+    checked = sorted({order[i * len(order) // CHECKED] for i in range(CHECKED)})
+    record = rescored(checked, f"{samples.name} rows checked")
+    agreement = rank_correlation(scores[checked], record.scores[checked])
+    size, number = max(HEAD, round(HEAD_SHARE * len(order))), 0
+    while part := [row for row in order if not estimates.exact[row]][:size]:
+        record = rescored(part, f"{samples.name} rows head {number:03d}")
+        number += 1
+        if not set(part) & set(record.flagged):
+            break
+    said = _said(estimates, agreement, len(checked))
+    return replace(record, agreement=agreement, warnings=[*record.warnings, said])
+
+
+def _unknown(losses: Tensor, directions: int) -> Tensor:
+    """(N, m + 3) products that are not known yet, beside losses that are."""
+    table = torch.full((len(losses), directions + 3), torch.nan, dtype=torch.float64)
+    table[:, -1] = losses
+    return table
+
+
+def _said(estimates: Estimates, agreement: float, checked: int) -> str:
+    """What a reader must know of the scores that are estimates."""
+    how = {"differences": "differences of their loss", "sketch": "a sketch of their gradient"}
+    told = (
+        f"{int(estimates.exact.sum())} of {len(estimates.exact)} rows are scored exactly, the others by "
+        f"{how[estimates.method]}; only exact scores are flagged."
+    )
+    if bool(estimates.exact.all()):
+        told = f"Ranked by {how[estimates.method]} first; in the end every row is scored exactly."
+    told += (
+        f" On {checked} rows spread over the ranking the order of the estimates agrees with the exact one at "
+        f"ρ = {agreement:+.2f}."
+    )
+    if agreement < TELLING:
+        told += " That is little, and harmful rows may lie further down: use `screen.method: exact`."
+    return told

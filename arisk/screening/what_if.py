@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arisk.base.progress import Progress, silent
-from arisk.base.task import Batch, RowBatches, Task
+from arisk.base.task import Batch, Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.forecast.record import RolloutResult
 from arisk.forecast.rollout import rollout

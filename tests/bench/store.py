@@ -20,7 +20,8 @@ from arisk.anatomy.safety_side import recomputed_side, stored_side
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, CollectConfig
 from arisk.geometry.spectrum import eigenpairs
-from arisk.gradients import GradientStore, layout_of, products
+from arisk.gradients import GradientStore, layout_of
+from arisk.gradients import factors as products
 from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters

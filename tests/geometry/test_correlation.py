@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from arisk.geometry.correlation import rank_correlation
+from arisk.geometry.statistics import rank_correlation
 
 
 def slow(a, b):

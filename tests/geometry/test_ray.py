@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from arisk.geometry.ray import interpolate_rows, ray_positions, ray_speeds
+from arisk.geometry.dynamics import interpolate_rows, ray_positions, ray_speeds
 
 
 def test_positions_follow_gradient_flow_on_a_parabola():

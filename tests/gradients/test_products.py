@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from arisk.gradients import layout_of, measuring, slice_batch
-from arisk.gradients.factors import Outer, Rows, block_of
+from arisk.gradients.factors import Outer, Rows, block_of, ghost_gram, is_ghost, parameter_products
 from arisk.gradients.hooks import hook_parts
-from arisk.gradients.products import ghost_gram, is_ghost, parameter_products
 
 spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
 cases = importlib.util.module_from_spec(spec)
@@ -31,7 +30,7 @@ def held(name):
 @pytest.mark.parametrize("ghost", [True, False, None])
 @pytest.mark.parametrize("entries", [1, 1 << 22])
 def test_products_equal_the_oracle(name, ghost, entries, monkeypatch):
-    monkeypatch.setattr("arisk.gradients.products.BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("arisk.gradients.factors.GRAM_ENTRIES", entries)
     for batches, shape, g in held(name):
         factored = not any(isinstance(part, torch.Tensor) for parts in batches for part in parts)
         made = parameter_products(batches, shape, ghost=ghost and factored)

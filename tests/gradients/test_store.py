@@ -47,8 +47,8 @@ def test_float32_keeps_five_digits(tmp_path):
 
 
 def test_blocks_are_small_and_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("arisk.gradients.products.BLOCK_ENTRIES", 1)
-    monkeypatch.setattr("arisk.gradients.products.COLUMNS", 100)
+    monkeypatch.setattr("arisk.gradients.factors.GRAM_ENTRIES", 1)
+    monkeypatch.setattr("arisk.gradients.factors.COLUMNS", 100)
     store, g = filled(tmp_path)
     torch.testing.assert_close(store.sweep(LAYOUT)[0].sum(0), g @ g.T)
     v = torch.ones(LAYOUT.numel, 1, dtype=torch.float64)

@@ -13,10 +13,9 @@ from arisk.config.plan import DataConfig, ModelConfig
 from arisk.gradients import slice_batch
 from arisk.models.batching import PlannedBatches, collate
 from arisk.models.loading import load_model, load_tokenizer
-from arisk.models.losses import per_sample_nll
+from arisk.models.losses import per_sample_nll, sample_labels
 from arisk.models.rendering import IGNORED, render_rows
 from arisk.models.rows import read_rows
-from arisk.models.sampled import sample_labels
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 MODEL = ModelConfig(path=str(FIXTURES / "tiny-aligned"))

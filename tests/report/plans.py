@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from arisk.compare.record import PlannedRun, Ranked
-from arisk.compare.words import Comparative
+from arisk.compare.record import Ranked, RankedRun
+from arisk.compare.text import Comparative
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
 made = importlib.util.module_from_spec(spec)
@@ -45,7 +45,7 @@ def plan(name, *, level="low", probability=0.0, peak=0.05, collapse_step=None, *
         "finetune_rows": 400,
         "training": {"steps": 100},
     }
-    return PlannedRun(
+    return RankedRun(
         name=name,
         level=level,
         probability=probability,

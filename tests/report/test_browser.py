@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arisk.report.page import page as render_page
-from arisk.report.rows import Column, rows_table
+from arisk.report.section import Column, rows_table
 
 
 def beside(name):

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from arisk.compare.compare_figures import drift_scatter, forecast_lines
-from arisk.compare.page import render_comparison
-from arisk.compare.text import compare_json, compare_markdown, compare_text
-from arisk.compare.words import cells, compare_findings, headline
+from arisk.compare.page import drift_scatter, forecast_lines, render_comparison
+from arisk.compare.text import cells, compare_findings, compare_json, compare_markdown, compare_text, headline
 from arisk.runners import finite
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.forecast.findings import findings, found, layer_sentence, row_sentence
-from arisk.forecast.first_screen import run_strip, verdict_section
-from arisk.forecast.samples import sample_drift, sample_table
+from arisk.forecast.first_screen import (
+    findings,
+    found,
+    layer_sentence,
+    row_sentence,
+    run_strip,
+    verdict_section,
+)
+from arisk.forecast.rollout_page import sample_drift, sample_table
 from arisk.forecast.what_if_page import cell_ink, colour_at
 from arisk.report.costs import stage_costs
 from arisk.report.text import sample_sentence

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from arisk.forecast.drift import drift_map
-from arisk.forecast.findings import findings
+from arisk.forecast.first_screen import findings
+from arisk.forecast.page import drift_map
 from arisk.forecast.rollout_page import cost_text
 from arisk.report.figure import step_lines
 from arisk.report.summary import summary_json, summary_markdown

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arisk.compare.text import compare_markdown
-from arisk.report.extra import Extra
-from arisk.report.markdown import LIMIT, bounded, literal
+from arisk.report.page import Extra
 from arisk.report.summary import summary_json, summary_markdown
+from arisk.report.text import LIMIT, bounded, literal
 from arisk.runners import finite
 
 

@@ -11,13 +11,20 @@ from arisk.base.task import SampleSet, Task
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast import rollout as stage
 from arisk.forecast import run_state
-from arisk.forecast.leap import Block, Leaper
+from arisk.forecast.forecasters import planned
+from arisk.forecast.leap import (
+    Block,
+    Leaper,
+    pilot_length,
+    planned_points,
+    rollout_cost,
+    segment_count,
+    segment_ends,
+)
 from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.forecast.plan_path import planned
 from arisk.forecast.rollout import rollout, skipped_rollout
-from arisk.forecast.segments import pilot_length, planned_points, rollout_cost, segment_count, segment_ends
 from arisk.gradients import layout_of, measuring
-from arisk.gradients.outputs import losses_between, outputs_of
+from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.training.loop import BatchStream, PlannedRun
 
 #: Fine-tuning batches: few are seen again and again, many are noisy.

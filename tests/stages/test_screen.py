@@ -15,14 +15,15 @@ from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import RolloutConfig, ScreenConfig, TrainingConfig
-from arisk.geometry.correlation import rank_correlation
+from arisk.geometry.statistics import rank_correlation
 from arisk.gradients import layout_of, measuring
-from arisk.screening import estimates, screen_head, screen_passes
+from arisk.screening import estimates
+from arisk.screening import estimates as screen_passes
+from arisk.screening import run as screen_head
 from arisk.screening.estimates import worth_estimating
 from arisk.screening.record import ScreenResult
 from arisk.screening.rows import RowGroup, row_products
-from arisk.screening.run import screen
-from arisk.screening.screen_flags import flagged_anew
+from arisk.screening.run import flagged_anew, screen
 from arisk.screening.what_if import WithoutRows, dropping
 from arisk.training.loop import PlannedRun, keeping_parameters
 from arisk.training.schedules import learning_rates

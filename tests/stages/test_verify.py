@@ -15,9 +15,8 @@ from arisk.config.plan import TrainingConfig, VerifyConfig
 from arisk.forecast import run_state
 from arisk.training.loop import PlannedRun
 from arisk.verification import run as stage
-from arisk.verification.generation import writer, writing_steps
 from arisk.verification.record import VerifyResult
-from arisk.verification.run import measured_steps, verify
+from arisk.verification.run import measured_steps, verify, writer, writing_steps
 
 BATCHES = 7
 RECIPES = [

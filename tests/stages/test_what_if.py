@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
-from arisk.forecast.curves import not_measured
+from arisk.forecast.forecasters import not_measured, planned
 from arisk.forecast.known import Known, Local, curve_at_rate, over_flow_time
 from arisk.forecast.measured import combined_curve
-from arisk.forecast.plan_path import planned
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
 from arisk.forecast.what_if import ROUGH_FACTOR, what_if

@@ -11,7 +11,7 @@ from arisk import PipelineConfig, assess
 from arisk.base.artifacts import write_record
 from arisk.base.task import Task
 from arisk.config.plan import RolloutConfig
-from arisk.forecast.plan_path import planned
+from arisk.forecast.forecasters import planned
 from arisk.forecast.rollout import rollout
 from tests.bench.validity.jobs import Job, job_task
 

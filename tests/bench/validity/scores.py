@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from arisk.geometry.correlation import rank_correlation
+from arisk.geometry.statistics import rank_correlation
 
 #: A collapse after this step could not be seen by a pilot.
 LATE = 30

@@ -11,8 +11,8 @@ from typing import Any
 
 from arisk.base.artifacts import read_record
 from arisk.config.plan import ForecastConfig
+from arisk.forecast.forecasters import planned
 from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.forecast.plan_path import planned
 from arisk.forecast.record import Curve, RolloutResult
 from arisk.forecast.verdict import decide
 from tests.bench.validity.jobs import Job, job_config

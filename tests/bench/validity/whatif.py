@@ -9,9 +9,9 @@ from typing import Any
 
 from arisk.base.artifacts import read_record
 from arisk.config.plan import ForecastConfig, TrainingConfig
+from arisk.forecast.forecasters import planned
 from arisk.forecast.known import curve_at_rate, over_flow_time
 from arisk.forecast.measured import combined_curve
-from arisk.forecast.plan_path import planned
 from arisk.forecast.record import RolloutResult
 from tests.bench.validity.jobs import Job
 
