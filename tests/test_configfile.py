@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,105 @@ def test_a_run_directory_in_place_of_a_config_says_where_its_own_is(tmp_path):
     (found,) = problems(tmp_path, [])
     assert "folder" in found.what
     assert str(tmp_path / "config.yaml") in found.fix
+
+
+CASES = {
+    "an integer of 5000 digits": ("run: {seed: " + "9" * 5000 + "}", "no int"),
+    "a date that is none": ("run: {dir: 2024-13-01}", "no timestamp"),
+    "deep nesting": ("[" * 3000, "nested more than"),
+    "a tag that does not fit": ("training: {max_steps: !!int abc}", "no int"),
+    "a truth value that is none": ("a: !!bool maybe", "no bool"),
+    "a key that is a mapping": ("model:\n  {a: 1}: 2\n", "a key must be one word"),
+    "a key that is a list": ("? [1, 2]\n: 3\n", "a key must be one word"),
+    "a value that holds itself": ("a: &a [*a]\n", "holds itself"),
+    "aliases that grow": (
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{here}: &{here} [{', '.join([f'*{before}'] * 9)}]\n"
+            for before, here in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "more than",
+    ),
+    "aliases that nest": (
+        "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 500)),
+        "more than",
+    ),
+    "a foreign object": ("a: !!python/object/apply:os.system [ls]", "constructor"),
+}
+
+
+@pytest.mark.parametrize(("text", "what"), CASES.values(), ids=CASES)
+def test_faults_of_yaml_have_a_line_and_a_remedy(tmp_path, config_file, text, what):
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"# a comment\n{text}")
+    (problem,) = problems(path, [])
+    assert what in problem.what
+    assert problem.where.startswith(f"{path}, line ")
+    assert len("".join(problem.lines())) < 700
+    if "\n" not in text.strip():
+        assert problem.where == f"{path}, line 2"
+        (of_option,) = problems(config_file, [f"run={text}"])
+        assert what in of_option.what
+        assert of_option.where.startswith("--set run=")
+
+
+def test_merged_mappings_are_read(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "safety: &rows {path: s, max_length: 64}\nfinetune: {<<: *rows, path: f}\nmodel: {path: m}"
+    )
+    finetune = load_config(path).finetune
+    assert finetune is not None
+    assert (finetune.path, finetune.max_length) == ("f", 64)
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "x" * 300, "a\0b", "a/" * 3000])
+def test_paths_that_are_no_config_are_told_at_once(name):
+    (problem,) = problems(Path(name), [])
+    assert "config file" in problem.what
+    assert len("".join(problem.lines())) < 600
+
+
+def test_a_pipe_and_a_large_file_are_no_config(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe" in problems(tmp_path / "pipe", [])[0].what
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(10**10)
+    assert "too many" in problems(tmp_path / "large", [])[0].what
+
+
+@pytest.mark.parametrize(
+    ("override", "where"),
+    [
+        (f"{key}={value}", key)
+        for key, values in {
+            "training.learning_rate": ("1e300", "1e-300", "1e-40", "1" + "0" * 400, ".nan"),
+            "run.seed": (str(2**63), "-1", "1" + "0" * 400),
+            "safety.seed": (str(2**63),),
+            "run.threads": ("100000000000",),
+            "run.device": ("meta", "'meta:0'"),
+            "training.batch_size": ("1000000000000",),
+            "training.gradient_accumulation": ("1000000000",),
+            "training.epochs": ("1e300", "1" + "0" * 400),
+            "training.warmup_steps": ("1000000000000",),
+            "score.nulls": ("1000000000000",),
+            "forecast.bootstrap_samples": ("1000000000000",),
+            "model.adapter.r": ("100000000",),
+            "finetune.path": ("''", "'  '", '"a\\0b"', '"\\ud800"', "x" * 300, "a/" * 3000),
+            "run.dir": ("''", '"a\\0b"', "y" * 300),
+            "model.path": ("''",),
+            "model.adapter.path": ("''",),
+        }.items()
+        for value in values
+    ],
+)
+def test_values_beyond_all_measure_are_refused_before_any_work(config_file, override, where):
+    (problem,) = problems(config_file, [override])
+    assert problem.where == f"{config_file}: {where}"
+    assert len("".join(problem.lines())) < 600
+
+
+def test_a_home_that_is_nobodys_is_left_to_those_who_open_it(config_file):
+    config = load_config(config_file, ["finetune.path=~nobody-has-this-name/rows.jsonl"])
+    assert config.finetune is not None
+    assert config.finetune.path == "~nobody-has-this-name/rows.jsonl"

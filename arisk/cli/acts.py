@@ -27,6 +27,7 @@ from arisk.cli.options import (
     gate,
     reproducing,
     show,
+    usable_path,
 )
 
 __all__ = []
@@ -158,7 +159,12 @@ def _share(text: str) -> float:
 def what_if(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Run directory of a finished run.", autocompletion=complete_run),
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory of a finished run.",
+            parser=usable_path,
+            autocompletion=complete_run,
+        ),
     ],
     learning_rate: Annotated[
         str | None,
@@ -197,16 +203,25 @@ def compare(
         typer.Argument(
             metavar="RUN_OR_CONFIG…",
             help="Run directories and YAML configs, two or more.",
+            parser=usable_path,
             autocompletion=complete_run_or_config,
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", help="Folder of compare.html, compare.json and compare.md.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="<path>",
+            help="Folder of compare.html, compare.json and compare.md.",
+            parser=usable_path,
+        ),
     ] = Path("runs/compare"),
     run_dir: Annotated[
         Path | None,
         typer.Option(
             "--run-dir",
+            metavar="<path>",
+            parser=usable_path,
             help="Configs run in folders of this one, by their names; default: run.dir, or runs/<name>.",
         ),
     ] = None,

@@ -16,6 +16,7 @@ import typer
 
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
 from arisk.base.processes import is_first
+from arisk.config.sections import path_fault
 
 __all__ = [
     "ConfigPath",
@@ -35,6 +36,7 @@ __all__ = [
     "reproducing",
     "reusable",
     "show",
+    "usable_path",
 ]
 
 #: Levels that are opened while a folder is the only match: the shell would put a space after its name.
@@ -100,13 +102,33 @@ def _matches(prefix: str, start: str, wanted: Callable[[Path], bool]) -> list[st
 
 
 Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
+
+
+def usable_path(text: str) -> Path:
+    """A path from the command line.
+
+    Raises:
+        ConfigError: no file can have it, or it is empty, which would mean the working folder.
+    """
+    if fault := path_fault(str(text)):
+        raise ConfigError(fault, where="command line", fix="name the file or folder")
+    return Path(text)
+
+
 ConfigPath = Annotated[
-    Path, typer.Argument(help="YAML config; `arisk init` writes one.", autocompletion=complete_config)
+    Path,
+    typer.Argument(
+        help="YAML config; `arisk init` writes one.",
+        parser=usable_path,
+        autocompletion=complete_config,
+    ),
 ]
 RunDirOption = Annotated[
     Path | None,
     typer.Option(
         "--run-dir",
+        metavar="<path>",
+        parser=usable_path,
         help="Run directory; default: run.dir, or runs/<name of the config>.",
         autocompletion=complete_run,
     ),

@@ -26,6 +26,7 @@ from arisk.cli.options import (
     reproducing,
     reusable,
     show,
+    usable_path,
 )
 
 __all__: list[str] = []
@@ -44,6 +45,7 @@ def run(
         typer.Option(
             "--reuse",
             metavar="RUN",
+            parser=usable_path,
             help="Take stages with the same key from this run directory; repeatable.",
             autocompletion=complete_run,
         ),
@@ -214,7 +216,9 @@ def demo(
     mode: Annotated[
         Literal["full", "lora"], typer.Option(help="What the planned fine-tune trains.")
     ] = "lora",
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Run directory.")] = Path("runs/demo"),
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", metavar="<path>", help="Run directory.", parser=usable_path)
+    ] = Path("runs/demo"),
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

@@ -8,20 +8,23 @@ file but the YAML itself (`arisk.config.yaml`).
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
 from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.config.sections import (
+    LARGEST,
     BehaviourConfig,
     CollectConfig,
+    Count,
+    FilePath,
     ForecastConfig,
     GuardSettings,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     PositiveInt,
     ReportConfig,
@@ -29,6 +32,7 @@ from arisk.config.sections import (
     ScoreConfig,
     ScreenConfig,
     Section,
+    Seed,
     SubspaceConfig,
 )
 
@@ -55,27 +59,34 @@ __all__ = [
 ]
 
 
+def _computes(device: str) -> str:
+    """Refuse torch devices on which nothing is computed."""
+    if device.partition(":")[0] in ("meta", "fake"):
+        raise ValueError(f"on the device {device!r} nothing is computed")
+    return device
+
+
 class RunConfig(Section):
     """Where the run lives and how it computes."""
 
-    dir: Path | None = None
+    dir: FilePath | None = None
     """Run directory; default `runs/<name of the config file>`."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of every sampler (data order, sampled Fisher, bootstrap, permutations)."""
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_computes)] = "auto"
     """auto (cuda, then mps, then cpu) or any torch device such as `cuda:1`."""
     device_map: Literal["auto", "balanced", "sequential"] | dict[str, int | str] | None = None
     """Spread the model over the devices of a machine (accelerate's map, or module: device); no offloading."""
-    threads: PositiveInt | None = None
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     """CPU threads of torch; default: torch's own choice."""
 
 
 class AdapterConfig(Section):
     """A LoRA adapter: a new one, or an existing peft folder (`path`)."""
 
-    path: Path | None = None
+    path: FilePath | None = None
     """Existing peft adapter folder; the other fields must then be left out."""
-    r: PositiveInt = 8
+    r: Annotated[int, Field(gt=0, le=65_536)] = 8
     """Rank of the new adapter."""
     alpha: PositiveFloat = 16
     """Scale of the new adapter: ΔW = alpha / r · B A."""
@@ -110,13 +121,13 @@ class ModelConfig(Section):
 
     source: Literal["hf", "python"] = "hf"
     """hf: a Hugging Face causal LM; python: `entry` returns an `arisk.Task` (runs local code)."""
-    path: str | None = None
+    path: PathText | None = None
     """Folder or hub id of the model (source: hf)."""
     entry: str | None = None
     """`module:function` or `file.py:function` returning an `arisk.Task` (source: python)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    gguf_file: str | None = None
+    gguf_file: PathText | None = None
     """File name inside `path` when the weights are a GGUF file; they are dequantised on load."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Dtype of the weights; float32 because curvature is a small difference of gradients."""
@@ -146,7 +157,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """One data set: JSONL, JSON, CSV or Parquet file, or a hub id (through `datasets`)."""
 
-    path: str
+    path: PathText
     """File or hub id."""
     split: str = "train"
     """Split of a hub data set."""
@@ -162,11 +173,11 @@ class DataConfig(Section):
     """Column with plain text."""
     chat_template: bool | Literal["auto"] = "auto"
     """auto: the tokenizer's chat template where it has one."""
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 512
     """Tokens per row; longer rows lose the head of the prompt first, never the whole response."""
     max_samples: PositiveInt | None = None
     """Use a seeded random subset of this many rows; default all."""
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     """Seed of that subset and of the shuffling; default `run.seed`."""
 
 
@@ -175,8 +186,8 @@ class TrainingConfig(Section):
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """sgd (with `momentum`) or adamw (with `betas`, `eps`)."""
-    learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(ge=1e-12, le=1e4, allow_inf_nan=False)] = 2e-4
+    """Peak learning rate; below 1e-12 a step is lost in the rounding of the weights."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW moment decays."""
     eps: PositiveFloat = 1e-8
@@ -187,15 +198,15 @@ class TrainingConfig(Section):
     """SGD momentum (no dampening, no Nesterov)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning-rate decay after the warm-up, to zero at the last step."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """Optimizer steps of linear warm-up; step k (from 1) uses k / warmup_steps of the peak."""
-    batch_size: PositiveInt = 8
+    batch_size: Annotated[int, Field(gt=0, le=100_000)] = 8
     """Rows per micro-batch."""
-    gradient_accumulation: PositiveInt = 1
+    gradient_accumulation: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Micro-batches per optimizer step."""
-    max_steps: Annotated[int, Field(gt=0, le=10_000_000)] | None = None
+    max_steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`. Default 200 when neither is given."""
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Passes over the fine-tuning data, turned into optimizer steps."""
     max_grad_norm: PositiveFloat | None = None
     """Gradient clipping by global norm; null: none."""
@@ -238,7 +249,7 @@ class VerifyConfig(Section):
     """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
-    generate: Annotated[int, Field(ge=0)] = 16
+    generate: Count = 16
     """Safety prompts that are answered in text at the start, on the way and at the end; 0 is off."""
     max_new_tokens: PositiveInt = 24
     """Tokens of each answer; a refusal shows in its opening."""

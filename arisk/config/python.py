@@ -26,6 +26,7 @@ from arisk.config.sections import (
     ScoreConfig,
     ScreenConfig,
     Section,
+    Seed,
     SubspaceConfig,
 )
 from arisk.config.yaml import config_error
@@ -175,7 +176,7 @@ class FisherConfig(PythonSection):
     alone decides."""
     top_rank: PositiveInt = 32
     """Upper limit of the rank (`subspace.max_rank`)."""
-    top_weight_count: Annotated[int, Field(ge=0)] = 256
+    top_weight_count: Seed = 256
     """Single weights that are named (`subspace.top_weights`)."""
     max_samples: PositiveInt | None = None
     """Use the first so many safety samples; default all of them."""
@@ -192,7 +193,7 @@ class PipelineConfig(PythonSection):
     """What the names of LoRA weights contain, case ignored."""
     require_lora_match: bool = True
     """Off: a model without LoRA weights gives a report that is skipped, instead of an error."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of every sampler, and of the random state that loaders see."""
     fisher: FisherConfig = Field(default_factory=FisherConfig)
     """The safety Fisher matrix, under the names of the peer package."""

@@ -7,22 +7,35 @@ Settings of stage guard: which protected fine-tunes are run, and how hard each p
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 __all__ = [
     "AlignGuardArm",
     "BehaviourConfig",
     "CollectConfig",
+    "Count",
     "EwcArm",
+    "FilePath",
     "ForecastConfig",
     "Fraction",
     "GuardSettings",
     "JudgeConfig",
     "Method",
     "NonNegativeFloat",
+    "PathText",
     "PositiveFloat",
     "PositiveInt",
     "ProjectionArm",
@@ -32,15 +45,46 @@ __all__ = [
     "ScoreConfig",
     "ScreenConfig",
     "Section",
+    "Seed",
     "SubspaceConfig",
 ]
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+#: Above any number of rows, steps or tokens that a machine gets through: a slip, told before it is tried.
+LARGEST = 10_000_000
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: Random generators take 64 bits, some with a sign.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+#: Bytes of a path, and of a name in it, that file systems take.
+LONGEST_PATH, LONGEST_NAME = 4096, 255
 #: Largest P for which `krylov_dim: auto` takes the whole space, and its dimension above that.
 SMALL_PROBLEM, KRYLOV_DEFAULT = 64, 12
+
+
+def path_fault(text: str) -> str | None:
+    """Why no file can have this path: empty, a control character, too long; None where one can."""
+    if not text.strip():
+        return "the path is empty (an unset variable gives such a path)"
+    if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text):
+        return "the path has a character that no path may have (NUL, a control code or half of a pair)"
+    longest_name = max(len(part.encode()) for part in text.split("/"))
+    if len(text.encode()) > LONGEST_PATH or longest_name > LONGEST_NAME:
+        return f"the path is too long: {len(text)} characters, a name in it may have {LONGEST_NAME} bytes"
+    return None
+
+
+def _usable_path(value: Any) -> Any:
+    """A path as given, or a plain error."""
+    if fault := path_fault(str(value)):
+        raise ValueError(fault)
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+FilePath = Annotated[Path, BeforeValidator(_usable_path)]
 
 
 class Section(BaseModel):
@@ -75,34 +119,34 @@ class SubspaceConfig(Section):
 
     method: Literal["gram", "svd", "randomized_svd", "diag_topk"] = "gram"
     """gram: exact, in the dual, float64; the others for comparison."""
-    max_rank: PositiveInt = 32
+    max_rank: Annotated[int, Field(gt=0, le=100_000)] = 32
     """Upper limit of the rank."""
     rank: PositiveInt | None = None
     """Fixed rank; default: by `target_explained_variance`, at most `max_rank`."""
     target_explained_variance: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Smallest rank whose eigenvalues reach this share of the whole trace."""
-    heldout_splits: PositiveInt = 20
+    heldout_splits: Annotated[int, Field(gt=0, le=100_000)] = 20
     """Random half splits for the held-out energy."""
-    top_weights: Annotated[int, Field(ge=0)] = 256
+    top_weights: Annotated[int, Field(ge=0, le=1_000_000)] = 256
     """How many single weights with the largest Fisher diagonal are named."""
 
 
 class ScoreConfig(Section):
     """How the planned update meets the safety subspace."""
 
-    batches: Annotated[int, Field(ge=2)] = 8
+    batches: Annotated[int, Field(ge=2, le=LARGEST)] = 8
     """Fine-tuning batches averaged for the update direction; two or more, to see their noise."""
     hvp_batches: PositiveInt = 4
     """Batches in each Hessian-vector product."""
-    krylov_dim: Annotated[int, Field(ge=2)] | Literal["auto"] = "auto"
+    krylov_dim: Annotated[int, Field(ge=2, le=10_000)] | Literal["auto"] = "auto"
     """Lanczos steps of the local model; auto: P when P <= 64, else 12."""
     hvp: Literal["auto", "autograd", "finite_difference", "ggn"] = "auto"
     """auto: double backward where the model allows it, else central differences; ggn: Gauss-Newton."""
-    nulls: Annotated[int, Field(ge=0)] = 99
+    nulls: Annotated[int, Field(ge=0, le=100_000)] = 99
     """Permutations of the update for the overlap's p-value; its floor is 1 / (nulls + 1)."""
-    examples: Annotated[int, Field(ge=0)] = 64
+    examples: Count = 64
     """Fine-tuning rows scored one by one (those of the first batches)."""
-    probe_points: Annotated[int, Field(ge=0)] = 10
+    probe_points: Annotated[int, Field(ge=0, le=10_000)] = 10
     """Points of the measured straight move along the update direction; 0 switches it off."""
 
     def krylov_steps(self, parameters: int) -> int:
@@ -117,11 +161,11 @@ class RolloutConfig(Section):
 
     enabled: bool = True
     """Off: only what the aligned point tells; verdicts are then far less sure."""
-    pilot_steps: Annotated[int, Field(ge=2)] | None = None
+    pilot_steps: Annotated[int, Field(ge=2, le=LARGEST)] | None = None
     """Real optimizer steps at the start; default 20, or 20 % of a run shorter than 100 steps."""
     segments: PositiveInt | None = None
     """Leaps after the pilot; default 8 for 200 steps and 12 more per factor of ten."""
-    batches_per_segment: Annotated[int, Field(ge=2)] = 5
+    batches_per_segment: Annotated[int, Field(ge=2, le=LARGEST)] = 5
     """Real optimizer steps at the end of each segment; their mean is the next leap's direction."""
     speed_control: bool = True
     """Check each leap with a gradient at its end; off only to see what it is worth."""
@@ -163,9 +207,9 @@ class JudgeConfig(Section):
 class BehaviourConfig(Section):
     """What the model says along the run: refusals, and ordinary answers beside them."""
 
-    prompts: Annotated[int, Field(ge=0)] = 48
+    prompts: Count = 48
     """Safety prompts that are followed and answered in text; 0 is off. One prompt is a point of 1/48."""
-    ordinary_prompts: Annotated[int, Field(ge=0)] = 16
+    ordinary_prompts: Count = 16
     """Control prompts that are followed in the same way, to see over-refusal; 0 is off."""
     tokens: PositiveInt = 24
     """Tokens of each answer; a refusal shows in its opening."""
@@ -186,7 +230,7 @@ class ForecastConfig(Section):
     """Share of today's refusals whose loss counts as a loss of safety."""
     confidence: Fraction = 0.8
     """Nominal coverage of the intervals."""
-    bootstrap_samples: PositiveInt = 400
+    bootstrap_samples: Annotated[int, Field(gt=0, le=100_000)] = 400
     """Bootstrap draws over safety samples and fine-tuning batches."""
     elevated_probability: Fraction = 0.1
     """P(collapse within the plan) from which the verdict is at least elevated."""
@@ -229,9 +273,9 @@ class ScreenConfig(Section):
     """Exact products for every row; or an estimate first, by differences of its loss or by a sketch of its
     gradient, and exact products for the head of that ranking, from which rows are flagged. auto: differences
     from 5000 rows where most of the model is selected."""
-    sketch_side: PositiveInt = 32
+    sketch_side: Annotated[int, Field(gt=0, le=10_000)] = 32
     """Entries that a sketch keeps of each side of a matrix; larger is truer and costs more."""
-    batches: Annotated[int, Field(ge=2)] = 8
+    batches: Annotated[int, Field(ge=2, le=LARGEST)] = 8
     """Fine-tuning batches that give the optimizer's preconditioner there."""
     batch_size: PositiveInt = 8
     """Rows per forward and backward pass; does not change a score."""
@@ -241,7 +285,7 @@ class ScreenConfig(Section):
     """Share of flagged rows that may be false by the null."""
     drop: Fraction | None = None
     """Flag exactly this share of the rows, the most harmful ones, in place of the rule."""
-    examples: Annotated[int, Field(ge=0)] = 16
+    examples: Count = 16
     """Most harmful rows that are explained: safety samples they hurt, modules that carry it."""
     what_if: bool = True
     """Roll the plan out with and without the flagged rows, where the rows can be regrouped."""
@@ -338,7 +382,7 @@ class GuardSettings(Section):
     """Rows on which the task loss is measured."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
-    generate: Annotated[int, Field(ge=0)] = 16
+    generate: Count = 16
     """Safety prompts that are answered in text at the start and by every arm at its end; 0 is off."""
     max_new_tokens: PositiveInt = 24
     """Tokens of each answer; a refusal shows in its opening."""

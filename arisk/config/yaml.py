@@ -21,6 +21,8 @@ from pydantic_core import PydanticUndefined
 
 from arisk.base.errors import ConfigError
 from arisk.config.plan import Config, Section
+from arisk.config.reading import read_text, read_yaml, shortened
+from arisk.config.sections import path_fault
 
 __all__ = [
     "config_error",
@@ -59,25 +61,6 @@ PATHS = (
 )
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: YAML itself would drop the first silently."""
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
-            )
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply `--set` overrides.
 
@@ -89,7 +72,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or no YAML, or keys or values are wrong; all of them are
             listed, the first with the others in `also`.
     """
-    mapping = _read_yaml(path)
+    mapping = _read_config(path)
     for item in overrides:
         set_value(mapping, item)
     for keys in PATHS:
@@ -102,35 +85,9 @@ def run_directory(config: Config, config_path: Path, given: Path | None) -> Path
     return given or config.run.dir or Path("runs") / config_path.stem
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as err:
-        raise ConfigError(
-            "the config file does not exist",
-            where=str(path),
-            fix="check the path, or write one with `arisk init`",
-        ) from err
-    except IsADirectoryError as err:
-        raise ConfigError(
-            "this is a folder, not a config file",
-            where=str(path),
-            fix=f"give the YAML file; for a run directory its own: {path / 'config.yaml'}",
-        ) from err
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(
-            f"the config file cannot be read: {err}", where=str(path), fix="give a UTF-8 YAML file"
-        ) from err
-    try:
-        mapping = yaml.load(text, Loader=_Loader)  # noqa: TID251 - a SafeLoader
-    except yaml.YAMLError as err:
-        mark = getattr(err, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"this is not valid YAML: {getattr(err, 'problem', None) or err}",
-            where=f"{path}{line}",
-            fix="correct that line; `arisk init` writes a file to compare with",
-        ) from err
+def _read_config(path: Path) -> dict[str, Any]:
+    fix = "correct that line; `arisk init` writes a file to compare with"
+    mapping, _ = read_yaml(read_text(path, "config file"), str(path), fix=fix)
     if not isinstance(mapping, dict):
         raise ConfigError(
             "the config is empty" if mapping is None else f"the config is a {type(mapping).__name__}",
@@ -147,15 +104,12 @@ def set_value(mapping: dict[str, Any], item: str) -> None:
         ConfigError: there is no `=`, the value is not YAML, or the key leads through a value.
     """
     key, equals, text = item.partition("=")
-    where = f"--set {item}"
+    where = f"--set {shortened(item, 200)}"
     if not equals or not key:
         raise ConfigError(
             "an override needs the form key=value", where=where, fix="e.g. training.max_steps=100"
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as err:
-        raise ConfigError(f"the value is not valid YAML: {err}", where=where, fix="quote it") from err
+    value, _ = read_yaml(text, where, fix="quote it", numbered=False)
     *parents, last = key.split(".")
     place: Any = mapping
     for parent in parents:
@@ -176,11 +130,16 @@ def _anchor(mapping: dict[str, Any], keys: tuple[str, ...], folder: Path) -> Non
         place = place.get(key) if isinstance(place, dict) else None
     if not isinstance(place, dict) or not isinstance(place.get(keys[-1]), str):
         return
-    value = Path(place[keys[-1]]).expanduser()
-    if not value.is_absolute() and (folder / value).exists():
-        place[keys[-1]] = str((folder / value).resolve())
-    elif value.exists():
-        place[keys[-1]] = str(value.resolve())
+    if path_fault(place[keys[-1]]):
+        return  # validation says it
+    try:
+        value = Path(place[keys[-1]]).expanduser()
+        if not value.is_absolute() and (folder / value).exists():
+            place[keys[-1]] = str((folder / value).resolve())
+        elif value.exists():
+            place[keys[-1]] = str(value.resolve())
+    except (OSError, RuntimeError):
+        return  # an unknown `~user`, a link to itself, a folder that may not be read: told where it is opened
 
 
 def validate_mapping(cls: type[Model], mapping: Mapping[str, Any], where: str) -> Model:
@@ -288,21 +247,28 @@ def config_error(cls: type[BaseModel], err: ValidationError, where: str) -> Conf
 def _problem(cls: type[BaseModel], detail: Any, where: str) -> ConfigError:
     """One pydantic error as what, where, fix."""
     location = [part for part in detail["loc"] if not _is_union_branch(part)]
-    dotted = ".".join(str(part) for part in location) or "(top level)"
+    dotted = shortened(".".join(str(part) for part in location), 200) or "(top level)"
     place = f"{where}: {dotted}"
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = _fields_at(cls, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        close = difflib.get_close_matches(str(location[-1])[:80], known, n=1)
         fix = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(sorted(known))}"
-        return ConfigError(f"unknown key `{location[-1]}`", where=place, fix=fix)
+        return ConfigError(f"unknown key `{shortened(str(location[-1]))}`", where=place, fix=fix)
     if kind == "missing":
         return ConfigError(f"`{location[-1]}` is required", where=place, fix=_describe(cls, location))
     message = str(detail["msg"]).removeprefix("Value error, ")
     given = detail.get("input")
     long = isinstance(given, BaseModel) or (isinstance(given, (dict, list)) and len(str(given)) > 60)
-    shown = "" if long else f" (given: {given!r})"
+    shown = "" if long else f" (given: {_shown(given)})"
     return ConfigError(f"{message}{shown}", where=place, fix=_describe(cls, location))
+
+
+def _shown(given: Any) -> str:
+    """A value as it is told; whole numbers of thousands of digits cannot even be written out."""
+    if isinstance(given, int) and abs(given) >= 10**20:
+        return f"a number of about 2^{given.bit_length()}"
+    return shortened(repr(given))
 
 
 def _is_union_branch(part: Any) -> bool:

@@ -96,7 +96,7 @@ class SteadyLoader:
         random.seed(self.seed)
         numpy: Any = sys.modules.get("numpy")
         if numpy:
-            numpy.random.seed(self.seed)
+            numpy.random.seed(self.seed % 2**32)  # it takes 32 bits
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
