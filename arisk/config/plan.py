@@ -90,17 +90,58 @@ class AdapterConfig(Section):
     """Rank of the new adapter."""
     alpha: PositiveFloat = 16
     """Scale of the new adapter: ΔW = alpha / r · B A."""
-    target_modules: str | list[str] = "all-linear"
-    """`all-linear`, one regular expression, or a list of module names."""
+    target_modules: str | list[str] | None = "all-linear"
+    """`all-linear`, one regular expression, a list of module names, or null: peft's own choice for the
+    architecture (for most, only the query and value projections)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """LoRA dropout of the planned training; switched off while arisk measures."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: ΔW = alpha / √r · B A."""
+    use_dora: bool = False
+    """DoRA: the length of each row of W + ΔW is trained apart from its direction."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that train as well: none, every one of the model, or those of the adapted modules."""
+    modules_to_save: list[str] | None = None
+    """Modules that train in full beside the adapter, such as `embed_tokens` and `lm_head`."""
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, le=65_536)]] = Field(default={})
+    """Ranks of single modules, by name or regular expression."""
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={})
+    """Scales of single modules, by name or regular expression."""
+    target_parameters: list[str] | None = None
+    """Parameters that are no module's weight, such as a mixture's fused experts (`mlp.experts.down_proj`)."""
+    exclude_modules: str | list[str] | None = None
+    """Modules left out, as `target_modules` names them."""
+    layers_to_transform: Count | list[Count] | None = None
+    """Only these layers, counted from 0; default all."""
+    init_lora_weights: bool | str = True
+    """How A and B begin, as peft names it; true: B = 0, so that training starts at the aligned model."""
+    peft: dict[str, Any] = Field(default={})
+    """Any further keys of peft's `LoraConfig`, passed as they are."""
 
     @model_validator(mode="after")
     def _path_or_new(self) -> Self:
-        extra = self.model_fields_set & {"r", "alpha", "target_modules", "dropout"}
+        extra = self.model_fields_set - {"path"}
         if self.path is not None and extra:
             raise ValueError(f"`path` names an existing adapter, so leave out {sorted(extra)}")
+        ours = {"r", "lora_alpha", "lora_dropout", "task_type", "peft_type", "inference_mode"}
+        twice = sorted(set(self.peft) & ((set(type(self).model_fields) - {"path", "peft"}) | ours))
+        if twice:
+            raise ValueError(f"`peft` holds keys that have a place of their own: {twice}")
         return self
+
+    def lora_arguments(self) -> dict[str, Any]:
+        """Arguments of peft's `LoraConfig`: what was set, under its names; the rest is peft's default."""
+        ours = {
+            "r": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "target_modules": "target_modules",
+        }
+        arguments = {theirs: getattr(self, name) for name, theirs in ours.items()}
+        if self.target_parameters and "target_modules" not in self.model_fields_set:
+            arguments["target_modules"] = []
+        further = self.model_fields_set - {*ours, "path", "peft"}
+        return {**arguments, **{name: getattr(self, name) for name in further}, **self.peft}
 
 
 class ParameterGlobs(Section):
@@ -110,6 +151,9 @@ class ParameterGlobs(Section):
     """A parameter is selected when one of these matches its name …"""
     exclude: list[str] = Field(default=[])
     """… and none of these does."""
+
+
+Quantization = Literal["4bit", "8bit"] | dict[str, bool | int | float | str | list[str]]
 
 
 def _no_hub_adapter(value: Any) -> Any:
@@ -137,6 +181,8 @@ class ModelConfig(Section):
     """null: none; a path: an existing peft adapter; a mapping: a new LoRA adapter."""
     parameters: Literal["auto", "full", "lora"] | ParameterGlobs = "auto"
     """What trains. auto: the adapter if there is one, else every parameter."""
+    quantization: Quantization | None = None
+    """Frozen weights in 4 or 8 bits (bitsandbytes), as for QLoRA: `4bit`, `8bit`, or its arguments."""
     gradient_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass of a batch (rollout, verify, curvature): less
     memory, more time. Per-sample gradients keep theirs, `collect.chunk_size` samples at a time."""
@@ -149,6 +195,10 @@ class ModelConfig(Section):
             raise ValueError("source: hf needs `path` (a model folder or hub id)")
         if self.source == "python" and not self.entry:
             raise ValueError("source: python needs `entry` (module:function)")
+        if self.quantization and (self.source == "python" or self.gguf_file):
+            raise ValueError("`quantization` is for weights that source: hf loads, and not for a GGUF file")
+        if self.quantization and (self.adapter is None or self.parameters == "full"):
+            raise ValueError("quantised weights do not train: give an `adapter`, and no `parameters: full`")
         if self.source == "python" and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing is for source: hf; switch it on in the code of `entry`")
         return self

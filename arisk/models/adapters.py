@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
 import warnings
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.base.errors import ConfigError, InputError
+from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import AdapterConfig
+from arisk.config.reading import shortened
 from arisk.models.loading import hf_module
 
 __all__ = ["attach_adapter", "target_modules"]
+
+#: Values of `init_lora_weights` whose start needs data or the caller's help.
+FROM_DATA = ("eva", "corda", "lora_ga", "loftq")
 
 
 def attach_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
@@ -25,26 +31,63 @@ def attach_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
         seed: seed of a new adapter's A matrices.
 
     Raises:
-        ConfigError: the targets match no module.
+        ConfigError: the targets match no module, or peft refuses the settings.
         InputError: the folder is no peft adapter, or does not fit the model.
-        MissingExtraError: peft is not installed.
+        MissingExtraError: peft, or a package that this kind of adapter needs, is not installed.
     """
     peft = hf_module("peft")
     if config.path is not None:
         return _existing(peft, model, config)
     target_modules(model, config)
-    lora = peft.LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    arguments = _known_to(peft, config.lora_arguments())
     with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft asks transformers for names that the next release drops: nothing a user can act on.
-        warnings.simplefilter("ignore", FutureWarning)
+        # peft asks transformers for names that the next release drops, and warns of merging and saving,
+        # which arisk does not do: nothing a user can act on here.
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, lora)
+        try:
+            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **arguments))
+        except ImportError as err:
+            raise MissingExtraError(
+                f"this adapter needs a further package: {_first_line(err)}",
+                where="model.adapter",
+                fix="install it, or leave out the key that asks for it",
+            ) from err
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as err:
+            raise ConfigError(
+                f"peft refuses this adapter: {_first_line(err)}",
+                where="model.adapter",
+                fix="change the key it names; the keys are those of peft's LoraConfig",
+            ) from err
+
+
+def _known_to(peft: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, if this peft has them all and starts from random adapters.
+
+    Raises:
+        ConfigError: a key is not one of its `LoraConfig`, or asks for a start computed from data.
+    """
+    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    for key, value in arguments.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"peft {peft.__version__} has no LoRA setting {key!r}",
+                where="model.adapter",
+                fix=f"did you mean `{close[0]}`?" if close else "install a newer peft, or leave the key out",
+            )
+        if key == "init_lora_weights" and value in FROM_DATA:
+            raise ConfigError(
+                f"{value!r} computes the adapter's start from data, which only its own script does",
+                where="model.adapter.init_lora_weights",
+                fix="save the initialised adapter (save_pretrained) and give its folder as `model.adapter`",
+            )
+    return arguments
+
+
+def _first_line(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    return shortened(lines[0], 300) if lines else type(err).__name__
 
 
 def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
@@ -62,7 +105,7 @@ def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
             return peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
         raise InputError(
-            f"the adapter cannot be loaded: {str(err).strip().splitlines()[0]}",
+            f"the adapter cannot be loaded: {_first_line(err)}",
             where=f"model.adapter: {path}",
             fix="give an adapter that was trained on this base model",
         ) from err
@@ -79,7 +122,9 @@ def target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     ]
-    wanted = config.target_modules
+    wanted = config.lora_arguments()["target_modules"]
+    if wanted is None or config.target_parameters:
+        return linear  # peft chooses, or has targets that are no modules
     if wanted == "all-linear":
         return [name for name in linear if not name.endswith("lm_head")]
     if isinstance(wanted, str):

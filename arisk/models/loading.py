@@ -118,6 +118,9 @@ def load_model(
     """
     transformers = _quiet()
     extra: dict[str, Any] = {}
+    if config.quantization is not None:
+        extra["quantization_config"] = _quantization(transformers, config)
+        extra["device_map"] = {"": str(device)}
     if device_map is not None:
         hf_module("accelerate")
         extra["device_map"] = device_map
@@ -131,10 +134,37 @@ def load_model(
         **extra,
     )
     model.config.use_cache = False
+    if config.quantization is not None and device_map is None:
+        return model  # placed as it was read: quantised weights do not move
     if device_map is None:
         return model.to(device)
     _require_devices(getattr(model, "hf_device_map", None) or {})
     return model
+
+
+def _quantization(transformers: Any, config: ModelConfig) -> Any:
+    """`BitsAndBytesConfig` of `model.quantization`.
+
+    Raises:
+        ConfigError: it refuses the arguments.
+        MissingExtraError: bitsandbytes is not installed.
+    """
+    hf_module("bitsandbytes")
+    hf_module("accelerate")
+    given = config.quantization
+    if given == "4bit":
+        # What QLoRA recipes mean by it: normal floats, computed in the dtype of the other weights.
+        given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": config.dtype}
+    elif given == "8bit":
+        given = {"load_in_8bit": True}
+    try:
+        return transformers.BitsAndBytesConfig(**given)
+    except (TypeError, ValueError, AttributeError) as err:
+        raise ConfigError(
+            f"bitsandbytes refuses this: {str(err).strip().splitlines()[0]}",
+            where="model.quantization",
+            fix="give `4bit`, `8bit`, or arguments of BitsAndBytesConfig",
+        ) from err
 
 
 def mark_recomputed(model: Any) -> None:
@@ -189,5 +219,5 @@ def hf_module(name: str) -> ModuleType:
             what = f"the package {err.name!r}, which {name} needs, is not installed"
         else:
             what = f"the package {name!r} is not installed"
-        extra = "gguf" if err.name == "gguf" else "hf"
+        extra = {"gguf": "gguf", "bitsandbytes": "quantization"}.get(err.name or "", "hf")
         raise MissingExtraError(what, where=f"import {name}", fix=f'pip install "arisk[{extra}]"') from err

@@ -24,8 +24,9 @@ def select_parameters(model: nn.Module, choice: str | ParameterGlobs) -> list[st
     Args:
         model: the model, adapter attached.
         choice: "full" (every floating-point parameter; of a model with frozen ones, those that
-            require a gradient), "lora", "auto" (lora where there is an adapter, else full), or
-            include / exclude patterns.
+            require a gradient), "lora" (its LoRA matrices alone), "auto" (what requires a gradient where
+            there is an adapter: with its biases and `modules_to_save`; else full), or include / exclude
+            patterns.
 
     Raises:
         ConfigError: nothing matches, or a pattern matches nothing.
@@ -34,9 +35,12 @@ def select_parameters(model: nn.Module, choice: str | ParameterGlobs) -> list[st
     lora = lora_names(model)
     if isinstance(choice, ParameterGlobs):
         return _matching([name for name, _ in named], choice)
-    if choice == "lora" or (choice == "auto" and lora):
+    if choice == "lora":
         return _require(lora, "mode is lora, and the model has no LoRA parameters", named)
-    trainable = [name for name, p in named if p.requires_grad] or [name for name, _ in named]
+    trainable = [name for name, p in named if p.requires_grad]
+    if choice == "auto" and lora:
+        return trainable or lora
+    trainable = trainable or [name for name, _ in named]
     return _require(trainable, "the model has no floating-point parameters", named)
 
 
@@ -123,14 +127,22 @@ def _matching(names: list[str], globs: ParameterGlobs) -> list[str]:
 
 
 def lora_pairs(model: nn.Module, names: Sequence[str]) -> list[LoraPair]:
-    """Adapters ΔW = scaling · B A among the selected parameters, for peft's linear LoRA layers."""
+    """Adapters ΔW = scaling · B A among the selected parameters, for peft's linear LoRA layers.
+
+    Variants whose ΔW is another function of A and B (DoRA) and those of fused experts, whose A and B hold
+    one block per expert, are none.
+    """
     selected = set(names)
     pairs: list[LoraPair] = []
     for prefix, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if not isinstance(scaling, dict) or not hasattr(module, "lora_A"):
             continue
+        if getattr(module, "num_experts", 1) != 1:
+            continue
         for adapter, factor in scaling.items():
+            if adapter in getattr(module, "lora_variant", {}):
+                continue
             a, b = f"{prefix}.lora_A.{adapter}.weight", f"{prefix}.lora_B.{adapter}.weight"
             if a in selected and b in selected:
                 pairs.append(LoraPair(a, b, float(factor)))
