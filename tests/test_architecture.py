@@ -66,6 +66,8 @@ NO_TORCH = (
     "engine.stage",
     "engine.status",
     "forecast.grid",
+    "forecast.text",
+    "report.text",
 )
 
 

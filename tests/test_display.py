@@ -274,7 +274,7 @@ TEXTS = """
 import json, sys
 from pathlib import Path
 from arisk.engine.run import Outcome
-from arisk.base.tables import outcome_text
+from arisk.forecast.text import outcome_text
 from arisk.cost.check import check_text
 long = "word " * 60
 curve = {"status": "measured", "reason": None, "kind": "forecast", "collapse_step": 31, "horizon": 200,

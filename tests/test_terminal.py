@@ -1,10 +1,11 @@
 from pathlib import Path
 
-from arisk.base.tables import outcome_text, table
+from arisk.base.tables import table
 from arisk.base.terminal import StageDisplay
 from arisk.cost.check import check_text, shortened
 from arisk.engine.run import Outcome
 from arisk.engine.status import describe
+from arisk.forecast.text import outcome_text
 
 
 def test_table_is_aligned():

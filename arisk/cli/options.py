@@ -156,7 +156,7 @@ def show(quiet: bool) -> Any:
 
 def print_outcome(outcome: Any, as_json: bool) -> None:
     """The result of a run on stdout: the verdict table, or JSON."""
-    from arisk.base.tables import outcome_text
+    from arisk.forecast.text import outcome_text
 
     if not is_first():
         return

@@ -22,10 +22,11 @@ from arisk.compare.text import (
     rank_text,
     signed,
 )
+from arisk.forecast.text import collapse_text
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
 from arisk.report.page import ICONS, figure_section, page
 from arisk.report.section import esc, listed, table
-from arisk.report.text import NOT_MEASURED, collapse_text
+from arisk.report.text import NOT_MEASURED
 
 __all__ = ["budget_bars", "drift_scatter", "forecast_lines", "render_comparison"]
 

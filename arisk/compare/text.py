@@ -14,7 +14,8 @@ from typing import Any
 
 from arisk.base.tables import table
 from arisk.compare.record import RULE, Ranked, RankedRun
-from arisk.report.text import GENERAL, NO_RISE, NOT_MEASURED, bounded, collapse_text, literal, number, percent
+from arisk.forecast.text import GENERAL, NO_RISE, collapse_text
+from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
 
 __all__ = [
     "COLUMNS",

@@ -18,7 +18,6 @@ from typing import Any
 from arisk.base import processes
 from arisk.base.artifacts import read_json, read_record, write_record
 from arisk.base.errors import AriskError, ArtifactError
-from arisk.base.tables import verify_text
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
@@ -32,6 +31,7 @@ from arisk.guard.record import GuardResult, guard_summary
 from arisk.runners import RUNNERS, finite
 from arisk.screening.page import screen_text
 from arisk.screening.record import ScreenResult
+from arisk.verification.page import verify_text
 from arisk.verification.record import VerifyResult
 from arisk.verification.truth import compare
 

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
 from arisk.report.section import esc, listed
 from arisk.report.text import (
     NOT_MEASURED,
-    collapse_text,
-    drift_sentence,
     layer_and_type,
     number,
     percent,
-    sample_sentence,
 )
 from arisk.report.worth import record_line
 from arisk.verification.truth import Comparison

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.forecast.text import collapse_text, drift_sentence
 from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, thin, threshold_line
-from arisk.report.text import collapse_text, drift_sentence, number, percent
+from arisk.report.text import number, percent
 from arisk.report.worth import worth_line, worth_rows
 from arisk.verification.page import measured_trace
 from arisk.verification.truth import Comparison

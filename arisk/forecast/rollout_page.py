@@ -11,9 +11,10 @@ from typing import Any
 
 from arisk.anatomy.record import CollectResult
 from arisk.forecast.record import ForecastResult, RolloutResult
+from arisk.forecast.text import last_drift, sample_sentence
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
 from arisk.report.section import Column, esc, folded, rows_table, table
-from arisk.report.text import NOT_MEASURED, last_drift, number, percent, sample_sentence
+from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.report.worth import worth_line
 
 __all__ = ["cost_text", "method", "rollout_section", "sample_drift", "sample_table"]

@@ -9,8 +9,9 @@ from typing import Any
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.forecast.first_screen import findings
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.forecast.text import collapse_text
 from arisk.report.page import Extra
-from arisk.report.text import NOT_MEASURED, bounded, collapse_text, literal, number, percent
+from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
 from arisk.verification.page import verified_rows
 from arisk.verification.truth import Comparison
 

@@ -6,13 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from arisk.base.tables import fitted, said
 from arisk.forecast.record import ForecastResult
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.verification.truth import Comparison, compared_curve
 
-__all__ = ["INK", "measured_trace", "refusal_text", "truth_figure", "verified_rows", "verified_section"]
+__all__ = [
+    "INK",
+    "measured_trace",
+    "refusal_text",
+    "truth_figure",
+    "verified_rows",
+    "verified_section",
+    "verify_text",
+]
 
 #: Stands for the page's own text colour, dark on light and light on dark.
 INK = "ink"
@@ -228,3 +237,65 @@ def _text(row: Mapping[str, Any], start: str, end: str, refused_first: bool, ref
         label = "refuses" if refused else "does not refuse"
         cells += f'<td class="text" dir="auto"><b>{label}</b><br>{esc(text) or "(nothing)"}</td>'
     return f"<tr>{cells}</tr>"
+
+
+def verify_text(outcome: Any) -> str:
+    """Forecast and truth side by side, and the report's path (or what it waits for) as the last line."""
+    found = outcome.found
+    inside, counts = found["inside_share"], found["refusals"]
+    expected, real = _step(found, "forecast"), _step(found, "real")
+    refusals = [_fraction(counts[0]), _fraction(counts[-1])] if counts else ["not measured"] * 2
+    rows = [
+        ["collapse step", expected + _between(found), real],
+        ["safety change", _change(found["forecast_change"]), _change(found["real_change"], "diverged")],
+        ["control change", _change(found["forecast_control"]), _change(found["control_change"])],
+        ["safety minus control", _change(_specific(found)), _change(found["specific_change"])],
+        ["refusals at the start", "", refusals[0]],
+        ["refusals at the end", "", refusals[1]],
+    ]
+    reach = f"after {found['last_step']} of {found['horizon']} steps"
+    factor = "–" if found["error_factor"] is None else f"× {found['error_factor']:.2f}"
+    if found["error_factor"] is None and found["error_at_least"] is not None:
+        factor = f"more than × {found['error_at_least']:.2f}"
+    lines = [
+        said(found["sentence"]),
+        "",
+        fitted(rows, [reach, "forecast", "real"]),
+        "",
+        f"error factor of the collapse step: {factor}",
+        "real curve inside the forecast's interval: "
+        + ("not measured" if inside is None else f"{inside:.0%} of the measured steps"),
+        *([f"refusals not measured: {found['refusals_missing']}"] if found["refusals_missing"] else []),
+        *[said(f"caveat: {warning}", " " * 8) for warning in found["warnings"]],
+    ]
+    return "\n".join([*lines, outcome.last_line])
+
+
+def _step(found: Mapping[str, Any], which: str) -> str:
+    """A collapse step, never without how far was looked."""
+    step = found[f"{which}_collapse"]
+    if which == "forecast" and found["forecaster"] is None:
+        return "not measured"
+    reach = found["horizon"] if which == "forecast" else found["last_step"]
+    return f"none within {reach}" if step is None else str(step)
+
+
+def _between(found: Mapping[str, Any]) -> str:
+    if found["forecast_interval"] is None:
+        return ""
+    ends = [f"beyond {found['horizon']}" if end is None else end for end in found["forecast_interval"]]
+    return f" ({ends[0]} to {ends[1]})"
+
+
+def _specific(found: Mapping[str, Any]) -> float | None:
+    """The forecast's safety change minus its control change."""
+    safety, control = found["forecast_change"], found["forecast_control"]
+    return None if safety is None or control is None else safety - control
+
+
+def _change(value: float | None, missing: str = "not measured") -> str:
+    return missing if value is None else f"{value:+.3g}"
+
+
+def _fraction(count: Mapping[str, Any]) -> str:
+    return f"{count['refused']} of {count['prompts']}"

@@ -17,9 +17,9 @@ from arisk.forecast.first_screen import (
     verdict_section,
 )
 from arisk.forecast.rollout_page import sample_drift, sample_table
+from arisk.forecast.text import sample_sentence
 from arisk.forecast.what_if_page import cell_ink, colour_at
 from arisk.report.costs import stage_costs
-from arisk.report.text import sample_sentence
 from arisk.report.worth import record_line, validity, worth_line
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")

@@ -10,9 +10,10 @@ import pytest
 from arisk.forecast.first_screen import findings
 from arisk.forecast.page import drift_map
 from arisk.forecast.rollout_page import cost_text
+from arisk.forecast.text import collapse_text, drift_sentence
 from arisk.report.figure import step_lines
 from arisk.report.summary import summary_json, summary_markdown
-from arisk.report.text import collapse_text, drift_sentence, layer_and_type, number, percent
+from arisk.report.text import layer_and_type, number, percent
 
 spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
 made = importlib.util.module_from_spec(spec)
