@@ -161,14 +161,15 @@ def protect(task: Task, config: PipelineConfig, *, progress: Progress = silent) 
 
 def _safety_side(
     task: Task, config: PipelineConfig, collected: CollectResult, folder: Path
-) -> tuple[SafetySide, Callable[[Tensor], Tensor] | None, Callable[[], Tensor] | None]:
+) -> tuple[SafetySide, Callable[[Tensor], Tensor], Callable[[], Tensor] | None]:
     """Products with G, their store-only form for the forecast, and dense G where it was stored."""
     layout = layout_of(task.model, task.parameter_names)
     settings = config.collect_settings
     room = settings.memory_budget_gb * 1e9
     if collected.store == "gram":
         engine = collected.engine["name"]
-        side = recomputed_side(task, layout, engine, settings.chunk_size, memory=room)
+        dtype = torch.bfloat16 if collected.store_dtype == "bfloat16" else None
+        side = recomputed_side(task, layout, engine, settings.chunk_size, memory=room, dtype=dtype)
         return side, side.dots, None
     side = stored_side(GradientStore(folder / GRADIENTS_FOLDER), layout, memory=room)
 

@@ -36,12 +36,7 @@ DATA_FILE = "data.json"
 def _collect(job: Job, workspace: Path) -> CollectResult:
     from arisk.anatomy.collect import collect
 
-    task = job.task
-    if job.config.collect.fisher == "sampled":
-        from arisk.models.losses import sample_labels
-
-        task = replace(task, safety=sample_labels(task.model, task.safety, job.config.run.seed))
-    made = collect(task, job.config.collect, workspace, progress=job.show.progress)
+    made = collect(job.fisher_task, job.config.collect, workspace, progress=job.show.progress)
     # The stage may serve other plans: it tells of the safety rows alone, `score` of the plan's data.
     data = {"safety": made.task.get("data", {}).get("safety", {})}
     return replace(made, task={**made.task, "data": data} if "data" in made.task else made.task)
@@ -53,31 +48,27 @@ def _subspace(job: Job, workspace: Path) -> SubspaceResult:
     from arisk.anatomy.subspace import subspace
 
     del workspace
-    side, layout = job.stored(), job.layout
-    gradients: Callable[[], Tensor] | None = None
     budget = job.config.collect.memory_budget_gb * 1e9
-    if side is not None and len(job.collected.losses) * layout.numel * 8 <= budget:
-        gradients = lambda: torch.cat([side.columns(name) for name in layout.names], dim=1)  # noqa: E731
+
+    def dense() -> Tensor:
+        return torch.cat([job.safety_side().columns(name) for name in job.layout.names], dim=1)
+
+    fits = job.collected.store == "gradients" and len(job.collected.losses) * job.layout.numel * 8 <= budget
+    gradients = dense if fits else None
     return subspace(job.collected, job.config.subspace, seed=job.config.run.seed, gradients=gradients)
 
 
 def _score(job: Job, workspace: Path) -> ScoreResult:
-    from arisk.anatomy.safety_side import recomputed_side
     from arisk.anatomy.score import score
     from arisk.geometry.vectors import Scratch
 
     config = job.config
-    side = job.stored()
-    if side is None:
-        engine = job.collected.engine["name"]
-        size, room = config.collect.chunk_size, config.collect.memory_budget_gb * 1e9
-        side = recomputed_side(job.task, job.layout, engine, size, memory=room)
     with Scratch(workspace / f"vectors-{rank()}", config.collect.memory_budget_gb * 1e9) as scratch:
         made = score(
             job.task,
             job.collected,
             job.record("subspace", SubspaceResult),
-            side,
+            job.safety_side(),
             config=config.score,
             training=config.training,
             seed=config.run.seed,
@@ -114,7 +105,6 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
 
     del workspace
     scored: ScoreResult = job.record("score", ScoreResult)
-    side = job.stored()
     return forecast(
         scored,
         job.record("rollout", RolloutResult),
@@ -122,7 +112,7 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
         training=job.config.training,
         steps=planned_steps(job.config.training, scored.finetune_rows),
         directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
-        dots=side.dots if side else None,
+        dots=lambda displacements: job.safety_side().dots(displacements),
         seed=job.config.run.seed,
     )
 

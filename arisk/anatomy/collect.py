@@ -16,6 +16,7 @@ on disk. Where neither has room, several passes each take a group of parameters 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,18 +47,27 @@ from arisk.gradients import (
     per_sample_parts,
     slice_batch,
 )
-from arisk.gradients.factors import Part, lightest, parameter_products, tensors_of, with_tensors
+from arisk.gradients.factors import (
+    Part,
+    block_of,
+    lightest,
+    parameter_products,
+    tensors_of,
+    widened,
+    with_tensors,
+)
 
 __all__ = [
     "GRADIENTS_FOLDER",
     "PARTS_FOLDER",
+    "Held",
     "Products",
     "SafetyPass",
     "StorePlan",
     "batch_losses",
     "batch_parts",
     "collect",
-    "held_entries",
+    "held",
     "measure",
     "plan_store",
     "rounded",
@@ -91,7 +101,8 @@ def collect(task: Task, config: CollectConfig, folder: Path, *, progress: Progre
         batches = _batches(task, config.chunk_size)
         sizes = [batch_size(batch) for batch in batches]
         choice, invariance = _self_test(task, layout, batches, config.engine)
-        run = SafetyPass(task, layout, batches, sizes, choice.engine, progress)
+        dtype = torch.bfloat16 if config.store_dtype == "bfloat16" else None
+        run = SafetyPass(task, layout, batches, sizes, choice.engine, progress, dtype)
         plan = plan_store(run, config, folder)
         products = measure(run, plan, folder, config.memory_budget_gb)
     _require_gradient(products.gram)
@@ -172,8 +183,8 @@ def _record(
         coverage=dict(choice.coverage),
         task=dict(run.task.description),
         warnings=[],
-        store_dtype=plan.dtype or "float32",
-        store_rounding=products.rounding,
+        store_dtype=config.store_dtype,
+        store_rounding=plan.rounding,
     )
     return replace(result, warnings=_warnings(result))
 
@@ -195,8 +206,8 @@ def _warnings(result: CollectResult) -> list[str]:
     rounding = result.store_rounding
     if rounding is not None:
         found.append(
-            f"The Gram matrices were taken of gradients rounded to {result.store_dtype}: the lengths of one "
-            f"batch changed by up to {rounding:.1e} of themselves."
+            f"The Gram matrices were taken of gradients rounded to {result.store_dtype}: the length of one "
+            f"changed by {rounding:.1e} of itself."
         )
     zero = int((result.gradient_norms == 0).sum())
     if zero:
@@ -206,7 +217,12 @@ def _warnings(result: CollectResult) -> list[str]:
 
 @dataclass(frozen=True)
 class SafetyPass:
-    """What every pass over the safety samples needs."""
+    """What every pass over the safety samples needs.
+
+    Attributes:
+        dtype: what gradients are rounded to, wherever they lie until their products are taken; None
+            keeps their own.
+    """
 
     task: Task
     layout: ParameterLayout
@@ -214,22 +230,31 @@ class SafetyPass:
     sizes: Sequence[int]
     engine: str
     progress: Progress
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products and moments of G: gram (L, N, N), mean and diagonal (P,), losses (N,).
-
-    Attributes:
-        rounding: relative change of ‖G_i‖ by the store's dtype, the largest over samples; None where
-            the Gram matrices were taken before rounding or nothing is rounded.
-    """
+    """Inner products and moments of G: gram (L, N, N), mean and diagonal (P,), losses (N,)."""
 
     gram: Tensor
     mean: Tensor
     diagonal: Tensor
     losses: Tensor
-    rounding: float | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one sample's gradient takes, and what rounding does to it.
+
+    Attributes:
+        entries: numbers held for one sample by parameter, on the mean over samples.
+        rounding: relative change of the probed sample's ‖G_i‖ by the pass's dtype; None where nothing is
+            rounded.
+    """
+
+    entries: Mapping[str, float]
+    rounding: float | None
 
 
 def batch_parts(
@@ -258,6 +283,8 @@ def batch_parts(
         engine=run.engine,
         offset=sum(run.sizes[:index]),
     )
+    if run.dtype is not None:
+        parts |= rounded({name: parts[name] for name in layout.names}, run.dtype)
     return losses.detach().to("cpu", torch.float64)
 
 
@@ -265,7 +292,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def rounded(parts: dict[str, list[Part]], dtype: torch.dtype) -> dict[str, list[Part]]:
+def rounded(parts: Mapping[str, Sequence[Part]], dtype: torch.dtype) -> dict[str, list[Part]]:
     """The parts with their real tensors in another dtype; shared ones stay shared."""
     made: dict[tuple[Any, ...], Tensor] = {}
 
@@ -288,8 +315,8 @@ def batch_losses(folder: Path, index: int, losses: Tensor | None = None) -> Tens
     return read_tensors(file)["losses"] if file.exists() else None
 
 
-def held_entries(run: SafetyPass) -> dict[str, float]:
-    """Numbers held for one sample by parameter, on the mean over samples.
+def held(run: SafetyPass) -> Held:
+    """Probe what one sample takes by parameter.
 
     One sample of the batch with the most numbers per sample is run; factors grow with its length. What
     several parameters share counts once, for the first of them.
@@ -303,7 +330,8 @@ def held_entries(run: SafetyPass) -> dict[str, float]:
     sizes = [numbers(batch) / batch_size(batch) for batch in run.batches]
     longest = max(range(len(sizes)), key=sizes.__getitem__)
     probe: dict[str, list[Part]] = {}
-    batch_parts(run, run.layout, longest, slice_batch(run.batches[longest], 0, 1), probe)
+    sample = slice_batch(run.batches[longest], 0, 1)
+    batch_parts(replace(run, dtype=None), run.layout, longest, sample, probe)
     mean = sum(s * n for s, n in zip(sizes, run.sizes, strict=True)) / sum(run.sizes) / sizes[longest]
     seen: set[tuple[Any, ...]] = set()
     entries: dict[str, float] = {}
@@ -314,7 +342,18 @@ def held_entries(run: SafetyPass) -> dict[str, float]:
                 if _place(tensor) not in seen:
                     seen.add(_place(tensor))
                     entries[name] += tensor.numel() * (1 if isinstance(part, Tensor) else mean)
-    return entries
+    return Held(entries, None if run.dtype is None else _rounding(probe, run.dtype))
+
+
+def _rounding(parts: Mapping[str, Sequence[Part]], dtype: torch.dtype) -> float:
+    """|‖G̃_i‖ − ‖G_i‖| / ‖G_i‖ of one sample, G̃ from rounded numbers; 0 where the gradient is zero."""
+
+    def length(parts: Mapping[str, Sequence[Part]]) -> float:
+        blocks = (sum(block_of(widened(part)) for part in own) for own in parts.values())
+        return math.sqrt(sum(float(torch.as_tensor(b).to(torch.float64).square().sum()) for b in blocks))
+
+    before = length(parts)
+    return abs(length(rounded(parts, dtype)) - before) / before if before else 0.0
 
 
 #: Folder of the gradient shards inside the stage's own folder.
@@ -331,19 +370,19 @@ MARGIN = 1.1
 class StorePlan:
     """What is kept for later stages, and where gradients lie until then.
 
+    Budgets and free disk decide it, and no number depends on it beyond the order of sums.
+
     Attributes:
         store: "gradients" or "gram".
-        dtype: dtype of the store; None keeps the gradients' own.
         place: "memory" or "disk" for one pass, "groups" for several.
         entries: numbers held for one sample, by parameter.
-        exact: whether the Gram matrices of a rounded store are taken before rounding.
+        rounding: relative change of one sample's ‖G_i‖ by the pass's dtype; None where nothing is rounded.
     """
 
     store: Literal["gradients", "gram"]
-    dtype: Literal["bfloat16"] | None
     place: Literal["memory", "disk", "groups"]
     entries: Mapping[str, float]
-    exact: bool
+    rounding: float | None
 
 
 def plan_store(run: SafetyPass, config: CollectConfig, folder: Path) -> StorePlan:
@@ -355,30 +394,25 @@ def plan_store(run: SafetyPass, config: CollectConfig, folder: Path) -> StorePla
     Raises:
         ConfigError: `store: gradients`, or what a sharded model needs, does not fit the disk budget.
     """
-    entries = held_entries(run)  # A pass of the model, in which every rank may have to take part.
-    return from_first(lambda: store_for(run, config, folder, entries))
+    probed = held(run)  # A pass of the model, in which every rank may have to take part.
+    return from_first(lambda: store_for(run, config, folder, probed))
 
 
-def store_for(
-    run: SafetyPass, config: CollectConfig, folder: Path, entries: Mapping[str, float]
-) -> StorePlan:
+def store_for(run: SafetyPass, config: CollectConfig, folder: Path, probed: Held) -> StorePlan:
     """The choice for so many numbers a sample; `folder` is only looked at.
 
     Raises:
         ConfigError: as `plan_store`.
     """
     wide = next(run.task.model.parameters()).dtype == torch.float64
-    size = 8 if wide else 4
-    held = MARGIN * sum(run.sizes) * sum(entries.values())
+    size = 2 if run.dtype is not None else 8 if wide else 4
+    needed = MARGIN * sum(run.sizes) * sum(probed.entries.values()) * size
     there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     free = shutil.disk_usage(existing_parent(folder)).free
     available = min(config.disk_budget_gb * 1e9, FREE_SHARE * free + there)
-    fits_memory = world() == 1 and held * size <= config.memory_budget_gb * 1e9
-    dtype = "bfloat16" if config.store_dtype == "bfloat16" else None
-    needed = held * (2 if dtype else size)
     if config.store != "gram":
         if needed <= available:
-            return StorePlan("gradients", dtype, "disk", entries, exact=fits_memory)
+            return StorePlan("gradients", "disk", probed.entries, probed.rounding)
         if config.store == "gradients":
             raise ConfigError(
                 f"the gradient store needs {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are available",
@@ -386,17 +420,17 @@ def store_for(
                 fix="use `store: gram` or `store_dtype: bfloat16`, fewer safety samples "
                 "(`safety.max_samples`), or raise `collect.disk_budget_gb` if the disk allows it",
             )
-    if fits_memory:
-        return StorePlan("gram", None, "memory", entries, exact=True)
-    place = "disk" if held * size <= available else "groups"
+    if world() == 1 and needed <= config.memory_budget_gb * 1e9:
+        return StorePlan("gram", "memory", probed.entries, probed.rounding)
+    place = "disk" if needed <= available else "groups"
     if place == "groups" and is_sharded(run.task.model):
         raise ConfigError(
-            f"the factors of all gradients take {held * size / 1e9:.1f} GB of disk and {available / 1e9:.1f} "
+            f"the factors of all gradients take {needed / 1e9:.1f} GB of disk and {available / 1e9:.1f} "
             "GB are available; a sharded model is passed over once only",
             where="collect.disk_budget_gb",
             fix="raise it, or use fewer safety samples (`safety.max_samples`)",
         )
-    return StorePlan("gram", None, place, entries, exact=True)
+    return StorePlan("gram", place, probed.entries, probed.rounding)
 
 
 def measure(run: SafetyPass, plan: StorePlan, folder: Path, memory_budget_gb: float) -> Products:
@@ -417,22 +451,18 @@ def measure(run: SafetyPass, plan: StorePlan, folder: Path, memory_budget_gb: fl
     # What later stages do not read may stay in memory as far as the budget goes.
     room = memory_budget_gb * 1e9 if plan.store == "gram" and world() == 1 else 0.0
     store = GradientStore(folder / kept if plan.place == "disk" else None, memory=room)
-    exact = GradientStore(None) if plan.dtype and plan.exact else None
-    losses, rounding = _one_pass(run, plan, folder, store, exact)
-    gram, mean, diagonal = (store if exact is None else exact).sweep(run.layout)
-    return Products(gram, mean, diagonal, losses, None if exact is not None else rounding)
+    losses = _one_pass(run, folder, store)
+    gram, mean, diagonal = store.sweep(run.layout)
+    return Products(gram, mean, diagonal, losses)
 
 
-def _one_pass(
-    run: SafetyPass, plan: StorePlan, folder: Path, store: GradientStore, exact: GradientStore | None
-) -> tuple[Tensor, float | None]:
-    """Every batch's gradients into the store, shared over ranks; losses (N,), and one batch's rounding."""
+def _one_pass(run: SafetyPass, folder: Path, store: GradientStore) -> Tensor:
+    """Every batch's gradients into the store, shared over ranks; losses (N,)."""
     # Nothing that lies in memory outlives a killed run.
-    resumes = store.directory is not None and exact is None
+    resumes = store.directory is not None
     finished = from_first(lambda: set(store.finished())) if resumes else set[int]()
     count = len(run.batches)
     losses: list[Tensor] = []
-    rounding: float | None = None
     for index, known in _turns(run, folder, finished):
         run.progress("safety gradients", index, count)
         if known is not None:
@@ -443,19 +473,13 @@ def _one_pass(
         measured = batch_parts(run, run.layout, index, run.batches[min(index, count - 1)], parts)
         if index >= count:
             continue
-        if exact is not None:
-            exact.write_shard(index, parts)
-        if plan.dtype:
-            whole, parts = parts, rounded(parts, torch.bfloat16)
-            if rounding is None and exact is None:
-                rounding = _rounding(run.layout, whole, parts)
         if resumes:
             batch_losses(folder, index, measured)
         store.write_shard(index, parts)
         losses.append(measured)
     together = torch.cat(gathered(losses, count))  # Waits until every shard is written.
     run.progress("safety gradients", count, count)
-    return together, rounding
+    return together
 
 
 def _turns(run: SafetyPass, folder: Path, finished: set[int]) -> Iterator[tuple[int, Tensor | None]]:
@@ -474,15 +498,6 @@ def _turns(run: SafetyPass, folder: Path, finished: set[int]) -> Iterator[tuple[
         index = start + rank()
         if index < count or not skip:
             yield index, known.get(index) if skip else None
-
-
-def _rounding(layout: ParameterLayout, whole: dict[str, list[Part]], parts: dict[str, list[Part]]) -> float:
-    """Largest relative change of a sample's ‖G_i‖, over one batch."""
-    stores = GradientStore(None), GradientStore(None)
-    stores[0].write_shard(0, whole)
-    stores[1].write_shard(0, rounded(parts, torch.float32))
-    before, after = (s.sweep(layout)[0].diagonal(dim1=1, dim2=2).sum(0).sqrt() for s in stores)
-    return float(((after - before).abs() / before.clamp(min=torch.finfo(before.dtype).tiny)).max())
 
 
 def _by_groups(run: SafetyPass, plan: StorePlan, folder: Path, memory_budget_gb: float) -> Products:
@@ -534,16 +549,16 @@ def _group_products(run: SafetyPass, names: Sequence[str], file: Path) -> dict[s
         if {f"gram.{name}" for name in names} <= kept.keys():
             return kept
     part_layout = layout_of(run.task.model, names)
-    held: dict[str, list[list[Part]]] = {name: [] for name in names}
+    kept_parts: dict[str, list[list[Part]]] = {name: [] for name in names}
     losses: list[Tensor] = []
     for index, batch in enumerate(run.batches):
         parts: dict[str, list[Part]] = {}
         losses.append(batch_parts(run, part_layout, index, batch, parts))
         for name in names:
-            held[name].append(parts.pop(name))
+            kept_parts[name].append([widened(part) for part in parts.pop(name)])
     made: dict[str, Tensor] = {"losses": torch.cat(losses)}
     for name, shape in zip(names, part_layout.shapes, strict=True):
-        products = parameter_products(held.pop(name), shape)
+        products = parameter_products(kept_parts.pop(name), shape)
         made[f"gram.{name}"] = products.gram
         made[f"mean.{name}"], made[f"diagonal.{name}"] = products.mean, products.diagonal
     write_tensors(file, made)

@@ -39,7 +39,7 @@ class CollectResult:
         coverage: shares of parameters and of squared gradient norm that the engine covers.
         task: provenance of model and data as the loader described it.
         warnings: sentences for the report.
-        store_dtype: dtype of the stored gradients; a float64 model keeps its own.
+        store_dtype: what gradients are rounded to; a float64 model keeps its own where it is float32.
         store_rounding: largest relative change of a gradient's length by rounding, over one batch; None
             where the Gram matrices were taken of unrounded gradients.
     """

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from arisk.anatomy.collect import rounded
 from arisk.base.processes import rank, summed, world
 from arisk.base.task import Task
 from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
@@ -23,7 +24,15 @@ from arisk.gradients import (
     per_sample_parts,
     slice_batch,
 )
-from arisk.gradients.factors import Part, block_of, dots_of, tensors_of, weighted_sum_of
+from arisk.gradients.factors import (
+    Part,
+    block_of,
+    dots_of,
+    lightest,
+    tensors_of,
+    weighted_sum_of,
+    widened,
+)
 
 __all__ = ["SafetySide", "recomputed_side", "stored_side"]
 
@@ -63,6 +72,7 @@ def _over_samples(
     task: Task,
     engine: str,
     chunk_size: int,
+    dtype: torch.dtype | None,
     sink: Callable[[int, str, Sequence[Part]], None],
     layout: ParameterLayout,
     *,
@@ -84,10 +94,18 @@ def _over_samples(
                     move_batch(slice_batch(batch, start, stop), device),
                     task.safety.loss_fn,
                     layout,
-                    lambda name, parts, at=at: sink(at, name, parts),
+                    lambda name, parts, at=at: sink(at, name, _as_stored(parts, dtype)),
                     engine=engine,
                     offset=at,
                 )
+
+
+def _as_stored(parts: Sequence[Part], dtype: torch.dtype | None) -> Sequence[Part]:
+    """The parts with the values they have when they are read from a store of this dtype."""
+    if dtype is None:
+        return parts
+    half = rounded({"": lightest(parts)}, dtype)[""]
+    return [widened(part) for part in half]
 
 
 def recomputed_side(
@@ -97,6 +115,7 @@ def recomputed_side(
     chunk_size: int,
     *,
     memory: float = DEFAULT_MEMORY,
+    dtype: torch.dtype | None = None,
 ) -> SafetySide:
     """Run the safety samples again for every product; for runs that keep no gradient store.
 
@@ -106,12 +125,13 @@ def recomputed_side(
         engine: engine chosen by collect.
         chunk_size: samples per pass.
         memory: bytes of directions that are held at a time (one direction at least).
+        dtype: what the gradients are rounded to, as in the store they stand for; None keeps their own.
 
     Returns:
         The products; each call costs one pass over the safety samples, for every group of directions
         that fits in memory.
     """
-    run = partial(_over_samples, task, engine, chunk_size)
+    run = partial(_over_samples, task, engine, chunk_size, dtype)
     samples = sum(batch_size(batch) for batch in task.safety.batches)
 
     def dots(directions: Tensor | Columns) -> Tensor:

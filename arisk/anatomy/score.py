@@ -40,10 +40,14 @@ from arisk.gradients import (
     per_sample_gradients,
 )
 
-__all__ = ["DIRECTION_NAMES", "ScoreOutput", "score", "score_examples"]
+__all__ = ["DIRECTIONS_BYTES", "DIRECTION_NAMES", "ScoreOutput", "score", "score_examples"]
 
 #: Names of the P-sized vectors handed to the forecast beside the record.
 DIRECTION_NAMES = ("gradient", "noise_variance", "curvature_basis", "theta")
+
+#: Bytes of gradients and Krylov vectors up to which the vectors of the forecast's exact recursion are kept:
+#: on larger ones it would take longer than the run itself. No budget, since it decides a number.
+DIRECTIONS_BYTES = 1e9
 
 #: Condition 3 of the AIC holds where curvature turns the update into the subspace this many times
 #: more than a random direction would be.
@@ -106,6 +110,8 @@ def score(
         )
         probe = _probe(scene, update, batches, config)
     gamma, epsilon, coupling = _coupling(scene, update, krylov, c_update, c_krylov)
+    vectors = len(batches) + config.krylov_steps(layout.numel)
+    kept = vectors * layout.numel * _wide(task).itemsize <= DIRECTIONS_BYTES
     record = ScoreResult(
         optimizer=training.optimizer,
         finetune_loss=update.loss,
@@ -133,15 +139,14 @@ def score(
             "gradient_norm": float(update.gradient.norm()),
             "update_norm": float(update.direction.norm()),
         },
-        has_directions=not scratch.spilled,
+        has_directions=kept,
         probe_times=probe.times if probe else None,
         probe_safety=probe.safety if probe else None,
         probe_finetune=probe.finetune if probe else None,
         probe_control=probe.control if probe else None,
         warnings=_warnings(update, plan, config, task),
     )
-    # The exact recursion on vectors that do not fit in memory would take longer than the run itself.
-    directions = {} if scratch.spilled else _directions(scene, update, krylov, training)
+    directions = _directions(scene, update, krylov, training) if kept else {}
     return ScoreOutput(record, directions)
 
 

@@ -105,7 +105,7 @@ class CollectConfig(Section):
     store: Literal["auto", "gradients", "gram"] = "auto"
     """gradients: keep them on disk; gram: only inner products, later stages run the model again."""
     store_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of gradients on disk; bfloat16 halves them, and the report says what the rounding changed."""
+    """What gradients are rounded to; bfloat16 halves them on disk, and the report says what that changed."""
     chunk_size: PositiveInt = 8
     """Safety samples per forward and backward pass."""
     memory_budget_gb: PositiveFloat = 1.0

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from arisk.anatomy.collect import SafetyPass, StorePlan, held_entries, store_for
+import torch
+
+from arisk.anatomy.collect import Held, SafetyPass, StorePlan, held, store_for
 from arisk.anatomy.overlaps import PERMUTATION_CHUNK
+from arisk.anatomy.score import DIRECTIONS_BYTES
 from arisk.base.errors import ConfigError, ShapeError
 from arisk.base.task import Task, silent
 from arisk.config.plan import Config, planned_steps
 from arisk.cost.optional_work import COPIES_OF_A_RUN, optional_passes, optional_sizes
-from arisk.forecast.forecasters import PATH_BUDGET
+from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
 from arisk.forecast.leap import rollout_cost
 from arisk.forecast.rare import SCORED_SHARE
 from arisk.forecast.rollout import SCALES
@@ -82,20 +85,19 @@ def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
     rows = [batch_size(batch) for batch in batches]
     # Other engines than hooks make no factors; `auto` takes them where hooks do not fit.
     engine = "hooks" if config.collect.engine == "auto" else config.collect.engine
-    run = SafetyPass(task, layout, batches, rows, engine, silent)
+    dtype = torch.bfloat16 if config.collect.store_dtype == "bfloat16" else None
+    run = SafetyPass(task, layout, batches, rows, engine, silent, dtype)
     with measuring(task.model, layout):
         try:
-            entries = held_entries(run)
+            probed = held(run)
         except ShapeError:
-            entries = {name: float(math.prod(layout.shape_of(name))) for name in layout.names}
-    held = sum(rows) * sum(entries.values()) * 4 / 1e9
+            probed = Held({name: float(math.prod(layout.shape_of(name))) for name in layout.names}, None)
+    size = sum(rows) * sum(probed.entries.values()) * (2 if dtype else 4) / 1e9
     try:
-        plan = store_for(run, config.collect, run_dir / "collect", entries)
+        plan = store_for(run, config.collect, run_dir / "collect", probed)
     except ConfigError as err:
-        return KeptGradients(None, held, held, (f"{err.what}: {err.fix}",))
-    if plan.store == "gram":
-        return KeptGradients(plan, 0.0, held)
-    return KeptGradients(plan, held / 2 if plan.dtype else held, held)
+        return KeptGradients(None, size, size, (f"{err.what}: {err.fix}",))
+    return KeptGradients(plan, size if plan.store == "gradients" else 0.0, size)
 
 
 def _krylov(task: Task, config: Config) -> int:
@@ -130,6 +132,9 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
     }
     if store.plan is not None and store.plan.store == "gram":
         counts["score"]["single-row gradients"] += safety * reads
+        if path_operations(task, config):
+            points = min(steps, PATH_POINTS)
+            counts["forecast"] = {"single-row gradients": safety, "product columns": safety * points}
     if config.rollout.enabled:
         rolled, measurements = rollout_cost(steps, config.rollout)
         measured = min(safety, config.rollout.eval_samples or safety)
@@ -248,7 +253,7 @@ def sizes(
     for size in stacks:
         inside += size if inside + size <= budget else 0.0
     spilled = sum(stacks) - inside
-    directions = 0.0 if spilled else (_krylov(task, config) + 3) * vector
+    directions = (_krylov(task, config) + 3) * vector if sum(stacks) * 1e9 <= DIRECTIONS_BYTES else 0.0
     memory = {
         "collect": seen["per sample"] + block,
         "subspace": seen["gradients"],

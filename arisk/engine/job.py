@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,6 +82,16 @@ class Job:
         self.show.progress("loading model", 1, 1)
         return task
 
+    @cached_property
+    def fisher_task(self) -> Task:
+        """The task with the labels that its safety gradients are taken of: drawn ones where sampled."""
+        from arisk.models.losses import sample_labels
+
+        if self.config.collect.fisher != "sampled":
+            return self.task
+        drawn = sample_labels(self.task.model, self.task.safety, self.config.run.seed)
+        return replace(self.task, safety=drawn)
+
     def record(self, stage: str, cls: type[Any]) -> Any:
         """A stage's record, from memory or verified from the disk."""
         if stage not in self.records:
@@ -107,16 +117,22 @@ class Job:
             tuple(held.module_of_parameter),
         )
 
-    def stored(self) -> SafetySide | None:
-        """Products with the stored gradients; None when collect kept none."""
+    def safety_side(self) -> SafetySide:
+        """Products with the safety gradients: from the store, or by running the model where none was kept."""
+        import torch
+
         from arisk.anatomy.collect import GRADIENTS_FOLDER
-        from arisk.anatomy.safety_side import stored_side
+        from arisk.anatomy.safety_side import recomputed_side, stored_side
         from arisk.gradients import GradientStore
 
-        if self.collected.store != "gradients":
-            return None
-        store = GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
-        return stored_side(store, self.layout, memory=self.config.collect.memory_budget_gb * 1e9)
+        collected, settings = self.collected, self.config.collect
+        room = settings.memory_budget_gb * 1e9
+        if collected.store == "gradients":
+            store = GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
+            return stored_side(store, self.layout, memory=room)
+        dtype = torch.bfloat16 if collected.store_dtype == "bfloat16" else None
+        engine, size = collected.engine["name"], settings.chunk_size
+        return recomputed_side(self.fisher_task, self.layout, engine, size, memory=room, dtype=dtype)
 
 
 def device_of(name: str) -> Any:

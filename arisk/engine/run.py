@@ -41,7 +41,7 @@ NAMES = tuple(spec.name for spec in STAGES)
 #: Stages that only their own command runs.
 OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
 #: Stages in which all processes of a run take part; the others are small, and the first one's alone.
-SHARED = ("collect", "score", "rollout", "verify", "screen", "guard")
+SHARED = ("collect", "score", "rollout", "forecast", "verify", "screen", "guard")
 #: Files of a workspace that serve resuming only.
 RESUME_FILES = (
     *("losses-*.safetensors", "group-*.safetensors", "parts/*", "*.partial"),

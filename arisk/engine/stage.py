@@ -47,7 +47,7 @@ GUARD_KEYS = (
 STAGES = (
     StageSpec(
         "collect",
-        3,
+        4,
         (),
         (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
         ("model", "adapter", "safety"),
@@ -55,7 +55,7 @@ STAGES = (
     StageSpec("subspace", 1, ("collect",), ("subspace",)),
     StageSpec(
         "score",
-        2,
+        3,
         ("collect", "subspace"),
         (
             "finetune",
@@ -77,7 +77,7 @@ STAGES = (
         ("model", "safety", "finetune", "control", "training", "rollout"),
         ("model", "adapter", "safety", "finetune", "control"),
     ),
-    StageSpec("forecast", 4, ("collect", "score", "rollout"), ("training", "forecast")),
+    StageSpec("forecast", 5, ("collect", "score", "rollout"), ("training", "forecast")),
     # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
     StageSpec(
         "verify",

@@ -82,7 +82,7 @@ def local_curve(
     config: ForecastConfig,
     *,
     directions: dict[str, Tensor],
-    dots: Callable[[Tensor], Tensor] | None,
+    dots: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> Curve:
     """⟨ḡ_s, δ_k⟩ + ½ δ_kᵀFδ_k along the planned optimizer on the quadratic model of the loss.
@@ -92,7 +92,7 @@ def local_curve(
         plan: the planned run.
         config: threshold, confidence and draws.
         directions: P-sized vectors of the local model; empty to use the Krylov recursion.
-        dots: G V from the gradient store; None without one.
+        dots: G V (N, m), from the gradient store or by running the model.
         generator: source of the bootstrap.
     """
     steps, c, notes = local_path(scored, plan, directions, dots)
@@ -332,21 +332,27 @@ def local_path(
     scored: ScoreResult,
     plan: LocalPlan,
     directions: dict[str, Tensor],
-    dots: Callable[[Tensor], Tensor] | None,
+    dots: Callable[[Tensor], Tensor],
 ) -> tuple[list[int], Tensor, list[str]]:
-    """Steps, c-vectors (N, M) of the displacements there, and how they were got."""
+    """Steps, c-vectors (N, M) of the displacements there, and how they were got.
+
+    Args:
+        scored: the Krylov model.
+        plan: the planned run.
+        directions: P-sized vectors of the local model; empty where they are too large to be kept.
+        dots: G V (N, m), called where the exact recursion is wanted and short enough.
+    """
     training = plan.training
     plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    if not plain and dots is not None and directions:
+    if not plain and directions:
         parameters, krylov = directions["curvature_basis"].shape
         if parameters * plan.horizon * (4 * krylov + 20) <= PATH_BUDGET:
             return _vector_path(plan, scored, directions, dots)
     path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=training.momentum)
     notes: list[str] = []
     if not plain:
-        why = "no gradient store" if dots is None else "the exact recursion is too long for this plan"
-        if not directions:
-            why = "the vectors of the exact recursion do not fit the memory budget"
+        long = "the exact recursion is too long for this plan"
+        why = long if directions else "the vectors of the exact recursion are too large to keep"
         notes.append(
             f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
             "and clipping are left out."

@@ -38,7 +38,7 @@ def forecast(
     training: TrainingConfig,
     steps: int,
     directions: dict[str, Tensor],
-    dots: Callable[[Tensor], Tensor] | None,
+    dots: Callable[[Tensor], Tensor],
     seed: int,
 ) -> ForecastResult:
     """Curves, verdict and what-if grid for the planned run.
@@ -50,7 +50,7 @@ def forecast(
         training: the planned run.
         steps: planned optimizer steps T.
         directions: P-sized vectors of the local model (g, noise variance, R, θ*); may be empty.
-        dots: G V (N, m) from the gradient store; None without one.
+        dots: G V (N, m), from the gradient store or by running the model; called only where it is needed.
         seed: seeds the bootstrap.
     """
     plan = planned(training, steps)

@@ -184,7 +184,6 @@ class Scratch:
     def __init__(self, folder: Path | None = None, memory: float = DEFAULT_MEMORY) -> None:
         self.folder = folder
         self.memory = memory
-        self.spilled = False
         self._room = memory
         self._files = 0
         self.close()
@@ -208,7 +207,6 @@ class Scratch:
                 fix="free disk space or give another --run-dir, raise `collect.memory_budget_gb`, or lower "
                 "`score.batches` and `score.krylov_dim`",
             )
-        self.spilled = True
         self._files += 1
         return VectorStack(numel, dtype, self.folder / f"vectors-{self._files}.bin")
 

@@ -46,6 +46,7 @@ __all__ = [
     "samples_of",
     "tensors_of",
     "weighted_sum_of",
+    "widened",
     "with_tensors",
 ]
 
@@ -110,6 +111,12 @@ def with_tensors(part: Part, tensors: Sequence[Tensor]) -> Part:
         return tensors[0]
     first, right = tensors
     return Outer(first, right) if isinstance(part, Outer) else Rows(first, right, part.height)
+
+
+def widened(part: Part) -> Part:
+    """The part with half-precision numbers in float32; numbers that are wide already are shared."""
+    half = (torch.bfloat16, torch.float16)
+    return with_tensors(part, [t.float() if t.dtype in half else t for t in tensors_of(part)])
 
 
 def samples_of(parts: Sequence[Part]) -> int:

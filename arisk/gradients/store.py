@@ -31,6 +31,7 @@ from arisk.gradients.factors import (
     samples_of,
     tensors_of,
     weighted_sum_of,
+    widened,
 )
 from arisk.gradients.layout import ParameterLayout
 
@@ -144,7 +145,7 @@ class GradientStore:
 
     def _read(self, index: int, name: str) -> list[Part]:
         if index in self._memory:
-            return self._memory[index][name]
+            return [widened(part) for part in self._memory[index][name]]
         table = self._header(self._path(index))[1]
         # Opened anew each time: a map that stays open would count every page it has touched.
         with _opened(self._path(index)) as shard:
@@ -269,7 +270,6 @@ def _packed(parts: Mapping[str, Sequence[Part]]) -> tuple[dict[str, Tensor], dic
 
 def _unpacked(row: Sequence[Any], shard: Any) -> Part:
     read = [shard.get_tensor(key) for key in row if isinstance(key, str)]
-    wide = [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in read]
-    if len(wide) == 1:
-        return wide[0]
-    return Outer(*wide) if len(row) == 2 else Rows(wide[0], wide[1], row[2])
+    if len(read) == 1:
+        return widened(read[0])
+    return widened(Outer(*read) if len(row) == 2 else Rows(read[0], read[1], row[2]))
