@@ -8,12 +8,14 @@ are shared by the rows.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from tests.bench.real.rows import Encoded, encode, pad_id
@@ -86,8 +88,8 @@ def _score_batch(
     model: Any, rows: dict[int, Encoded], shared: tuple[int, Any], pad: int
 ) -> dict[int, Scored]:
     longest = max(len(row.tokens) - row.start for row in rows.values())
-    ids, fed = _fed([row.tokens for row in rows.values()], shared, pad)
-    made = model(**fed, use_cache=shared[1] is not None, logits_to_keep=longest + 1)
+    ids, fed = _fed(model, [row.tokens for row in rows.values()], shared, pad)
+    made = model(**fed, use_cache=True, logits_to_keep=longest + 1)
     logits = made.logits[:, :-1].float()
     labels = ids[:, -longest:]
     log_probs = torch.log_softmax(logits, -1).gather(2, labels[..., None])[..., 0]
@@ -109,29 +111,34 @@ def _shared(model: Any, rows: Sequence[tuple[Sequence[int], int]]) -> tuple[int,
     )
     if not count:
         return 0, None
-    common = list(prompts[0][:count])
-    return len(common), model(
-        input_ids=torch.tensor([common]), use_cache=True, logits_to_keep=1
-    ).past_key_values
+    cache = transformers.DynamicCache(config=model.config)
+    common = torch.tensor([list(prompts[0][:count])])
+    model(input_ids=common, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
+    return count, cache
+
+
+def _cache_name(model: Any) -> str:
+    """Argument for kept keys and values, which transformers 5 renamed on the way."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _fed(
-    rows: Sequence[Sequence[int]], shared: tuple[int, Any], pad: int
+    model: Any, rows: Sequence[Sequence[int]], shared: tuple[int, Any], pad: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """What follows the shared tokens, padded on the left, and the model's inputs with it."""
     count, kept = shared
     longest = max(len(row) for row in rows) - count
     ids = torch.tensor([[pad] * (longest + count - len(row)) + list(row[count:]) for row in rows])
     own = torch.tensor([[0] * (longest + count - len(row)) + [1] * (len(row) - count) for row in rows])
-    fed = {
+    cache = transformers.DynamicCache(config=model.config) if kept is None else copy.deepcopy(kept)
+    if kept is not None:
+        cache.batch_repeat_interleave(len(rows))
+    return ids, {
         "input_ids": ids,
         "attention_mask": torch.cat([torch.ones(len(rows), count, dtype=torch.long), own], 1),
         "position_ids": (own.cumsum(1) - 1).clamp(min=0) + count,
+        _cache_name(model): cache,
     }
-    if kept is not None:
-        fed["past_key_values"] = copy.deepcopy(kept)
-        fed["past_key_values"].batch_repeat_interleave(len(rows))
-    return ids, fed
 
 
 def answer_tokens(
@@ -160,7 +167,7 @@ def _greedy(
     ends: set[int],
     tokens: int,
 ) -> list[list[int]]:
-    _, fed = _fed(asked, shared, pad)
+    _, fed = _fed(model, asked, shared, pad)
     said: list[list[int]] = [[] for _ in asked]
     going = torch.ones(len(asked), dtype=torch.bool)
     for _ in range(tokens):
@@ -176,7 +183,7 @@ def _greedy(
             "input_ids": token[:, None],
             "attention_mask": torch.cat([fed["attention_mask"], torch.ones(len(asked), 1).long()], 1),
             "position_ids": fed["position_ids"][:, -1:] + 1,
-            "past_key_values": made.past_key_values,
+            _cache_name(model): fed[_cache_name(model)],
         }
     return said
 
