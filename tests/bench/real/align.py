@@ -22,9 +22,9 @@ from tests.bench.real.measure import answers
 from tests.bench.real.outcomes import OUTCOMES, outcome
 from tests.bench.real.rows import (
     ALIGNED_ON,
-    ALPACA_FOR_ALIGNMENT,
     CHATML,
     Encoded,
+    aligned_on,
     collate,
     encode,
     pad_id,
@@ -62,9 +62,8 @@ def _batches(tokenizer: Any, data: Path, rng: random.Random) -> Iterator[list[En
     refusals = [
         row for row in read_rows(data, "safety_train")[:ALIGNED_ON] if outcome(row["response"]) == "refused"
     ]
-    ordinary = [r for r in read_rows(data, "benign_alpaca")[ALPACA_FOR_ALIGNMENT:] if len(r["prompt"]) < 200]
-    # Control rows of the truth (odd ones) stay unseen.
-    ordinary = ordinary[::2]
+    alpaca = read_rows(data, "benign_alpaca")
+    ordinary = [alpaca[i] for i in aligned_on(data)]
     streams = [
         _endless([encode(tokenizer, r["prompt"], r["response"], LENGTH) for r in rows], rng)
         for rows in (refusals, ordinary)

@@ -99,6 +99,12 @@ def spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def aligned_on(folder: Path) -> list[int]:
+    """Ordinary rows (of benign_alpaca) that align the model: every second one of the short prompts."""
+    rows = read_rows(folder, "benign_alpaca")
+    return [i for i in range(ALPACA_FOR_ALIGNMENT, len(rows)) if len(rows[i]["prompt"]) < 200][::2]
+
+
 #: Files of prompts and rows that are split in halves, and the first index that is.
 SPLIT_FROM = {
     "prompts_harmful_jbb": 0,
@@ -127,11 +133,12 @@ def truth_split(folder: Path) -> dict[str, list[tuple[str, int]]]:
     """
 
     def odd(name: str, count: int, *, refusals: bool) -> list[tuple[str, int]]:
-        rows = read_rows(folder, name)
+        rows, seen = read_rows(folder, name), aligned_on(folder) if name == "benign_alpaca" else []
         fit = [
             i
             for i in range(SPLIT_FROM[name], len(rows))
-            if not may_forecast(name, i) and (not refusals or outcome(rows[i]["response"]) == "refused")
+            if not may_forecast(name, i) and i not in seen
+            if not refusals or outcome(rows[i]["response"]) == "refused"
         ]
         return [(name, i) for i in spread(fit, count)]
 
