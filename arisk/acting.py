@@ -114,7 +114,7 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
         }
         for row, score in enumerate(made.scores.tolist())
     ]
-    split_rows(data, [row["line"] for row in rows], added, flagged, workspace)
+    split_rows(data, [(row["source"], row["line"]) for row in rows], added, flagged, workspace)
     return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
 
 

@@ -194,14 +194,15 @@ def test_a_file_that_lost_rows_is_one_clear_error(tmp_path):
     path.write_text('{"prompt": "a", "response": "b"}\n')
     config = DataConfig(path=str(path))
     with pytest.raises(InputError, match="no longer in the data"):
-        split_rows(config, [1, 2], [{}, {}], frozenset(), tmp_path / "out")
+        split_rows(config, [(str(path), 1), (str(path), 2)], [{}, {}], frozenset(), tmp_path / "out")
 
 
 def test_text_that_is_no_unicode_survives(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "\\ud800", "response": "b", "x": NaN}\n{"prompt": "é", "response": "c"}\n')
     added = [{"arisk_rank": 2}, {"arisk_rank": 1}]
-    assert split_rows(DataConfig(path=str(path)), [1, 2], added, frozenset([1]), tmp_path / "out") == (1, 1)
+    config, places = DataConfig(path=str(path)), [(str(path), 1), (str(path), 2)]
+    assert split_rows(config, places, added, frozenset([1]), tmp_path / "out") == (1, 1)
     kept = json.loads((tmp_path / "out" / "kept.jsonl").read_text(encoding="utf-8"))
     assert kept["prompt"] == "\ud800"
     assert kept["arisk_rank"] == 2

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from arisk.base.errors import ConfigError
-from arisk.config.plan import Config
+from arisk.config.plan import Config, DataConfig, data_sets
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import (
     dump_config,
@@ -278,3 +278,38 @@ def test_a_home_that_is_nobodys_is_left_to_those_who_open_it(config_file):
     config = load_config(config_file, ["finetune.path=~nobody-has-this-name/rows.jsonl"])
     assert config.finetune is not None
     assert config.finetune.path == "~nobody-has-this-name/rows.jsonl"
+
+
+def test_data_sets_as_paths_and_as_lists(tmp_path):
+    for name in ("s", "a", "b"):
+        (tmp_path / f"{name}.jsonl").touch()
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {path: m}\nsafety: s.jsonl\ncontrol: no-such\n"
+        "finetune: [a.jsonl, {path: b.jsonl, max_samples: 3, weight: 0.5}]\n"
+    )
+    config = load_config(path)
+    assert config.safety == DataConfig(path=str(tmp_path / "s.jsonl"))
+    assert config.control == DataConfig(path="no-such")
+    assert config.finetune == (
+        DataConfig(path=str(tmp_path / "a.jsonl")),
+        DataConfig(path=str(tmp_path / "b.jsonl"), max_samples=3, weight=0.5),
+    )
+    assert [len(parts) for parts in data_sets(config).values()] == [1, 2, 1]
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+    one = load_config(path, ["finetune=[a.jsonl]"])
+    assert one.finetune == config.finetune[0]
+
+
+def test_mistakes_in_a_list_of_data_sets_have_their_place(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\nsafety: s\nfinetune: [{path: a, fornat: x}, {split: b}, '']\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    found = [caught.value, *caught.value.also]
+    assert [problem.where.rpartition(": ")[2] for problem in found] == [
+        *("finetune.0.fornat", "finetune.1.path", "finetune.2.path")
+    ]
+    assert found[0].fix == "did you mean `format`?"

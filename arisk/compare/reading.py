@@ -17,7 +17,7 @@ from arisk.anatomy.record import ScoreResult
 from arisk.base.artifacts import read_record
 from arisk.base.errors import AriskError, ArtifactError, ConfigError, InputError
 from arisk.compare.record import RankedRun
-from arisk.config.plan import Config
+from arisk.config.plan import Config, parts_of
 from arisk.config.yaml import load_config, run_directory
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import StageState, differences, plan, stage_key
@@ -199,8 +199,8 @@ def _data_name(config: Config) -> str:
     """File name or hub id of the fine-tuning data; the entry point of a Python task."""
     if config.finetune is None:
         return str(config.model.entry)
-    path = Path(config.finetune.path)
-    return path.name if path.is_absolute() else config.finetune.path
+    paths = [data.path for data in parts_of(config.finetune)]
+    return " + ".join(Path(path).name if Path(path).is_absolute() else path for path in paths)
 
 
 @dataclass(frozen=True)

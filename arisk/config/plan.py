@@ -10,7 +10,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
@@ -36,6 +44,9 @@ from arisk.config.sections import (
     SubspaceConfig,
 )
 
+#: A value of a column.
+Scalar = str | int | float | bool | None
+
 __all__ = [
     "AdapterConfig",
     "BehaviourConfig",
@@ -55,6 +66,7 @@ __all__ = [
     "TrainingConfig",
     "VerifyConfig",
     "data_sets",
+    "parts_of",
     "planned_steps",
 ]
 
@@ -205,30 +217,86 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """One data set: JSONL, JSON, CSV or Parquet file, or a hub id (through `datasets`)."""
+    """One data set: a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a hub id."""
 
     path: PathText
-    """File or hub id."""
+    """File, folder or hub id; a data set that is given as a plain string is its path."""
+    subset: str | None = None
+    """Name of the configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
-    format: Literal["prompt_response", "messages", "text"] = "prompt_response"
-    """Row layout: two columns; a chat in `messages`; or plain text (loss on every token)."""
+    format: str = "auto"
+    """Row layout. auto: recognised by its columns, which `arisk check` tells; or alpaca, dolly, kto,
+    messages, preference, prompt_completion, prompt_response, prompts, sharegpt, text, transcript."""
     prompt_column: str = "prompt"
     """Column with the prompt."""
     response_column: str = "response"
-    """Column with the response; the loss is taken on its tokens only."""
+    """Column with the response."""
     messages_column: str = "messages"
-    """Column with a list of {role, content}; the last assistant turn is the response."""
+    """Column with a chat: a list of {role, content} or {from, value}."""
     text_column: str = "text"
     """Column with plain text."""
+    where: dict[str, Scalar | list[Scalar]] | None = None
+    """Keep the rows whose column has this value, or one of these: `{label: safe}`; default all."""
+    loss_on: Literal["auto", "all", "completion", "assistant", "last"] = "auto"
+    """Tokens that carry loss. auto, on `finetune`: as TRL's SFTTrainer (all tokens of a conversation or text,
+    the completion after a prompt); elsewhere the answers: the last one of safety rows, all of the others."""
     chat_template: bool | Literal["auto"] = "auto"
-    """auto: the tokenizer's chat template where it has one."""
-    max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 512
-    """Tokens per row; longer rows lose the head of the prompt first, never the whole response."""
+    """auto: the tokenizer's chat template where it has one; TRL's prompt and completion texts go without."""
+    max_length: Annotated[int, Field(ge=8, le=LARGEST)] = 1024
+    """Tokens per row, as TRL's default."""
+    truncation: Literal["auto", "keep_start", "keep_end", "keep_response", "drop"] = "auto"
+    """What stays of a longer row. auto: the start on `finetune`, as TRL; elsewhere keep_response, which cuts
+    the head of the prompt first. drop: leave the row out. Rows of `finetune` without loss are dropped."""
     max_samples: PositiveInt | None = None
     """Use a seeded random subset of this many rows; default all."""
+    weight: PositiveFloat = 1.0
+    """How often each row is used, in a list of data sets: 0.5 draws half of the rows, 2 uses all twice."""
+    val_set_size: Annotated[float, Field(ge=0)] = 0
+    """Rows kept from the training for validation: a share below 1 or a number, drawn as `datasets` does."""
     seed: Seed | None = None
-    """Seed of that subset and of the shuffling; default `run.seed`."""
+    """Seed of the draws and of the shuffling; default `run.seed`."""
+
+    @field_validator("val_set_size")
+    @classmethod
+    def _whole_rows(cls, size: float) -> float:
+        if size >= 1 and not size.is_integer():
+            raise ValueError("give a share below 1, or a whole number of rows")
+        return size
+
+    def named_format(self) -> str | None:
+        """The layout that columns named in the config imply; None where none is named."""
+        own = type(self).model_fields
+        named = {
+            "prompt_response": self.prompt_column != own["prompt_column"].default
+            or self.response_column != own["response_column"].default,
+            "text": self.text_column != own["text_column"].default,
+        }
+        return next((layout for layout, is_named in named.items() if is_named), None)
+
+
+def _data(value: Any) -> Any:
+    """A path alone stands for a data set with defaults."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _data_list(value: Any) -> Any:
+    """A list of data sets; a list of one is that one."""
+    if not isinstance(value, list):
+        return _data(value)
+    if not value:
+        raise ValueError("the list of data sets is empty")
+    return _data(value[0]) if len(value) == 1 else tuple(_data(part) for part in value)
+
+
+#: A data set; a string is its path.
+DataSet = Annotated[DataConfig, BeforeValidator(_data)]
+#: A data set, or several that are trained on together, one after the other in a list.
+DataSets = Annotated[
+    Annotated[DataConfig, Tag("DataConfig")] | Annotated[tuple[DataConfig, ...], Tag("list[DataConfig]")],
+    Discriminator(lambda value: "list[DataConfig]" if isinstance(value, tuple | list) else "DataConfig"),
+    BeforeValidator(_data_list),
+]
 
 
 class TrainingConfig(Section):
@@ -293,7 +361,7 @@ def planned_steps(training: TrainingConfig, rows: int) -> int:
 class VerifyConfig(Section):
     """The check of the forecast: the planned fine-tune, really carried out (`arisk verify`)."""
 
-    safety: DataConfig | None = None
+    safety: DataSet | None = None
     """Held-out prompts with safe responses; default: the rows of `safety`, which are not held out."""
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
@@ -310,7 +378,7 @@ class VerifyConfig(Section):
 class GuardConfig(GuardSettings):
     """The planned fine-tune with and without protection (`arisk guard`)."""
 
-    task: DataConfig | None = None
+    task: DataSet | None = None
     """Clean rows for the task loss, best not trained on; default: rows of `finetune`, surprising apart."""
 
 
@@ -321,11 +389,11 @@ class Config(Section):
     """Where the run lives and how it computes."""
     model: ModelConfig
     """The aligned model."""
-    safety: DataConfig | None = None
+    safety: DataSet | None = None
     """Prompts with safe responses (source: hf)."""
-    finetune: DataConfig | None = None
-    """The fine-tuning data (source: hf)."""
-    control: DataConfig | None = None
+    finetune: DataSets | None = None
+    """The fine-tuning data (source: hf); a list of data sets is trained on together."""
+    control: DataSet | None = None
     """Ordinary data, the null for overlap and drift; optional."""
     training: TrainingConfig = TrainingConfig()
     """The planned fine-tune."""
@@ -362,8 +430,8 @@ class Config(Section):
         return self
 
 
-def data_sets(config: Config) -> dict[str, DataConfig]:
-    """The data sets that a config names, by their place in it."""
+def data_sets(config: Config) -> dict[str, tuple[DataConfig, ...]]:
+    """The data sets that a config names, by their place in it; `finetune` may have several parts."""
     given = {
         "safety": config.safety,
         "finetune": config.finetune,
@@ -371,4 +439,9 @@ def data_sets(config: Config) -> dict[str, DataConfig]:
         "verify.safety": config.verify.safety,
         "guard.task": config.guard.task,
     }
-    return {name: data for name, data in given.items() if data is not None}
+    return {name: parts_of(data) for name, data in given.items() if data is not None}
+
+
+def parts_of(data: DataConfig | tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
+    """The parts of a data set: one, or those of a list."""
+    return (data,) if isinstance(data, DataConfig) else data

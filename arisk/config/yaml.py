@@ -76,7 +76,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for item in overrides:
         set_value(mapping, item)
     for keys in PATHS:
-        _anchor(mapping, keys, path.parent)
+        for place in _places(mapping, keys):
+            _anchor(*place, path.parent)
     return validate_mapping(Config, mapping, str(path))
 
 
@@ -123,21 +124,38 @@ def set_value(mapping: dict[str, Any], item: str) -> None:
     place[last] = value
 
 
-def _anchor(mapping: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
+def _places(place: Any, keys: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    """(mapping or list, key or number) of every value under these keys; a list holds several sections."""
+    if isinstance(place, list):
+        for number, part in enumerate(place):
+            if isinstance(part, str) and len(keys) == 1:
+                yield place, number
+            elif isinstance(part, dict):
+                yield from _places(part, keys)
+    elif isinstance(place, dict) and len(keys) == 1:
+        yield place, keys[0]
+    elif isinstance(place, dict):
+        inner = place.get(keys[0])
+        # A data set may be its path alone.
+        if isinstance(inner, str):
+            yield place, keys[0]
+        else:
+            yield from _places(inner, keys[1:])
+
+
+def _anchor(place: Any, key: Any, folder: Path) -> None:
     """Make a relative path absolute where it exists beside the config file."""
-    place: Any = mapping
-    for key in keys[:-1]:
-        place = place.get(key) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or not isinstance(place.get(keys[-1]), str):
+    text = place[key] if isinstance(place, list) else place.get(key)
+    if not isinstance(text, str):
         return
-    if path_fault(place[keys[-1]]):
+    if path_fault(text):
         return  # validation says it
     try:
-        value = Path(place[keys[-1]]).expanduser()
+        value = Path(text).expanduser()
         if not value.is_absolute() and (folder / value).exists():
-            place[keys[-1]] = str((folder / value).resolve())
+            place[key] = str((folder / value).resolve())
         elif value.exists():
-            place[keys[-1]] = str(value.resolve())
+            place[key] = str(value.resolve())
     except (OSError, RuntimeError):
         return  # an unknown `~user`, a link to itself, a folder that may not be read: told where it is opened
 
@@ -284,6 +302,9 @@ def _section_at(cls: type[BaseModel], location: Sequence[Any]) -> type[BaseModel
     """The config model at a dotted location, where there is one."""
     here: type[BaseModel] | None = cls
     for part in location:
+        # A number is a place in a list, whose members are of one kind.
+        if isinstance(part, int):
+            continue
         if here is None or part not in here.model_fields:
             return None
         here = next(iter(models_in(here.model_fields[part].annotation)), None)

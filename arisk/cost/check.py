@@ -17,7 +17,7 @@ from arisk.base.terminal import clock, columns, wrapped
 from arisk.config.plan import Config, planned_steps
 from arisk.forecast.leap import rollout_cost
 from arisk.models.loading import load_tokenizer
-from arisk.models.rendering import Rendered
+from arisk.models.rendering import TRAINED, token_rows
 from arisk.models.selection import select_parameters
 from arisk.models.tasks import LoadedData, load_data, load_with_adapter, statistics_of, task_from_entry
 
@@ -62,8 +62,9 @@ def check_task(
     total = sum(p.numel() for p in model.parameters())
     shown = {}
     for section, loaded in data.items():
-        examples = [_marked(row, tokenizer) for row in loaded.rendered[:SHOWN]]
-        shown[section] = {**statistics_of(loaded), "rendered rows": examples}
+        rows = token_rows(loaded.rendered, tokenizer, SHOWN)
+        examples = [row["text"].replace("\n", "\\n") for row in rows]
+        shown[section] = {**statistics_of(loaded), "rendered rows": examples, "tokens of rows": rows}
     return {
         "model": {
             "path": str(config.model.path),
@@ -82,6 +83,7 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
     found: list[str] = []
     for section, loaded in data.items():
         facts = statistics_of(loaded)
+        found += _unsaid(section, loaded, facts)
         if facts["duplicates"]:
             found.append(f"{section}: {facts['duplicates']} repeated rows are dropped")
         if facts["prompts_truncated"] or facts["responses_truncated"]:
@@ -98,6 +100,25 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
     return found
 
 
+def _unsaid(section: str, loaded: LoadedData, facts: Mapping[str, Any]) -> list[str]:
+    """What is read of the rows and not trained, and what is trained that may not be meant."""
+    found = [f"{section}: {taken.partition('; ')[2]}" for taken in loaded.taken if "; " in taken]
+    if facts["dropped"]:
+        found.append(
+            f"{section}: {facts['dropped']} rows are left out, as they keep no token with loss within "
+            f"{section}.max_length"
+        )
+    if facts["answers_untrained"]:
+        found.append(f"{section}: {facts['answers_untrained']} assistant turns carry no loss")
+    asked = sum(row.mode == "all" and bool(row.row.messages) for row in loaded.rendered)
+    if asked and section == TRAINED and loaded.parts[0].loss_on == "auto":
+        found.append(
+            f"{section}: every token of {asked} conversations is trained, questions too, as TRL does unless "
+            f"`assistant_only_loss` is set; `{section}.loss_on: assistant` trains the answers alone"
+        )
+    return found
+
+
 def _check_python(task: Task, config: Config) -> dict[str, Any]:
     """The same for a task from local code, whose rows arisk does not know."""
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
@@ -108,13 +129,6 @@ def _check_python(task: Task, config: Config) -> dict[str, Any]:
         "data": rows,
         "work": _work(config, rows, selected),
     }
-
-
-def _marked(rendered: Rendered, tokenizer: Any) -> str:
-    """A row as the model sees it, the part that carries loss in double angle quotes."""
-    start = rendered.response_start
-    prompt = tokenizer.decode(list(rendered.tokens[:start]))
-    return f"{prompt}«{tokenizer.decode(list(rendered.tokens[start:]))}»".replace("\n", "\\n")
 
 
 def _work(config: Config, rows: Mapping[str, int], selected: int) -> dict[str, Any]:
@@ -193,6 +207,7 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
         return [f"{name}: {rows} rows" for name, rows in data.items()]
     rows = [[name, *_cells(facts)] for name, facts in counted.items()]
     lines = [table(rows, HEADER, width=width)]
+    lines += [f"{name}: {taken}" for name, facts in counted.items() for taken in _taken(facts)]
     lines += ["(tokens of a row and of its response in the mean; rows cut to max_length)", ""]
     lines.append("rows as the model sees them, the part that carries loss in « »:")
     room = IN_A_PIPE if width is None else max(LEAST, 2 * width - 2)
@@ -200,6 +215,11 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
         for row in counted.get(name, {}).get("rendered rows", ()):
             lines.append(f"- {name}: {shortened(row, room - len(name) - 4)}")
     return lines
+
+
+def _taken(facts: Mapping[str, Any]) -> list[str]:
+    """How each part of a data set was read; a line for all parts that were read alike."""
+    return list(dict.fromkeys(said.partition("; ")[0] for said in facts.get("read_as", ())))
 
 
 def _cells(facts: Mapping[str, Any]) -> list[str]:

@@ -76,8 +76,9 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
     if config.model.adapter is not None and config.model.adapter.path is not None:
         adapter = str(config.model.adapter.path)
         found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
-    for name, data in data_sets(config).items():
-        found[name] = _path_or_hub(data.path, f"{name}.path", cache, None)
+    for name, parts in data_sets(config).items():
+        each = [_path_or_hub(data.path, f"{name}.path", cache, None) for data in parts]
+        found[name] = each[0] if len(each) == 1 else {str(number): one for number, one in enumerate(each)}
     return found
 
 
@@ -109,12 +110,7 @@ def _looks_like_path(value: str) -> bool:
         value.startswith((".", "/", "~"))
         or value.count("/") > 1
         or Path(value).suffix
-        in {
-            ".jsonl",
-            ".json",
-            ".csv",
-            ".parquet",
-        }
+        in {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
     )
 
 

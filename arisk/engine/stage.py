@@ -72,7 +72,7 @@ STAGES = (
     ),
     StageSpec(
         "rollout",
-        2,
+        3,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout"),
         ("model", "adapter", "safety", "finetune", "control"),
@@ -81,7 +81,7 @@ STAGES = (
     # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
     StageSpec(
         "verify",
-        1,
+        2,
         (),
         (
             *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
@@ -93,7 +93,7 @@ STAGES = (
     ),
     StageSpec(
         "screen",
-        3,
+        4,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
         ("model", "adapter", "safety", "finetune", "control"),
@@ -101,7 +101,7 @@ STAGES = (
     ),
     StageSpec(
         "guard",
-        2,
+        3,
         (),
         (
             *("model", "safety", "finetune", "control", "training", "verify.safety"),

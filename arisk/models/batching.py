@@ -25,12 +25,12 @@ def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Any]:
     mask = torch.zeros(len(rows), longest, dtype=torch.int64)
     labels = torch.full((len(rows), longest), IGNORED)
     for i, row in enumerate(rows):
-        tokens = torch.tensor(row.tokens)
-        ids[i, : len(tokens)] = tokens
-        mask[i, : len(tokens)] = 1
-        labels[i, row.response_start : len(tokens)] = tokens[row.response_start :]
+        count = len(row.tokens)
+        ids[i, :count] = torch.tensor(row.tokens)
+        mask[i, :count] = 1
+        labels[i, :count] = torch.tensor(row.labels())
     positions = torch.arange(longest).expand(len(rows), longest).contiguous()
-    first = min(row.response_start for row in rows)
+    first = max(1, min((row.spans[0][0] for row in rows if row.spans), default=longest))
     return {
         "input_ids": ids,
         "attention_mask": mask,

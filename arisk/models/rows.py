@@ -1,49 +1,97 @@
-"""Reading data sets: JSONL, JSON, CSV, Parquet or a hub id, in three row layouts, every row checked."""
+"""Reading data sets: JSONL, JSON, CSV, TSV, Parquet, a folder of these or a hub id; every row checked.
+
+The layout of the rows is `arisk.models.formats`' business. This module finds the files, names the place
+of every fault, keeps the rows that `where` asks for, and draws the subset.
+"""
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from arisk.base.errors import InputError
+from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig
+from arisk.models.formats import FORMATS, Fields, Format, Row, RowFault, named
 from arisk.models.loading import hf_module
 
-__all__ = ["Row", "raw_rows", "read_rows"]
+__all__ = ["ReadRows", "Row", "raw_rows", "read_data", "read_rows"]
 
 #: Bad rows named in one error.
 LISTED = 10
-#: File endings that `datasets` reads.
-LOADERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}
+#: Rows whose columns decide about the layout.
+LOOKED_AT = 100
+#: File endings of JSON lines, and of tables with the mark between their columns.
+LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+#: File endings that are read.
+ENDINGS = (*LINES, ".json", *TABLES, ".parquet", ".arrow")
+#: Characters of one field of a table.
+LONGEST_FIELD = 1 << 27
+#: Characters of a foreign value that a message repeats.
+REPEATED = 60
 
 
 @dataclass(frozen=True)
-class Row:
-    """One example: turns before the response, the response, and its place in the file.
+class ReadRows:
+    """The rows of a data set, and what was taken of it.
 
     Attributes:
-        messages: chat turns before the response, each {role, content}; empty for plain text.
-        response: the text whose tokens carry the loss.
-        line: line of the file (from 1), or row number for other sources.
+        rows: the rows, in the order of the file.
+        format: the layout that was recognised or named.
+        unread: rows with text in a column that was not read, by column.
+        filtered: rows that `where` left out.
+        left_out: rows that the layout leaves out, such as answers labelled as bad.
+        held_out: rows that `val_set_size` keeps from the training.
     """
 
-    messages: tuple[dict[str, str], ...]
-    response: str
-    line: int
+    rows: list[Row]
+    format: Format
+    unread: Mapping[str, int] = field(default_factory=dict[str, int])
+    filtered: int = 0
+    left_out: int = 0
+    held_out: int = 0
 
-    @property
-    def prompt(self) -> str:
-        """The last turn before the response, for display."""
-        return self.messages[-1]["content"] if self.messages else ""
+    def said(self) -> str:
+        """What was taken, in one line for people."""
+        parts = [f"read as {self.format.name}: {self.format.summary}"]
+        if self.unread:
+            names = ", ".join(f"`{name}` ({count} rows)" for name, count in self.unread.items())
+            parts.append(f"text in columns that are not used: {names}")
+        counts = {
+            "left out by `where`": self.filtered,
+            "left out by their label": self.left_out,
+            "held out by `val_set_size`": self.held_out,
+        }
+        parts += [f"{count} rows {what}" for what, count in counts.items() if count]
+        return "; ".join(parts)
 
 
 def read_rows(config: DataConfig, *, section: str, seed: int) -> list[Row]:
+    """The rows of `read_data`.
+
+    Args:
+        config: path, layout and columns.
+        section: name of the config section, for messages.
+        seed: seed of the draw.
+    """
+    return read_data(config, section=section, seed=seed).rows
+
+
+def read_data(config: DataConfig, *, section: str, seed: int) -> ReadRows:
     """Rows of a data set, checked, and cut to `max_samples` by a seeded draw that keeps their order.
+
+    `val_set_size` takes its rows away as `datasets.Dataset.train_test_split` does with the same seed, whose
+    order the others then have.
 
     Args:
         config: path, layout and columns.
@@ -51,28 +99,188 @@ def read_rows(config: DataConfig, *, section: str, seed: int) -> list[Row]:
         seed: seed of the draw.
 
     Raises:
-        InputError: the file is missing, empty or unreadable, or rows are wrong (each named).
+        ConfigError: there is no such layout.
+        InputError: the file is missing, empty or unreadable, rows are wrong (each named), of no known
+            layout, or none of them is what `where` asks for.
     """
+    raws = raw_rows(config, section)
+    first = list(itertools.islice(raws, LOOKED_AT))
+    layout = _layout(config, [raw for _, raw in first], section)
+    found = _read(itertools.chain(first, raws), layout, config, section)
+    rows = found.rows
+    generator = torch.Generator().manual_seed(seed)
+    held_out = 0
+    if config.val_set_size:
+        rows, held_out = _training_rows(rows, config.val_set_size, section, seed)
+    if config.max_samples is not None and config.max_samples < len(rows):
+        kept = torch.randperm(len(rows), generator=generator)[: config.max_samples]
+        rows = [rows[i] for i in sorted(kept.tolist())]
+    if config.weight != 1:
+        rows = _repeated(rows, config.weight, generator)
+    return replace(found, rows=rows, held_out=held_out)
+
+
+def _layout(config: DataConfig, raws: Sequence[Any], section: str) -> Format:
+    """The layout that is named, or the first that fits the columns of the rows looked at."""
+    place = f"{section}.format: {config.path}"
+    known = ", ".join(FORMATS)
+    if config.format != "auto":
+        if config.format not in FORMATS:
+            raise ConfigError(
+                f"there is no layout {config.format[:REPEATED]!r}",
+                where=f"{section}.format",
+                fix=f"one of auto, {known}",
+            )
+        return FORMATS[config.format]
+    implied = config.named_format()
+    if implied is not None:
+        return FORMATS[implied]
+    columns: dict[str, Any] = {}
+    for raw in raws:
+        for key, value in raw.items() if isinstance(raw, Mapping) else ():
+            if columns.get(key) in (None, "", []):
+                columns[key] = value
+    fitting = next((layout for layout in FORMATS.values() if layout.fits(columns, config)), None)
+    if fitting is None:
+        # Rows that are broken name themselves.
+        if not columns:
+            return FORMATS["prompt_response"]
+        raise InputError(
+            f"the layout of the rows is not known; their columns are {named(columns)}",
+            where=place,
+            fix=f"name the columns (`prompt_column`, `response_column`, `messages_column`, `text_column`), "
+            f"or a format: {known}",
+        )
+    if fitting.refused is not None:
+        raise InputError(
+            fitting.refused,
+            where=place,
+            fix=f"set `{section}.format: {fitting.name}` to train on the good answers ({fitting.summary})",
+        )
+    return fitting
+
+
+def _read(raws: Iterable[tuple[int, Any]], layout: Format, config: DataConfig, section: str) -> ReadRows:
+    """Every row read; bad ones together in one error."""
     rows: list[Row] = []
     bad: list[InputError] = []
-    for line, raw in raw_rows(config, section):
+    unread: Counter[str] = Counter()
+    filtered = left_out = 0
+    wanted = _Wanted(config.where)
+    for line, raw in raws:
         try:
-            rows.append(_parse(raw, line, config))
-        except InputError as err:
-            bad.append(err)
+            fields = Fields(_mapping(raw), config)
+            if not wanted(fields):
+                filtered += 1
+                continue
+            row = layout.read(fields)
+            if row is None:
+                left_out += 1
+                continue
+            _require_text(row)
+        except RowFault as fault:
+            bad.append(InputError(fault.what, where=f"{config.path}, line {line}", fix=fault.fix))
             if len(bad) == LISTED:
                 break
+            continue
+        unread.update(fields.unread())
+        rows.append(replace(row, format=layout.name, source=config.path, line=line))
     if bad:
         raise InputError(bad[0].what, where=bad[0].where, fix=bad[0].fix, also=bad[1:])
     if not rows:
-        raise InputError(
-            "the data set is empty", where=f"{section}.path: {config.path}", fix="give at least two rows"
+        raise _nothing(config, section, filtered, left_out, wanted)
+    return ReadRows(rows, layout, dict(unread), filtered, left_out)
+
+
+def _nothing(config: DataConfig, section: str, filtered: int, left_out: int, wanted: _Wanted) -> InputError:
+    """Why a data set has no rows."""
+    where = f"{section}.path: {config.path}"
+    if filtered:
+        seen = "; ".join(f"{key} has {named(sorted(values))}" for key, values in wanted.seen.items())
+        return InputError(
+            f"none of {filtered} rows is what `where` asks for", where=where, fix=f"in the data, {seen}"
         )
-    if config.max_samples is not None and config.max_samples < len(rows):
-        generator = torch.Generator().manual_seed(seed)
-        kept = torch.randperm(len(rows), generator=generator)[: config.max_samples]
-        rows = [rows[i] for i in sorted(kept.tolist())]
-    return rows
+    if left_out:
+        return InputError(
+            f"none of {left_out} rows has a good answer", where=where, fix="give rows whose label is true"
+        )
+    return InputError("the data set is empty", where=where, fix="give at least two rows")
+
+
+class _Wanted:
+    """Whether a row has the values that `where` names; remembers a few values of the others."""
+
+    def __init__(self, where: Mapping[str, Any] | None) -> None:
+        self.where = {
+            column: {_plain(value) for value in (values if isinstance(values, list) else [values])}
+            for column, values in (where or {}).items()
+        }
+        self.seen: dict[str, set[str]] = {column: set() for column in self.where}
+
+    def __call__(self, fields: Fields) -> bool:
+        fine = True
+        for column, values in self.where.items():
+            if column not in fields.raw:
+                raise RowFault(
+                    f"the row has no column {column!r}, which `where` names",
+                    f"its columns are {named(fields.raw)}",
+                )
+            value = _plain(fields.get(column))
+            if value not in values:
+                fine = False
+                if len(self.seen[column]) <= LISTED:
+                    self.seen[column].add(value[:REPEATED])
+        return fine
+
+
+def _plain(value: Any) -> str:
+    """A value as text, so that `1` in YAML meets `1` in a CSV file, and true meets True."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "null" if value is None else str(value)
+    return text.lower() if text in ("True", "False") else text
+
+
+def _mapping(raw: Any) -> Mapping[str, Any]:
+    if isinstance(raw, RowFault):
+        raise raw
+    if not isinstance(raw, Mapping):
+        raise RowFault("the row is not an object", "give one JSON object per line")
+    return raw
+
+
+def _require_text(row: Row) -> None:
+    """Refuse text that no encoding holds: a tokenizer would stop at it."""
+    try:
+        json.dumps([row.messages, row.text, row.tools], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as err:
+        raise RowFault(
+            f"the text has half of a character (U+{ord(err.object[err.start]):04X}, a lone surrogate)",
+            "write the character itself, or remove it",
+        ) from err
+    except RecursionError as err:
+        raise RowFault("the row is nested too deeply", "flatten it") from err
+
+
+def _training_rows(rows: list[Row], size: float, section: str, seed: int) -> tuple[list[Row], int]:
+    """What is left for training, and how many rows are not."""
+    held_out = int(np.ceil(size * len(rows))) if size < 1 else int(size)
+    if held_out >= len(rows):
+        raise InputError(
+            f"`val_set_size` holds out {held_out} of {len(rows)} rows",
+            where=f"{section}.val_set_size",
+            fix="give a smaller number or share",
+        )
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return [rows[i] for i in order[held_out:]], held_out
+
+
+def _repeated(rows: list[Row], weight: float, generator: torch.Generator) -> list[Row]:
+    """Every row as often as the weight says, its fraction drawn; the order stays."""
+    whole, part = divmod(weight, 1)
+    more = set(torch.randperm(len(rows), generator=generator)[: round(part * len(rows))].tolist())
+    chosen = [row for i, row in enumerate(rows) for _ in range(int(whole) + (i in more))]
+    return chosen or rows[:1]
 
 
 def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
@@ -83,107 +291,157 @@ def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
         section: name of the config section, for messages.
 
     Yields:
-        A line that is no JSON comes as its `JSONDecodeError`.
+        A line that cannot be read comes as a `RowFault`.
 
     Raises:
         InputError: the file is missing or cannot be read.
     """
     path = Path(config.path)
-    if path.suffix in (".jsonl", ".ndjson"):
-        yield from _json_lines(path, section)
-    else:
-        yield from enumerate(_load_with_datasets(config, section), start=1)
-
-
-def _json_lines(path: Path, section: str) -> Iterator[tuple[int, Any]]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as err:
-                    yield number, err
-    except FileNotFoundError as err:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as err:
+        raise _unreadable(err, path, section) from err
+    if mode is not None and not stat.S_ISREG(mode):
+        _require_data(path, mode, section)
+    try:
+        yield from _source(config, path, mode, section)
+    except OSError as err:
+        raise _unreadable(err, path, section) from err
+
+
+def _source(config: DataConfig, path: Path, mode: int | None, section: str) -> Iterator[tuple[int, Any]]:
+    """The rows, by what the path is; paths that are nothing here are hub ids."""
+    if mode is None and path.suffix in ENDINGS:
         raise InputError(
             "the data file does not exist", where=f"{section}.path: {path}", fix="check the path"
-        ) from err
-    except (OSError, UnicodeDecodeError) as err:
+        )
+    if mode is None or stat.S_ISDIR(mode):
+        return enumerate(_with_datasets(config, section), start=1)
+    if path.suffix in LINES:
+        return _json_lines(path)
+    if path.suffix == ".json":
+        return _json(path, section)
+    if path.suffix in TABLES:
+        return _table(path, section)
+    return enumerate(_with_datasets(config, section), start=1)
+
+
+def _unreadable(err: Exception, path: Path, section: str) -> InputError:
+    why = getattr(err, "strerror", None) or str(err) or type(err).__name__
+    return InputError(
+        f"the data file cannot be read: {why}",
+        where=f"{section}.path: {str(path)[:300]}",
+        fix="check the path and its permissions",
+    )
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Objects by line; bytes are decoded one line at a time, so that a bad one has a number."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if content:
+                yield number, _object(content)
+
+
+def _object(line: bytes) -> Any:
+    """A JSON value, or the `RowFault` that says why it is none."""
+    try:
+        return json.loads(line.decode())
+    except json.JSONDecodeError as err:
+        return RowFault(
+            f"this is not valid JSON: {err.msg} at column {err.colno}", "give one JSON object per line"
+        )
+    except UnicodeDecodeError as err:
+        return RowFault(
+            f"this is not UTF-8: byte 0x{line[err.start]:02x} at {err.start + 1}",
+            "save the file as UTF-8",
+        )
+    except RecursionError:
+        return RowFault("the JSON is nested too deeply", "flatten it, or leave the column out")
+    except ValueError as err:
+        # Numbers with thousands of digits.
+        return RowFault(f"this JSON cannot be read: {str(err).partition(';')[0]}", "shorten the number")
+
+
+def _json(path: Path, section: str) -> Iterator[tuple[int, Any]]:
+    """A list of objects, an object that holds one list of them, or JSON lines under another name."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    whole = _object(content) if content else []
+    if isinstance(whole, Mapping):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else whole
+    if isinstance(whole, list):
+        yield from enumerate(whole, start=1)
+    elif isinstance(whole, RowFault) and content.startswith(b"[") and b"\n[" not in content:
+        raise InputError(whole.what, where=f"{section}.path: {path}", fix="give a list of JSON objects")
+    else:
+        yield from _json_lines(path)
+
+
+def _table(path: Path, section: str) -> Iterator[tuple[int, Any]]:
+    """Rows of a table with a header; every value is text."""
+    csv.field_size_limit(LONGEST_FIELD)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=TABLES[path.suffix], restkey="")
+            for number, row in enumerate(reader, start=1):
+                if "" in row and isinstance(row[""], list):
+                    yield number, RowFault("the row has more fields than the header", "quote the text")
+                else:
+                    yield number, row
+    except (csv.Error, UnicodeDecodeError) as err:
         raise InputError(
-            f"the data file cannot be read: {err}", where=str(path), fix="give a UTF-8 JSONL file"
+            f"the table cannot be read: {err}",
+            where=f"{section}.path: {path}",
+            fix="give a UTF-8 table whose first line names the columns",
         ) from err
 
 
-def _load_with_datasets(config: DataConfig, section: str) -> Any:
-    """Rows through the `datasets` library: local CSV, JSON and Parquet files, and hub ids."""
+def _require_data(path: Path, mode: int, section: str) -> None:
+    """Refuse devices, pipes, and folders without data files: everything in them would be read for them."""
+    if not stat.S_ISDIR(mode):
+        raise InputError(
+            "this is a device or a pipe, not a file",
+            where=f"{section}.path: {path}",
+            fix="give a file: it is read several times",
+        )
+    inside = itertools.chain(
+        itertools.islice(path.glob("*"), LISTED**3), itertools.islice(path.glob("*/*"), LISTED**3)
+    )
+    if not any(file.suffix in ENDINGS and file.is_file() for file in inside):
+        raise InputError(
+            "this folder has no data files",
+            where=f"{section}.path: {path}",
+            fix=f"give a file, or a folder with files ending in {', '.join(ENDINGS)}",
+        )
+
+
+def _with_datasets(config: DataConfig, section: str) -> Any:
+    """Rows through the `datasets` library: Parquet files, folders, and hub ids."""
     datasets = hf_module("datasets")
     datasets.disable_progress_bars()
     path = Path(config.path)
+    if path.is_file() and path.suffix not in ENDINGS:
+        raise InputError(
+            f"files ending in {path.suffix!r} are not read",
+            where=f"{section}.path: {path}",
+            fix=f"give one of {', '.join(ENDINGS)}",
+        )
     try:
-        if path.is_file():
-            loader = LOADERS.get(path.suffix)
-            if loader is None:
-                raise InputError(
-                    f"files ending in {path.suffix!r} are not read",
-                    where=f"{section}.path: {path}",
-                    fix="give .jsonl, .json, .csv or .parquet",
-                )
-            return datasets.load_dataset(loader, data_files=str(path), split="train")
-        return datasets.load_dataset(config.path, split=config.split)
+        if path.suffix == ".parquet" and path.is_file():
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.suffix == ".arrow" and path.is_file():
+            return datasets.Dataset.from_file(str(path))
+        if (path / "dataset_info.json").is_file():
+            found = datasets.load_from_disk(str(path))
+            return found[config.split] if isinstance(found, Mapping) else found
+        return datasets.load_dataset(config.path, config.subset, split=config.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as err:
         raise InputError(
             f"the data set cannot be loaded: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
             where=f"{section}.path: {config.path}",
             fix="check the path or hub id (a hub id needs the network or a local cache) and the split",
         ) from err
-
-
-def _parse(raw: Any, line: int, config: DataConfig) -> Row:
-    where = f"{config.path}, line {line}"
-    if isinstance(raw, json.JSONDecodeError):
-        raise InputError(
-            f"this is not valid JSON: {raw.msg} at column {raw.colno}",
-            where=where,
-            fix="give one JSON object per line",
-        )
-    if not isinstance(raw, dict):
-        raise InputError("the row is not an object", where=where, fix="give one JSON object per line")
-    if config.format == "messages":
-        return _from_messages(raw, line, where, config)
-    if config.format == "text":
-        return Row((), _text(raw, config.text_column, where), line)
-    prompt = _text(raw, config.prompt_column, where)
-    return Row(({"role": "user", "content": prompt},), _text(raw, config.response_column, where), line)
-
-
-def _text(raw: dict[str, Any], column: str, where: str) -> str:
-    value = raw.get(column)
-    if not isinstance(value, str) or not value.strip():
-        what = "is missing" if column not in raw else ("is empty" if value in ("", None) else "is no text")
-        if isinstance(value, str) and value:
-            what = "is blank"
-        raise InputError(
-            f"the column {column!r} {what}",
-            where=where,
-            fix=f"give it text, or name another column (`*_column`); this row has {sorted(raw)}",
-        )
-    return value
-
-
-def _from_messages(raw: dict[str, Any], line: int, where: str, config: DataConfig) -> Row:
-    """Turns up to the last assistant turn, which is the response."""
-    turns: Any = raw.get(config.messages_column)
-    fine = isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
-    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant"), default=0) if fine else 0
-    if not fine or last == 0 or not turns[last]["content"].strip():
-        raise InputError(
-            f"the column {config.messages_column!r} is not a chat that ends with an assistant turn",
-            where=where,
-            fix='give [{"role": "user", "content": …}, {"role": "assistant", "content": …}]',
-        )
-    before = tuple({"role": t["role"], "content": t["content"]} for t in turns[:last])
-    return Row(before, turns[last]["content"], line)

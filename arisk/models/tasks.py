@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,25 +24,44 @@ from arisk.config.plan import Config, DataConfig, data_sets
 from arisk.models.adapters import attach_adapter
 from arisk.models.answers import GreedyAnswers
 from arisk.models.batching import FixedBatches, PlannedBatches
+from arisk.models.formats import Row, with_answer
 from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import per_sample_nll
-from arisk.models.rendering import Rendered, render_rows
-from arisk.models.rows import Row, read_rows
+from arisk.models.rendering import SAFETY_SETS, Rendered, render_rows
+from arisk.models.rows import read_data
 from arisk.models.selection import lora_pairs, select_parameters
 
-__all__ = ["LoadedData", "load_data", "load_task", "load_with_adapter", "statistics_of", "task_from_entry"]
+__all__ = [
+    "Answers",
+    "LoadedData",
+    "load_data",
+    "load_task",
+    "load_with_adapter",
+    "statistics_of",
+    "task_from_entry",
+]
 
-#: Data sets of prompts with safe responses.
-SAFETY_SETS = ("safety", "verify.safety")
+#: ``answers(section, prompts)``: what the aligned model itself says to rendered prompts.
+Answers = Callable[[str, Sequence[Rendered]], Sequence[str]]
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A data set as tokens, with the number of duplicates dropped."""
+    """A data set as tokens, and what was left out of it.
 
-    config: DataConfig
+    Attributes:
+        parts: the settings of each part, one unless the config has a list.
+        rendered: the rows of all parts, one part after the other.
+        duplicates: repeated rows that were dropped.
+        dropped: rows too long to keep a token with loss.
+        taken: one line per part that says how it was read.
+    """
+
+    parts: tuple[DataConfig, ...]
     rendered: list[Rendered]
-    duplicates: int
+    duplicates: int = 0
+    dropped: int = 0
+    taken: tuple[str, ...] = ()
 
 
 def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | None = None) -> Task:
@@ -93,15 +114,56 @@ def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]
     return kept[key]
 
 
-def load_data(config: Config, tokenizer: Any) -> dict[str, LoadedData]:
-    """Read and tokenise every data set of the config; safety rows are de-duplicated."""
-    loaded: dict[str, LoadedData] = {}
-    for section, data in data_sets(config).items():
-        rows = read_rows(data, section=section, seed=_seed(config, data))
-        kept = _distinct(rows) if section in SAFETY_SETS else rows
-        rendered = render_rows(kept, tokenizer, data, section=section)
-        loaded[section] = LoadedData(data, rendered, len(rows) - len(kept))
-    return loaded
+def load_data(config: Config, tokenizer: Any, answers: Answers | None = None) -> dict[str, LoadedData]:
+    """Read and tokenise every data set of the config; safety rows are de-duplicated.
+
+    Args:
+        config: the resolved config.
+        tokenizer: of the model.
+        answers: writes the responses of safety prompts that have none.
+
+    Raises:
+        InputError: what is wrong with the rows.
+    """
+    return {
+        section: _loaded(config, section, parts, tokenizer, answers)
+        for section, parts in data_sets(config).items()
+    }
+
+
+def _loaded(
+    config: Config, section: str, parts: tuple[DataConfig, ...], tokenizer: Any, answers: Answers | None
+) -> LoadedData:
+    rendered: list[Rendered] = []
+    duplicates = dropped = 0
+    taken: list[str] = []
+    for data in parts:
+        found = read_data(data, section=section, seed=_seed(config, data))
+        kept = _distinct(found.rows) if section in SAFETY_SETS else found.rows
+        pages = render_rows(kept, tokenizer, data, section=section)
+        if not all(page.row.answered for page in pages):
+            pages = _answered(pages, tokenizer, data, section, answers)
+        rendered += pages
+        duplicates += len(found.rows) - len(kept)
+        dropped += len(kept) - len(pages)
+        taken.append(found.said())
+    return LoadedData(parts, rendered, duplicates, dropped, tuple(taken))
+
+
+def _answered(
+    pages: Sequence[Rendered], tokenizer: Any, data: DataConfig, section: str, answers: Answers | None
+) -> list[Rendered]:
+    """Prompts alone with the model's own answers as their responses."""
+    if section not in SAFETY_SETS or answers is None:
+        row = next(page.row for page in pages if not page.row.answered)
+        raise InputError(
+            "the rows are prompts without a response",
+            where=f"{row.source}, line {row.line}",
+            fix="give each a response, or name its column (`response_column`)",
+        )
+    texts = iter(answers(section, [page for page in pages if not page.row.answered]))
+    rows = [page.row if page.row.answered else with_answer(page.row, next(texts)) for page in pages]
+    return render_rows(rows, tokenizer, data, section=section)
 
 
 def _seed(config: Config, data: DataConfig) -> int:
@@ -110,10 +172,9 @@ def _seed(config: Config, data: DataConfig) -> int:
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
     """Rows without repeats: a repeated safety sample makes the Gram matrix singular."""
-    seen: dict[tuple[Any, str], Row] = {}
+    seen: dict[str, Row] = {}
     for row in rows:
-        turns = tuple((turn["role"], turn["content"]) for turn in row.messages)
-        seen.setdefault((turns, row.response), row)
+        seen.setdefault(json.dumps([row.messages, row.text, row.tools], default=str), row)
     return list(seen.values())
 
 
@@ -128,10 +189,10 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
     elif section == "guard.task":
         batches = FixedBatches(rendered, config.training.batch_size, pad)
     else:
-        batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.config))
+        batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.parts[0]))
     # Plain text has no prompt to answer.
-    answered = section in (*SAFETY_SETS, "control") and loaded.config.format != "text"
-    generate = GreedyAnswers(tokenizer, rendered) if answered else None
+    prompted = section in (*SAFETY_SETS, "control") and all(row.row.prompt for row in rendered)
+    generate = GreedyAnswers(tokenizer, rendered) if prompted else None
     statistics = statistics_of(replace(loaded, rendered=rendered))
     rows = [_metadata(row) for row in rendered]
     name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)
@@ -142,20 +203,21 @@ def _metadata(rendered: Rendered) -> dict[str, Any]:
     return {
         "prompt": rendered.row.prompt,
         "response": rendered.row.response,
-        "tokens": len(rendered.tokens) - rendered.response_start,
+        "tokens": rendered.trained,
         "line": rendered.row.line,
+        "source": rendered.row.source,
     }
 
 
 def statistics_of(loaded: LoadedData) -> dict[str, Any]:
-    """Counts of one data set: rows, duplicates, tokens, and what truncation cost."""
+    """Counts of one data set: rows, duplicates, tokens, what truncation cost, and what carries no loss."""
     lengths = torch.tensor([len(row.tokens) for row in loaded.rendered], dtype=torch.float64)
-    responses = torch.tensor(
-        [len(row.tokens) - row.response_start for row in loaded.rendered], dtype=torch.float64
-    )
+    responses = torch.tensor([row.trained for row in loaded.rendered], dtype=torch.float64)
     return {
         "rows": len(loaded.rendered),
         "duplicates": loaded.duplicates,
+        "dropped": loaded.dropped,
+        "read_as": list(loaded.taken),
         "tokens_total": int(lengths.sum()),
         "tokens_mean": float(lengths.mean()),
         "tokens_max": int(lengths.max()),
@@ -163,7 +225,15 @@ def statistics_of(loaded: LoadedData) -> dict[str, Any]:
         "response_tokens_min": int(responses.min()),
         "prompts_truncated": sum(row.prompt_cut > 0 for row in loaded.rendered),
         "responses_truncated": sum(row.response_cut > 0 for row in loaded.rendered),
+        "loss_on": _counted(row.mode for row in loaded.rendered),
+        "answers_untrained": sum(row.untrained for row in loaded.rendered),
     }
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Different words, with their counts where there are several."""
+    counts = Counter(words)
+    return ", ".join(counts) if len(counts) == 1 else ", ".join(f"{w} {n}" for w, n in counts.items())
 
 
 def _description(

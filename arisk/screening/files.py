@@ -9,7 +9,7 @@ from typing import Any
 
 from arisk.base.artifacts import disk_error
 from arisk.base.errors import InputError
-from arisk.config.plan import DataConfig
+from arisk.config.plan import DataConfig, parts_of
 from arisk.models.rows import raw_rows
 
 __all__ = ["FLAGGED_FILE", "KEPT_FILE", "SplitRow", "split_rows"]
@@ -21,7 +21,11 @@ SplitRow = Mapping[str, Any]
 
 
 def split_rows(
-    config: DataConfig, lines: Sequence[int], added: Sequence[SplitRow], flagged: frozenset[int], folder: Path
+    data: DataConfig | tuple[DataConfig, ...],
+    places: Sequence[tuple[str, int]],
+    added: Sequence[SplitRow],
+    flagged: frozenset[int],
+    folder: Path,
 ) -> tuple[int, int]:
     """Write every screened row once: to `kept.jsonl` or to `flagged.jsonl`, in the order of the source.
 
@@ -29,8 +33,8 @@ def split_rows(
     readable. Rows that `max_samples` left out are in neither file.
 
     Args:
-        config: the data set.
-        lines: (N,) line of every screened row.
+        data: the data set, or its parts.
+        places: (N,) path and line of every screened row.
         added: (N,) keys to add to every row.
         flagged: numbers of the flagged rows.
         folder: where the files go.
@@ -42,7 +46,9 @@ def split_rows(
         InputError: the source no longer has a screened row.
         ArtifactError: the disk is full or the folder is read-only.
     """
-    number = {line: j for j, line in enumerate(lines)}
+    numbers: dict[tuple[str, int], list[int]] = {}
+    for j, place in enumerate(places):
+        numbers.setdefault(place, []).append(j)
     counts = [0, 0]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -50,19 +56,19 @@ def split_rows(
             (folder / KEPT_FILE).open("w", encoding="utf-8", newline="\n") as kept,
             (folder / FLAGGED_FILE).open("w", encoding="utf-8", newline="\n") as dropped,
         ):
-            for line, raw in raw_rows(config, "finetune"):
-                j = number.pop(line, None)
-                if j is None:
-                    continue
-                drop = j in flagged
-                counts[drop] += 1
-                (dropped if drop else kept).write(_line({**raw, **added[j]}))
+            for config in parts_of(data):
+                for line, raw in raw_rows(config, "finetune"):
+                    for j in numbers.pop((config.path, line), ()):
+                        drop = j in flagged
+                        counts[drop] += 1
+                        (dropped if drop else kept).write(_line({**raw, **added[j]}))
     except OSError as err:
         raise disk_error(err, folder) from err
-    if number:
+    if numbers:
+        path, line = min(numbers)
         raise InputError(
-            f"{len(number)} screened rows are no longer in the data",
-            where=f"finetune.path: {config.path}, line {min(number)}",
+            f"{len(numbers)} screened rows are no longer in the data",
+            where=f"finetune.path: {path}, line {line}",
             fix="the file changed while it was screened: run the same command again",
         )
     return counts[0], counts[1]
