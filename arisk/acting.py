@@ -23,7 +23,7 @@ __all__ = ["guard_extra", "run_guard", "run_screen", "screen_extra"]
 
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
-    *("scores", "first_order", "control_order", "second_order"),
+    *("scores", "first_order", "control_order"),
     *("losses", "gradient_norms", "p_values", "exact"),
 )
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.

@@ -192,6 +192,16 @@ def test_reasons_read_as_sentences(world):
     assert all(state.reasons[0].sentence() == "not run yet" for state in empty)
 
 
+def test_a_stage_that_has_not_run_is_not_said_to_have(world):
+    _, values, rundir = world
+    found = states(changed(values, "training.learning_rate", 0.5), rundir)
+    assert sentences(found, "forecast")[-1] == "rollout is not fresh"
+    assert not any("run again" in said for state in found for said in sentences(found, state.stage))
+    commit("rollout", changed(values, "training.learning_rate", 0.5), rundir)
+    found = states(changed(values, "training.learning_rate", 0.5), rundir)
+    assert "rollout was run again" in sentences(found, "forecast")
+
+
 def sentences(found, stage):
     return [reason.sentence() for state in found if state.stage == stage for reason in state.reasons]
 

@@ -8,6 +8,7 @@ J Krylov vectors, B fine-tuning batches; θ* the aligned point; losses in nats p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +85,6 @@ class SubspaceResult:
             fitted on the other half: mean over random splits; `heldout_energy_std` their spread.
             None when N < 4.
         module_traces: (L,) tr F^(l); they add up to the trace.
-        module_spectra: (L, m) leading eigenvalues of each F^(l), NaN padded.
         top_weights: largest entries of the Fisher diagonal: name, index (list), value.
         warnings: sentences for the report.
     """
@@ -102,9 +102,12 @@ class SubspaceResult:
     heldout_energy: float | None
     heldout_energy_std: float | None
     module_traces: Tensor
-    module_spectra: Tensor
     top_weights: Sequence[Mapping[str, Any]]
     warnings: Sequence[str]
+
+
+#: p-value up to which an overlap is more than chance.
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,19 @@ class OverlapNulls:
     delta_w_random: float | None
     conflict_cosine: float | None
 
+    @property
+    def beyond_chance(self) -> bool | None:
+        """Whether p ≤ 5 %; None where it is not known, or where so few permutations cannot show it.
+
+        The smallest p that n permutations allow is 1/(n + 1): an update beyond all of fewer than 19 has
+        beaten everything it was compared with, and is still no evidence at 5 %.
+        """
+        if self.p_value is None or math.isnan(self.ratio):
+            return None
+        floor = 1 / (self.permutations + 1)
+        undecided = self.p_value > SIGNIFICANT and self.p_value <= floor
+        return None if undecided else self.p_value <= SIGNIFICANT
+
 
 @dataclass(frozen=True)
 class ScoreResult:
@@ -145,24 +161,22 @@ class ScoreResult:
     Attributes:
         optimizer: "sgd" or "adamw"; preconditioned by D where adamw.
         finetune_loss: mean loss of the measured batches (nats per token).
-        gradient_norm, update_norm: ‖g‖ and ‖D g‖; batch_gradient_norms (B,) of single batches.
+        update_norm: ‖D g‖.
         overlap: the overlap and its nulls.
         gamma_hat: ‖F^½ P D H D g‖; epsilon_hat: ‖F^½ P D g‖ (both carry F^½ once).
         aic_conditions: the three conditions of the Alignment Instability Condition, each with
             `name`, `holds` (true, false or null = not measured) and `evidence` (a sentence).
         c_update: (N,) G u. c_batches: (N, B) G D g_b negated, one column per batch.
         c_krylov: (N, J) G D^½ Q.  krylov_t: (J, J) T = Qᵀ D^½ H D^½ Q.
-        krylov_beta: ‖D^½ g‖, so that D^½ g = beta · q₁; krylov_residual: the last off-diagonal.
+        krylov_beta: ‖D^½ g‖, so that D^½ g = beta · q₁.
         hvp_method: "autograd", "finite_difference" or "ggn"; hvp_error: its relative error by Richardson
             extrapolation (or symmetry check), None when not measured.
-        module_first_order: (L,) ⟨ḡ_s, u⟩ by module. module_second_order: (L,) ⟨F u, u⟩ by module,
+        module_second_order: (L,) ⟨F u, u⟩ by module,
             adding up to uᵀFu.
         examples: fine-tuning rows with `index`, `prompt`, `response`, `tokens`, `loss`,
             `gradient_norm`, `first_order` (−⟨ḡ_s, D g_j⟩, nats per unit learning rate) and
             `second_order` (⟨F u, −D g_j⟩): positive means harmful.
         finetune_rows: rows of the fine-tuning data, 0 when not known; turns epochs into steps.
-        baselines: plain numbers a user could compute, by name.
-        has_directions: whether P-sized vectors (g, batch variance, Q) lie beside this artifact.
         probe_times: (M,) flow times t of a straight virtual move θ* + t u, ascending from 0.
         probe_safety: (N, M) measured change of each safety sample's loss there (nats).
         probe_finetune: (M,) measured change of the mean fine-tuning loss there (nats).
@@ -172,9 +186,7 @@ class ScoreResult:
 
     optimizer: Literal["sgd", "adamw"]
     finetune_loss: float
-    gradient_norm: float
     update_norm: float
-    batch_gradient_norms: Tensor
     overlap: OverlapNulls
     gamma_hat: float
     epsilon_hat: float
@@ -184,15 +196,11 @@ class ScoreResult:
     c_krylov: Tensor
     krylov_t: Tensor
     krylov_beta: float
-    krylov_residual: float
     hvp_method: str
     hvp_error: float | None
-    module_first_order: Tensor
     module_second_order: Tensor
     examples: Sequence[Mapping[str, Any]]
     finetune_rows: int
-    baselines: Mapping[str, float]
-    has_directions: bool
     warnings: Sequence[str]
     probe_times: Tensor | None = None
     probe_safety: Tensor | None = None

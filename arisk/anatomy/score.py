@@ -115,9 +115,7 @@ def score(
     record = ScoreResult(
         optimizer=training.optimizer,
         finetune_loss=update.loss,
-        gradient_norm=float(update.gradient.norm()),
         update_norm=float(update.direction.norm()),
-        batch_gradient_norms=update.batch_norms,
         overlap=overlap,
         gamma_hat=gamma,
         epsilon_hat=epsilon,
@@ -127,19 +125,11 @@ def score(
         c_krylov=c_krylov,
         krylov_t=krylov.projected,
         krylov_beta=krylov.beta,
-        krylov_residual=krylov.residual,
         hvp_method=plan.method,
         hvp_error=plan.error,
-        module_first_order=_by_module(layout, collected.mean_gradient * update.direction),
         module_second_order=_by_module(layout, pull * update.direction),
         examples=examples,
         finetune_rows=len(task.finetune.rows),
-        baselines={
-            "initial_finetune_loss": update.loss,
-            "gradient_norm": float(update.gradient.norm()),
-            "update_norm": float(update.direction.norm()),
-        },
-        has_directions=kept,
         probe_times=probe.times if probe else None,
         probe_safety=probe.safety if probe else None,
         probe_finetune=probe.finetune if probe else None,
@@ -237,7 +227,7 @@ def _conditions(
         },
         {
             "name": "2 near-orthogonal start: the first update hardly touches them",
-            "holds": None if p is None else p > 0.05,
+            "holds": None if overlap.beyond_chance is None else not overlap.beyond_chance,
             "evidence": f"overlap {overlap.ratio:.3g}, {overlap.ratio_to_random:.1f} × random"
             + ("" if p is None else f", permutation p = {p:.2g}"),
         },
@@ -266,7 +256,7 @@ def _directions(scene: Scene, update: Update, krylov: Krylov, training: Training
 
 def _warnings(update: Update, plan: HvpPlan, config: ScoreConfig, task: Task) -> list[str]:
     found: list[str] = []
-    batches = len(update.batch_norms)
+    batches = len(update.batch_losses)
     if batches == 1:
         found.append("One fine-tuning batch only: mini-batch noise was not measured.")
     elif batches < config.batches:

@@ -21,8 +21,6 @@ from arisk.geometry.spectrum import (
 
 __all__ = ["subspace"]
 
-#: Leading eigenvalues kept per module.
-MODULE_SPECTRUM = 8
 #: A subspace that holds less of the held-out safety energy than this does not generalise.
 GENERALISES = 0.5
 #: Below this mean squared gradient norm the safety loss is flat at θ* (nats² per unit θ²).
@@ -80,7 +78,6 @@ def subspace(
         heldout_energy=mean_held,
         heldout_energy_std=float(held.std()) if held.numel() > 1 else None,
         module_traces=collected.gram.diagonal(dim1=1, dim2=2).sum(1) / n,
-        module_spectra=_module_spectra(collected.gram),
         top_weights=_top_weights(collected, config.top_weights),
         warnings=_warnings(config, rank, explained, mean_held, trace, n),
     )
@@ -133,14 +130,6 @@ def _svd(gradients: Callable[[], Tensor] | None) -> tuple[Tensor, Tensor]:
     values = singular**2 / g.shape[0]
     keep = values > 1e-10 * values[0]
     return values[keep], left[:, keep]
-
-
-def _module_spectra(gram: Tensor) -> Tensor:
-    """(L, m) leading eigenvalues of each F^(l), NaN where a module has fewer."""
-    n = gram.shape[1]
-    values = torch.linalg.eigvalsh(gram / n).flip(1)[:, : min(MODULE_SPECTRUM, n)]
-    largest = values[:, :1].clamp(min=0)
-    return torch.where(values > 1e-10 * largest, values, torch.full_like(values, float("nan")))
 
 
 def _top_weights(collected: CollectResult, count: int) -> Sequence[dict[str, Any]]:

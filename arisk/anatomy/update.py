@@ -32,8 +32,6 @@ class Update:
         noise_variance: (P,) unbiased variance of one micro-batch gradient; 0 with one batch.
         preconditioner: (P,) D: ones for SGD, 1/(√v̂ + ε) for AdamW with v̂ = g² + noise/accumulation.
         direction: (P,) u = −D g.
-        batch_gradients: (P, B) g_b where a stack for them was given.
-        batch_norms: (B,) ‖g_b‖.
         batch_losses: (B,).
     """
 
@@ -42,8 +40,6 @@ class Update:
     noise_variance: Tensor
     preconditioner: Tensor
     direction: Tensor
-    batch_gradients: VectorStack | None
-    batch_norms: Tensor
     batch_losses: Tensor
 
 
@@ -101,11 +97,9 @@ def measure_update(
         NumericsError: a loss or gradient is not finite, or the mean gradient is exactly zero.
     """
     losses: list[float] = []
-    norms: list[float] = []
     mean = squares = torch.zeros(0)
     for number, (loss, gradient) in enumerate(_gradients(task, samples, layout, batches, progress), 1):
         losses.append(loss)
-        norms.append(float(gradient.to(torch.float64).norm()))
         if stack is not None:
             stack.append(gradient)
         if number == 1:
@@ -130,8 +124,6 @@ def measure_update(
         noise_variance=noise,
         preconditioner=d,
         direction=-d * mean,
-        batch_gradients=stack,
-        batch_norms=torch.tensor(norms, dtype=torch.float64),
         batch_losses=torch.tensor(losses, dtype=torch.float64),
     )
 

@@ -183,7 +183,10 @@ def _reasons(
         yield Reason("missing", spec.name)
         return
     if manifest.get("key") != key:
-        yield from _changes(spec, manifest.get("ingredients", {}), ingredients)
+        for reason in _changes(spec, manifest.get("ingredients", {}), ingredients):
+            # A stage that would get another key has not been run with it: that it is not fresh comes below.
+            if reason.kind != "upstream" or reason.path not in spec.upstream or fresh[reason.path]:
+                yield reason
     try:
         rundir.verify(spec.name, deep=False)
     except ArtifactError as err:

@@ -52,7 +52,7 @@ STAGES = (
         (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
         ("model", "adapter", "safety"),
     ),
-    StageSpec("subspace", 1, ("collect",), ("subspace",)),
+    StageSpec("subspace", 2, ("collect",), ("subspace",)),
     StageSpec(
         "score",
         3,

@@ -386,7 +386,11 @@ def _overlap(scored: ScoreResult) -> str | None:
     if overlap.p_value is None or math.isnan(overlap.ratio):
         return None
     control = "" if overlap.control is None else f"; ordinary data overlaps {number(overlap.control)}"
-    says = "more than chance" if overlap.p_value <= 0.05 else "no more than chance"
+    says = {
+        True: "more than chance",
+        False: "no more than chance",
+        None: f"more than its {overlap.permutations} shuffled copies, which are too few to rule out chance",
+    }[overlap.beyond_chance]
     return (
         f"The first update overlaps the safety subspace by {number(overlap.ratio)}, {says} "
         f"(permutation p = {number(overlap.p_value, 2)}{control})."

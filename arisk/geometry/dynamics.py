@@ -89,6 +89,8 @@ def recorded_steps(horizon: int, limit: int) -> list[int]:
     """
     if horizon + 1 <= limit:
         return list(range(horizon + 1))
+    if limit == 2:
+        return [0, horizon]
     ratio = math.log(horizon) / (limit - 2)
     points = {0, horizon} | {round(math.exp(ratio * i)) for i in range(limit - 1)}
     return sorted(points)

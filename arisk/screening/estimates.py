@@ -69,7 +69,7 @@ def worth_estimating(model: nn.Module, layout: ParameterLayout, rows: int | None
 def contrast(place: Place) -> Tensor:
     """The direction v (P,): −D(∇L_s − ∇L_c), or −D∇L_s without control data."""
     directions = place.directions
-    return directions[:, 0] - directions[:, 2] if directions.shape[1] > 2 else directions[:, 0]
+    return directions[:, 0] - directions[:, 1] if directions.shape[1] > 1 else directions[:, 0]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from arisk.base.processes import from_first, is_first, share, summed
 from arisk.base.task import Progress, RowBatches, SampleSet, Task
 from arisk.config.plan import ScreenConfig, TrainingConfig
 from arisk.forecast.rollout import limited
-from arisk.gradients import ParameterLayout, mean_gradient, move_batch
+from arisk.gradients import ParameterLayout, batch_size, mean_gradient, move_batch
 from arisk.screening.record import ScreenPoint
 from arisk.screening.rows import RowGroup, row_groups
 from arisk.training.loop import PlannedRun, put
@@ -34,8 +34,8 @@ __all__ = ["COLUMNS", "EVERY", "Place", "control_groups", "places"]
 
 #: The safety loss is measured every so many steps.
 EVERY = 5
-#: Directions of a place, in column order: −D ∇L_s, −D F u, and −D ∇L_c where there is control data.
-COLUMNS = ("safety", "second", "control")
+#: Directions of a place, in column order: −D ∇L_s, and −D ∇L_c where there is control data.
+COLUMNS = ("safety", "control")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Place:
     Attributes:
         point: step, rises and weight.
         theta: (P,) the selected parameters there.
-        directions: (P, 2 or 3), see `COLUMNS`.
+        directions: (P, 1 or 2), see `COLUMNS`.
         metric: (P,) D.
     """
 
@@ -120,9 +120,8 @@ class _PointWalk:
         update = measure_update(task, task.finetune, layout, self.training, batches, self.progress)
         d = update.preconditioner
         side = recomputed_side(task, layout, self.engine, self.config.batch_size)
-        along = side.dots(update.direction[:, None])[:, 0]
-        mean = torch.full_like(along, 1 / len(along))
-        columns = [side.weighted_sum(mean), side.weighted_sum(along / len(along))]
+        samples = sum(map(batch_size, self.safety))
+        columns = [side.weighted_sum(torch.full((samples,), 1 / samples, dtype=torch.float64))]
         if task.control is not None:
             columns.append(self._control_gradient())
         point = ScreenPoint(

@@ -46,8 +46,6 @@ class ScreenResult:
             first term alone. Positive is harmful.
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
-        second_order: (N,) ⟨F u, −D g_j⟩ summed likewise, with u = −D g the planned update and F the
-            empirical Fisher matrix of the safety samples there; for comparison.
         losses, gradient_norms: (N,) at the last point; nats per response token.
         null: (N_c,) scores of control rows, each left out of its own ∇L_c; None where there are none.
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
@@ -77,7 +75,6 @@ class ScreenResult:
     scores: Tensor
     first_order: Tensor
     control_order: Tensor | None
-    second_order: Tensor
     losses: Tensor
     gradient_norms: Tensor
     null: Tensor | None

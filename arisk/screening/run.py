@@ -142,7 +142,7 @@ def _record(
     weights = [place.point.weight for place in found]
     contrasted = control is not None
     first = _sum(weights, [table[:, 0] for table in rows.tables])
-    against = _sum(weights, [table[:, 2] for table in rows.tables]) if contrasted else None
+    against = _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
     null = None
     if control is not None:
         null = _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
@@ -157,7 +157,6 @@ def _record(
         scores=scores,
         first_order=first,
         control_order=against,
-        second_order=_sum(weights, [table[:, 1] for table in rows.tables]),
         losses=rows.tables[-1][:, -1],
         gradient_norms=rows.tables[-1][:, -3],
         null=null,
@@ -202,7 +201,7 @@ def _left_out(table: Tensor) -> Tensor:
     count = len(table)
     if count < 2:
         return torch.zeros(count, dtype=torch.float64)
-    return (count * table[:, 2] + table[:, -2].square()) / (count - 1)
+    return (count * table[:, 1] + table[:, -2].square()) / (count - 1)
 
 
 def _warnings(task: Task, record: ScreenResult) -> list[str]:

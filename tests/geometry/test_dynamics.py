@@ -90,6 +90,7 @@ def test_adamw_noise_enters_the_second_moment():
 
 def test_recorded_steps():
     assert recorded_steps(5, 10) == [0, 1, 2, 3, 4, 5]
+    assert recorded_steps(10, 2) == [0, 10]
     thin = recorded_steps(100_000, 64)
     assert thin[0] == 0
     assert thin[-1] == 100_000

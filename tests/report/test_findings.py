@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,22 @@ def test_numbers_are_read_on_every_shade_of_the_map(percent):
     shade = percent / 100
     assert contrast(cell_ink(2 * shade, 2.0), colour_at(min(shade, 1.0))) >= 4.5
     assert contrast(cell_ink(None, 2.0), "#b8bdc4") >= 4.5
+
+
+@pytest.mark.parametrize(
+    ("p", "permutations", "says", "holds"),
+    [
+        (0.01, 99, ", more than chance", True),
+        (0.05, 19, ", more than chance", True),
+        (0.3, 99, ", no more than chance", False),
+        (0.5, 3, ", no more than chance", False),
+        (0.25, 3, "its 3 shuffled copies, which are too few", None),
+    ],
+)
+def test_an_overlap_at_the_floor_of_few_permutations_is_no_finding(p, permutations, says, holds):
+    collected, space, scored, forecast = made.records()
+    overlap = replace(scored.overlap, p_value=p, permutations=permutations)
+    assert overlap.beyond_chance is holds
+    assert replace(overlap, ratio=math.nan).beyond_chance is None
+    told = findings(collected, space, replace(scored, overlap=overlap), forecast)
+    assert sum(says in sentence for sentence in told) == 1

@@ -221,7 +221,6 @@ def test_svd_needs_gradients_and_ranks_have_limits(measured):
 def test_contributions_add_up(scored):
     record = scored.record
     c = record.c_update
-    assert float(record.module_first_order.sum()) == pytest.approx(float(c.mean()))
     assert float(record.module_second_order.sum()) == pytest.approx(float(c.square().mean()))
     torch.testing.assert_close(record.c_batches.mean(1), c, rtol=1e-9, atol=1e-12)
 
