@@ -77,6 +77,9 @@ def _truths(given: argparse.Namespace) -> None:
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
         result = run(job, given.model, given.data, given.cache / given.model.name)
+        if result is None:
+            print("  another process is at it")
+            continue
         for point in result["points"]:
             counts = point.get("answers_harmful", {}).get("counts", "")
             kept = point["own_harmful"]["5"]["kept"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from tests.bench.real.jobs import SOURCES, Job
 from tests.bench.real.measure import (
@@ -156,11 +157,23 @@ def start(folder: Path, panel: Panel, path: Path) -> dict[str, Any]:
     return found["point"]
 
 
-def run(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any]:
-    """Train and measure; writes `cache/<job>.json` and returns it. A job that is there is not run again."""
+def run(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any] | None:
+    """Train and measure; writes `cache/<job>.json` and returns it.
+
+    A job that is there is not run again. None where another process runs it now.
+    """
     path = cache / f"{job.name()}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            if not path.exists():
+                write_json(path, _carried_out(job, model_folder, data, cache))
+            return json.loads(path.read_text(encoding="utf-8"))
+    except Timeout:
+        return None
+
+
+def _carried_out(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(job.seed)
@@ -173,9 +186,7 @@ def run(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any]
     log, measuring = _train(job, model, model_folder, rows, panel, points)
     total = time.process_time() - began
     seconds = {"training": round(total - measuring, 1), "measuring": round(measuring, 1)}
-    result = {"job": job.as_dict(), "rows": len(rows), "cpu_seconds": seconds, "train": log, "points": points}
-    write_json(path, result)
-    return result
+    return {"job": job.as_dict(), "rows": len(rows), "cpu_seconds": seconds, "train": log, "points": points}
 
 
 def _with_adapter(model: Any) -> Any:
@@ -311,7 +322,6 @@ def _point(
 
 def write_json(path: Path, value: Any) -> None:
     """Write as a whole or not at all, so that an interrupted job leaves nothing half done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
