@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import difflib
 from contextvars import ContextVar
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic_core import core_schema
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
@@ -35,6 +45,8 @@ __all__ = ["LORA_MARKERS", "FisherConfig", "PipelineConfig", "PythonSection"]
 
 #: A parameter whose name contains one of these (case ignored) belongs to a LoRA adapter.
 LORA_MARKERS = ("lora_", "lora_A", "lora_B")
+
+S = TypeVar("S", bound=Section)
 
 #: Settings of the peer package that arisk does not have, and what holds instead.
 DROPPED = {
@@ -122,44 +134,27 @@ def _as_mapping(value: Any) -> Any:
     return value
 
 
-class _Training(TrainingConfig, PythonSection):
-    __doc__ = TrainingConfig.__doc__
+_assignable_forms: dict[type[Section], Any] = {}
 
 
-class _Collect(CollectConfig, PythonSection):
-    __doc__ = CollectConfig.__doc__
+def _assignable(section: type[S]) -> type[S]:
+    """The one form of a section that is built from Python, under its name without "Config"."""
+    if section not in _assignable_forms:
+        name = section.__name__.removesuffix("Config").removesuffix("Settings")
+        _assignable_forms[section] = create_model(
+            f"_{name}", __base__=(section, PythonSection), __doc__=section.__doc__
+        )
+    return _assignable_forms[section]
 
 
-class _Subspace(SubspaceConfig, PythonSection):
-    __doc__ = SubspaceConfig.__doc__
+@dataclass(frozen=True)
+class _Assignable:
+    """Marks a field that holds the assignable form of its section, whatever form was given."""
 
-
-class _Score(ScoreConfig, PythonSection):
-    __doc__ = ScoreConfig.__doc__
-
-
-class _Behaviour(BehaviourConfig, PythonSection):
-    __doc__ = BehaviourConfig.__doc__
-
-
-class _Rollout(RolloutConfig, PythonSection):
-    __doc__ = RolloutConfig.__doc__
-
-
-class _Forecast(ForecastConfig, PythonSection):
-    __doc__ = ForecastConfig.__doc__
-
-
-class _Verify(VerifyConfig, PythonSection):
-    __doc__ = VerifyConfig.__doc__
-
-
-class _Screen(ScreenConfig, PythonSection):
-    __doc__ = ScreenConfig.__doc__
-
-
-class _Guard(GuardSettings, PythonSection):
-    __doc__ = GuardSettings.__doc__
+    def __get_pydantic_core_schema__(
+        self, source: type[Section], handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(_as_mapping, handler(_assignable(source)))
 
 
 class FisherConfig(PythonSection):
@@ -197,25 +192,25 @@ class PipelineConfig(PythonSection):
     """Seed of every sampler, and of the random state that loaders see."""
     fisher: FisherConfig = Field(default_factory=FisherConfig)
     """The safety Fisher matrix, under the names of the peer package."""
-    training: Annotated[_Training, BeforeValidator(_as_mapping)] = Field(default_factory=_Training)
+    training: Annotated[TrainingConfig, _Assignable()] = Field(default_factory=_assignable(TrainingConfig))
     """The planned fine-tune."""
-    collect: Annotated[_Collect, BeforeValidator(_as_mapping)] = Field(default_factory=_Collect)
+    collect: Annotated[CollectConfig, _Assignable()] = Field(default_factory=_assignable(CollectConfig))
     """Per-sample safety gradients."""
-    subspace: Annotated[_Subspace, BeforeValidator(_as_mapping)] = Field(default_factory=_Subspace)
+    subspace: Annotated[SubspaceConfig, _Assignable()] = Field(default_factory=_assignable(SubspaceConfig))
     """The safety subspace."""
-    score: Annotated[_Score, BeforeValidator(_as_mapping)] = Field(default_factory=_Score)
+    score: Annotated[ScoreConfig, _Assignable()] = Field(default_factory=_assignable(ScoreConfig))
     """How the planned update meets the subspace."""
-    behaviour: Annotated[_Behaviour, BeforeValidator(_as_mapping)] = Field(default_factory=_Behaviour)
+    behaviour: Annotated[BehaviourConfig, _Assignable()] = Field(default_factory=_assignable(BehaviourConfig))
     """What the model says along the run."""
-    rollout: Annotated[_Rollout, BeforeValidator(_as_mapping)] = Field(default_factory=_Rollout)
+    rollout: Annotated[RolloutConfig, _Assignable()] = Field(default_factory=_assignable(RolloutConfig))
     """Losses measured along an accelerated virtual run."""
-    forecast: Annotated[_Forecast, BeforeValidator(_as_mapping)] = Field(default_factory=_Forecast)
+    forecast: Annotated[ForecastConfig, _Assignable()] = Field(default_factory=_assignable(ForecastConfig))
     """From artifacts to a verdict."""
-    verify: Annotated[_Verify, BeforeValidator(_as_mapping)] = Field(default_factory=_Verify)
+    verify: Annotated[VerifyConfig, _Assignable()] = Field(default_factory=_assignable(VerifyConfig))
     """The check of the forecast by a real fine-tune."""
-    screen: Annotated[_Screen, BeforeValidator(_as_mapping)] = Field(default_factory=_Screen)
+    screen: Annotated[ScreenConfig, _Assignable()] = Field(default_factory=_assignable(ScreenConfig))
     """Which fine-tuning rows push towards harm (`arisk.screen`)."""
-    guard: Annotated[_Guard, BeforeValidator(_as_mapping)] = Field(default_factory=_Guard)
+    guard: Annotated[GuardSettings, _Assignable()] = Field(default_factory=_assignable(GuardSettings))
     """The planned fine-tune with and without protection (`arisk.protect`)."""
 
     @model_validator(mode="after")
