@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -187,18 +188,68 @@ def test_the_rollout_is_within_15_percent(case):
     assert near(measured.collapse_step, case["true_collapse_step"], 0.15)
 
 
-def test_the_rollout_on_random_rotated_cases():
-    errors, missed = [], 0
-    for seed in range(24):
-        case = random_case(seed)
-        found = report_of(case).forecast.forecasters["rollout"].collapse_step
-        truth = case["true_collapse_step"]
+def bent_case(seed):
+    """A rotated problem whose curvature has both signs, of random length, recipe and threshold."""
+    from arisk.training.schedules import learning_rates
+
+    generator = torch.Generator().manual_seed(1000 + seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    rows = normal(6, 12) * torch.logspace(0, -1, 12, dtype=torch.float64)
+    rows = torch.cat([rows, -rows]) @ torch.linalg.qr(normal(12, 12)).Q
+    frame = torch.linalg.qr(normal(12, 12)).Q
+    curvature = 3 * torch.rand(12, dtype=torch.float64, generator=generator) - 1.5
+    h, g = frame @ torch.diag(curvature) @ frame.T, normal(12)
+    flow, level, _ = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
+    steps, adaptive, heavy = [150, 300, 600][seed % 3], seed % 2 == 1, seed % 4 == 0
+    rate = (0.6 + flow) * (0.8 if adaptive else 1.6) / steps / (10 if heavy else 1)
+    recipe = {"betas": [0.9, 0.999], "eps": 1e-8} if adaptive else {"momentum": 0.9 if heavy else 0.0}
+    schedule = {"schedule": ["constant", "linear", "cosine"][seed // 2 % 3]}
+    schedule |= {"warmup_steps": steps // 15 if seed % 5 == 1 else 0}
+    training = {"name": "adamw" if adaptive else "sgd", "learning_rate": rate, "max_steps": steps}
+    training |= recipe | schedule
+    safety_h = rows.T @ rows / len(rows)
+    path = exact_iterates(h, g, training, learning_rates(rate, steps, **schedule))
+    changes = [float(0.5 * d @ safety_h @ d) for d in path]
+    threshold = max(changes) * (0.3 + 0.65 * level if seed % 6 else 1.2)
+    return {
+        "safety_rows": rows.tolist(),
+        "safety_hessian": safety_h.tolist(),
+        "finetune_hessian": h.tolist(),
+        "finetune_gradient": g.tolist(),
+        "training": training,
+        "collapse_threshold": threshold,
+        "true_collapse_step": next((k for k, c in enumerate(changes, 1) if c >= threshold), None),
+    }
+
+
+def step_factors(cases):
+    """Factors ≥ 1 between the rollout's and the true collapse step, infinite where only one is None."""
+    factors = []
+    for case in cases:
+        found, truth = (
+            report_of(case).forecast.forecasters["rollout"].collapse_step,
+            case["true_collapse_step"],
+        )
         if (found is None) != (truth is None):
-            missed += 1
+            factors.append(math.inf)
         elif truth is not None:
-            errors.append(abs(found - truth) / truth)
-    assert sorted(errors)[len(errors) // 2] <= 0.1
-    assert missed <= 1
+            factors.append(max(found / truth, truth / found))
+    return factors
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [CASES, [random_case(seed) for seed in range(24)], [bent_case(seed) for seed in range(24)]],
+    ids=["fixed", "rotated", "rotated, curvature of both signs"],
+)
+def test_the_rollout_is_within_3_percent_in_the_median(cases):
+    """At most one case in twenty or more whose collapse is missed or invented."""
+    factors = step_factors(cases)
+    assert sum(map(math.isinf, factors)) <= 1
+    assert statistics.median(factors) <= 1.03
 
 
 def half_rate_truth(case, steps):

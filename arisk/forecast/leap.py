@@ -6,9 +6,10 @@ steps and moves by x f (Σ η) d:
 * f, the distance correction. Over L steps a real run goes L g in its mean direction and √L σ at
   random; L times a mean over q noisy batches goes too far. With S = ‖ḡ‖² − σ²/q, all lengths
   measured with the optimizer's own scale, f² = (L²S + Lσ²) / (L²S + L²σ²/q), per tensor.
-* x, the speed. With r = ⟨g(end), d⟩ / ⟨ḡ, d⟩ the flow along d slows down exponentially:
-  x = (1 − e^{−a})/a with a = 1 − r; a run that overshoots a valley is pulled back, further where the
-  loss of a batch rises over the leap.
+* x, the speed. With r = ⟨g(end), d⟩ / ⟨ḡ, d⟩ the slope along d changes exponentially, by e^{−a} with
+  a = 1 − r over the leap: x = (1 − e^{−a})/a. A run that slows down is pulled back, one that overshoots
+  a valley further, most where the loss of a batch rises over the leap; one that gathers speed (r > 1,
+  negative curvature) goes on, to x ≤ 1.72 at most, as a single batch may mislead.
 
 Real steps afterwards damp what the leap stirred up. Source of the idea: Gear and Kevrekidis,
 projective methods for stiff differential equations (2003); the two corrections are this project's.
@@ -44,6 +45,8 @@ __all__ = [
 HALVINGS = 6
 #: Largest slow-down a single check may ask for (x ≥ 1/STIFFEST).
 STIFFEST = 20.0
+#: Largest gain in speed a single check may ask for: a ≥ −1, x ≤ e − 1.
+FASTEST = 1.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Leaper:
                 parameter.add_(part, alpha=share)
 
     def _checked(self, block: Block, way: list[Tensor], number: int, before: float) -> tuple[float, float]:
-        """Pull back along the way by what the gradient at its end says.
+        """Pull back along the way, or go on along it, by what the gradient at its end says.
 
         Where the loss of one and the same batch rose over the leap, the way led out of the valley:
         its slope at the start is then read off that batch, as the parabola through both losses and
@@ -232,7 +235,8 @@ class Leaper:
             return share, 1.0
         else:
             slowing = _slowing(start, end)
-        kept = _kept(slowing)
+        # What lies beyond an end that was already cut short is not finite.
+        kept = _kept(slowing if share == 1 else max(slowing, 0.0))
         self._move(way, share * (kept - 1))
         return share * kept, math.exp(-slowing)
 
@@ -281,13 +285,13 @@ class Leaper:
 
 
 def _slowing(start: float, end: float) -> float:
-    """Exponent a of a slope that falls from `start` to `end` over the leap, both along the way."""
-    return min(max(1 - end / start, 0.0), STIFFEST)
+    """Exponent a of a slope that goes from `start` < 0 to `end` over the leap, both along the way."""
+    return min(max(1 - end / start, -FASTEST), STIFFEST)
 
 
 def _kept(slowing: float) -> float:
-    """(1 − e^{−a})/a, the share of the way a flow covers whose slope falls as e^{−a}."""
-    return -math.expm1(-slowing) / slowing if slowing > 1e-6 else 1.0
+    """(1 − e^{−a})/a, the share of the way a flow covers whose slope changes by e^{−a}; above 1 for a < 0."""
+    return -math.expm1(-slowing) / slowing if abs(slowing) > 1e-6 else 1.0
 
 
 #: Steps of the pilot at which losses are measured.

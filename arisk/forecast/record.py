@@ -27,7 +27,7 @@ class RolloutResult:
         safety: (N, M) change of each safety sample's loss (nats per response token).
         control: (N_c, M) the same for control samples; None without control data.
         finetune_loss: mean training loss of the real steps before each point, NaN at 0.
-        kept_share: share of each leap that speed control kept; 1 where steps were real.
+        kept_share: share x of each leap that speed control kept, in (0, 1.72]; 1 where steps were real.
         flow_time: Σ η up to each point.
         diverged_at: step before which the run diverged; None where it did not.
         scales: S factors s of the outputs z₀ + (z_pilot − z₀) s, and extrapolated: (N, S) loss

@@ -299,6 +299,38 @@ def test_speed_control_follows_the_flow_into_a_valley():
             assert low <= model.x.item() <= high
 
 
+@pytest.mark.parametrize("curvature", [-1.2, -0.6, 0.0, 0.6, 3.0])
+def test_a_leap_ends_where_the_flow_along_a_parabola_does(curvature):
+    """From x = 0 with slope −1: (1 − e^{−κt})/κ after flow time t, exact for curvatures of both signs.
+
+    The leap reads κt off its end; a gain in speed beyond a = −1 is not believed.
+    """
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def parabola(model, batch):
+        return 0.5 * curvature * model.x**2 - model.x + 0 * batch.mean()
+
+    model, length, rate = Point(), 1000, 1e-3
+    batches = [torch.zeros(1, 1, dtype=torch.float64)]
+    task = Task(model, SampleSet("s", batches, parabola), SampleSet("f", batches, parabola), ["x"])
+    layout = layout_of(model, ["x"])
+    with measuring(model, layout):
+        planned_run = PlannedRun(
+            task, layout, TrainingConfig(optimizer="sgd", learning_rate=rate), torch.full((2000,), rate)
+        )
+        leaper = Leaper(planned_run)
+        share = leaper.leap(leaper.real(0, 2, 2), 2, length)
+    flow = length * rate
+    believed = max(curvature, -1.0) * flow
+    expected = -math.expm1(-believed) / believed if believed else 1.0
+    assert share == pytest.approx(expected, rel=0.01)
+    assert model.x.item() == pytest.approx(2 * rate + flow * expected, rel=0.01)
+
+
 def test_outputs_are_extrapolated_exactly_where_they_move_straight():
     model = nn.Linear(5, 3).double()
     (batch,) = data(4, 1)
