@@ -154,31 +154,46 @@ class Leaper:
         self._age_state(block, length, left)
         if self.rare is not None:
             inner = sum(self.run.rates[done + length : done + length + block.count])
-            self._bring_in(self.rare, block, length + block.count, rate + inner)
+            gone = [part * share for part in way]
+            self._bring_in(self.rare, block, gone, length + block.count, (rate, inner))
         return share
 
-    def _bring_in(self, rare: RareRows, block: Block, length: int, rate: float) -> None:
+    def _bring_in(
+        self, rare: RareRows, block: Block, gone: list[Tensor], length: int, rates: tuple[float, float]
+    ) -> None:
         """Move by what the rare rows add to the leap, less where their loss falls less than it would.
 
         Their share of the second moments is added first: a step along a coordinate that only rare
-        rows move would otherwise be far too long.
+        rows move would otherwise be far too long. Where the block met more rare rows than the run
+        holds, the surplus is taken back out of the leap, no coordinate by more than the leap went:
+        the batch may pull at coordinates that the rare rows of the block never moved.
+
+        Args:
+            rare: the stratum, of share w.
+            block: the steps the leap was made from, with a share s of rare rows.
+            gone: the way that was kept of the leap.
+            length: steps of the leap and of the real ones after it.
+            rates: their Σ η, apart: the real steps leave the rare rows out.
         """
-        if block.rare_share == 1:
+        seen = block.rare_share
+        if seen == 1:
             return  # Nothing but rare rows was seen: there is no ordinary gradient to correct from.
-        missing = rare.share - block.rare_share
-        weight = missing / (1 - block.rare_share)
+        missing = rare.share - seen
+        due = (max(missing, 0.0) * rates[0] + rare.share * rates[1]) / (1 - seen)
+        surplus = max(-missing, 0.0) * rates[0] / (1 - seen)
         gradient, loss = rare.gradient(block.leaps)
         clipped = rare.kept_by_clipping(block.mean, gradient)
         beta = self.run.training.betas[1]
         momentum = self.run.training.momentum if self.run.training.optimizer == "sgd" else 0.0
         way: list[Tensor] = []
-        for parameter, mean, pull in zip(self.run.parameters, block.mean, gradient, strict=True):
+        for parameter, mean, pull, leapt in zip(self.run.parameters, block.mean, gradient, gone, strict=True):
             state = self.run.optimizer.state[parameter]
-            if "exp_avg_sq" in state and missing > 0:
-                seen = (1 - beta**length) * missing / rare.step_rows
-                state["exp_avg_sq"].addcmul_(pull, pull, value=seen)
-            step = (pull * clipped - mean) * self._scale(parameter).sqrt()
-            way.append(step * (-rate * weight / (1 - momentum)))
+            if "exp_avg_sq" in state:
+                held = missing if missing > 0 else rare.share
+                state["exp_avg_sq"].addcmul_(pull, pull, value=(1 - beta**length) * held / rare.step_rows)
+            step = (pull * clipped - mean) * self._scale(parameter).sqrt() / (momentum - 1)
+            limit = leapt.abs()
+            way.append(step * due + (step * -surplus).clamp(-limit, limit))
         self._move(way, 1.0)
         expected = sum(float((g * w).sum()) for g, w in zip(gradient, way, strict=True))
         if expected < 0:
@@ -227,9 +242,12 @@ class Leaper:
             for p, w in zip(self.run.parameters, way, strict=True)
             if p.grad is not None
         )
+        # The parabola through both losses and the end's slope; uphill from the start: 0 or more.
+        own_start = 2 * (after - before) / share - end
+        if block.rare_share:
+            start = own_start  # The checking batch leaves out the rare rows that the block's mean holds.
         if after > before:
-            # The parabola through both losses and the end's slope; uphill from the start: 0 or more.
-            start = 2 * (after - before) / share - end
+            start = own_start
             slowing = STIFFEST if start >= 0 else _slowing(start, end)
         elif start >= 0 or not math.isfinite(end):
             return share, 1.0

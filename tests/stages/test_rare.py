@@ -1,6 +1,7 @@
 """Rare rows: found by their loss, left out of the few real steps, brought in with their true weight."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from arisk.base.task import RowBatches, SampleSet, Task
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.forecast import rollout as stage
 from arisk.forecast import run_state
+from arisk.forecast.leap import Leaper
 from arisk.forecast.rare import RareRows, outliers
 from arisk.forecast.rollout import rollout
 from arisk.gradients import layout_of, measuring
@@ -96,6 +98,73 @@ def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
     expected = -batches.rows[:, :3].mean(0) * rate * (steps - made.pilot_steps) / (1 - momentum)
     # A heavy ball enters the first leap with what the pilot saw: the rare pull is off by a few steps.
     assert torch.allclose(moved, expected, rtol=1e-9 if momentum == 0 else 0.03)
+
+
+def crowded(batches, rows, pilot=20, steps=5):
+    """The planned order changed so that the pilot's last steps hold these rows, one a step."""
+    at = pilot * SIZE - SIZE
+    for row in rows[:steps]:
+        other = batches.order.index(row)
+        batches.order[at], batches.order[other] = row, batches.order[at]
+        at -= SIZE
+    return batches
+
+
+def test_rare_rows_that_the_pilot_met_too_often_count_by_their_true_share():
+    """A linear loss again: two in a hundred rows, but two in the pilot's last twenty."""
+    steps, rate = 1000, 0.01
+    batches = crowded(Rows(linear_rows()), RARE)
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=0.0)
+    config = RolloutConfig(distance_correction=False)
+    made = rollout(linear_task(batches), config=config, training=training, steps=steps)
+    pilot = made.steps.index(made.pilot_steps)
+    moved = made.safety[:, -1] - made.safety[:, pilot]
+    expected = -batches.rows[:, :3].mean(0) * rate * (steps - made.pilot_steps)
+    assert torch.allclose(moved, expected, rtol=1e-9)
+    assert made.kept_share == pytest.approx([1.0] * len(made.kept_share))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_surplus_of_rare_rows_is_taken_back_within_the_leap(optimizer):
+    """The pilot met rows 0 to 3, the batch of the stratum pulls elsewhere, where nothing ever moved."""
+    rows = torch.zeros(ROWS, 12, dtype=torch.float64)
+    rows[:, 0] = -1
+    rows[:, 11] = 0.1 * torch.rand(ROWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stratum = [3, 20, 40, 60, 80]
+    for i, row in enumerate(stratum):
+        rows[row, 1 + i], rows[row, 11] = -7 * (1 + i % 2), 5 + i
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(11, dtype=torch.float64))
+
+    def loss(model, batch):
+        return batch[:, :11] @ model.x + batch[:, 11]
+
+    moves = {}
+    for with_them in (True, False):
+        batches = crowded(Rows(rows), [3, 3, 3, 20])
+        model = Wide()
+        task = Task(model, SampleSet("s", [], loss), SampleSet("f", batches, loss), ["x"])
+        layout = layout_of(model, ["x"])
+        training = TrainingConfig(optimizer=optimizer, learning_rate=0.01)
+        with measuring(model, layout):
+            run = PlannedRun(task, layout, training, torch.full((400,), 0.01))
+            rare = RareRows(run, batches)
+            assert sorted(rare.rows) == stratum
+            leaper = Leaper(run, rare=rare if with_them else None)
+            block = leaper.real(0, 20, 5)
+            if with_them:
+                assert block.rare_share > rare.share
+                run.stream.without = leaper.left_out
+                block = replace(block, count=0)  # No real steps after the leap to make up for.
+            before = model.x.detach().clone()
+            leaper.leap(block, 20, 100)
+            moves[with_them] = model.x.detach() - before
+    correction = (moves[True] - moves[False]).abs()
+    assert bool((correction <= moves[False].abs() * (1 + 1e-9)).all())
+    assert correction.max() > 0
 
 
 def test_a_killed_rollout_goes_on_with_the_same_rare_rows(tmp_path, monkeypatch):
