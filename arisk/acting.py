@@ -17,9 +17,9 @@ from arisk.guard.record import GuardResult
 from arisk.screening.record import ScreenResult
 
 if TYPE_CHECKING:
-    from arisk.report.page import Extra
+    from arisk.report.page import Section
 
-__all__ = ["guard_extra", "run_guard", "run_screen", "screen_extra"]
+__all__ = ["guard_section", "run_guard", "run_screen", "screen_section"]
 
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
@@ -135,17 +135,17 @@ def run_guard(job: Job, workspace: Path) -> GuardResult:
     )
 
 
-def guard_extra(job: Job) -> Extra:
+def guard_section(job: Job) -> Section:
     """What guard shows on the report."""
     from arisk.guard import page
 
-    return page.guard_extra(job.record("guard", GuardResult), job.config)
+    return page.section(job.record("guard", GuardResult), job.config)
 
 
-def screen_extra(job: Job) -> Extra:
+def screen_section(job: Job) -> Section:
     """What screen shows on the report."""
-    from arisk.screening.page import screening_extra
+    from arisk.screening import page
 
     shown = job.config.report
     found: ScreenResult = job.record("screen", ScreenResult)
-    return screening_extra(found, show_text=shown.show_text, max_examples=shown.max_examples)
+    return page.section(found, show_text=shown.show_text, max_examples=shown.max_examples)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -33,6 +33,9 @@ from arisk.peer import (
 )
 from arisk.verification.record import VerifyResult
 from arisk.verification.truth import Comparison, compare
+
+if TYPE_CHECKING:
+    from arisk.report.page import Section
 
 __all__ = ["RiskReport"]
 
@@ -109,7 +112,7 @@ class RiskReport:
         """
         from arisk.report.summary import summary_json
 
-        found = summary_json(self.collected, self.space, self.scored, self.forecasted, title="arisk")
+        found = summary_json("arisk", self._sections(show_text=True))
         return _plain({"status": self.status, "reason": self.reason, "warning": self.warning, **found})
 
     def save(self, folder: str | Path) -> None:
@@ -155,20 +158,16 @@ class RiskReport:
 
     def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
         """The report as one self-contained HTML page, with the real run where `check` has one."""
-        from arisk.report.page import render_report
+        from arisk.report.page import render
 
-        return render_report(
-            self.collected,
-            self.space,
-            self.scored,
-            self.forecasted,
-            title=title,
-            provenance={"source": "Python API"},
-            show_text=show_text,
-            max_examples=25,
-            check=check,
-            measured=self.rollout,
-        )
+        provenance = {"source": "Python API", "task": self.collected.task}
+        return render(title, self._sections(show_text=show_text, check=check), provenance)
+
+    def _sections(self, *, show_text: bool, check: Comparison | None = None) -> list[Section]:
+        from arisk.sections import sections_of
+
+        records = (self.collected, self.space, self.scored, self.forecasted, self.rollout)
+        return sections_of(*records, show_text=show_text, max_examples=25, check=check)
 
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"

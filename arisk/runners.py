@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.acting import guard_extra, run_guard, run_screen, screen_extra
+from arisk.acting import guard_section, run_guard, run_screen, screen_section
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.base.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
 from arisk.base.processes import is_first, rank
@@ -24,10 +24,10 @@ from arisk.verification.record import VerifyResult
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from arisk.report.page import Extra
+    from arisk.report.page import Section
     from arisk.verification.truth import Comparison
 
-__all__ = ["EXTRAS", "RUNNERS", "finite"]
+__all__ = ["RUNNERS", "SECTIONS", "finite"]
 
 #: Counts of the fine-tuning and control rows, beside the scores.
 DATA_FILE = "data.json"
@@ -146,43 +146,30 @@ def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
 
 
 def _report(job: Job, workspace: Path) -> None:
-    from arisk.report.figures import all_figures
     from arisk.report.images import report_images
-    from arisk.report.page import render_report
+    from arisk.report.page import figures_of, render
     from arisk.report.summary import summary_json, summary_markdown
+    from arisk.sections import sections_of
 
-    config = job.config
-    records = (
+    shown = job.config.report
+    forecast = job.record("forecast", ForecastResult)
+    sections = sections_of(
         job.collected,
         job.record("subspace", SubspaceResult),
         job.record("score", ScoreResult),
-        job.record("forecast", ForecastResult),
+        forecast,
+        job.record("rollout", RolloutResult),
+        show_text=shown.show_text,
+        max_examples=shown.max_examples,
+        check=_check(job, forecast),
+        more=[make(job) for stage, make in SECTIONS.items() if job.states[stage].fresh],
     )
-    measured = job.record("rollout", RolloutResult)
-    check = _check(job, records[-1])
-    extras = [make(job) for stage, make in EXTRAS.items() if job.states[stage].fresh]
-    title = config.report.title or job.rundir.path.resolve().name
-    page = render_report(
-        *records,
-        title=title,
-        provenance=_provenance(job),
-        show_text=config.report.show_text,
-        max_examples=config.report.max_examples,
-        check=check,
-        measured=measured,
-        extras=extras,
-    )
-    write_text(workspace / REPORT_FILE, page)
-    figures = all_figures(*records, measured, check, _provenance(job))
-    added = {figure.id: figure for extra in extras for figure in extra.figures}
-    report_images({**figures, **added}, workspace, config.report.figures)
-    summary = {
-        "format_version": FORMAT_VERSION,
-        **finite(summary_json(*records, title=title, check=check, extras=extras, measured=measured)),
-    }
+    title, provenance = shown.title or job.rundir.path.resolve().name, _provenance(job)
+    write_text(workspace / REPORT_FILE, render(title, sections, provenance))
+    report_images(figures_of(sections, provenance), workspace, shown.figures)
+    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(title, sections))}
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-    text = summary_markdown(*records, title=title, check=check, extras=extras, measured=measured)
-    write_text(workspace / "summary.md", text)
+    write_text(workspace / "summary.md", summary_markdown(title, sections))
 
 
 def finite(value: Any) -> Any:
@@ -209,12 +196,16 @@ def _provenance(job: Job) -> dict[str, Any]:
             "taken_from": manifest.get("taken_from"),
         }
     path = job.rundir.stage_dir("score") / DATA_FILE
+    data = read_json(path)["data"] if path.exists() else {}
+    task = dict(job.collected.task)
+    if task.get("data") and data:
+        task["data"] = {**task["data"], **data}
     return {
+        "task": task,
         "command": job.command,
         "versions": {"arisk": version("arisk"), "torch": version("torch")},
         "stages": stages,
         "config": dump_config(job.config),
-        "data": read_json(path)["data"] if path.exists() else {},
     }
 
 
@@ -232,4 +223,4 @@ RUNNERS: dict[str, Callable[[Job, Path], Any]] = {
 
 
 #: What optional stages show on the report, by stage.
-EXTRAS: dict[str, Callable[[Job], Extra]] = {"screen": screen_extra, "guard": guard_extra}
+SECTIONS: dict[str, Callable[[Job], Section]] = {"screen": screen_section, "guard": guard_section}

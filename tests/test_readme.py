@@ -2,7 +2,7 @@
 
 import json
 
-from arisk.report.worth import worth
+from arisk.forecast.worth import worth
 from tests.bench.validity.readme import BEGIN, END, README, STORED, block, number
 
 

@@ -1,26 +1,162 @@
-"""Figures of the safety subspace: spectrum, layers, and overlap with its nulls.
+"""Where safety lives and what the first update does to it, on the page.
 
-Losses measured along a straight virtual move: where local theory ends.
+Figures of the subspace, of layers and of the overlap with its nulls; losses along a straight virtual move,
+where local theory ends; the riskiest rows; and what the numbers say, as sentences made by rules.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.first_screen import layer_sentence
 from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, reference_line, step_lines, thin
+from arisk.report.page import Block, Finding, Place, Section
 from arisk.report.section import Column, esc, rows_table, table
-from arisk.report.text import NOT_MEASURED, layer_and_type, number, percent
-from arisk.report.worth import worth_line
+from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["conditions", "examples", "fisher_map", "harm_map", "overlap", "spectrum", "virtual_move"]
+__all__ = [
+    "conditions",
+    "examples",
+    "fisher_map",
+    "harm_map",
+    "layer_and_type",
+    "layer_sentence",
+    "overlap",
+    "row_sentence",
+    "section",
+    "spectrum",
+    "virtual_move",
+]
 
 OBSERVED, CONTROL, NULL = "#D55E00", "#CC79A7", "#8a8a8a"
+#: Share of a sum from which the few that carry it are named: of rows, and of neighbouring layers.
+ROWS_CARRY, LAYERS_CARRY = 0.5, 0.6
+#: Rows are few up to this share of those scored; a band of layers is narrow up to half of the layers.
+FEW_ROWS, NARROW_BAND = 0.25, 0.5
+#: Share from which one module outside the layers is named.
+OUTSIDE_CARRIES = 0.25
+WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+#: Headings of the riskiest rows, with the keys of `ScoreResult.examples` behind them.
+COLUMNS = (
+    (Column("row"), "line"),
+    (Column("second order", "descending"), "second_order"),
+    (Column("first order"), "first_order"),
+    (Column("loss"), "loss"),
+    (Column("gradient norm"), "gradient_norm"),
+    (Column("tokens"), "tokens"),
+)
+
+
+def _no_worth(name: str, what: str | None = None) -> str:
+    """Nothing is said where nobody keeps a record of what predictors were worth."""
+    del name, what
+    return ""
+
+
+def section(
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    *,
+    threshold: float,
+    show_text: bool,
+    max_examples: int,
+    specificity_told: bool = False,
+    worth: Callable[[str, str | None], str] = _no_worth,
+) -> Section:
+    """Why, and where safety lives: all that collect, subspace and score show.
+
+    Args:
+        collected: safety side.
+        space: safety subspace.
+        scored: how the first update meets it.
+        threshold: rise of the safety loss that counts as collapse (nats per response token).
+        show_text: show prompts and responses, or only their numbers.
+        max_examples: rows of the table of riskiest rows.
+        specificity_told: somebody who measured further along already says how specific the harm is.
+        worth: what a predictor was worth on real fine-tunes, as a sentence: of its name, and how to call it.
+    """
+    harm_worth = worth("lr T sqrt(d'Fd)", "The root of its sum over modules, times the length of the run")
+    figures = (
+        Block(Place.DRIFT + 10, figure=virtual_move(scored, threshold, worth("ray", None)), shape="half"),
+        Block(Place.CAUSE + 10, figure=fisher_map(collected, space), shape="half"),
+        Block(Place.CAUSE + 20, figure=harm_map(collected, scored, harm_worth), shape="half"),
+        Block(Place.CAUSE + 30, figure=spectrum(space), shape="half"),
+        Block(Place.CAUSE + 40, figure=overlap(scored, worth("overlap |Pg|/|g|", None)), shape="half"),
+    )
+    rows = examples(
+        scored, show_text, max_examples, worth=worth("second order", "This ranking of single rows")
+    )
+    return Section(
+        "anatomy",
+        blocks=[*figures, Block(Place.CAUSE, rows), Block(Place.CAUSE + 50, conditions(scored))],
+        summary=_summary(collected, space, scored),
+        findings=_findings(collected, space, scored, specificity_told),
+        quality=_quality(collected, space, scored),
+        warnings=[*collected.warnings, *space.warnings, *scored.warnings],
+    )
+
+
+def _summary(collected: CollectResult, space: SubspaceResult, scored: ScoreResult) -> dict[str, Any]:
+    """Plain values for `summary.json`."""
+    return {
+        "overlap": asdict(scored.overlap),
+        "gamma_hat": scored.gamma_hat,
+        "epsilon_hat": scored.epsilon_hat,
+        "subspace": {
+            "rank": space.rank,
+            "explained": space.explained,
+            "trace": space.trace,
+            "heldout_energy": space.heldout_energy,
+        },
+        "samples": len(collected.losses),
+        "finetune_rows": scored.finetune_rows or None,
+    }
+
+
+def _findings(
+    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, specificity_told: bool
+) -> list[Finding]:
+    """Every rule that has something to say."""
+    modules, traces, harm = collected.modules, space.module_traces, scored.module_second_order
+    said = [
+        ("Specificity", None if specificity_told else _probed_sentence(scored), "drift", 0),
+        ("Training rows", row_sentence(scored.examples), "examples", 30),
+        ("Safety lives", layer_sentence(modules, traces, "safety Fisher trace"), "fisher-map", 40),
+        ("Harm enters", layer_sentence(modules, harm, "second-order harm"), "harm-map", 50),
+        ("Overlap", _overlap_sentence(scored), "overlap", 60),
+    ]
+    return [Finding(topic, sentence, at, place) for topic, sentence, at, place in said if sentence]
+
+
+def _quality(
+    collected: CollectResult, space: SubspaceResult, scored: ScoreResult
+) -> list[tuple[str, str, str]]:
+    """What was checked about the measurements: (what, value, note)."""
+    held, empirical = space.heldout_energy, collected.fisher == "empirical"
+    return [
+        ("safety samples", str(len(collected.losses)), f"{collected.dropped_duplicates} duplicates dropped"),
+        ("mean safety loss", f"{number(float(collected.losses.mean()))} nats/token", "at the aligned point"),
+        ("Fisher matrix", collected.fisher, "labels of the data" if empirical else "own labels"),
+        ("gradient engine", str(collected.engine.get("name")), f"error against loop {_parity(collected)}"),
+        ("batch invariance", number(collected.batch_invariance, 6), "cosine, wanted ≥ .999"),
+        (
+            "coverage",
+            percent(collected.coverage.get("parameters")),
+            "of selected parameters have a gradient yet",
+        ),
+        ("held-out energy", percent(held), f"± {number(space.heldout_energy_std, 2)} over random halves"),
+        ("Hessian products", scored.hvp_method, f"relative error {number(scored.hvp_error, 2)}"),
+        ("gradient store", _store(collected), "per-sample safety gradients"),
+    ]
 
 
 def spectrum(space: SubspaceResult) -> Figure:
@@ -91,7 +227,7 @@ def spectrum(space: SubspaceResult) -> Figure:
 
 def fisher_map(collected: CollectResult, space: SubspaceResult) -> Figure:
     """Fisher mass by module: where the safety loss is sensitive."""
-    return _module_map(
+    figure = _module_map(
         collected,
         space.module_traces,
         ("fisher-map", "Where safety lives", "tr F by module", "nats² per unit of θ²"),
@@ -99,9 +235,10 @@ def fisher_map(collected: CollectResult, space: SubspaceResult) -> Figure:
         says=layer_sentence(collected.modules, space.module_traces, "safety Fisher trace") or "",
         worth="A description: it says where safety is sensitive, not whether this fine-tune goes there.",
     )
+    return replace(figure, file="sensitivity_map")
 
 
-def harm_map(collected: CollectResult, scored: ScoreResult) -> Figure:
+def harm_map(collected: CollectResult, scored: ScoreResult, worth: str = "") -> Figure:
     """Second-order harm of the first update by module: where it meets what safety is sensitive to."""
     return _module_map(
         collected,
@@ -109,7 +246,7 @@ def harm_map(collected: CollectResult, scored: ScoreResult) -> Figure:
         ("harm-map", "Where the first update does harm", "⟨F u, u⟩ by module", "nats² per flow time²"),
         "⟨F u, u⟩ = Σ_l ⟨(F u)^(l), u^(l)⟩, u = −D g; a part may be negative",
         says=layer_sentence(collected.modules, scored.module_second_order, "second-order harm") or "",
-        worth=worth_line("lr T sqrt(d'Fd)", "The root of its sum over modules, times the length of the run"),
+        worth=worth,
         warm=True,
     )
 
@@ -208,7 +345,7 @@ def _short(kinds: Sequence[str]) -> list[str]:
     return ends if len(set(ends)) == len(ends) else list(kinds)
 
 
-def overlap(scored: ScoreResult) -> Figure:
+def overlap(scored: ScoreResult, worth: str = "") -> Figure:
     """The overlap of the first update with the safety subspace, beside every null it has."""
     o = scored.overlap
     bars = [
@@ -253,7 +390,7 @@ def overlap(scored: ScoreResult) -> Figure:
         [[label, number(value)] for label, value, _ in bars] + [["permutation p", number(o.p_value, 2)]],
         None if shown else "the overlap is not defined here",
         says=_against(scored),
-        worth=worth_line("overlap |Pg|/|g|"),
+        worth=worth,
     )
 
 
@@ -268,7 +405,7 @@ def _against(scored: ScoreResult) -> str:
     return f"{says}; permutation p = {number(o.p_value, 2)}."
 
 
-def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
+def virtual_move(scored: ScoreResult, threshold: float, worth: str = "") -> Figure:
     """Measured losses of safety, control and fine-tuning data along the first update direction."""
     title, reading = (
         "Measured along the first update direction",
@@ -335,7 +472,7 @@ def virtual_move(scored: ScoreResult, threshold: float) -> Figure:
         header,
         thin(rows),
         says=_says(times, curves["safety"][0], threshold),
-        worth=worth_line("ray"),
+        worth=worth,
     )
 
 
@@ -361,25 +498,14 @@ def conditions(scored: ScoreResult) -> str:
     )
 
 
-#: Headings of the riskiest rows, with the keys of `ScoreResult.examples` behind them.
-COLUMNS = (
-    (Column("row"), "line"),
-    (Column("second order", "descending"), "second_order"),
-    (Column("first order"), "first_order"),
-    (Column("loss"), "loss"),
-    (Column("gradient norm"), "gradient_norm"),
-    (Column("tokens"), "tokens"),
-)
-
-
-def examples(scored: ScoreResult, show_text: bool, limit: int, says: str | None = None) -> str:
+def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") -> str:
     """The riskiest rows, sortable, their text folded away.
 
     Args:
         scored: has the rows.
         show_text: show prompts and responses, or only their numbers.
         limit: rows shown.
-        says: what the ranking shows, in one sentence.
+        worth: what the ranking was worth where it was compared with real fine-tunes.
     """
     head = '<section id="examples"><h2>Riskiest training rows</h2>'
     ranked = sorted(scored.examples, key=_harm, reverse=True)
@@ -389,7 +515,9 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, says: str | None 
             "That is not the same as no risk.</p></section>"
         )
     told = [([_value(row, key) for _, key in COLUMNS], row) for row in ranked[:limit]]
+    says = row_sentence(scored.examples)
     takeaway = f'<p class="says">{esc(says)}</p>' if says else ""
+    judged = f"<div><dt>Worth</dt><dd>{esc(worth)}</dd></div>" if worth else ""
     return (
         f"{head}{takeaway}{rows_table([column for column, _ in COLUMNS], told, show_text, 'riskiest rows')}"
         '<dl class="notes"><div><dt>How to read this.</dt><dd>'
@@ -399,8 +527,7 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, says: str | None 
         "does to the safety subspace. The ranking is local: it says who pushes, not how far.</dd></div>"
         '<div><dt>Equation</dt><dd class="equation">first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)\n'
         "second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)</dd></div>"
-        f"<div><dt>Worth</dt><dd>{esc(worth_line('second order', 'This ranking of single rows'))}</dd></div>"
-        "</dl></section>"
+        f"{judged}</dl></section>"
     )
 
 
@@ -415,3 +542,159 @@ def _value(row: Mapping[str, Any], key: str) -> Any:
         return row.get("line", row.get("index"))
     value = row.get(key)
     return None if value is None else float(value)
+
+
+def row_sentence(examples: Sequence[Mapping[str, Any]]) -> str | None:
+    """How few of the scored rows carry half of the second-order harm; None where there is no harm.
+
+    Few are at most a quarter of the rows; they are named where they are at most four.
+    """
+    pairs = [(float(row.get("second_order") or 0.0), row.get("line", row.get("index"))) for row in examples]
+    ranked = sorted((pair for pair in pairs if math.isfinite(pair[0]) and pair[0] > 0), key=lambda p: -p[0])
+    total = sum(harm for harm, _ in ranked)
+    if len(pairs) < 4 or total <= 0:
+        return None
+    sums = list(itertools.accumulate(harm / total for harm, _ in ranked))
+    count = 1 + next(i for i, share in enumerate(sums) if share >= ROWS_CARRY - 1e-9)
+    share = percent(sums[count - 1])
+    if count > FEW_ROWS * len(pairs):
+        return (
+            f"The harm is spread over the data: the {count} worst of {len(pairs)} scored fine-tuning rows "
+            f"carry {share} of the second-order harm of the first update."
+        )
+    named = f" ({', '.join(str(line) for _, line in ranked[:count])})" if count <= 4 else ""
+    return (
+        f"{_counted(count, 'scored fine-tuning row')}{named} of {len(pairs)} {_verb(count)} {share} of the "
+        "second-order harm of the first update."
+    )
+
+
+def layer_sentence(modules: Sequence[str], values: Tensor, what: str) -> str | None:
+    """The narrowest band of neighbouring layers that carries 60 %; None where nothing is positive.
+
+    Without two numbered layers the one module that carries most is named. Where no band does, and modules
+    outside the layers (embedding, head) hold `OUTSIDE_CARRIES` or more, they are named with their share and
+    the band is that of the rest.
+    """
+    mass = values.to(torch.float64).nan_to_num(0.0).clamp(min=0).tolist()
+    total = sum(mass)
+    if len(modules) < 2 or total <= 0:
+        return None
+    named = [(*layer_and_type(module), value / total) for module, value in zip(modules, mass, strict=True)]
+    layers = sorted({layer for layer, _, _ in named if layer is not None})
+    if len(layers) < 2:
+        name, share = _heaviest(named, lambda _: True)
+        return f"{name} carries {percent(share)} of the {what} ({len(modules)} modules)."
+    by_layer = [sum(share for layer, _, share in named if layer == at) for at in layers]
+    band = _band(by_layer)
+    name, outside = _heaviest(named, lambda layer: layer is None)
+    if band is None and outside >= OUTSIDE_CARRIES:
+        inside = sum(by_layer)
+        rest = _band([share / inside for share in by_layer]) if inside else None
+        mass_there = 0.0 if rest is None else sum(by_layer[rest[0] : rest[1] + 1])
+        where = "" if rest is None else f", {percent(mass_there)} {_at(layers, rest)}"
+        return f"{name} carries {percent(outside)} of the {what}{where}."
+    if band is None:
+        return f"The {what} is spread over the {len(layers)} layers: no narrow band carries most of it."
+    first, last, share = layers[band[0]], layers[band[1]], sum(by_layer[band[0] : band[1] + 1])
+    name, most = _heaviest(named, lambda layer: layer is not None and first <= layer <= last)
+    where = f"Layer {first}" if first == last else f"Layers {first}–{last}"
+    return (
+        f"{where} of {len(layers)} {'carries' if first == last else 'carry'} {percent(share)} of the {what}, "
+        f"{percent(most)} of all in {name}."
+    )
+
+
+def _at(layers: Sequence[int], band: tuple[int, int]) -> str:
+    first, last = layers[band[0]], layers[band[1]]
+    named = f"layer {first}" if first == last else f"layers {first}–{last}"
+    return f"lies in {named} of {len(layers)}"
+
+
+def _band(shares: Sequence[float]) -> tuple[int, int] | None:
+    """First and last index of the narrowest run that reaches `LAYERS_CARRY`; None where it is not narrow."""
+    for width in range(1, math.floor(NARROW_BAND * len(shares)) + 1):
+        sums = [sum(shares[i : i + width]) for i in range(len(shares) - width + 1)]
+        best = max(range(len(sums)), key=lambda i: sums[i])
+        if sums[best] >= LAYERS_CARRY - 1e-9:
+            return best, best + width - 1
+    return None
+
+
+def _heaviest(
+    named: Sequence[tuple[int | None, str, float]], inside: Callable[[int | None], bool]
+) -> tuple[str, float]:
+    """The kind of module with the largest share among the chosen layers; share 0 where there is none."""
+    sums: dict[str, float] = {"": 0.0}
+    for layer, kind, share in named:
+        if inside(layer):
+            sums[kind] = sums.get(kind, 0.0) + share
+    kind = max(sums, key=lambda name: sums[name])
+    return kind, sums[kind]
+
+
+def _counted(count: int, noun: str) -> str:
+    word = WORDS[count] if count < len(WORDS) else str(count)
+    return f"{word} {noun}{'' if count == 1 else 's'}"
+
+
+def _verb(count: int) -> str:
+    return "carries" if count == 1 else "carry"
+
+
+def _overlap_sentence(scored: ScoreResult) -> str | None:
+    overlap = scored.overlap
+    if overlap.p_value is None or math.isnan(overlap.ratio):
+        return None
+    control = "" if overlap.control is None else f"; ordinary data overlaps {number(overlap.control)}"
+    says = {
+        True: "more than chance",
+        False: "no more than chance",
+        None: f"more than its {overlap.permutations} shuffled copies, which are too few to rule out chance",
+    }[overlap.beyond_chance]
+    return (
+        f"The first update overlaps the safety subspace by {number(overlap.ratio)}, {says} "
+        f"(permutation p = {number(overlap.p_value, 2)}{control})."
+    )
+
+
+def _probed_sentence(scored: ScoreResult) -> str | None:
+    """Whether ordinary answers suffer as much as safe ones along the measured move."""
+    if scored.probe_safety is None or scored.probe_control is None:
+        return None
+    safety, control = float(scored.probe_safety[:, -1].mean()), float(scored.probe_control[-1])
+    if not math.isfinite(safety) or not math.isfinite(control) or safety <= 0:
+        return None
+    if control >= 0.5 * safety:
+        return (
+            f"At the end of the measured move the control loss has risen by {number(control)} nats/token, "
+            f"the safety loss by {number(safety)}: much of the drift is general, not specific to safety."
+        )
+    return (
+        f"At the end of the measured move the safety loss has risen by {number(safety)} nats/token and the "
+        f"control loss by {number(control)}: the drift is specific to safety."
+    )
+
+
+def layer_and_type(module: str) -> tuple[int | None, str]:
+    """Layer number and module type from a name.
+
+    >>> layer_and_type("base_model.model.model.layers.3.self_attn.q_proj")
+    (3, 'self_attn.q_proj')
+    >>> layer_and_type("lm_head")
+    (None, 'lm_head')
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    if found is None:
+        return None, module.removeprefix("base_model.model.").removeprefix("model.")
+    return int(found.group(1)), module[found.end() :] or module
+
+
+def _parity(collected: CollectResult) -> str:
+    parity = collected.engine.get("parity", {}).get(collected.engine.get("name"))
+    return number(parity, 2)
+
+
+def _store(collected: CollectResult) -> str:
+    """The store, and its dtype where that is not the gradients' own."""
+    return collected.store + ("" if collected.store_dtype == "float32" else f", {collected.store_dtype}")

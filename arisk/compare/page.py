@@ -22,9 +22,10 @@ from arisk.compare.text import (
     rank_text,
     signed,
 )
+from arisk.forecast.first_screen import ICONS
 from arisk.forecast.text import collapse_text
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
-from arisk.report.page import ICONS, figure_section, page
+from arisk.report.page import Block, page
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED
 
@@ -41,18 +42,16 @@ def render_comparison(told: Comparative, folder: Path) -> str:
         told: what is shown.
         folder: where the page will lie, for links to the runs' own reports.
     """
-    lines, scatter, bars = forecast_lines(told), drift_scatter(told), budget_bars(told)
-    body = "\n".join(
-        [
-            _first_screen(told),
-            _ranked_table(told, folder),
-            figure_section(lines, tall=True),
-            f'<div class="two">{figure_section(scatter)}{figure_section(bars)}</div>',
-            _settings(told),
-            _provenance(told),
-        ]
-    )
-    return page(told.title, body, [lines, scatter, bars])
+    blocks = [
+        Block(0, _first_screen(told)),
+        Block(1, _ranked_table(told, folder)),
+        Block(2, figure=forecast_lines(told), shape="tall"),
+        Block(3, figure=drift_scatter(told), shape="half"),
+        Block(4, figure=budget_bars(told), shape="half"),
+        Block(5, _settings(told)),
+        Block(6, _provenance(told)),
+    ]
+    return page(told.title, blocks)
 
 
 def _first_screen(told: Comparative) -> str:

@@ -1,6 +1,6 @@
-"""The forecast fan: every forecaster's curve, how far each is trusted, the threshold, and the truth.
+"""The forecast on the page: its fan of curves, safety against ordinary answers, and all else it shows.
 
-Safety against control drift along the rollout: what part of the harm is specific to safety.
+The first screen, the rollout and the what-if map have modules of their own.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from arisk.forecast.record import Curve, ForecastResult, RolloutResult
-from arisk.forecast.text import collapse_text, drift_sentence
+from arisk.anatomy.record import CollectResult
+from arisk.forecast.first_screen import verdict_section
+from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
+from arisk.forecast.rollout_page import method, rollout_section, sample_drift, sample_table
+from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
+from arisk.forecast.what_if_page import what_if_map
+from arisk.forecast.worth import worth, worth_line, worth_rows
 from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, thin, threshold_line
-from arisk.report.text import number, percent
-from arisk.report.worth import worth_line, worth_rows
-from arisk.verification.page import measured_trace
-from arisk.verification.truth import Comparison
+from arisk.report.page import Answer, Block, Finding, Place, Section
+from arisk.report.text import NOT_MEASURED, literal, number, percent
 
-__all__ = ["STYLE", "drift_map", "forecast_fan"]
+__all__ = ["STYLE", "drift_map", "forecast_fan", "real_trace", "section"]
 
 #: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
 STYLE = {
@@ -42,9 +46,134 @@ ray: measured L_s(θ* + x_k u) − L_s(θ*)
 bound: ½ max(½ γ̂t² − ε̂t, 0)²"""
 
 
-def forecast_fan(
-    forecast: ForecastResult, measured: RolloutResult, check: Comparison | None = None
-) -> Figure:
+def section(
+    forecast: ForecastResult,
+    measured: RolloutResult,
+    *,
+    task: Mapping[str, Any],
+    collected: CollectResult | None,
+    real: RealRun | None,
+    show_text: bool,
+    max_examples: int,
+) -> Section:
+    """Whether safety survives, and when it goes: all that rollout and forecast show.
+
+    Args:
+        forecast: curves and verdict.
+        measured: the rollout behind them.
+        task: provenance of model and data.
+        collected: safety side, whose rows are those of the rollout; None where it is not known.
+        real: what the same plan really did, where it was carried out.
+        show_text: show prompts and responses, or only their numbers.
+        max_examples: rows of the table of safety rows.
+    """
+    specificity = drift_sentence(forecast)
+    said = [
+        ("Specificity", specificity, "drift", 0),
+        ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 10),
+        ("What if", forecast.what_if.rate_sentence(), "what-if", 20),
+    ]
+    rows = sample_table(measured, forecast, collected, show_text, max_examples)
+    return Section(
+        "forecast",
+        blocks=[
+            Block(Place.ANSWER, figure=forecast_fan(forecast, measured, real), shape="tall"),
+            Block(Place.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
+            Block(Place.DRIFT, figure=drift_map(forecast), shape="half"),
+            Block(Place.DRIFT + 20, rows, sample_drift(measured, forecast, collected)),
+            Block(Place.METHOD, rollout_section(measured, forecast)),
+            Block(Place.METHOD + 10, method()),
+            Block(Place.METHOD + 20, worth()),
+        ],
+        summary=_summary(forecast),
+        markdown=_markdown(forecast),
+        findings=[Finding(topic, sentence, at, place) for topic, sentence, at, place in said if sentence],
+        quality=[
+            (
+                "mini-batch diffusion",
+                f"{number(forecast.diffusion)} nats",
+                "beside the drift, at the end of the plan",
+            )
+        ],
+        warnings=forecast.warnings,
+        shared={
+            "threshold": forecast.threshold,
+            "specificity_told": specificity is not None,
+            "worth": worth_line,
+        },
+        answer=Answer(
+            forecast.verdict.level,
+            lambda advice: verdict_section(forecast, task, real, advice),
+            _answer_markdown(forecast),
+        ),
+    )
+
+
+def _summary(forecast: ForecastResult) -> dict[str, Any]:
+    """Plain values for `summary.json`."""
+    return {
+        "verdict": asdict(forecast.verdict),
+        "threshold": forecast.threshold,
+        "confidence": forecast.confidence,
+        "training": dict(forecast.training),
+        "forecasters": {name: asdict(curve) for name, curve in forecast.forecasters.items()},
+        "what_if": asdict(forecast.what_if),
+        "rollout": {
+            "gradient_evaluations": forecast.gradient_evaluations,
+            "planned_evaluations": forecast.planned_evaluations,
+            "control_change": forecast.control_change[-1] if forecast.control_change else None,
+        },
+    }
+
+
+def _answer_markdown(forecast: ForecastResult) -> list[str]:
+    """The verdict, its budget and its reasons for `summary.md`."""
+    v = forecast.verdict
+    safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon} steps"
+    return [
+        literal(v.sentence),
+        "",
+        f"Safe-step budget: **{safe}** · P(collapse): **{percent(v.probability)}** · basis: {v.basis}",
+        "",
+        *[f"- why: {literal(sentence)}" for sentence in v.reasons],
+    ]
+
+
+def _markdown(forecast: ForecastResult) -> list[str]:
+    """Caveats and forecasters for `summary.md`."""
+    return [
+        *[f"- caveat: {literal(sentence)}" for sentence in forecast.verdict.caveats],
+        "",
+        "| forecaster | collapse | P(collapse) | rise at the end (nats/token) |",
+        "| --- | --- | --- | --- |",
+        *map(_markdown_row, forecast.forecasters.values()),
+        "",
+    ]
+
+
+def _markdown_row(curve: Curve) -> str:
+    """Table row of one forecaster; a bound says that it is one."""
+    bound = curve.kind == "bound"
+    name = f"{literal(curve.name)}{' (lower bound)' if bound else ''}"
+    chance = "bound only" if bound else percent(curve.probability)
+    rise = number(curve.median[-1] if curve.median else None)
+    return f"| {name} | {collapse_text(curve)} | {chance} | {rise} |"
+
+
+def real_trace(real: RealRun) -> dict[str, Any]:
+    """The measured safety change of a real run as a line with its points, in the page's text colour."""
+    return {
+        "type": "scatter",
+        "name": "real fine-tune",
+        "mode": "lines+markers",
+        "x": list(real.steps),
+        "y": clean(real.changes),
+        "line": {"color": "ink", "width": 2.5},
+        "marker": {"color": "ink", "size": 6},
+    }
+
+
+def forecast_fan(forecast: ForecastResult, measured: RolloutResult, real: RealRun | None = None) -> Figure:
     """Every forecaster's curve, the interval of the one to read, threshold, trust horizons, and the truth."""
     shown = {name: curve for name, curve in forecast.forecasters.items() if curve.status == "measured"}
     leading = "combined" if "combined" in shown else forecast.verdict.basis
@@ -54,16 +183,16 @@ def forecast_fan(
     # The one to read is drawn last, above all others.
     for name in sorted(order, key=lambda name: name == leading):
         data += _fan(name, shown[name], leads=name == leading)
-    if check is not None:
-        data.append(measured_trace(check))
+    if real is not None:
+        data.append(real_trace(real))
     if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
         data.append(_collapse(lead, forecast))
-    truth = " The line with points is the real fine-tune." if check else ""
+    truth = " The line with points is the real fine-tune." if real else ""
     return Figure(
         "forecast",
         "Forecast",
         data,
-        _layout(forecast, measured, shown, lead, check),
+        _layout(forecast, measured, shown, lead, real),
         "Each line is one forecaster's mean safety loss along the planned run. Read the thick one; its band "
         f"is the {forecast.confidence:.0%} interval over safety samples and what the method is known to get "
         "wrong. Safety has collapsed where a line reaches the dotted threshold. A ring marks how far a "
@@ -75,6 +204,7 @@ def forecast_fan(
         None if data else "no forecaster has a curve",
         says=_says(lead, forecast),
         worth=f"{worth_line(leading, leading)} The others: last columns of the table below.",
+        file="safety_decay_forecast",
     )
 
 
@@ -113,7 +243,7 @@ def _layout(
     measured: RolloutResult,
     shown: Mapping[str, Curve],
     lead: Curve | None,
-    check: Comparison | None,
+    real: RealRun | None,
 ) -> dict[str, Any]:
     horizon, threshold = forecast.verdict.horizon, forecast.threshold
     marks = [(horizon, f"planned end, {horizon}")]
@@ -136,12 +266,10 @@ def _layout(
     if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
         layout["annotations"].append(_collapse_label(lead.collapse_step, threshold, horizon))
     layout["xaxis"].update(range=[-0.01 * horizon, 1.01 * horizon], zeroline=False)
-    layout["yaxis"]["range"] = _range(threshold, shown, [lead.median if lead else [], _real(check)])
+    layout["yaxis"]["range"] = _range(
+        threshold, shown, [lead.median if lead else [], real.changes if real else []]
+    )
     return layout
-
-
-def _real(check: Comparison | None) -> Sequence[float]:
-    return check.safety_curve if check else []
 
 
 def _range(threshold: float, shown: Mapping[str, Curve], whole: Sequence[Sequence[float]]) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arisk.forecast.grid import WhatIfGrid
 
-__all__ = ["Curve", "ForecastResult", "RolloutResult", "Verdict"]
+__all__ = ["Curve", "ForecastResult", "RealRun", "RolloutResult", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,20 @@ class ForecastResult:
     def collapse_step(self) -> int | None:
         """Collapse step of the forecaster the verdict rests on; None = not within its horizon."""
         return self.verdict.collapse_step
+
+
+@dataclass(frozen=True)
+class RealRun:
+    """What the plan really did where somebody carried it out, for whoever shows its forecast.
+
+    Attributes:
+        steps: optimizer steps at which the safety loss was measured, from 0.
+        changes: its mean change there (nats per response token); infinite where it is not finite.
+        collapse_step: first step at the threshold; None = not within the steps that were taken.
+        sentence: the two collapse steps in words.
+    """
+
+    steps: Sequence[int]
+    changes: Sequence[float]
+    collapse_step: int | None
+    sentence: str

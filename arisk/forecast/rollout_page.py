@@ -12,10 +12,10 @@ from typing import Any
 from arisk.anatomy.record import CollectResult
 from arisk.forecast.record import ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
+from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
 from arisk.report.section import Column, esc, folded, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
-from arisk.report.worth import worth_line
 
 __all__ = ["cost_text", "method", "rollout_section", "sample_drift", "sample_table"]
 
@@ -136,7 +136,9 @@ COLUMNS = (
 )
 
 
-def sample_drift(measured: RolloutResult, forecast: ForecastResult, collected: CollectResult) -> Figure:
+def sample_drift(
+    measured: RolloutResult, forecast: ForecastResult, collected: CollectResult | None
+) -> Figure:
     """Every safety sample's change at the last finite point of the rollout, in ascending order."""
     reading = (
         "One dot per safety row, sorted: how much its loss has changed at the end of the virtual run. A line "
@@ -201,22 +203,26 @@ def _dots(
     }
 
 
-def _lines(measured: RolloutResult, collected: CollectResult) -> list[Any] | None:
+def _lines(measured: RolloutResult, collected: CollectResult | None) -> list[Any] | None:
     """The data file's line of each measured sample; None where rows cannot be matched."""
     rows = _matched(measured, collected)
     return None if rows is None else [row.get("line", index + 1) for index, row in enumerate(rows)]
 
 
-def _matched(measured: RolloutResult, collected: CollectResult) -> Sequence[Mapping[str, Any]] | None:
+def _matched(measured: RolloutResult, collected: CollectResult | None) -> Sequence[Mapping[str, Any]] | None:
     """Rows of collect in the order of the rollout: both read the same data, collect drops duplicates."""
     count = measured.safety.shape[0]
-    if collected.dropped_duplicates or len(collected.rows) < count:
+    if collected is None or collected.dropped_duplicates or len(collected.rows) < count:
         return None
     return collected.rows[:count]
 
 
 def sample_table(
-    measured: RolloutResult, forecast: ForecastResult, collected: CollectResult, show_text: bool, limit: int
+    measured: RolloutResult,
+    forecast: ForecastResult,
+    collected: CollectResult | None,
+    show_text: bool,
+    limit: int,
 ) -> str:
     """The safety rows that lose most, sortable, their text folded away."""
     drift = last_drift(measured)
@@ -230,7 +236,7 @@ def sample_table(
             [
                 rows[i].get("line", i + 1),
                 values[i],
-                float(collected.losses[i]) if rows[i] else None,
+                float(collected.losses[i]) if collected is not None and rows[i] else None,
                 _lost_at(measured, i, forecast.threshold),
             ],
             rows[i],

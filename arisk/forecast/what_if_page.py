@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.worth import validity, worth_line
 from arisk.report.figure import Figure, axes
 from arisk.report.text import number
-from arisk.report.worth import validity, worth_line
 
 __all__ = ["UNKNOWN", "cell_ink", "colour_at", "what_if_map"]
 

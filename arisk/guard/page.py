@@ -13,11 +13,11 @@ from arisk.base.tables import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
-from arisk.report.page import Extra
+from arisk.report.page import Block, Finding, Place, Section
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["guard_extra", "guard_findings", "guard_text"]
+__all__ = ["guard_findings", "guard_text", "section"]
 
 #: Colours and marks by method, told apart without colour as well.
 LOOK = {
@@ -31,8 +31,8 @@ LOOK = {
 ERRORS = 2.0
 
 
-def guard_extra(result: GuardResult, config: Config) -> Extra:
-    """Section, figures, findings and summary of stage guard.
+def section(result: GuardResult, config: Config) -> Section:
+    """All that protected fine-tunes show: what protection costs, what it brings, and the recommendation.
 
     Args:
         result: the arms.
@@ -45,13 +45,16 @@ def guard_extra(result: GuardResult, config: Config) -> Extra:
         wanted=config.guard.wanted_drift,
         markers=config.verify.refusal_markers,
     )
-    return Extra(
+    return Section(
         "guard",
-        _section(result, body),
-        figures=[_pareto(result, body), _curves(result, body)],
-        summary=body,
+        blocks=[
+            Block(Place.CHANGE + 20, _words(result, body)),
+            Block(Place.CHANGE + 21, figure=_pareto(result, body)),
+            Block(Place.CHANGE + 22, figure=_curves(result, body)),
+        ],
+        summary={"guard": body},
         markdown=_markdown(body),
-        findings=[f"Protection: {sentence}" for sentence in guard_findings(result, body)],
+        findings=[Finding("Guard", f"Protection: {s}", place=110) for s in guard_findings(result, body)],
         advice=[f"Train with protection: {body['sentence']}"] if body["recommended"] else [],
     )
 
@@ -98,7 +101,7 @@ def _told(arm: Arm, plain: Arm) -> str:
     return f"{arm.label}: {percent(drift_share(arm, plain))} of the plain drift at {cost} more task loss."
 
 
-def _section(result: GuardResult, body: Mapping[str, Any]) -> str:
+def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
     held = "held out" if result.heldout else "NOT held out: the protections use the same rows"
     trained = NOT_MEASURED if result.trained_rows is None else str(result.trained_rows)
     notes = [f"{arm.label}: {arm.note}" for arm in result.arms[1:]]

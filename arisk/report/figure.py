@@ -39,6 +39,7 @@ class Figure:
         missing: why there is nothing to show; None when there is.
         says: what the figure shows in this run, in one sentence made from its numbers.
         worth: what this predictor was worth where it was compared with real fine-tunes.
+        file: name of its image file where the field knows it by one; `report.figures: auto` draws these.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Figure:
     missing: str | None = None
     says: str = ""
     worth: str = ""
+    file: str = ""
 
 
 def clean(values: Sequence[float | None]) -> list[float | None]:

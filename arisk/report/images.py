@@ -15,10 +15,8 @@ from typing import Any, Literal
 from arisk.base.errors import MissingExtraError
 from arisk.report.figure import Figure
 
-__all__ = ["NAMES", "drawable", "image_spec", "report_images", "require_drawable", "write_images"]
+__all__ = ["drawable", "image_spec", "report_images", "require_drawable", "write_images"]
 
-#: Names of files where they are not the figure's id: those that the field knows.
-NAMES = {"forecast": "safety_decay_forecast", "fisher-map": "sensitivity_map"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 WIDTH, HEIGHT, SCALE = 960, 540, 2
 #: What the page's style sheet says of the light theme; a test compares them.
@@ -71,7 +69,7 @@ def write_images(
     import kaleido
 
     chosen = [figure for name, figure in figures.items() if not figure.missing and (not only or name in only)]
-    files = [folder / f"{NAMES.get(figure.id, figure.id)}.{kind}" for figure in chosen]
+    files = [folder / f"{figure.file or figure.id}.{kind}" for figure in chosen]
     options = {"width": WIDTH, "height": HEIGHT, "scale": SCALE if kind == "png" else 1, "format": kind}
     jobs = [
         {"fig": image_spec(figure), "path": str(path), "opts": options}
@@ -89,7 +87,7 @@ def write_images(
 def report_images(
     figures: Mapping[str, Figure], folder: Path, asked: Literal["none", "auto", "png", "svg"]
 ) -> list[Path]:
-    """The files that `report.figures` asks for; `auto` writes those of `NAMES`, or none where it cannot.
+    """The files that `report.figures` asks for; `auto` writes those with a name, or none where it cannot.
 
     Raises:
         MissingExtraError: png or svg was asked for and cannot be drawn.
@@ -99,7 +97,8 @@ def report_images(
     if asked == "none" or drawable():
         return []
     try:
-        return write_images(figures, folder, "png", tuple(NAMES))
+        named = [name for name, figure in figures.items() if figure.file]
+        return write_images(figures, folder, "png", named)
     except MissingExtraError:
         return []
 

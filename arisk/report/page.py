@@ -1,118 +1,210 @@
-"""The report page: one HTML string from records, with everything from data escaped.
+"""The report page: one HTML string from the sections that the capabilities hand in.
 
-Three seams: records → figures and sentences (`figures`, `findings`, `text`) → HTML (here). Nothing is
-fetched: plotly.js, style and data are inside the page, and a content policy forbids the network.
-
-Sections that optional stages add to the page, and what they add to the summaries.
+Three seams: records → sections of words, numbers and figures (each capability's own `page`) → HTML (here).
+Nothing is fetched: plotly.js, style and data are inside the page, and a content policy forbids the network.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
-from plotly.offline import get_plotlyjs
-
-from arisk.anatomy.page import conditions, examples
-from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.first_screen import ICONS, findings_section, found, row_sentence, verdict_section
-from arisk.forecast.record import ForecastResult, RolloutResult
-from arisk.forecast.rollout_page import method, rollout_section, sample_table
+from arisk.report.costs import stage_costs
 from arisk.report.figure import Figure
-from arisk.report.figures import all_figures
-from arisk.report.section import (
-    esc,
-    folded,
-    provenance_section,
-    quality,
-    script_json,
-    table,
-)
+from arisk.report.section import esc, folded, provenance_section, quality_section, script_json, table
 from arisk.report.text import NOT_MEASURED
-from arisk.report.worth import worth
-from arisk.verification.page import verified_section
-from arisk.verification.truth import Comparison
 
-__all__ = ["ICONS", "Extra", "figure_section", "page", "render_report"]
+__all__ = [
+    "Answer",
+    "Block",
+    "Finding",
+    "Place",
+    "Section",
+    "figures_of",
+    "findings_of",
+    "page",
+    "render",
+    "warnings_of",
+]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 #: Sections with a heading, as the table of contents takes them from the body.
 HEADING = re.compile(r'<section [^>]*?id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>')
 
 
-def render_report(
-    collected: CollectResult,
-    space: SubspaceResult,
-    scored: ScoreResult,
-    forecast: ForecastResult,
-    *,
-    title: str,
-    provenance: Mapping[str, Any],
-    show_text: bool,
-    max_examples: int,
-    measured: RolloutResult,
-    check: Comparison | None = None,
-    extras: Sequence[Extra] = (),
-) -> str:
-    """The whole report as one self-contained HTML page; equal records give equal bytes.
+class Place(IntEnum):
+    """Where a block stands: the answer, what confirms and what changes it, why, and how it was measured.
+
+    Blocks between two of these take a number between them.
+    """
+
+    ANSWER = 0
+    FINDINGS = 100
+    TRUTH = 200
+    CHANGE = 300
+    DRIFT = 400
+    CAUSE = 500
+    METHOD = 600
+    QUALITY = 700
+    PROVENANCE = 800
+
+
+@dataclass(frozen=True)
+class Block:
+    """One piece of the page: words and tables, or one figure.
+
+    Attributes:
+        place: blocks of all sections are sorted by it.
+        html: everything from data escaped; with a figure, what belongs below its table.
+        figure: drawn with its notes and its table.
+        shape: a tall figure has the full width of the page; two halves that follow one another share a row.
+    """
+
+    place: int
+    html: str = ""
+    figure: Figure | None = None
+    shape: Literal["normal", "tall", "half"] = "normal"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence made from the numbers.
+
+    Attributes:
+        topic: what it is about, in a word or two.
+        sentence: what it says.
+        section: id of the section that shows it; empty where there is none to lead to.
+        place: findings of all sections are sorted by it.
+    """
+
+    topic: str
+    sentence: str
+    section: str = ""
+    place: int = 100
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the report opens with, from the one section that answers its question.
+
+    Attributes:
+        level: the answer in one word.
+        screen: HTML of the first screen, given the advice of all sections.
+        markdown: lines below the heading of `summary.md`, before the findings.
+    """
+
+    level: str
+    screen: Callable[[Sequence[str]], str]
+    markdown: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that one capability shows of its records.
+
+    Attributes:
+        name: the capability.
+        blocks: its pieces of the page.
+        summary: plain values at the top level of `summary.json`, under keys that no other section has.
+        markdown: lines of `summary.md`, after the findings.
+        findings: sentences for the list of findings.
+        advice: what to do by its measurements, for the first screen.
+        quality: (what, value, note) of its measurements.
+        warnings: sentences beside the quality of the measurements.
+        shared: what sections of earlier stages may use, by name.
+        answer: the answer to the report's question, from the section that has it.
+    """
+
+    name: str
+    blocks: Sequence[Block] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    markdown: Sequence[str] = ()
+    findings: Sequence[Finding] = ()
+    advice: Sequence[str] = ()
+    quality: Sequence[tuple[str, str, str]] = ()
+    warnings: Sequence[str] = ()
+    shared: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    answer: Answer | None = None
+
+
+def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any]) -> str:
+    """The whole report as one self-contained HTML page; equal sections give equal bytes.
 
     Args:
-        collected: safety side.
-        space: safety subspace.
-        scored: how the update meets it.
-        forecast: curves and verdict.
         title: heading of the page.
-        provenance: command, versions, stages, config.
-        show_text: show prompts and responses, or only their numbers.
-        max_examples: rows of the examples table.
-        measured: the rollout, for its cost and its table.
-        check: a real run of the same plan beside its forecast, where there is one.
-        extras: sections of optional stages.
+        sections: of every capability that has something to show.
+        provenance: command, versions, stages, task, config.
     """
-    figures = all_figures(collected, space, scored, forecast, measured, check, provenance)
-    added = [figure for extra in extras for figure in extra.figures]
-    told = [(extra.name.capitalize(), sentence) for extra in extras for sentence in extra.findings]
-    rows = sample_table(measured, forecast, collected, show_text, max_examples)
-    body = "\n".join(
-        [
-            verdict_section(forecast, collected.task, check, [a for extra in extras for a in extra.advice]),
-            figure_section(figures["forecast"], tall=True),
-            findings_section(found(collected, space, scored, forecast, measured), told),
-            verified_section(check, show_text) if check else "",
-            figure_section(figures["truth"]) if check else "",
-            figure_section(figures["what-if"], tall=True),
-            *(extra.html + "".join(map(figure_section, extra.figures)) for extra in extras),
-            _pair(figures["drift"], figures["move"]),
-            figure_section(figures["samples"], below=rows),
-            examples(scored, show_text, max_examples, row_sentence(scored.examples)),
-            _pair(figures["fisher-map"], figures["harm-map"]),
-            _pair(figures["spectrum"], figures["overlap"]),
-            conditions(scored),
-            rollout_section(measured, forecast),
-            method(),
-            worth(),
-            quality(collected, space, scored, forecast),
-            figure_section(figures["costs"]),
-            provenance_section(collected, provenance),
-        ]
-    )
-    return page(title, body, [*figures.values(), *added])
+    return page(title, _blocks(sections, provenance))
 
 
-def page(title: str, body: str, figures: Iterable[Figure]) -> str:
+def figures_of(sections: Sequence[Section], provenance: Mapping[str, Any]) -> dict[str, Figure]:
+    """The figures of the whole report by id, in the order of the page."""
+    blocks = sorted(_blocks(sections, provenance), key=_place)
+    return {block.figure.id: block.figure for block in blocks if block.figure}
+
+
+def _blocks(sections: Sequence[Section], provenance: Mapping[str, Any]) -> list[Block]:
+    """Blocks of the sections, and those that are made of all of them together."""
+    advice = [sentence for section in sections for sentence in section.advice]
+    rows = [row for section in sections for row in section.quality]
+    return [
+        *(Block(-1, section.answer.screen(advice)) for section in sections if section.answer),
+        *(block for section in sections for block in section.blocks),
+        Block(Place.FINDINGS, _findings_section(findings_of(sections))),
+        Block(Place.QUALITY, quality_section(rows, warnings_of(sections))),
+        Block(Place.PROVENANCE, figure=stage_costs(provenance)),
+        Block(Place.PROVENANCE + 10, provenance_section(provenance)),
+    ]
+
+
+def _place(block: Block) -> int:
+    return block.place
+
+
+def findings_of(sections: Sequence[Section]) -> list[Finding]:
+    """The findings of all sections, what a reader acts on first."""
+    return sorted((f for section in sections for f in section.findings), key=lambda finding: finding.place)
+
+
+def warnings_of(sections: Sequence[Section]) -> list[str]:
+    """The warnings of all sections."""
+    return [sentence for section in sections for sentence in section.warnings]
+
+
+def _findings_section(findings: Sequence[Finding]) -> str:
+    """Each sentence with what it is about and a way to its figure."""
+    if not findings:
+        return ""
+    told = "".join(f"<div><dt>{_topic(f)}</dt><dd>{esc(f.sentence)}</dd></div>" for f in findings)
+    return f'<section id="findings"><h2>Findings</h2><dl class="notes findings">{told}</dl></section>'
+
+
+def _topic(finding: Finding) -> str:
+    topic = esc(finding.topic)
+    return f'<a href="#{esc(finding.section)}">{topic}</a>' if finding.section else topic
+
+
+def page(title: str, blocks: Iterable[Block]) -> str:
     """One self-contained HTML page: style, script, plotly.js and the figures' data inside.
 
     Args:
         title: heading of the page, escaped here.
-        body: HTML of its sections, with `figure_section` for each figure.
-        figures: what is drawn; those that were not measured are passed over.
+        blocks: its pieces; figures that were not measured say so and are not drawn.
     """
+    from plotly.offline import get_plotlyjs
+
+    placed = sorted(blocks, key=_place)
     shown = [
-        {"id": f"fig-{f.id}", "data": list(f.data), "layout": f.layout} for f in figures if not f.missing
+        {"id": f"fig-{block.figure.id}", "data": list(block.figure.data), "layout": block.figure.layout}
+        for block in placed
+        if block.figure and not block.figure.missing
     ]
+    body = _body(placed)
     folder = resources.files("arisk.report")
     return _PAGE.format(
         title=esc(title),
@@ -125,6 +217,22 @@ def page(title: str, body: str, figures: Iterable[Figure]) -> str:
         contents=_contents(body),
         body=body,
     )
+
+
+def _body(placed: Sequence[Block]) -> str:
+    """The blocks one below the other, and two halves that follow one another in one row."""
+    parts: list[str] = []
+    left = ""
+    for block, after in zip(placed, [*placed[1:], None], strict=True):
+        html = block.html if block.figure is None else _figure_section(block.figure, block)
+        if left:
+            parts.append(f'<div class="two">{left}{html}</div>')
+            left = ""
+        elif block.shape == "half" and after is not None and after.shape == "half":
+            left = html
+        elif html:
+            parts.append(html)
+    return "\n".join(parts)
 
 
 def _contents(body: str) -> str:
@@ -170,20 +278,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def figure_section(figure: Figure, *, tall: bool = False, below: str = "") -> str:
-    """A figure with what it shows, its reading line, equation, worth and table; what is missing says so.
-
-    Args:
-        figure: what is shown.
-        tall: on the full width of the page.
-        below: HTML that belongs to it, after its table.
-    """
+def _figure_section(figure: Figure, block: Block) -> str:
+    """A figure with what it shows, its reading line, equation, worth and table; what is missing says so."""
     name = esc(figure.id)
     plot = (
         f'<p class="missing">{NOT_MEASURED.capitalize()}: {esc(figure.missing)}. '
         "That is not the same as no risk.</p>"
         if figure.missing
-        else f'<div class="plot{" tall" if tall else ""}" id="fig-{name}" role="img" '
+        else f'<div class="plot{" tall" if block.shape == "tall" else ""}" id="fig-{name}" role="img" '
         f'aria-label="{esc(figure.title)}; the numbers are in the table below"></div>'
     )
     says = f'<p class="says">{esc(figure.says)}</p>' if figure.says and not figure.missing else ""
@@ -193,33 +295,5 @@ def figure_section(figure: Figure, *, tall: bool = False, below: str = "") -> st
     numbers = folded("The numbers as a table", table(figure.header, figure.rows)) if figure.rows else ""
     return (
         f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}<dl class="notes">{told}</dl>'
-        f"{numbers}{below}</section>"
+        f"{numbers}{block.html}</section>"
     )
-
-
-def _pair(left: Figure, right: Figure) -> str:
-    """Two figures beside each other where the screen is wide."""
-    return f'<div class="two">{figure_section(left)}{figure_section(right)}</div>'
-
-
-@dataclass(frozen=True)
-class Extra:
-    """What one optional stage shows beside the forecast.
-
-    Attributes:
-        name: the stage; its key in `summary.json`.
-        html: its section, everything from data escaped.
-        figures: drawn below the section, in order.
-        summary: plain values for `summary.json`.
-        markdown: lines for `summary.md`.
-        findings: sentences for the page's list of findings.
-        advice: what to do by its measurements, for the first screen.
-    """
-
-    name: str
-    html: str
-    figures: Sequence[Figure] = ()
-    summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    markdown: Sequence[str] = ()
-    findings: Sequence[str] = ()
-    advice: Sequence[str] = ()

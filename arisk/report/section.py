@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-from arisk.forecast.record import ForecastResult
-from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.report.text import NOT_MEASURED, number
 
 __all__ = [
     "Column",
@@ -26,7 +24,7 @@ __all__ = [
     "items",
     "listed",
     "provenance_section",
-    "quality",
+    "quality_section",
     "rows_table",
     "script_json",
     "table",
@@ -69,58 +67,21 @@ def folded(summary: str, content: str) -> str:
     return f"<details open data-fold><summary>{esc(summary)}</summary>{content}</details>"
 
 
-def quality(
-    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, forecast: ForecastResult
-) -> str:
-    """What was checked about the measurements, and every warning."""
-    held = space.heldout_energy
-    rows = [
-        ("safety samples", str(len(collected.losses)), f"{collected.dropped_duplicates} duplicates dropped"),
-        ("mean safety loss", f"{number(float(collected.losses.mean()))} nats/token", "at the aligned point"),
-        (
-            "Fisher matrix",
-            collected.fisher,
-            "labels of the data" if collected.fisher == "empirical" else "own labels",
-        ),
-        ("gradient engine", str(collected.engine.get("name")), f"error against loop {_parity(collected)}"),
-        ("batch invariance", number(collected.batch_invariance, 6), "cosine, wanted ≥ .999"),
-        (
-            "coverage",
-            percent(collected.coverage.get("parameters")),
-            "of selected parameters have a gradient yet",
-        ),
-        ("held-out energy", percent(held), f"± {number(space.heldout_energy_std, 2)} over random halves"),
-        ("Hessian products", scored.hvp_method, f"relative error {number(scored.hvp_error, 2)}"),
-        (
-            "mini-batch diffusion",
-            f"{number(forecast.diffusion)} nats",
-            "beside the drift, at the end of the plan",
-        ),
-        ("gradient store", _store(collected), "per-sample safety gradients"),
-    ]
-    warnings = [*collected.warnings, *space.warnings, *scored.warnings, *forecast.warnings]
+def quality_section(rows: Sequence[tuple[str, str, str]], warnings: Sequence[str]) -> str:
+    """What was checked about the measurements, as (what, value, note), and every warning."""
     return (
         '<section id="quality"><h2>Quality of the measurements</h2>'
         f"{table(('what', 'value', 'note'), rows)}{listed('Warnings', warnings)}</section>"
     )
 
 
-def _parity(collected: CollectResult) -> str:
-    parity = collected.engine.get("parity", {}).get(collected.engine.get("name"))
-    return number(parity, 2)
+def provenance_section(provenance: Mapping[str, Any]) -> str:
+    """Where everything came from, and the command that makes it again.
 
-
-def _store(collected: CollectResult) -> str:
-    """The store, and its dtype where that is not the gradients' own."""
-    return collected.store + ("" if collected.store_dtype == "float32" else f", {collected.store_dtype}")
-
-
-def provenance_section(collected: CollectResult, provenance: Mapping[str, Any]) -> str:
-    """Where everything came from, and the command that makes it again."""
-    task = dict(collected.task)
-    if task.get("data") and provenance.get("data"):
-        task["data"] = {**task["data"], **provenance["data"]}
-    facts = [(key, _plain(value)) for key, value in task.items()]
+    Args:
+        provenance: `task`, `versions`, `command`, `stages` and `config`, as far as they are known.
+    """
+    facts = [(key, _plain(value)) for key, value in provenance.get("task", {}).items()]
     versions = provenance.get("versions", {})
     facts += [(f"{name} version", version) for name, version in versions.items()]
     parts = [f'<section id="provenance"><h2>Provenance</h2>{table(("what", "value"), facts)}']

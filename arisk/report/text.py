@@ -14,7 +14,6 @@ __all__ = [
     "LIMIT",
     "NOT_MEASURED",
     "bounded",
-    "layer_and_type",
     "literal",
     "number",
     "percent",
@@ -41,20 +40,6 @@ def percent(value: float | None) -> str:
     if 0.99 < value < 1:
         return "> 99 %"
     return f"{value:.0%}".replace("%", " %")
-
-
-def layer_and_type(module: str) -> tuple[int | None, str]:
-    """Layer number and module type from a name.
-
-    >>> layer_and_type("base_model.model.model.layers.3.self_attn.q_proj")
-    (3, 'self_attn.q_proj')
-    >>> layer_and_type("lm_head")
-    (None, 'lm_head')
-    """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    if found is None:
-        return None, module.removeprefix("base_model.model.").removeprefix("model.")
-    return int(found.group(1)), module[found.end() :] or module
 
 
 #: Characters of a whole text; the comments of the common forges end at 65 536.

@@ -13,12 +13,12 @@ import torch
 
 from arisk.base.tables import table as text_table
 from arisk.report.figure import Figure, axes, reference_line, thin
-from arisk.report.page import Extra
+from arisk.report.page import Block, Finding, Place, Section
 from arisk.report.section import Column, esc, listed, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.screening.record import ScreenResult
 
-__all__ = ["screen_text", "screening_extra"]
+__all__ = ["screen_text", "section"]
 
 #: Dropping rows is advice where it leaves less than this share of the forecast's highest rise.
 WORTH_DROPPING = 0.75
@@ -45,8 +45,8 @@ WORTH = (
 )
 
 
-def screening_extra(found: ScreenResult, *, show_text: bool, max_examples: int) -> Extra:
-    """Section, figures and summaries of a screening.
+def section(found: ScreenResult, *, show_text: bool, max_examples: int) -> Section:
+    """All that a screening shows: ranked rows, scores beside their null, what dropping rows changes.
 
     Args:
         found: the record.
@@ -61,17 +61,20 @@ def screening_extra(found: ScreenResult, *, show_text: bool, max_examples: int) 
         f"{_ranked(shown, show_text)}{_what_if(found)}"
         f"{listed('About this screening', [found.rule_sentence, *found.warnings, WORTH])}</section>"
     )
-    return Extra(
-        name="screen",
-        html=body,
-        figures=[_distribution(found), _share_curve(found)],
-        summary=_summary(found, show_text),
+    return Section(
+        "screen",
+        blocks=[
+            Block(Place.CHANGE + 10, body),
+            Block(Place.CHANGE + 11, figure=_distribution(found)),
+            Block(Place.CHANGE + 12, figure=_share_curve(found)),
+        ],
+        summary={"screen": _summary(found, show_text)},
         markdown=[
             "",
             f"Screened rows: {_plain(found.sentence)}",
             *[f"- {_plain(s)}" for s in found.findings()],
         ],
-        findings=[found.sentence, *found.findings()],
+        findings=[Finding("Screen", sentence) for sentence in (found.sentence, *found.findings())],
         advice=_advice(found),
     )
 

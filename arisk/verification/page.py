@@ -7,37 +7,52 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.base.tables import fitted, said
-from arisk.forecast.record import ForecastResult
+from arisk.forecast.page import real_trace
+from arisk.forecast.record import ForecastResult, RealRun
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
+from arisk.report.page import Block, Place, Section
 from arisk.report.section import esc, listed, table
-from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.report.text import NOT_MEASURED, literal, number, percent
 from arisk.verification.truth import Comparison, compared_curve
 
 __all__ = [
-    "INK",
-    "measured_trace",
+    "real_run",
     "refusal_text",
+    "section",
     "truth_figure",
     "verified_rows",
     "verified_section",
     "verify_text",
 ]
 
-#: Stands for the page's own text colour, dark on light and light on dark.
-INK = "ink"
+
+def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bool) -> Section:
+    """What the plan really did beside its forecast; without a real run only that there was none.
+
+    Args:
+        check: the real run over its forecast.
+        forecast: curves and verdict.
+        show_text: show prompts and generated texts.
+    """
+    if check is None:
+        return Section("verify", summary={"verify": None})
+    rows = [f"| {' | '.join(map(literal, row))} |" for row in verified_rows(check)]
+    head = ["| verified | forecast | real |", "| --- | --- | --- |"]
+    return Section(
+        "verify",
+        blocks=[
+            Block(Place.TRUTH, verified_section(check, show_text)),
+            Block(Place.TRUTH + 10, figure=truth_figure(check, forecast)),
+        ],
+        summary={"verify": check.as_json()},
+        markdown=[f"Verified by a real fine-tune: {literal(check.sentence)}", "", *head, *rows, ""],
+        shared={"real_run": real_run(check)},
+    )
 
 
-def measured_trace(check: Comparison) -> dict[str, Any]:
-    """The measured safety change as a line with its points."""
-    return {
-        "type": "scatter",
-        "name": "real fine-tune",
-        "mode": "lines+markers",
-        "x": list(check.measured.steps),
-        "y": clean(check.safety_curve),
-        "line": {"color": INK, "width": 2.5},
-        "marker": {"color": INK, "size": 6},
-    }
+def real_run(check: Comparison) -> RealRun:
+    """What pages of the forecast need to know of a real run."""
+    return RealRun(check.measured.steps, check.safety_curve, check.real_collapse, check.sentence)
 
 
 def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
@@ -52,7 +67,7 @@ def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
             {"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band},
             _line(f"forecast ({curve.name})", steps, curve.median, "#E69F00", "solid"),
         ]
-    data.append(measured_trace(check))
+    data.append(real_trace(real_run(check)))
     control = check.control_curve
     if control is not None:
         data.append(_line("real control loss", run.steps, control, "#CC79A7", "dot"))

@@ -281,25 +281,25 @@ def rolled(holes=False):
     )
 
 
-def page(title="a run", show_text=True, max_examples=25, check=None, **settings):
-    from arisk.report.page import render_report
+def sections(check=None, show_text=True, max_examples=25, **settings):
+    """What the capabilities show of the records."""
+    from arisk.sections import sections_of
+
+    made, measured = records(**settings), rolled(settings.get("holes", False))
+    return sections_of(*made, measured, show_text=show_text, max_examples=max_examples, check=check)
+
+
+def page(title="a run", **settings):
+    from arisk.report.page import render
 
     provenance = {
+        "task": records(**{k: v for k, v in settings.items() if k == "text"})[0].task,
         "command": "arisk run x.yaml",
         "versions": {"arisk": "0.1.0"},
         "stages": {"collect": {"key": "abc", "seconds": 1.0, "bytes": 10, "finished": "now"}},
         "config": "model: {}",
     }
-    made = records(**settings)
-    return render_report(
-        *made,
-        title=title,
-        provenance=provenance,
-        show_text=show_text,
-        max_examples=max_examples,
-        check=check,
-        measured=rolled(settings.get("holes", False)),
-    )
+    return render(title, sections(**settings), provenance)
 
 
 def replaced(record, **changes):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from arisk.report.page import Block
 from arisk.report.page import page as render_page
 from arisk.report.section import Column, rows_table
 
@@ -171,7 +172,7 @@ def test_rows_brought_later_are_made_like_the_first(browser, tmp_path):
     tables = [rows_table(columns, rows, shown, "rows") for shown in (True, False)]
     body = "".join(f"<section>{table}</section>" for table in tables)
     path = tmp_path / "page.html"
-    path.write_text(render_page("t", body, []), encoding="utf-8")
+    path.write_text(render_page("t", [Block(0, body)]), encoding="utf-8")
     with web.opened(browser, path) as got:
         for number, parts in ((0, ["prompt p<b>", "response r", "hurts x & y"]), (1, ["hurts x & y"])):
             section = got.page.locator("section").nth(number)

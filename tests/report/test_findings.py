@@ -1,31 +1,23 @@
 """Sentences by rules, the first screen, and what a figure says of its own worth."""
 
-import importlib.util
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from arisk.forecast.first_screen import (
-    findings,
-    found,
-    layer_sentence,
-    row_sentence,
-    run_strip,
-    verdict_section,
-)
+from arisk.anatomy.page import layer_sentence, row_sentence, section
+from arisk.forecast.first_screen import run_strip, verdict_section
 from arisk.forecast.rollout_page import sample_drift, sample_table
 from arisk.forecast.text import sample_sentence
 from arisk.forecast.what_if_page import cell_ink, colour_at
+from arisk.forecast.worth import record_line, validity, worth_line
 from arisk.report.costs import stage_costs
-from arisk.report.worth import record_line, validity, worth_line
-
-spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+from arisk.report.page import findings_of
+from arisk.report.summary import summary_json
+from arisk.verification.page import real_run
+from tests.report import records as made
 
 
 def rows(*harms):
@@ -140,12 +132,12 @@ def test_the_samples_that_lose_most_come_first_with_their_text():
 
 def test_every_finding_leads_to_a_section_of_the_page():
     page = made.page(examples=10)
-    told = found(*made.records(examples=10), made.rolled())
+    told = findings_of(made.sections(examples=10))
     assert {f.topic for f in told} >= {"Specificity", "Safety rows", "What if", "Training rows", "Overlap"}
     for finding in told:
         assert f'<section id="{finding.section}"' in page
         assert f'href="#{finding.section}"' in page
-    assert findings(*made.records(examples=10), made.rolled()) == [f.sentence for f in told]
+    assert summary_json("t", made.sections(examples=10))["findings"] == [f.sentence for f in told]
 
 
 def test_worth_is_read_from_the_stored_benchmark():
@@ -172,7 +164,7 @@ def test_the_strip_shares_the_run_out_without_gaps():
     ]
     assert "forecast: step 70" in strip
     assert "60 to beyond 100" in strip
-    assert "real run: step 56" in run_strip(forecast, made.checked())
+    assert "real run: step 56" in run_strip(forecast, real_run(made.checked()))
     never = made.curve("combined", collapse_step=None, collapse_interval=[None, None])
     verdict = made.replaced(forecast.verdict, safe_steps=100, collapse_step=None)
     calm = made.replaced(forecast, verdict=verdict, forecasters={"combined": never})
@@ -198,12 +190,12 @@ def test_the_first_screen_answers_in_order():
 
 def test_the_first_screen_says_what_to_do_and_what_really_happened():
     collected, *_, forecast = made.records()
-    check = made.checked()
-    assert check.real_collapse is not None
+    real = real_run(made.checked())
+    assert real.collapse_step is not None
     plain = verdict_section(forecast, collected.task, None)
     assert "Lower the peak learning rate to 0.0005: all 100 steps stay below the alarm level there." in plain
     assert f"Stop or evaluate safety by step {forecast.verdict.safe_steps}." in plain
-    early = made.replaced(check, real_collapse=20, sentence="It collapsed.")
+    early = made.replaced(real, collapse_step=20, sentence="It collapsed.")
     html = verdict_section(forecast, collected.task, early)
     assert "Stop or evaluate safety by step 19." in html
     assert "too many: the real run collapsed at step 20" in html
@@ -269,9 +261,10 @@ def test_numbers_are_read_on_every_shade_of_the_map(percent):
     ],
 )
 def test_an_overlap_at_the_floor_of_few_permutations_is_no_finding(p, permutations, says, holds):
-    collected, space, scored, forecast = made.records()
+    collected, space, scored, _ = made.records()
     overlap = replace(scored.overlap, p_value=p, permutations=permutations)
     assert overlap.beyond_chance is holds
     assert replace(overlap, ratio=math.nan).beyond_chance is None
-    told = findings(collected, space, replace(scored, overlap=overlap), forecast)
-    assert sum(says in sentence for sentence in told) == 1
+    moved = replace(scored, overlap=overlap)
+    told = section(collected, space, moved, threshold=0.1, show_text=True, max_examples=1).findings
+    assert sum(says in finding.sentence for finding in told) == 1

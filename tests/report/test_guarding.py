@@ -5,7 +5,7 @@ import json
 import pytest
 
 from arisk.config.plan import Config
-from arisk.guard.page import guard_extra, guard_findings
+from arisk.guard.page import guard_findings, section
 from arisk.runners import finite
 from tests.report.records import HOSTILE
 from tests.test_guarded import arm, result
@@ -13,13 +13,21 @@ from tests.test_guarded import arm, result
 CONFIG = Config.model_validate({"model": {"source": "python", "entry": "a.py:b"}})
 
 
-def extra(*arms, **changes):
-    return guard_extra(result(*arms, **changes), CONFIG)
+def made(*arms, **changes):
+    return section(result(*arms, **changes), CONFIG)
+
+
+def html(found):
+    return "".join(block.html for block in found.blocks)
+
+
+def figures(found):
+    return [block.figure for block in found.blocks if block.figure]
 
 
 def told(*arms):
     found = result(*arms)
-    return guard_findings(found, guard_extra(found, CONFIG).summary)
+    return guard_findings(found, section(found, CONFIG).summary["guard"])
 
 
 def test_each_method_gets_one_sentence_by_its_best_arm():
@@ -44,45 +52,45 @@ def test_each_method_gets_one_sentence_by_its_best_arm():
 def test_a_method_whose_arms_all_diverged_is_never_praised():
     bad = arm("ewc 10", 0.0, 0.1, diverged_at=3, reason="inf")
     assert "ewc: no arm reached its last step." in told(arm("plain"), bad)
-    html = extra(arm("plain"), bad).html
-    assert "diverged at step 3: inf" in html
-    assert "ewc 10 (recommended)" not in html
+    told_of = html(made(arm("plain"), bad))
+    assert "diverged at step 3: inf" in told_of
+    assert "ewc 10 (recommended)" not in told_of
 
 
 def test_labels_and_reasons_are_escaped():
-    made = extra(arm("plain"), arm(f"x {HOSTILE}", note=HOSTILE, diverged_at=1, reason=HOSTILE))
-    assert "<script>" not in made.html
-    assert "<img" not in made.html
+    found = made(arm("plain"), arm(f"x {HOSTILE}", note=HOSTILE, diverged_at=1, reason=HOSTILE))
+    assert "<script>" not in html(found)
+    assert "<img" not in html(found)
 
 
 def test_the_summary_is_json_and_figures_have_no_nan():
-    made = extra(
+    found = made(
         arm("plain", 0.0),
         arm("replay 0.1", 0.1, control=[], surprising=[1.0, 0.9, 0.8]),
         arm("ewc 3", diverged_at=2),
     )
-    json.dumps(finite(dict(made.summary)), allow_nan=False)
-    for figure in made.figures:
+    json.dumps(finite(dict(found.summary)), allow_nan=False)
+    for figure in figures(found):
         json.dumps([list(figure.data), figure.layout], allow_nan=False)
         assert figure.rows
-    assert "not measured" in made.html
-    assert made.markdown[0].startswith("Protected fine-tunes: ")
+    assert "not measured" in html(found)
+    assert found.markdown[0].startswith("Protected fine-tunes: ")
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_plain_run_that_diverged_has_no_figure_of_costs(shift):
-    made = extra(arm("plain", diverged_at=shift, reason="nan"))
-    assert made.figures[0].missing
-    assert made.summary["rule"] == "plain diverged"
+    found = made(arm("plain", diverged_at=shift, reason="nan"))
+    assert figures(found)[0].missing
+    assert found.summary["guard"]["rule"] == "plain diverged"
 
 
 def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     prompts = [{"prompt": "p", "response": "No."}, {"prompt": "q", "response": "No."}]
-    counted = extra(
+    counted = made(
         arm("plain", answers=["Sure", "I cannot say"]), prompts=prompts, aligned_answers=["No.", "No."]
     )
-    assert "<td>1 of 2</td>" in counted.html
-    assert "the aligned model refuses 2 of them" in counted.html
+    assert "<td>1 of 2</td>" in html(counted)
+    assert "the aligned model refuses 2 of them" in html(counted)
     assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
-    silent = extra(arm("plain"), generation_reason="guard.generate is 0")
-    assert "Refusals: not measured (guard.generate is 0)." in silent.html
+    silent = made(arm("plain"), generation_reason="guard.generate is 0")
+    assert "Refusals: not measured (guard.generate is 0)." in html(silent)

@@ -1,6 +1,5 @@
 """Figures as files: the colours of the page, the field's names, a clear refusal without the extra."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -12,15 +11,12 @@ import pytest
 
 from arisk.base.errors import MissingExtraError
 from arisk.report import images
-from arisk.report.figures import all_figures
-
-spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+from arisk.report.page import figures_of
+from tests.report import records as made
 
 
 def figures():
-    return all_figures(*made.records(), made.rolled(), made.checked())
+    return figures_of(made.sections(check=made.checked()), {})
 
 
 def test_the_light_colours_are_those_of_the_style_sheet():

@@ -1,24 +1,18 @@
-import importlib.util
 import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-from arisk.forecast.first_screen import findings
+from arisk.anatomy.page import layer_and_type
 from arisk.forecast.page import drift_map
 from arisk.forecast.rollout_page import cost_text
 from arisk.forecast.text import collapse_text, drift_sentence
 from arisk.report.figure import step_lines
 from arisk.report.summary import summary_json, summary_markdown
-from arisk.report.text import layer_and_type, number, percent
-
-spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
-
+from arisk.report.text import number, percent
+from tests.report import records as made
 
 FIGURES = ("forecast", "what-if", "drift", "move", "samples", "fisher-map", "harm-map", "spectrum")
 FIGURES += ("overlap", "costs")
@@ -252,17 +246,19 @@ def test_numbers_in_words():
 
 
 def test_findings_are_made_from_the_numbers():
-    collected, space, scored, forecast = made.records(examples=10)
-    said = " ".join(findings(collected, space, scored, forecast))
+    def findings(**settings):
+        return summary_json("t", made.sections(**settings))["findings"]
+
+    said = " ".join(findings(examples=10))
     assert "the 4 worst of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
     assert "p = 0.1" in said
     assert "up to a learning rate of 0.0005 (0.5 × the plan)" in said
-    assert not any("not measured of" in sentence for sentence in findings(*made.records(holes=True)))
-    assert findings(*made.records(holes=True))
+    assert not any("not measured of" in sentence for sentence in findings(holes=True))
+    assert findings(holes=True)
 
 
 def test_summaries():
-    body = summary_json(*made.records(), title="t")
+    body = summary_json("t", made.sections())
     json.dumps(body)
     assert body["verdict"]["level"] == "high"
     assert body["what_if"]["rows"][1]["at_plan"]["collapse_step"] == 100
@@ -271,10 +267,10 @@ def test_summaries():
         "planned_evaluations": 100,
         "control_change": 0.08,
     }
-    text = summary_markdown(*made.records(), title="a | b <c>")
+    text = summary_markdown("a | b <c>", made.sections())
     assert text.startswith("### arisk: high – a \\| b &lt;c&gt;")
     assert "| local | step 70 of 100 | 90 % | 0.2 |" in text
-    assert "not measured" in summary_markdown(*made.records(holes=True), title="t")
+    assert "not measured" in summary_markdown("t", made.sections(holes=True))
 
 
 def section(page, name):
@@ -311,8 +307,8 @@ def test_without_a_real_run_the_page_says_nothing_of_one():
     page = made.page()
     assert 'id="verify"' not in page
     assert "real fine-tune" not in json.dumps(list(figure_data(page, "forecast")))
-    assert summary_json(*made.records(), title="t")["verify"] is None
-    assert "verified" not in summary_markdown(*made.records(), title="t").lower()
+    assert summary_json("t", made.sections())["verify"] is None
+    assert "verified" not in summary_markdown("t", made.sections()).lower()
 
 
 def test_a_real_run_without_texts_or_held_out_rows_says_so():
@@ -346,9 +342,9 @@ def test_generated_texts_are_escaped_and_can_be_left_out():
 
 def test_summaries_carry_the_real_run():
     check = made.checked()
-    body = summary_json(*made.records(), title="t", check=check)["verify"]
+    body = summary_json("t", made.sections(check=check))["verify"]
     json.dumps(body)
     assert body["real_collapse"] == 56  # √(.1), between √(.05) at 50 and √(.4) at 75
-    text = summary_markdown(*made.records(), title="t", check=check)
+    text = summary_markdown("t", made.sections(check=check))
     assert "| collapse step | step 70 of 100 (60 to beyond 100) | step 56 |" in text
     assert "sure , here is how" not in text

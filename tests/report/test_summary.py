@@ -4,11 +4,12 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arisk.compare.text import compare_markdown
-from arisk.report.page import Extra
+from arisk.report.page import Section
 from arisk.report.summary import summary_json, summary_markdown
 from arisk.report.text import LIMIT, bounded, literal
 from arisk.runners import finite
@@ -28,7 +29,7 @@ records, plans = loaded(HERE / "records.py"), loaded(HERE / "plans.py")
 def test_the_documented_keys_hold_where_nothing_was_measured():
     check = loaded(HERE.parent / "test_ci_gate.py").check_keys
     for holes in (True, False):
-        body = finite(summary_json(*records.records(holes=holes), title="t"))
+        body = finite(summary_json("t", records.sections(holes=holes)))
         check({"format_version": 1, **json.loads(json.dumps(body, allow_nan=False))})
 
 
@@ -57,7 +58,7 @@ def test_markup_mentions_and_directions_lose_their_power():
 
 def test_hostile_text_cannot_break_a_summary():
     text = records.HOSTILE + "\n\n| x | y |\n# owned [link](http://x) @all"
-    made = summary_markdown(*records.records(text=text), title=text)
+    made = summary_markdown(text, records.sections(text=text))
     assert "<script" not in made
     assert "<img" not in made
     assert "@all" not in made
@@ -67,7 +68,7 @@ def test_hostile_text_cannot_break_a_summary():
 
 
 def test_a_summary_tells_the_answer_first_and_where_the_rest_is():
-    lines = summary_markdown(*records.records(), title="t").splitlines()
+    lines = summary_markdown("t", records.sections()).splitlines()
     assert lines[0] == "### arisk: high – t"
     assert "Safe-step budget: **40 of 100 steps** · P(collapse): **90 %**" in lines[4]
     assert lines[6].startswith("- why: ")
@@ -75,8 +76,8 @@ def test_a_summary_tells_the_answer_first_and_where_the_rest_is():
 
 
 def test_no_summary_outgrows_a_comment():
-    extra = Extra("x", "", markdown=["y" * 1000] * 200)
-    made = summary_markdown(*records.records(), title="t" * 100_000, extras=[extra])
+    long = Section("x", markdown=["y" * 1000] * 200)
+    made = summary_markdown("t" * 100_000, [*records.sections(), long])
     assert len(made) <= LIMIT < 65_536
     assert "shortened" in made
     assert "`report.html`" in made.splitlines()[-1]
@@ -84,6 +85,11 @@ def test_no_summary_outgrows_a_comment():
     many = compare_markdown(plans.compared(runs))
     assert len(many) <= LIMIT
     assert "`compare.html`" in many.splitlines()[-1]
+
+
+def test_two_sections_never_share_a_key():
+    with pytest.raises(ValueError, match="again: verdict is in the summary already"):
+        summary_json("t", [*records.sections(), Section("again", summary={"verdict": "another"})])
 
 
 def test_what_fits_is_left_alone():

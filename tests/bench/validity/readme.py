@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-README, STORED = ROOT / "README.md", ROOT / "arisk" / "report" / "validity.json"
+README, STORED = ROOT / "README.md", ROOT / "arisk" / "forecast" / "validity.json"
 BEGIN, END = "<!-- validity: begin -->\n", "<!-- validity: end -->\n"
 MEASURES = ("ρ final", "AUC", "× rise", "× step", "within 2×", "false-safe", "late false-safe", "false-alarm")
 GROUPS = ("full adamw", "full sgd", "lora adamw", "lora sgd")
