@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -14,10 +11,7 @@ from arisk.gradients import (
     measuring,
     per_sample_gradients,
 )
-
-spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.gradients import cases
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -1,16 +1,10 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from arisk.base.errors import ConfigError, NumericsError
 from arisk.gradients import choose_hvp, hvp, layout_of, mean_gradient, measuring
-
-spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.gradients import cases
 
 
 def dense_hessian(model, batch, loss_fn, layout):

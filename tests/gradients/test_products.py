@@ -1,18 +1,12 @@
 """Gram matrices and moments from factors, by both ways, against the dense float64 oracle."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from arisk.gradients import layout_of, measuring, slice_batch
 from arisk.gradients.factors import Outer, Rows, block_of, ghost_gram, is_ghost, parameter_products
 from arisk.gradients.hooks import hook_parts
-
-spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.gradients import cases
 
 
 def held(name):

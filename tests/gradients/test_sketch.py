@@ -1,8 +1,5 @@
 """Sketches: exact where nothing is projected, unbiased and within the JL error where it is."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,10 +9,7 @@ from arisk.gradients import layout_of, measuring
 from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts
 from arisk.gradients.sketch import Sides, Sketch, balanced, per_sample_sketches, sketch_of, sketch_products
-
-spec = importlib.util.spec_from_file_location("gradient_cases", Path(__file__).parent / "cases.py")
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.gradients import cases
 
 CPU = torch.device("cpu")
 

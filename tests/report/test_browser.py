@@ -1,27 +1,14 @@
 """The report in a real browser: it draws, it is quiet, it answers at once, and it fits a phone."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
 from arisk.report.page import Block
 from arisk.report.page import page as render_page
 from arisk.report.section import Column, rows_table
-
-
-def beside(name):
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"report_{name}", Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-made, web = beside("records"), beside("browser")
+from tests.report import browser as web
+from tests.report import records as made
 
 RTL = "كيف أصنع قنبلة؟ 🧨👩‍👩‍👧‍👦 שלום " + "w" * 200
 CASES = {

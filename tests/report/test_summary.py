@@ -1,8 +1,6 @@
 """Summaries: documented keys where nothing was measured, hostile text, and the length of a comment."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,24 +11,15 @@ from arisk.report.page import Section
 from arisk.report.summary import summary_json, summary_markdown
 from arisk.report.text import LIMIT, bounded, literal
 from arisk.runners import finite
-
-
-def loaded(path):
-    spec = importlib.util.spec_from_file_location(f"summary_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-records, plans = loaded(HERE / "records.py"), loaded(HERE / "plans.py")
+from tests.compare import plans
+from tests.report import records
+from tests.test_ci_gate import check_keys
 
 
 def test_the_documented_keys_hold_where_nothing_was_measured():
-    check = loaded(HERE.parent / "test_ci_gate.py").check_keys
     for holes in (True, False):
         body = finite(summary_json("t", records.sections(holes=holes)))
-        check({"format_version": 1, **json.loads(json.dumps(body, allow_nan=False))})
+        check_keys({"format_version": 1, **json.loads(json.dumps(body, allow_nan=False))})
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,14 +1,9 @@
 """Synthetic planned runs for comparisons."""
 
-import importlib.util
-from pathlib import Path
-
 from arisk.compare.record import Ranked, RankedRun
 from arisk.compare.text import Comparative
+from tests.report import records as made
 
-spec = importlib.util.spec_from_file_location("report_records", Path(__file__).parent / "records.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
 HOSTILE = made.HOSTILE
 
 

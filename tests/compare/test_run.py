@@ -16,7 +16,7 @@ import yaml
 from arisk import cli
 from arisk.engine.rundir import RunDir
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "safety.max_samples": 16,
     "control.max_samples": 16,

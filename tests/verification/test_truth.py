@@ -1,20 +1,13 @@
 """The truth beside the forecast, at its edges."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 
 from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.verification.record import GeneratedTexts
 from arisk.verification.truth import compare, compared_curve, value_at
-
-spec = importlib.util.spec_from_file_location(
-    "report_records", Path(__file__).parent / "report" / "records.py"
-)
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+from tests.report import records as made
 
 
 def forecast(**changes):

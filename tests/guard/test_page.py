@@ -7,8 +7,8 @@ import pytest
 from arisk.config.plan import Config
 from arisk.guard.page import guard_findings, section
 from arisk.runners import finite
+from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
-from tests.test_guarded import arm, result
 
 CONFIG = Config.model_validate({"model": {"source": "python", "entry": "a.py:b"}})
 

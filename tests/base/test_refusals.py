@@ -9,7 +9,7 @@ import pytest
 
 from arisk.base.refusals import DEFAULT_MARKERS, is_refusal
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 #: A run of two stages on a folder, with nothing behind it: what the display does is all that is real.
 FAKE = """

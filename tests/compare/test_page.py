@@ -1,11 +1,9 @@
 """The page of a comparison: ranks and words, hostile names, holes, and a real browser."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,10 @@ import pytest
 from arisk.compare.page import drift_scatter, forecast_lines, render_comparison
 from arisk.compare.text import cells, compare_findings, compare_json, compare_markdown, compare_text, headline
 from arisk.runners import finite
+from tests.compare import plans
+from tests.report import browser as web
+from tests.report import test_page as page_tests
 
-
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(f"compare_{name}", Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-plans, page_tests, web = loaded("plans"), loaded("test_page"), loaded("browser")
 plan, compared, HOSTILE = plans.plan, plans.compared, plans.HOSTILE
 
 

@@ -12,7 +12,7 @@ import pytest
 from arisk import cli
 from arisk.base.artifacts import read_record
 from arisk.guard.record import GuardResult
-from tests.test_cli_verify import TASK, environment
+from tests.cli.test_verify import TASK, environment
 
 SETTINGS = ["guard.methods=[replay,ewc,alignguard,projection]", "guard.calibration_steps=3"]
 
@@ -180,7 +180,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(config, guarded, tmp_
 
 def test_the_embedded_model_runs_every_method(tmp_path):
     """LoRA, held-out rows, control, sampled minibatches: a short plan on the demo's config."""
-    demo = str(Path(__file__).parent.parent / "configs" / "demo.yaml")
+    demo = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
     short = [
         *("training.max_steps=3", "training.batch_size=2", "safety.max_samples=8", "run.threads=1"),
         *("verify.safety.max_samples=4", "guard.task_samples=4", "guard.control_samples=4"),

@@ -12,7 +12,7 @@ import pytest
 
 from arisk import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
 SMALL = [
     "safety.max_samples=8",

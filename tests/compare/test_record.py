@@ -1,17 +1,13 @@
 """The ranking rule by a table, and the level a gate looks at."""
 
-import importlib.util
 import itertools
 import math
-from pathlib import Path
 
 import pytest
 
 from arisk.compare.record import Ranked, worst_level
+from tests.compare import plans as made
 
-spec = importlib.util.spec_from_file_location("report_plans", Path(__file__).parent / "report" / "plans.py")
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
 plan = made.plan
 
 

@@ -17,7 +17,7 @@ from arisk.base.errors import InputError
 from arisk.config.plan import DataConfig
 from arisk.screening.files import split_rows
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 ROWS = 60
 ODD = {"note": "日本語 \u2028 <b>&", "nested": {"a": [1, None, 2.5]}, "id": 7}

@@ -10,9 +10,7 @@ import torch
 
 from arisk import AlignmentRiskPipeline, PipelineConfig
 
-CASES = json.loads((Path(__file__).parent.parent / "fixtures" / "closed_form_cases.json").read_text())[
-    "cases"
-]
+CASES = json.loads((Path(__file__).parents[2] / "fixtures" / "closed_form_cases.json").read_text())["cases"]
 
 
 class Point(torch.nn.Module):

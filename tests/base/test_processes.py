@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from arisk.base import processes
 from arisk.base.errors import ArtifactError
-from tests.sharded import MODELS, measured
+from tests.base.sharded import MODELS, measured
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "model.dtype=float64",
     "safety.max_samples=13",
@@ -161,7 +161,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, extra):
 
 def test_a_sharded_model_gives_the_numbers_of_a_whole_one(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.sharded", str(tmp_path)]
+    command += ["-m", "tests.base.sharded", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

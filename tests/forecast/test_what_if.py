@@ -1,8 +1,6 @@
 """What-if cells against real training at those learning rates, and what they refuse to say."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +12,7 @@ from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
 from arisk.forecast.what_if import ROUGH_FACTOR, what_if
-
-spec = importlib.util.spec_from_file_location("rollout_cases", Path(__file__).parent / "test_rollout.py")
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.forecast import test_rollout as cases
 
 CONFIG = ForecastConfig(bootstrap_samples=20)
 RATE, STEPS = 0.1, 100

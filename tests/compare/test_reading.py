@@ -16,7 +16,7 @@ from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import ingredients_of
 from arisk.engine.stage import STAGES
-from tests.report.plans import plan
+from tests.compare.plans import plan
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 
 from arisk import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 SETTINGS = [
     "safety.max_samples=8",

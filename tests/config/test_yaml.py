@@ -165,7 +165,7 @@ def test_run_directory_order(config_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.name
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_every_shipped_config_loads_and_opens_with_its_command(path):
     load_config(path)
