@@ -338,7 +338,7 @@ def _chat_column(raw: Mapping[str, Any], config: DataConfig) -> str:
 
 
 def _chat_keys(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
-    value = raw.get(_chat_column(raw, config))
+    value: Any = raw.get(_chat_column(raw, config))
     return set(value[0]) if _is_chat(value) else set()
 
 

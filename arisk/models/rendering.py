@@ -25,6 +25,7 @@ __all__ = [
     "marked",
     "render_rows",
     "token_rows",
+    "whole_rows",
 ]
 
 #: Label of a token that carries no loss.
@@ -111,12 +112,7 @@ def render_rows(rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, sect
         InputError: no row has a token that carries loss; a measured row has none; the template fails.
         ConfigError: `chat_template: true` on a tokenizer without one.
     """
-    plain = not _uses_template(tokenizer, config, section)
-    if config.chat_template is True:
-        rows = [_as_chat(row) for row in rows]
-    modes = [loss_on(row, config, section) for row in rows]
-    laid = lay_out(rows, modes, tokenizer, plain=plain, section=section)
-    whole = _tokenised(rows, modes, laid, tokenizer)
+    whole = whole_rows(rows, tokenizer, config, section=section)
     cut = _CUTS[_truncation(config, section)]
     rendered = [kept for row in whole if (kept := cut(row, config.max_length)) is not None]
     empty = [row for row in rendered if row.row.answered and row.trained <= 0]
@@ -133,6 +129,27 @@ def render_rows(rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, sect
             fix=f"remove those rows, or raise `{section}.max_length` (now {config.max_length})",
         )
     return [row for row in rendered if row.trained > 0 or not row.row.answered]
+
+
+def whole_rows(rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, section: str) -> list[Rendered]:
+    """Tokenise rows as the fine-tune would, and cut none of them.
+
+    Args:
+        rows: the rows.
+        tokenizer: a Hugging Face tokenizer.
+        config: template and loss settings.
+        section: name of the config section.
+
+    Raises:
+        InputError: the template fails.
+        ConfigError: `chat_template: true` on a tokenizer without one.
+    """
+    plain = not _uses_template(tokenizer, config, section)
+    if config.chat_template is True:
+        rows = [_as_chat(row) for row in rows]
+    modes: list[LossOn] = [loss_on(row, config, section) for row in rows]
+    laid = lay_out(rows, modes, tokenizer, plain=plain, section=section)
+    return _tokenised(rows, modes, laid, tokenizer)
 
 
 def _uses_template(tokenizer: Any, config: DataConfig, section: str) -> bool:

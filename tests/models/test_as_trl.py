@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from arisk.config.plan import DataConfig
-from arisk.models.rendering import IGNORED, render_rows
+from arisk.models.packing import packs, wrapped
+from arisk.models.rendering import IGNORED, render_rows, whole_rows
 from arisk.models.rows import read_data
 
 pytest.importorskip("trl")
@@ -92,6 +93,16 @@ def ours(tokenizer, rows, folder, **settings):
     return [(list(row.tokens), row.labels()) for row in rendered]
 
 
+def whole_ours(tokenizer, rows, folder):
+    """Rows of this package, not cut."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = DataConfig(path=str(path))
+    return whole_rows(
+        read_data(config, section="finetune", seed=0).rows, tokenizer, config, section="finetune"
+    )
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request, tokenizer):
     """The tokenizer with the template of one model family, and the special tokens it is written for."""
@@ -122,6 +133,47 @@ def test_answers_of_conversations(family, model, tmp_path):
             for end in range(3, len(ids) + 1):
                 if ids[end - 3 : end] == header:
                     labels[end - 1] = IGNORED
+    assert found == expected
+
+
+#: Sixty texts of one to nine words, and of many more than a sequence holds.
+LENGTHS = [(7 * i) % 9 + 1 for i in range(60)] + [40]
+
+
+@pytest.mark.parametrize("limit", [16, 64])
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_sequences(tokenizer, model, tmp_path, strategy, limit):
+    import datasets
+    import trl
+
+    words = [" ".join(["rope"] * length) for length in LENGTHS]
+    rows = [{"prompt": f"Say {i}: ", "completion": text} for i, text in enumerate(words)]
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        packing=True,
+        packing_strategy=strategy,
+        max_length=limit,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = trl.SFTTrainer(
+        model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    expected = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    whole = whole_ours(tokenizer, rows, tmp_path)
+    if strategy == "wrapped":
+        found = [(list(row.tokens), row.labels()) for row in wrapped(whole, limit)]
+    else:
+        cut = [(list(row.tokens)[:limit], row.labels()[:limit]) for row in whole]
+        sequences = packs([len(tokens) for tokens, _ in cut], limit)
+        found = [
+            tuple([token for row in sequence for token in cut[row][part]] for part in (0, 1))
+            for sequence in sequences
+        ]
+        assert [[len(cut[row][0]) for row in sequence] for sequence in sequences] == list(
+            trainer.train_dataset["seq_lengths"]
+        )
     assert found == expected
 
 

@@ -1,0 +1,106 @@
+"""Data sets put together: several parts, prompts without a response, and what is said of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from arisk.base.errors import InputError
+from arisk.config.plan import Config, ModelConfig
+from arisk.models.loading import load_tokenizer
+from arisk.models.tasks import load_data, load_task, statistics_of
+
+FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
+MODEL = {"path": str(FIXTURES / "tiny-aligned")}
+SAFETY = str(FIXTURES / "data" / "safety.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelConfig(**MODEL))
+
+
+def config(**settings):
+    return Config.model_validate(
+        {"model": MODEL, "safety": SAFETY, "finetune": str(FIXTURES / "data" / "benign.jsonl"), **settings}
+    )
+
+
+def parts():
+    data = FIXTURES / "data"
+    return [
+        {"path": str(data / "benign.jsonl"), "max_samples": 12},
+        {"path": str(data / "risky.jsonl"), "max_samples": 3, "weight": 2},
+        {"path": str(FIXTURES / "formats" / "alpaca.json"), "where": {"input": ""}},
+    ]
+
+
+def test_parts_follow_each_other_with_their_own_settings(tokenizer):
+    loaded = load_data(config(finetune=parts()), tokenizer)["finetune"]
+    sources = [Path(page.row.source).name for page in loaded.rendered]
+    assert sources == ["benign.jsonl"] * 12 + ["risky.jsonl"] * 6 + ["alpaca.json"]
+    for number, part in enumerate(parts()):
+        alone = load_data(config(finetune=part), tokenizer)["finetune"]
+        assert [page for page in loaded.rendered if page.row.source == part["path"]] == alone.rendered
+        assert loaded.taken[number] == alone.taken[0]
+    assert "2 rows left out by `where`" in loaded.taken[2]
+    with pytest.raises(InputError, match="no column 'x'") as caught:
+        load_data(config(finetune=[parts()[1], {**parts()[0], "where": {"x": 1}}]), tokenizer)
+    assert "benign.jsonl, line 1" in caught.value.where
+
+
+def test_a_task_of_several_parts_knows_where_each_row_is_from():
+    task = load_task(config(finetune=parts()), device=torch.device("cpu"))
+    assert len(task.finetune.rows) == 19
+    places = {(Path(row["source"]).name, row["line"]) for row in task.finetune.rows}
+    assert len(places) == 12 + 3 + 1
+    assert next(iter(task.finetune.batches))["labels"].shape[0] == 8
+
+
+def test_prompts_alone_take_the_answers_they_are_given(tokenizer, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"how do i make {n} ?"}) + "\n" for n in ("jam", "tea")))
+    given = config(safety=str(path))
+    with pytest.raises(InputError, match="without a response") as caught:
+        load_data(given, tokenizer)
+    assert caught.value.where.endswith("line 1")
+    asked = []
+
+    def answers(section, pages):
+        asked.append((section, [tokenizer.decode(list(page.tokens)) for page in pages]))
+        return [f"i cannot help with {page.row.prompt.split()[-2]} ." for page in pages]
+
+    loaded = load_data(given, tokenizer, answers)["safety"]
+    ((section, prompts),) = asked
+    assert section == "safety"
+    assert [text.endswith("? <assistant>") for text in prompts] == [True, True]
+    responses = [page.row.response for page in loaded.rendered]
+    assert responses == ["i cannot help with jam .", "i cannot help with tea ."]
+    assert all(page.trained > 3 and page.row.answered for page in loaded.rendered)
+    with pytest.raises(InputError, match="without a response"):
+        load_data(config(finetune=str(path)), tokenizer, answers)
+
+
+def test_repeated_safety_rows_are_dropped_and_others_are_not(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    row = json.dumps({"prompt": "how do i make tea ?", "response": "i cannot help ."})
+    path.write_text(f"{row}\n{row}\n")
+    loaded = load_data(config(safety=str(path), finetune=str(path)), tokenizer)
+    assert (len(loaded["safety"].rendered), loaded["safety"].duplicates) == (1, 1)
+    assert (len(loaded["finetune"].rendered), loaded["finetune"].duplicates) == (2, 0)
+
+
+def test_what_is_said_of_a_data_set(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    texts = ("how do i", "take the ferry", "which", "bread")
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    long = [{"role": "user", "content": "how " * 60}, turns[1]]
+    path.write_text("".join(json.dumps({"messages": chat, "note": "x"}) + "\n" for chat in (turns, long)))
+    chats = {"path": str(path), "loss_on": "last", "max_length": 32}
+    facts = statistics_of(load_data(config(finetune=chats), tokenizer)["finetune"])
+    assert (facts["rows"], facts["dropped"], facts["answers_untrained"]) == (1, 1, 1)
+    assert facts["loss_on"] == "last"
+    (said,) = facts["read_as"]
+    assert said.startswith("read as messages")
+    assert "`note` (2 rows)" in said
