@@ -81,7 +81,7 @@ def _record(number, source, refused, *, seed=0, rise=0.1, model=score.SETTINGS_M
         {
             "job": job,
             "cpu_seconds": {"training": 100.0, "measuring": 1.0},
-            "train": {"loss": [2.0 + number] * 60, "grad_norm": [1.0] * 60, "adam_move": [10.0]},
+            "train": {"loss": [2.0 + number] * 60, "grad_norm": [1.0] * 60, "adam_move": 10.0},
             "points": [point(step, count) for step, count in steps.items()],
         },
     )

@@ -30,7 +30,9 @@ def main() -> None:
         "--cache", type=Path, default=Path("models/truths"), help="one JSON a job, texts included"
     )
     truths.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
-    truths.add_argument("--until", default="", help="HH:MM today; no job is started after it")
+    truths.add_argument(
+        "--until", default="", help="HH:MM today; a job that runs then stops at its next measured step"
+    )
     merge = commands.add_parser(
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
@@ -68,17 +70,19 @@ def _truths(given: argparse.Namespace) -> None:
     from tests.bench.real.jobs import JOBS
     from tests.bench.real.truth import run
 
+    def late() -> bool:
+        return bool(given.until) and time.strftime("%H:%M") >= given.until
+
     chosen = _numbers(given.jobs)
     for job in JOBS:
         if chosen and job.number not in chosen:
             continue
-        if given.until and time.strftime("%H:%M") >= given.until:
-            print("no time for more")
+        if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
-        result = run(job, given.model, given.data, given.cache / given.model.name)
+        result = run(job, given.model, given.data, given.cache / given.model.name, stop=late)
         if result is None:
-            print("  another process is at it")
+            print("  stopped, or another process is at it", flush=True)
             continue
         for point in result["points"]:
             counts = point.get("answers_harmful", {}).get("counts", "")

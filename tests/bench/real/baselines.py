@@ -101,7 +101,7 @@ def learning_rates(job: dict[str, Any]) -> np.ndarray:
 def _reach(truth: Truth) -> float:
     """Learning rates of the plan together, times the length of an AdamW move."""
     job = truth.job
-    return float(job["job"]["learning_rate"] * learning_rates(job["job"])[-1] * job["train"]["adam_move"][0])
+    return float(job["job"]["learning_rate"] * learning_rates(job["job"])[-1] * job["train"]["adam_move"])
 
 
 def _points(truth: Truth, last: int) -> dict[int, dict[str, Any]]:

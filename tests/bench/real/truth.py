@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,36 +158,78 @@ def start(folder: Path, panel: Panel, path: Path) -> dict[str, Any]:
     return found["point"]
 
 
-def run(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any] | None:
+def run(
+    job: Job, model_folder: Path, data: Path, cache: Path, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
     """Train and measure; writes `cache/<job>.json` and returns it.
 
-    A job that is there is not run again. None where another process runs it now.
+    A job that is there is not run again, one that was left unfinished goes on from the last step that
+    was measured. None where another process runs it now, or where it was told to stop.
+
+    Args:
+        job: what to carry out.
+        model_folder: the aligned model.
+        data: folder of JSONL files.
+        cache: where jobs are kept.
+        stop: asked after each measured step.
     """
     path = cache / f"{job.name()}.json"
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_suffix(".lock"), timeout=0):
-            if not path.exists():
-                write_json(path, _carried_out(job, model_folder, data, cache))
-            return json.loads(path.read_text(encoding="utf-8"))
+            if not path.exists() and (result := _carried_out(job, model_folder, data, cache, stop)):
+                write_json(path, result)
+                shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except Timeout:
         return None
 
 
-def _carried_out(job: Job, model_folder: Path, data: Path, cache: Path) -> dict[str, Any]:
+def _carried_out(
+    job: Job, model_folder: Path, data: Path, cache: Path, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     panel = Panel(tokenizer, data)
-    points = [start(model_folder, panel, cache / "start.json")]
+    first = start(model_folder, panel, cache / "start.json")
     rows = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
-    began = time.process_time()
-    log, measuring = _train(job, model, model_folder, rows, panel, points)
-    total = time.process_time() - began
-    seconds = {"training": round(total - measuring, 1), "measuring": round(measuring, 1)}
-    return {"job": job.as_dict(), "rows": len(rows), "cpu_seconds": seconds, "train": log, "points": points}
+    progress = Progress([first])
+    train = _train(job, model, model_folder, rows, panel, progress, cache / f"{job.name()}.run", stop)
+    if progress.points[-1]["step"] < job.steps:
+        return None
+    seconds = {"training": round(progress.training, 1), "measuring": round(progress.measuring, 1)}
+    return {
+        "job": job.as_dict(),
+        "rows": len(rows),
+        "cpu_seconds": seconds,
+        "train": train | {"adam_move": progress.adam_move},
+        "points": progress.points,
+    }
+
+
+@dataclass
+class Progress:
+    """What a job has found so far; kept beside the Trainer's checkpoint.
+
+    Attributes:
+        points: measures, the start first.
+        adam_move: see `_adam_move`, at the first measured step.
+        training, measuring: CPU seconds.
+    """
+
+    points: list[dict[str, Any]]
+    adam_move: float = math.nan
+    training: float = 0.0
+    measuring: float = 0.0
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Take over what was found up to the step of a checkpoint."""
+        known = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        self.points = [point for point in known.pop("points") if point["step"] <= step]
+        vars(self).update(known)
 
 
 def _with_adapter(model: Any) -> Any:
@@ -220,10 +263,22 @@ def _twin(model: Any, folder: Path) -> Callable[[], Any]:
 
 
 def _train(
-    job: Job, model: Any, folder: Path, rows: list[Encoded], panel: Panel, points: list[dict[str, Any]]
-) -> tuple[dict[str, list[float]], float]:
-    """Carry out the plan and append to `points`; what was logged, and the seconds spent measuring."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    job: Job,
+    model: Any,
+    folder: Path,
+    rows: list[Encoded],
+    panel: Panel,
+    progress: Progress,
+    output: Path,
+    stop: Callable[[], bool],
+) -> dict[str, list[float]]:
+    """Carry out the plan, from its last checkpoint in `output` on, and note what is found in `progress`.
+
+    Returns:
+        Loss and gradient norm of each step so far.
+    """
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 
     if job.mode == "lora":
         model = _with_adapter(model)
@@ -231,34 +286,63 @@ def _train(
         shown = model.get_base_model
     else:
         shown = _twin(model, folder)
-    planned, always = measured_steps(job.steps), answered_steps(job.steps)
-    spent, move = [0.0], list[float]()
-
-    class Measure(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in planned:
-                before = time.process_time()
-                point = _point(state.global_step, shown(), panel, points, always, job.steps)
-                if not move:
-                    move.append(_adam_move(kwargs["optimizer"]))
-                points.append(point)
-                spent[0] += time.process_time() - before
-
-    with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(**_arguments(job), output_dir=output),
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=lambda batch: collate(batch, panel.pad),
-            callbacks=[Measure()],
-        )
-        trainer.train()
+    output.mkdir(exist_ok=True)
+    checkpoint = get_last_checkpoint(str(output))
+    if checkpoint is not None:
+        progress.restore(output, int(checkpoint.rpartition("-")[2]))
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**_arguments(job), output_dir=str(output)),
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda batch: collate(batch, panel.pad),
+        callbacks=[_measuring(job, shown, panel, progress, output, stop)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return {
         "loss": [round(entry["loss"], 4) for entry in log],
         "grad_norm": [round(float(entry["grad_norm"]), 4) for entry in log],
-        "adam_move": move,
-    }, spent[0]
+    }
+
+
+def _measuring(
+    job: Job,
+    shown: Callable[[], Any],
+    panel: Panel,
+    progress: Progress,
+    output: Path,
+    stop: Callable[[], bool],
+) -> Any:
+    """A callback that measures at the planned steps, keeps a checkpoint there and stops where told."""
+    from transformers import TrainerCallback
+
+    planned, clock = measured_steps(job.steps), [time.process_time()]
+
+    def spent() -> float:
+        before, clock[0] = clock[0], time.process_time()
+        return clock[0] - before
+
+    class Measure(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            spent()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step not in planned:
+                return
+            progress.training += spent()
+            progress.points.append(_point(state.global_step, shown(), panel, progress.points, job.steps))
+            if len(progress.points) == 2:
+                progress.adam_move = _adam_move(kwargs["optimizer"])
+            progress.measuring += spent()
+            control.should_training_stop = control.should_training_stop or stop()
+            # Checkpoints of all weights are large: only where the work would else be lost.
+            control.should_save = job.mode == "lora" or control.should_training_stop
+            write_json(output / "progress.json", asdict(progress))
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            spent()
+
+    return Measure()
 
 
 def _arguments(job: Job) -> dict[str, Any]:
@@ -282,6 +366,7 @@ def _arguments(job: Job) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_total_limit": 1,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -306,14 +391,12 @@ def _adam_move(optimizer: Any) -> float:
     return round(math.sqrt(total), 4)
 
 
-def _point(
-    step: int, model: Any, panel: Panel, points: list[dict[str, Any]], always: set[int], end: int
-) -> dict[str, Any]:
+def _point(step: int, model: Any, panel: Panel, points: list[dict[str, Any]], end: int) -> dict[str, Any]:
     """Measures at one step; answers where they are due or the openings have turned since the last ones."""
     point: dict[str, Any] = {"step": step, **panel.losses(model, ordinary=step not in SAFETY_ONLY)}
     last = next(p for p in reversed(points) if "answers_harmful" in p)
     kept, kept_then = (p["own_harmful"]["5"]["kept"] for p in (point, last))
-    if step in always or abs(kept - kept_then) >= TURNED:
+    if step in answered_steps(end) or abs(kept - kept_then) >= TURNED:
         point["answers_harmful"] = panel.read(panel.answers(model, "harmful"))
     if step == end:
         point["answers_harmless"] = panel.read(panel.answers(model, "harmless"))
