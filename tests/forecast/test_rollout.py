@@ -331,6 +331,41 @@ def test_a_leap_ends_where_the_flow_along_a_parabola_does(curvature):
     assert model.x.item() == pytest.approx(2 * rate + flow * expected, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("curvature", "direction", "claimed"),
+    [(3.0, 1.0, -1.0), (3.0, 1.0, -8.0), (3.0, 1.0, 0.5), (12.0, 1.0, -8.0), (3.0, -1.0, 1.0)],
+)
+def test_a_leap_over_which_the_loss_rises_is_pulled_back_by_its_own_batch(curvature, direction, claimed):
+    """The checking batch is a valley from slope −1; whatever slope the block claims, the valley decides.
+
+    Downhill the leap ends where the flow does, (1 − e^{−κt})/κ; a way that leads uphill from the
+    start is taken back but for a twentieth.
+    """
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def valley(model, batch):
+        return 0.5 * curvature * model.x**2 - model.x + 0 * batch.mean()
+
+    model, length, rate = Point(), 1000, 1e-3
+    batches = [torch.zeros(1, 1, dtype=torch.float64)]
+    task = Task(model, SampleSet("s", batches, valley), SampleSet("f", batches, valley), ["x"])
+    layout = layout_of(model, ["x"])
+    told = [torch.tensor([value], dtype=torch.float64) for value in (direction, claimed, claimed**2)]
+    with measuring(model, layout):
+        planned_run = PlannedRun(
+            task, layout, TrainingConfig(optimizer="sgd", learning_rate=rate), torch.full((2000,), rate)
+        )
+        leaper = Leaper(planned_run, distance_correction=False)
+        leaper.leap(Block([told[0]], [told[1]], [told[2]], 2, 0.0), 0, length)
+    flow = length * rate
+    expected = -math.expm1(-curvature * flow) / curvature if direction > 0 else -flow / 20
+    assert model.x.item() == pytest.approx(expected, rel=0.01)
+
+
 def test_outputs_are_extrapolated_exactly_where_they_move_straight():
     model = nn.Linear(5, 3).double()
     (batch,) = data(4, 1)

@@ -7,7 +7,7 @@ import torch
 
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast.forecasters import not_measured, planned
-from arisk.forecast.known import Known, Local, curve_at_rate, over_flow_time
+from arisk.forecast.known import Known, Local, curve_at_rate, known, over_flow_time
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
@@ -175,17 +175,17 @@ def scored_like(c, probe_end):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_the_local_model_answers_where_it_is_trusted_and_no_further(momentum):
     local = Local(scored_like(0.5, 4.0), 4.0, plain=True)
-    known = source(None, local=local, momentum=momentum)
+    only_local = source(None, local=local, momentum=momentum)
     steps = 30 if not momentum else 3
-    found = cell(known, 1.0, steps)
+    found = cell(only_local, 1.0, steps)
     assert found.basis == "local"
     z, w = 0.0, 0.0
     for _ in range(steps):
         w = momentum * w + 1.0 + z
         z -= RATE * w
     assert found.change == pytest.approx(0.5 * (0.5 * z) ** 2, rel=1e-9)
-    assert cell(known, 1.0, 60).state in ("not_measured", "collapses")
-    assert cell(known, 1.0, 60).change is None
+    assert cell(only_local, 1.0, 60).state in ("not_measured", "collapses")
+    assert cell(only_local, 1.0, 60).change is None
 
 
 def test_a_local_model_trusted_for_less_than_a_step_says_nothing():
@@ -211,9 +211,41 @@ def test_a_frozen_preconditioner_is_rough():
 
 def test_the_rollout_comes_before_the_local_model():
     local = Local(scored_like(0.01, 100.0), 100.0, plain=True)
-    known = source(quadratic(0.05), local=local)
-    assert cell(known, 1.0, STEPS).basis == "rollout"
-    assert cell(known, 1.0, 2 * STEPS).basis == "local"
+    both = source(quadratic(0.05), local=local)
+    assert cell(both, 1.0, STEPS).basis == "rollout"
+    assert cell(both, 1.0, 2 * STEPS).basis == "local"
+
+
+@pytest.mark.parametrize(
+    ("factor", "kept"), [(1.0, True), (1.15, True), (0.85, True), (1.6, False), (0.4, False), (None, False)]
+)
+def test_a_local_model_that_contradicts_the_rollout_fills_no_cell(factor, kept):
+    """Its probe fits; over the plan it may leave the rollout by a fifth, one that diverged by nothing."""
+
+    slope, end = 0.03, 0.5 * (0.03 * RATE * STEPS) ** 2
+
+    class Scored:
+        krylov_t = torch.zeros(1, 1, dtype=torch.float64)
+        krylov_beta = 1.0
+        c_krylov = torch.tensor([[slope], [-slope]], dtype=torch.float64)
+        c_update = torch.tensor([slope, -slope], dtype=torch.float64)
+        probe_times = torch.linspace(0, 40, 9, dtype=torch.float64)
+        probe_safety = (0.5 * (slope * probe_times) ** 2).expand(2, -1)
+
+    rolled = quadratic(end)
+    said = quadratic(end * (factor or 1.0))
+    if factor is None:
+        rolled = [*rolled[:-1], math.inf]
+    recipe = TrainingConfig(optimizer="sgd", learning_rate=RATE, max_steps=STEPS)
+    curves = {"combined": curve(rolled), "local": curve(said, name="local")}
+    source = known(Scored(), curves, config=CONFIG, training=recipe, steps=STEPS, seed=0)
+    assert (source.local is not None) == kept
+    beyond = cell(source, 0.5, 4 * STEPS)
+    assert beyond.basis == ("local" if kept else "none")
+    if factor == 1.0:
+        assert beyond.change == pytest.approx(4 * end)
+    if not kept:
+        assert "the rollout contradicts it" in " ".join(what_if(source).notes)
 
 
 REAL = [
