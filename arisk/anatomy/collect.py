@@ -191,7 +191,7 @@ def _record(
 
 def _warnings(result: CollectResult) -> list[str]:
     """What a reader must know before trusting the numbers."""
-    found: list[str] = []
+    found: list[str] = [str(note) for note in result.task.get("warnings", ())]
     invariance = result.batch_invariance
     if invariance is not None and not invariance >= BATCH_INVARIANCE:
         found.append(

@@ -198,6 +198,8 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute a layer's activations in the backward pass of a batch (rollout, verify, curvature): less
     memory, more time. Per-sample gradients keep theirs, `collect.chunk_size` samples at a time."""
+    pickle_weights: bool = False
+    """Read weights from pickle files (`pytorch_model.bin`). Off: such a file can run code when it is read."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: it is somebody else's code."""
 

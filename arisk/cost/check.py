@@ -19,7 +19,14 @@ from arisk.forecast.leap import rollout_cost
 from arisk.models.loading import load_tokenizer
 from arisk.models.rendering import TRAINED, token_rows
 from arisk.models.selection import select_parameters
-from arisk.models.tasks import LoadedData, load_data, load_with_adapter, statistics_of, task_from_entry
+from arisk.models.tasks import (
+    LoadedData,
+    load_data,
+    load_with_adapter,
+    require_fit,
+    statistics_of,
+    task_from_entry,
+)
 
 __all__ = ["check_task", "check_text", "shortened"]
 
@@ -55,6 +62,7 @@ def check_task(
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
     model = load_with_adapter(config, device or torch.device("cpu"), {} if kept is None else kept)
+    notes = require_fit(model, data, tokenizer, config)
     wrapped = [name.removeprefix(PEFT) for name, module in model.named_modules() if hasattr(module, "lora_A")]
     names = select_parameters(model, config.model.parameters)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -73,7 +81,7 @@ def check_task(
             **({"adapter wraps": f"{len(wrapped)} modules, e.g. {wrapped[0]}"} if wrapped else {}),
         },
         "data": shown,
-        "warnings": _warnings(data),
+        "warnings": [*notes, *_warnings(data)],
         "work": _work(config, {name: len(d.rendered) for name, d in data.items()}, selected),
     }
 

@@ -15,6 +15,7 @@ from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import AdapterConfig
 from arisk.config.reading import shortened
 from arisk.models.loading import hf_module
+from arisk.models.soundness import require_finite, require_whole_adapter
 
 __all__ = ["attach_adapter", "target_modules"]
 
@@ -99,16 +100,27 @@ def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
             where=f"model.adapter: {path}",
             fix="give the folder that save_pretrained of the adapter wrote",
         )
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise InputError(
+            "this adapter has no .safetensors file, and pickle files can run code when they are read",
+            where=f"model.adapter: {path}",
+            fix="save it again with a present peft, which writes adapter_model.safetensors",
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            return peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
+            warnings.simplefilter("ignore")
+            made = peft.PeftModel.from_pretrained(model, str(path), is_trainable=True)
+            expected = peft.get_peft_model_state_dict(made, save_embedding_layers=False)
+            found = peft.load_peft_weights(str(path), device="cpu")
+    except Exception as err:
         raise InputError(
             f"the adapter cannot be loaded: {_first_line(err)}",
             where=f"model.adapter: {path}",
             fix="give an adapter that was trained on this base model",
         ) from err
+    require_whole_adapter(expected, found, made.state_dict(), f"model.adapter: {path}")
+    require_finite(made, f"model.adapter: {path}")
+    return made
 
 
 def target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:

@@ -15,8 +15,14 @@ import torch
 
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import ModelConfig
+from arisk.config.reading import shortened
+from arisk.models.soundness import require_finite, require_whole
 
 __all__ = ["hf_module", "load_model", "load_tokenizer", "mark_recomputed", "model_config"]
+
+
+#: Ends of files that torch unpickles.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def _quiet() -> Any:
@@ -71,14 +77,57 @@ def _load(what: str, config: ModelConfig, load: Any, **extra: Any) -> Any:
     except ImportError as err:
         if "gguf" in str(err):
             hf_module("gguf")
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as err:
-        lines = str(err).strip().splitlines()
+        raise MissingExtraError(
+            f"the {what} needs a further package: {_first_line(err)}",
+            where=f"model.path: {config.path}",
+            fix="install it",
+        ) from err
+    except Exception as err:
         raise InputError(
-            f"the {what} cannot be loaded: {lines[0] if lines else type(err).__name__}",
+            f"the {what} cannot be loaded: {_said(err)}",
             where=f"model.path: {config.path}",
             fix="give a folder made by save_pretrained, or a hub id that this machine can reach",
         ) from err
+
+
+def _first_line(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    return shortened(lines[0], 300) if lines else type(err).__name__
+
+
+def _said(err: Exception) -> str:
+    """The cause in the words of its library, and in ours where those say nothing to a reader."""
+    line = _first_line(err)
+    if type(err).__name__ == "SafetensorError":
+        return f"its weights are cut off or damaged ({line}); an interrupted download looks like this"
+    if isinstance(err, KeyError):
+        return f"a file lacks {line}"
+    if "Unrecognized configuration class" in line or "for this kind of AutoModel" in str(err):
+        return "its architecture has no causal language model"
+    return line
+
+
+def _require_tensors(config: ModelConfig) -> None:
+    """Refuse weights in pickle files, which may run code, unless they were asked for.
+
+    Raises:
+        InputError: the folder holds no other weights.
+    """
+    path = Path(str(config.path))
+    if config.pickle_weights or config.gguf_file or not path.is_dir() or any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"the weights are pickle files ({pickles[0]}), which can run code when they are read",
+            where=f"model.path: {path}",
+            fix="convert them to safetensors, or set `model.pickle_weights: true` if you trust their source",
+        )
+    raise InputError(
+        "this folder holds no weights: no .safetensors file",
+        where=f"model.path: {path}",
+        fix="give a folder made by save_pretrained, with config.json, weights and tokenizer files",
+    )
 
 
 def model_config(config: ModelConfig) -> Any:
@@ -112,12 +161,21 @@ def load_model(
         device_map: … or over which devices it is spread.
 
     Raises:
-        InputError: the folder or hub id gives no causal LM.
+        InputError: the folder or hub id gives no causal LM, or not all of its weights.
+        NumericsError: weights are NaN or infinite.
         ConfigError: the map leaves weights on no device that computes.
         MissingExtraError: transformers (or gguf, accelerate) is not installed.
     """
     transformers = _quiet()
-    extra: dict[str, Any] = {}
+    _require_model_folder(config)
+    _require_tensors(config)
+    if getattr(model_config(config), "is_encoder_decoder", False):
+        raise InputError(
+            "the model is an encoder–decoder, and forecasts are of causal language models",
+            where=f"model.path: {config.path}",
+            fix="give a decoder-only model",
+        )
+    extra: dict[str, Any] = {} if config.gguf_file else {"use_safetensors": not config.pickle_weights or None}
     if config.quantization is not None:
         extra["quantization_config"] = _quantization(transformers, config)
         extra["device_map"] = {"": str(device)}
@@ -125,14 +183,17 @@ def load_model(
         hf_module("accelerate")
         extra["device_map"] = device_map
         _require_devices(device_map)
-    model = _load(
+    model, info = _load(
         "model",
         config,
         transformers.AutoModelForCausalLM.from_pretrained,
         dtype=getattr(torch, config.dtype),
         attn_implementation="eager" if config.attention == "auto" else config.attention,
+        output_loading_info=True,
         **extra,
     )
+    model.load_notes = require_whole(info, model, f"model.path: {config.path}")
+    require_finite(model, f"model.path: {config.path}")
     model.config.use_cache = False
     if config.quantization is not None and device_map is None:
         return model  # placed as it was read: quantised weights do not move

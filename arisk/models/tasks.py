@@ -30,6 +30,7 @@ from arisk.models.losses import per_sample_nll
 from arisk.models.rendering import SAFETY_SETS, Rendered, render_rows
 from arisk.models.rows import read_data
 from arisk.models.selection import lora_pairs, select_parameters
+from arisk.models.soundness import require_causal, require_room
 
 __all__ = [
     "Answers",
@@ -37,6 +38,7 @@ __all__ = [
     "load_data",
     "load_task",
     "load_with_adapter",
+    "require_fit",
     "statistics_of",
     "task_from_entry",
 ]
@@ -83,6 +85,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
     model = load_with_adapter(config, device, {} if kept is None else kept)
+    notes = require_fit(model, data, tokenizer, config)
     names = select_parameters(model, config.model.parameters)
     sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
     heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
@@ -93,10 +96,29 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         control=sets.get("control"),
         parameter_names=names,
         lora_pairs=lora_pairs(model, names),
-        description=_description(config, model, names, sets),
+        description={**_description(config, model, names, sets), "warnings": notes},
         heldout=heldout,
         clean=clean,
     )
+
+
+def require_fit(model: Any, data: Mapping[str, LoadedData], tokenizer: Any, config: Config) -> list[str]:
+    """Whether model, tokenizer and rows belong together; sentences about what a reader must know of them.
+
+    Raises:
+        InputError: the model looks ahead, or has no embedding or position for a row.
+    """
+    where = f"model.path: {config.model.path}"
+    rows = {name: [row.tokens for row in loaded.rendered] for name, loaded in data.items()}
+    pad = int(tokenizer.pad_token_id or 0)
+    notes = require_room(
+        model,
+        {name: max(map(len, own)) for name, own in rows.items()},
+        {name: max(pad, *map(max, own)) for name, own in rows.items()},
+        where,
+    )
+    require_causal(model, max(rows["finetune"], key=len), where)
+    return [*getattr(model, "load_notes", ()), *notes]
 
 
 def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
