@@ -16,7 +16,6 @@ import typer
 
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
 from arisk.base.processes import is_first
-from arisk.config.sections import path_fault
 
 __all__ = [
     "ConfigPath",
@@ -110,6 +109,8 @@ def usable_path(text: str) -> Path:
     Raises:
         ConfigError: no file can have it, or it is empty, which would mean the working folder.
     """
+    from arisk.config.sections import path_fault
+
     if fault := path_fault(str(text)):
         raise ConfigError(fault, where="command line", fix="name the file or folder")
     return Path(text)
