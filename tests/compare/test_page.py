@@ -13,7 +13,7 @@ from arisk.compare.text import cells, compare_findings, compare_json, compare_ma
 from arisk.runners import finite
 from tests.compare import plans
 from tests.report import browser as web
-from tests.report import test_page as page_tests
+from tests.report.reading import parsed
 
 plan, compared, HOSTILE = plans.plan, plans.compared, plans.HOSTILE
 
@@ -44,7 +44,7 @@ def test_equal_runs_give_equal_bytes_in_any_order():
 
 
 def test_the_answer_comes_first_and_the_table_in_order():
-    text = " ".join(page_tests.parsed(rendered(three())).text)
+    text = " ".join(parsed(rendered(three())).text)
     assert "Safest: benign (low); riskiest: risky (high)." in text
     body = text[text.index("Ranking") :]
     assert body.index("benign") < body.index("mild") < body.index("risky")
@@ -55,7 +55,7 @@ def test_hostile_names_stay_text_everywhere():
     runs = [plan(f"{HOSTILE}{i}", level=level, sentence=HOSTILE) for i, level in enumerate(("low", "high"))]
     told = compared(runs, title=HOSTILE, notes=[HOSTILE], command=HOSTILE)
     page = render_comparison(told, Path("runs/compare"))
-    structure = page_tests.parsed(page)
+    structure = parsed(page)
     assert structure.tags.count("script") == 4
     assert "img" not in structure.tags
     assert not any(key.startswith("on") for _, key, _ in structure.attributes)
@@ -70,7 +70,7 @@ def test_hostile_names_stay_text_everywhere():
 
 def test_nothing_is_fetched_and_reports_are_linked_relatively(tmp_path):
     runs = [*three(), plan("d", report=str(tmp_path / "runs" / "d & e" / "report.html"))]
-    structure = page_tests.parsed(render_comparison(compared(runs), tmp_path / "out"))
+    structure = parsed(render_comparison(compared(runs), tmp_path / "out"))
     links = [v for tag, key, v in structure.attributes if key in ("href", "src", "srcset")]
     assert links.count("../runs/d & e/report.html") == 1
     assert all(v.startswith(("#", "data:", "../runs/")) for v in links)

@@ -83,3 +83,31 @@ def test_two_sections_never_share_a_key():
 
 def test_what_fits_is_left_alone():
     assert bounded(["a", "b"], "c") == "a\nb\nc\n"
+
+
+def test_findings_are_made_from_the_numbers():
+    def findings(**settings):
+        return summary_json("t", records.sections(**settings))["findings"]
+
+    said = " ".join(findings(examples=10))
+    assert "the 4 worst of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
+    assert "p = 0.1" in said
+    assert "up to a learning rate of 0.0005 (0.5 × the plan)" in said
+    assert not any("not measured of" in sentence for sentence in findings(holes=True))
+    assert findings(holes=True)
+
+
+def test_summaries():
+    body = summary_json("t", records.sections())
+    json.dumps(body)
+    assert body["verdict"]["level"] == "high"
+    assert body["what_if"]["rows"][1]["at_plan"]["collapse_step"] == 100
+    assert body["rollout"] == {
+        "gradient_evaluations": 34,
+        "planned_evaluations": 100,
+        "control_change": 0.08,
+    }
+    text = summary_markdown("a | b <c>", records.sections())
+    assert text.startswith("### arisk: high – a \\| b &lt;c&gt;")
+    assert "| local | step 70 of 100 | 90 % | 0.2 |" in text
+    assert "not measured" in summary_markdown("t", records.sections(holes=True))

@@ -1,0 +1,80 @@
+"""The fan of forecasts, and safety against ordinary answers."""
+
+import math
+
+import pytest
+
+from arisk.forecast.page import drift_map
+from arisk.forecast.text import collapse_text, drift_sentence
+from tests.report import records as made
+from tests.report.reading import figure
+
+
+def test_the_fan_leads_with_the_combined_forecast():
+    traces = figure(made.page(), "forecast")["data"]
+    lines = {t["name"]: t for t in traces if "name" in t}
+    shown = [name for name, trace in lines.items() if trace.get("showlegend", True)]
+    assert shown == ["lower bound", "local", "ray", "pilot", "rollout", "combined"]
+    assert all(lines["combined"]["line"]["width"] > 2 * lines[n]["line"]["width"] for n in shown[:-1])
+    assert [t["fill"] for t in traces if "fill" in t] == ["tonexty"]
+    notes = [a["text"] for a in figure(made.page(), "forecast")["layout"]["annotations"]]
+    assert "pilot ends at 20" in notes
+    assert "planned end, 100" in notes
+    assert "<b>collapse at step 70</b>" in notes
+    assert (lines["local"]["x"], lines["local, not trusted"]["x"]) == ([0, 30], [30, 50, 100])
+    assert lines["local"]["y"][-1] == pytest.approx(0.024)  # 30/50 of the way to 0.04
+    assert lines["local, not trusted"]["opacity"] < 0.5
+    assert "combined, not trusted" not in lines
+    whisker = lines["collapse"]["error_x"]
+    assert (whisker["arrayminus"], whisker["array"]) == ([10], [30])
+    without = figure(made.page(holes=True), "forecast")
+    assert {t["legendgroup"] for t in without["data"] if t.get("line", {}).get("width", 0) > 3} == {"local"}
+
+
+def drifting(safety, control):
+    """A forecast whose rollout ends at these changes."""
+    *_, forecast = made.records()
+    path = made.curve("rollout", median=[0.0, safety / 2, safety])
+    rest = [0.0, control / 2, control]
+    return made.replaced(forecast, forecasters={**forecast.forecasters, "rollout": path}, control_change=rest)
+
+
+@pytest.mark.parametrize(
+    ("safety", "control", "says"),
+    [
+        (0.23, 0.1, "Safety rises 2.3 times as fast as the control loss: the harm is specific"),
+        (0.15, 0.1, "1.5 times as fast as the control loss: 33 % of the rise is specific to safety"),
+        (0.1, 0.1, "the drift is general"),
+        (0.1, 0.9, "the drift is general"),
+        (0.2, 0.001, "while ordinary answers stay as good: the harm is specific"),
+        (0.2, -0.3, "while ordinary answers stay as good: the harm is specific"),
+        (0.001, 0.0, "The safety loss does not rise (safety +0.001, control +0 nats/token at step 100"),
+        (-0.2, 0.5, "does not rise, though ordinary answers get worse"),
+    ],
+)
+def test_drift_in_words(safety, control, says):
+    assert says in drift_sentence(drifting(safety, control))
+
+
+def test_drift_is_judged_where_safety_is_worst_and_finite():
+    forecast = drifting(0.2, 0.1)
+    path = made.curve("rollout", median=[0.0, 0.4, 0.001])
+    moved = made.replaced(forecast, forecasters={"rollout": path})
+    assert "8 times" in drift_sentence(moved)
+    assert "step 50" in drift_sentence(moved)
+    path = made.curve("rollout", median=[0.0, 0.4, math.inf])
+    assert "step 50" in drift_sentence(made.replaced(forecast, forecasters={"rollout": path}))
+
+
+def test_drift_without_control_data_or_rollout_is_not_measured():
+    *_, forecast = made.records()
+    assert drift_sentence(made.replaced(forecast, control_change=None)) is None
+    assert "no control data" in drift_map(made.replaced(forecast, control_change=None)).missing
+    assert drift_map(made.records(holes=True)[-1]).missing == "switched off"
+    lines = {t["name"]: t["y"] for t in figure(made.page(), "drift")["data"]}
+    assert lines["specific to safety"][-1] == pytest.approx(lines["safety"][-1] - lines["control"][-1])
+
+
+def test_a_collapse_step_never_stands_without_its_horizon():
+    assert collapse_text(made.curve("local", collapse_step=None)) == "none within 100 steps"
+    assert collapse_text(made.missing("ray")) == "not measured"

@@ -1,0 +1,80 @@
+"""The rollout on the page: its cost, its points, and which safety rows lose most."""
+
+import math
+import re
+
+import torch
+
+from arisk.forecast.rollout_page import cost_text, sample_drift, sample_table
+from arisk.forecast.text import sample_sentence
+from tests.report import records as made
+from tests.report.reading import parsed
+
+
+def test_the_rollout_tells_its_cost_and_its_points():
+    text = " ".join(parsed(made.page()).text)
+    assert "34 of 100 planned gradients, 34 %" in text
+    section = made.page().split('<section id="rollout">')[1].split("</section>")[0]
+    cells = re.findall(r"<td>(.*?)</td>", section)
+    assert cells[:5] == ["0", "–", "1", "0", "0"]
+    assert cells[-5:] == ["100", "0.75", "1", "0.2", "0.08"]
+    without = made.page(holes=True)
+    assert "Not measured: rollout.enabled is off. That is not the same as no risk." in without
+    assert cost_text(made.records(holes=True)[-1]) == "not measured"
+
+
+def test_the_method_is_told_with_its_equations():
+    section = made.page().split('<section id="method">')[1].split("</section>")[0]
+    for part in ("Pilot", "Leap", "Speed control", "Measurement", "What if"):
+        assert f"<h3>{part}</h3>" in section
+    assert section.count('class="equation"') == 5
+
+
+def rolled(*columns):
+    """A rollout whose samples have these changes at its points after the start."""
+    safety = torch.tensor([[0.0] * len(columns[0]), *columns], dtype=torch.float64).T
+    steps = list(range(0, 50 * (len(columns) + 1), 50))
+    return made.replaced(made.rolled(), safety=safety, steps=steps)
+
+
+def test_the_drift_of_samples_in_words():
+    few = rolled([1.0] + [0.0] * 19)
+    assert sample_sentence(few, 0.1) == (
+        "1 of 20 safety rows lose 0.1 nats/token or more by step 50; 1 row carries half of all rise, so it "
+        "is a few of them."
+    )
+    everywhere = rolled([0.5] * 20)
+    assert "20 of 20" in sample_sentence(everywhere, 0.1)
+    assert "10 rows carry half of all rise, so it is not a few of them alone" in sample_sentence(
+        everywhere, 0.1
+    )
+    assert sample_sentence(rolled([-0.1] * 4), 0.1) == (
+        "0 of 4 safety rows lose 0.1 nats/token or more by step 50."
+    )
+    assert sample_sentence(made.rolled(holes=True), 0.1) is None
+
+
+def test_the_last_finite_point_is_the_one_shown():
+    diverged = rolled([0.2, 0.0], [math.inf, 0.1])
+    assert "by step 50" in sample_sentence(diverged, 0.1)
+    figure = sample_drift(diverged, made.records()[3], made.records()[0])
+    assert "at step 50" in figure.layout["yaxis"]["title"]["text"]
+    assert sample_drift(rolled([math.nan]), made.records()[3], made.records()[0]).missing
+
+
+def test_the_samples_that_lose_most_come_first_with_their_text():
+    collected = made.replaced(
+        made.records()[0],
+        losses=torch.tensor([0.01, 0.02, 0.03]),
+        rows=[{"line": 7 + i, "prompt": f"ask {i} <b>", "response": "no"} for i in range(3)],
+    )
+    forecast, measured = made.records()[3], rolled([0.0, 0.3, 0.05], [0.05, 0.4, 0.2])
+    table = sample_table(measured, forecast, collected, True, 2)
+    cells = re.findall(r'<td [^>]*data-value="(.*?)">(.*?)</td>', table)
+    assert [text for _, text in cells] == ["8", "0.4", "0.02", "50", "9", "0.2", "0.03", "100"]
+    assert "ask 1 &lt;b&gt;" in table
+    assert "ask 0" not in table
+    assert "ask 1" not in sample_table(measured, forecast, collected, False, 2)
+    dropped = made.replaced(collected, dropped_duplicates=1)
+    assert "cannot be matched" in sample_table(measured, forecast, dropped, True, 2)
+    assert "ask 1" not in sample_table(measured, forecast, dropped, True, 2)

@@ -1,0 +1,44 @@
+"""The what-if map: every state of a cell, and numbers that are read on every shade."""
+
+import pytest
+
+from arisk.forecast.what_if_page import cell_ink, colour_at
+from tests.report import records as made
+from tests.report.reading import figure, parsed
+
+
+def test_every_state_of_a_cell_is_told_apart():
+    unknown, known, labels = figure(made.page(), "what-if")["data"]
+    told = dict(zip(zip(labels["y"], labels["x"], strict=True), labels["text"], strict=True))
+    rows = [[told[rate, step] for step in ("50", "100", "200")] for rate in ("0.0005", "0.001", "0.002")]
+    assert rows == [[".00", ".01", ".20!"], [".01", ".20!", "?"], ["~.20!", "!", "×"]]
+    assert [told[rate, "safe<br>steps"] for rate in ("0.0005", "0.001")] == ["<b>≥ 180</b>", "<b>70</b>"]
+    assert known["z"][1][2] is None
+    assert [row.count(None) for row in unknown["z"]] == [3, 2, 3]
+    assert unknown["z"][1][2] == 1
+    told = known["customdata"]
+    assert "by the rollout" in told[0][0]
+    assert "[−0.0005, −0.002]" in told[0][0]
+    assert "rough: noise" in told[2][0]
+    assert told[1][2].endswith("not measured<br>beyond")
+    frames = figure(made.page(), "what-if")["layout"]["shapes"]
+    assert {(f["x0"], f["y0"]) for f in frames} == {(0.5, 0.5)}
+    text = " ".join(parsed(made.page()).text)
+    assert "? (none)" in text
+
+
+def contrast(one, other):
+    def light(colour):
+        channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((light(one), light(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("percent", range(0, 130, 5))
+def test_numbers_are_read_on_every_shade_of_the_map(percent):
+    shade = percent / 100
+    assert contrast(cell_ink(2 * shade, 2.0), colour_at(min(shade, 1.0))) >= 4.5
+    assert contrast(cell_ink(None, 2.0), "#b8bdc4") >= 4.5
