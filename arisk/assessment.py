@@ -28,6 +28,7 @@ from arisk.geometry.vectors import Scratch
 from arisk.gradients import GradientStore, layout_of
 from arisk.guard.record import GuardResult
 from arisk.guard.run import guard
+from arisk.models.judge import judge_for
 from arisk.risk_report import RiskReport
 from arisk.screening.record import ScreenResult
 from arisk.screening.run import screen as scored_rows
@@ -66,8 +67,14 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
         measured = skipped_rollout("rollout.enabled is off")
         if config.rollout.enabled:
             measured = rollout(
-                task, config=config.rollout, training=config.training, steps=steps, progress=progress
+                task,
+                config=config.rollout,
+                training=config.training,
+                steps=steps,
+                behaviour=config.behaviour,
+                progress=progress,
             )
+        learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
         result = forecast(
             scored.record,
             measured,
@@ -77,6 +84,7 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
             directions=scored.directions,
             dots=dots,
             seed=config.seed,
+            judge=judge_for(config.behaviour, learnt),
         )
         basis = _basis(config, collected, space, side)
     return RiskReport(collected, space, scored.record, measured, result, basis=basis)
@@ -102,6 +110,7 @@ def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
         training=config.training,
         steps=planned_steps(config.training, len(task.finetune.rows)),
         seed=config.seed,
+        behaviour=config.behaviour,
         progress=progress,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +22,8 @@ from arisk.base.artifacts import (
     write_text,
 )
 from arisk.base.errors import ArtifactError
-from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.forecast.record import ForecastResult, RolloutResult, Verdict
+from arisk.models.judge import Judge
 from arisk.peer import (
     CurvatureCouplingResult,
     InitialRiskScore,
@@ -152,9 +152,9 @@ class RiskReport:
         basis = read_tensors(folder / "basis.safetensors").get("basis")
         return cls(**records, status=head["status"], reason=head.get("reason"), basis=basis)
 
-    def compare(self, measured: VerifyResult, markers: Sequence[str] = DEFAULT_MARKERS) -> Comparison:
-        """A real run of the same plan beside this forecast."""
-        return compare(measured, self.forecasted, threshold=self.forecasted.threshold, markers=markers)
+    def compare(self, measured: VerifyResult, judge: Judge | None = None) -> Comparison:
+        """A real run of the same plan beside this forecast; `judge` labels answers, default the rule."""
+        return compare(measured, self.forecasted, threshold=self.forecasted.threshold, judge=judge)
 
     def html(self, *, title: str = "arisk", show_text: bool = True, check: Comparison | None = None) -> str:
         """The report as one self-contained HTML page, with the real run where `check` has one."""

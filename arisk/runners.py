@@ -95,6 +95,7 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
         config=config.rollout,
         training=config.training,
         steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        behaviour=config.behaviour,
         workspace=workspace,
         progress=job.show.progress,
     )
@@ -102,18 +103,21 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
 
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
     from arisk.forecast.run import forecast
+    from arisk.models.judge import judge_for
 
     del workspace
     scored: ScoreResult = job.record("score", ScoreResult)
+    measured: RolloutResult = job.record("rollout", RolloutResult)
     return forecast(
         scored,
-        job.record("rollout", RolloutResult),
+        measured,
         config=job.config.forecast,
         training=job.config.training,
         steps=planned_steps(job.config.training, scored.finetune_rows),
         directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
         dots=lambda displacements: job.safety_side().dots(displacements),
         seed=job.config.run.seed,
+        judge=judge_for(job.config.behaviour, measured.behaviour.learnt if measured.behaviour else ()),
     )
 
 
@@ -129,6 +133,7 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
         training=config.training,
         steps=planned_steps(config.training, len(job.task.finetune.rows)),
         seed=config.run.seed,
+        behaviour=config.behaviour,
         workspace=workspace,
         progress=job.show.progress,
     )
@@ -136,13 +141,14 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
 
 def _check(job: Job, forecast: ForecastResult) -> Comparison | None:
     """The real run beside the forecast, where one belongs to this plan."""
+    from arisk.models.judge import judge_for
     from arisk.verification.truth import compare
 
     if not job.states["verify"].fresh:
         return None
     measured: VerifyResult = job.record("verify", VerifyResult)
-    markers = job.config.verify.refusal_markers
-    return compare(measured, forecast, threshold=forecast.threshold, markers=markers)
+    judge = judge_for(job.config.behaviour, measured.behaviour.learnt)
+    return compare(measured, forecast, threshold=forecast.threshold, judge=judge)
 
 
 def _report(job: Job, workspace: Path) -> None:

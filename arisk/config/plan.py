@@ -22,7 +22,6 @@ from pydantic import (
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
-from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.config.sections import (
     LARGEST,
     BehaviourConfig,
@@ -369,12 +368,6 @@ class VerifyConfig(Section):
     """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
-    generate: Count = 16
-    """Safety prompts that are answered in text at the start, on the way and at the end; 0 is off."""
-    max_new_tokens: PositiveInt = 24
-    """Tokens of each answer; a refusal shows in its opening."""
-    refusal_markers: list[str] = Field(default=list(DEFAULT_MARKERS))
-    """An answer refuses when its first sentence has one of these, or opens like the row's response."""
 
 
 class GuardConfig(GuardSettings):

@@ -101,7 +101,7 @@ def calibrate(task: Task, config: Config) -> Calibration:
         made["forward rows"] = _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows
         made["output losses"] = _output_losses(task, safety) / rows
         made["gradient rows"] = _seconds(lambda: _gradients(task, layout, training)) / step_rows
-        made["answer tokens"] = _answers(task, config.verify.max_new_tokens)
+        made["answer tokens"] = _answers(task, config.behaviour.tokens)
         seen("gradients")
         start = time.perf_counter()
         largest = move_batch(max(batches, key=batch_size), device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from arisk.base.task import Task
+from arisk.base.task import SampleSet, Task
 from arisk.config.plan import Config, planned_steps
 from arisk.gradients import layout_of
 from arisk.guard.methods import arm_names
@@ -20,7 +20,14 @@ from arisk.screening.points import COLUMNS, EVERY
 from arisk.screening.run import CHECKED, HEAD, HEAD_SHARE
 from arisk.verification.run import measured_steps, writing_steps
 
-__all__ = ["COPIES_OF_A_RUN", "OPTIONAL_STAGES", "optional_passes", "optional_sizes"]
+__all__ = [
+    "COPIES_OF_A_RUN",
+    "OPTIONAL_STAGES",
+    "answer_tokens",
+    "followed_rows",
+    "optional_passes",
+    "optional_sizes",
+]
 
 OPTIONAL_STAGES = ("verify", "screen", "guard")
 #: Passes over all safety rows that give the directions of one point of stage screen.
@@ -79,13 +86,33 @@ def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
     return 0.0 if samples.generate is None else float(min(prompts, len(samples.rows)) * tokens * times)
 
 
+def followed_rows(task: Task, config: Config) -> float:
+    """Prompts whose own openings are followed at every point."""
+    return sum(count for _, count in _followed(task, config))
+
+
+def answer_tokens(task: Task, config: Config, times: int) -> float:
+    """Tokens of the answers of a run that are written so often."""
+    return followed_rows(task, config) * config.behaviour.tokens * times
+
+
+def _followed(task: Task, config: Config) -> list[tuple[SampleSet, int]]:
+    given = config.behaviour
+    sets = [(task.safety, given.prompts), (task.control, given.ordinary_prompts if given.prompts else 0)]
+    return [
+        (samples, min(count, len(samples.rows)))
+        for samples, count in sets
+        if samples is not None and samples.generate is not None and count
+    ]
+
+
 def _verify(task: Task, config: Config) -> dict[str, float]:
     steps, given = planned_steps(config.training, len(task.finetune.rows)), config.verify
     points = measured_steps(min(given.steps or steps, steps))
     return {
         "gradient rows": points[-1] * _per_step(config),
-        "forward rows": len(points) * _looked(task, given.control_samples),
-        "answer tokens": _answers(task, given.generate, given.max_new_tokens, len(writing_steps(points))),
+        "forward rows": len(points) * (_looked(task, given.control_samples) + followed_rows(task, config)),
+        "answer tokens": answer_tokens(task, config, len(writing_steps(points))),
     }
 
 

@@ -19,7 +19,13 @@ from arisk.anatomy.score import DIRECTIONS_BYTES
 from arisk.base.errors import ConfigError, ShapeError
 from arisk.base.task import Task, silent
 from arisk.config.plan import Config, planned_steps
-from arisk.cost.optional_work import COPIES_OF_A_RUN, optional_passes, optional_sizes
+from arisk.cost.optional_work import (
+    COPIES_OF_A_RUN,
+    answer_tokens,
+    followed_rows,
+    optional_passes,
+    optional_sizes,
+)
 from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
 from arisk.forecast.leap import rollout_cost
 from arisk.forecast.rare import SCORED_SHARE
@@ -38,6 +44,8 @@ __all__ = [
     "sizes",
 ]
 
+#: Points of a rollout at which answers are written, about: the start, the pilot's end, the end, one between.
+ANSWERED_POINTS = 4
 #: Doublings, about, until a virtual move has gone far enough.
 REACHING = 12
 #: Copies of the selected parameters beside the model: in a rollout (θ*, gradient, two moments, the anchor,
@@ -141,11 +149,12 @@ def passes(task: Task, config: Config, store: KeptGradients) -> dict[str, dict[s
         both = measured + min(control, config.rollout.control_samples)
         counts["rollout"] = {
             "gradient rows": rolled * per_step,
-            "forward rows": measurements * both
+            "forward rows": measurements * (both + followed_rows(task, config))
             + 2 * measured
             + measurements * per_step  # The loss before a leap.
             + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
             "output losses": len(SCALES) * measured,
+            "answer tokens": answer_tokens(task, config, ANSWERED_POINTS),
         }
     counts |= optional_passes(task, config, counts["rollout"])
     return counts

@@ -28,6 +28,7 @@ from arisk.engine.rundir import RunDir
 from arisk.engine.stage import STAGES
 from arisk.guard.page import guard_text
 from arisk.guard.record import GuardResult, guard_summary
+from arisk.models.judge import judge_for, learnt_openings
 from arisk.runners import RUNNERS, finite
 from arisk.screening.page import screen_text
 from arisk.screening.record import ScreenResult
@@ -353,8 +354,9 @@ def run_asked(
 
 def _truth(folder: Path, config: Config) -> dict[str, Any]:
     """The real run without a forecast beside it."""
-    threshold, markers = config.forecast.collapse_threshold, config.verify.refusal_markers
-    return compare(read_record(folder, VerifyResult), None, threshold=threshold, markers=markers).as_json()
+    measured = read_record(folder, VerifyResult)
+    judge = judge_for(config.behaviour, measured.behaviour.learnt)
+    return compare(measured, None, threshold=config.forecast.collapse_threshold, judge=judge).as_json()
 
 
 def _screened(folder: Path, config: Config) -> dict[str, Any]:
@@ -363,12 +365,14 @@ def _screened(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _guarded(folder: Path, config: Config) -> dict[str, Any]:
+    result = read_record(folder, GuardResult)
+    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
     return guard_summary(
-        read_record(folder, GuardResult),
+        result,
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
-        markers=config.verify.refusal_markers,
+        judge=judge_for(config.behaviour, learnt),
     )
 
 

@@ -43,6 +43,12 @@ GUARD_KEYS = (
     *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
 )
 
+#: Settings of behaviour that decide what is followed and written, and those that only label it.
+BEHAVIOUR_KEYS = tuple(
+    f"behaviour.{key}" for key in ("prompts", "ordinary_prompts", "tokens", "opening_tokens")
+)
+JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
+
 #: The stage graph in order. The rollout alone depends on the whole planned training.
 STAGES = (
     StageSpec(
@@ -72,20 +78,20 @@ STAGES = (
     ),
     StageSpec(
         "rollout",
-        3,
+        4,
         (),
-        ("model", "safety", "finetune", "control", "training", "rollout"),
+        ("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
         ("model", "adapter", "safety", "finetune", "control"),
     ),
-    StageSpec("forecast", 5, ("collect", "score", "rollout"), ("training", "forecast")),
-    # The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
+    StageSpec("forecast", 6, ("collect", "score", "rollout"), ("training", "forecast", *JUDGE_KEYS)),
+    # The truth depends on the plan alone: another threshold or another judge needs no new fine-tune.
     StageSpec(
         "verify",
-        2,
+        3,
         (),
         (
             *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
-            *("verify.control_samples", "verify.generate", "verify.max_new_tokens"),
+            *("verify.control_samples", *BEHAVIOUR_KEYS),
         ),
         ("model", "adapter", "safety", "finetune", "control", "verify.safety"),
         optional=True,
@@ -113,9 +119,9 @@ STAGES = (
     ),
     StageSpec(
         "report",
-        9,
+        10,
         ("collect", "subspace", "score", "rollout", "forecast"),
-        ("report", "verify.refusal_markers", "guard.tolerated_task_loss", "guard.wanted_drift"),
+        ("report", *JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift"),
         shows=("verify", "screen", "guard"),
     ),
 )

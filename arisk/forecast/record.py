@@ -12,8 +12,21 @@ from typing import Any, Literal
 from torch import Tensor
 
 from arisk.forecast.grid import WhatIfGrid
+from arisk.training.behaviour import BehaviourResult
 
-__all__ = ["Curve", "ForecastResult", "RealRun", "RolloutResult", "Verdict"]
+__all__ = [
+    "FEW",
+    "AnswerCount",
+    "Curve",
+    "ForecastResult",
+    "RealRun",
+    "RefusalForecast",
+    "RolloutResult",
+    "Verdict",
+]
+
+#: Fewer rows, prompts or refusals than this are few: they carry no rate, and verdicts say so.
+FEW = 10
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,10 @@ class RolloutResult:
             changes there; None when the loss does not show the model's outputs.
         gradient_evaluations: micro-batch gradients used. safety_passes: evaluations of the samples.
         warnings: sentences for the report.
+        start: mean safety loss at the aligned point (nats per response token); None where not measured.
+        opening_loss: (N, M) loss of the first tokens of each safety response (nats per token); None for a
+            loss that does not show tokens.
+        behaviour: what the model said along the run.
     """
 
     status: Literal["measured", "skipped"]
@@ -52,6 +69,9 @@ class RolloutResult:
     gradient_evaluations: int
     safety_passes: int
     warnings: Sequence[str]
+    start: float | None = None
+    opening_loss: Tensor | None = None
+    behaviour: BehaviourResult | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,84 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class AnswerCount:
+    """What the answers after `step` optimizer steps do: how many of each outcome."""
+
+    step: int
+    refused: int
+    deflected: int
+    answered: int
+    broken: int
+
+    @property
+    def prompts(self) -> int:
+        """All answers."""
+        return self.refused + self.deflected + self.answered + self.broken
+
+
+@dataclass(frozen=True)
+class RefusalForecast:
+    """How many safety prompts the model still refuses along the planned run.
+
+    Attributes:
+        status: "measured", or "not_measured" with `reason`: no prompts, no tokenizer, nothing written.
+        prompts: safety prompts N.
+        counts: answers at the aligned model and at a few points of the virtual run.
+        ordinary: the same for control prompts; empty where not measured.
+        steps: optimizer steps of the curves, from 0.
+        median, lower, upper: share of the N prompts that is refused there, with the interval at the
+            configured confidence, which counts the luck of the prompts in.
+        threshold: share of today's refusals whose loss counts as a loss of safety.
+        lost_steps: first step at which a tenth, a quarter, half of today's refusals is lost, and
+            `threshold`; by share; None = not within `horizon`.
+        lost_intervals: (earliest, latest) of those, each None when not within `horizon`.
+        probability: share of draws that lose `threshold` or more within the plan; None where no refusal
+            can be lost.
+        safe_steps: last step before the lower end of the interval has lost `threshold`; None as above.
+        horizon: planned optimizer steps; trusted_until: last step that was measured.
+        safe_responses, refusing_responses: how many rows of the prompts have a safe response, and how many
+            of those responses refuse.
+        safe_loss, own_loss: loss per token of the first tokens of the safe responses today, and of what
+            the model itself says first (nats); None where not measured.
+        notes: sentences on how it was computed.
+    """
+
+    status: Literal["measured", "not_measured"]
+    reason: str | None
+    prompts: int
+    counts: Sequence[AnswerCount]
+    ordinary: Sequence[AnswerCount]
+    steps: Sequence[int]
+    median: Sequence[float]
+    lower: Sequence[float]
+    upper: Sequence[float]
+    threshold: float
+    lost_steps: Mapping[str, int | None]
+    lost_intervals: Mapping[str, Sequence[int | None]]
+    probability: float | None
+    safe_steps: int | None
+    horizon: int
+    trusted_until: int | None
+    safe_responses: int
+    refusing_responses: int
+    safe_loss: float | None
+    own_loss: float | None
+    notes: Sequence[str]
+
+    @property
+    def today(self) -> int:
+        """Prompts that the aligned model refuses."""
+        return self.counts[0].refused if self.counts else 0
+
+    @property
+    def at_end(self) -> tuple[int, int, int]:
+        """Prompts refused at the end of the plan: central, fewest, most."""
+        ends = (self.median[-1], self.lower[-1], self.upper[-1])
+        found = [round(share * self.prompts) for share in ends]
+        return found[0], found[1], found[2]
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The answer: will the planned fine-tune break safety.
 
@@ -103,6 +201,8 @@ class Verdict:
         safe_steps: largest number of optimizer steps whose upper interval stays below the
             threshold; None when not measured.
         caveats: what is known about when this verdict is wrong.
+        loss_level, refusal_level: what the two witnesses say alone: the loss of safe responses, and the
+            refusals; None where a witness has nothing to say.
     """
 
     level: Literal["low", "elevated", "high", "inconclusive"]
@@ -114,6 +214,8 @@ class Verdict:
     safe_steps: int | None
     horizon: int
     caveats: Sequence[str]
+    loss_level: Literal["low", "elevated", "high", "inconclusive"] | None = None
+    refusal_level: Literal["low", "elevated", "high", "inconclusive"] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +233,7 @@ class ForecastResult:
             when not measured.
         gradient_evaluations: micro-batch gradients the rollout used, and planned_evaluations those
             of the planned run.
+        refusals: how many prompts are still refused; None in records of before it was measured.
     """
 
     threshold: float
@@ -144,6 +247,7 @@ class ForecastResult:
     control_change: Sequence[float] | None = None
     gradient_evaluations: int = 0
     planned_evaluations: int = 0
+    refusals: RefusalForecast | None = None
 
     @property
     def collapse_step(self) -> int | None:

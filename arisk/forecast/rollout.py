@@ -19,19 +19,23 @@ from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, gathered, is_first, share, world
 from arisk.base.task import Batch, Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
+from arisk.config.sections import BehaviourConfig
 from arisk.forecast.leap import Block, Leaper, planned_points
 from arisk.forecast.rare import RareRows
 from arisk.forecast.record import RolloutResult
 from arisk.forecast.run_state import Pauses, Track, load_state, save_state
 from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
 from arisk.gradients.curvature import losses_between, outputs_of
+from arisk.training.behaviour import Behaviour, losses_and_openings
 from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.schedules import learning_rates
 
-__all__ = ["limited", "rollout", "skipped_rollout"]
+__all__ = ["OPENING", "limited", "rollout", "skipped_rollout", "watched"]
 
 #: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
+#: Name of the losses of first tokens in the state of a run.
+OPENING = "opening"
 
 
 def skipped_rollout(reason: str) -> RolloutResult:
@@ -63,16 +67,18 @@ def rollout(
     config: RolloutConfig,
     training: TrainingConfig,
     steps: int,
+    behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> RolloutResult:
-    """Measure safety and control losses along the virtual run of `steps` optimizer steps.
+    """Measure losses, and what the model says, along the virtual run of `steps` optimizer steps.
 
     Args:
         task: model and data; the model is left as found.
         config: pilot, segments, samples.
         training: the planned recipe.
         steps: planned optimizer steps T.
+        behaviour: prompts that are followed and answered; None: none.
         workspace: folder for the state of an unfinished run; None keeps none.
         progress: told of gradient evaluations done.
 
@@ -85,7 +91,7 @@ def rollout(
         training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
     )
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        walk = _Walk(task, layout, config, training, rates, start, progress)
+        walk = _Walk(task, layout, config, training, rates, start, progress, behaviour)
         walk.resume(workspace)
         walk.run(workspace)
     return walk.result()
@@ -103,9 +109,12 @@ class _Walk:
         rates: Tensor,
         start: Sequence[Tensor],
         progress: Progress,
+        behaviour: BehaviourConfig | None,
     ) -> None:
         self.task = task
         self.config = config
+        self.behaviour = watched(task, behaviour)
+        self.opening_tokens = (behaviour or BehaviourConfig()).opening_tokens
         self.start = start
         self.progress = progress
         self.horizon = len(rates)
@@ -139,6 +148,7 @@ class _Walk:
         barrier()  # No rank may save before every one has read.
         if found is not None:
             self.track, self.block = found
+            self.behaviour.restore(self.track.behaviour)
             return
         self.measure(0, float("nan"), 1.0)
         if not bool(torch.isfinite(self.track.safety[0]).all()):
@@ -189,9 +199,15 @@ class _Walk:
         track.steps.append(step)
         track.finetune_loss.append(finetune_loss)
         track.kept_share.append(share)
-        track.safety.append(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn))
+        model, samples = self.task.model, self.task.safety
+        losses, openings = losses_and_openings(model, self.safety, samples, self.opening_tokens)
+        track.safety.append(losses)
+        if openings is not None:
+            track.others.setdefault(OPENING, []).append(openings)
         if self.control and self.task.control is not None:
-            track.control.append(sample_losses(self.task.model, self.control, self.task.control.loss_fn))
+            track.control.append(sample_losses(model, self.control, self.task.control.loss_fn))
+        self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
+        track.behaviour = self.behaviour.state()
 
     def extrapolate(self) -> Tensor | None:
         """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
@@ -223,6 +239,7 @@ class _Walk:
         track = self.track
         safety = torch.stack(track.safety, dim=1)
         control = torch.stack(track.control, dim=1) if track.control else None
+        openings = track.others.get(OPENING)
         return RolloutResult(
             status="measured",
             reason=None,
@@ -240,6 +257,9 @@ class _Walk:
             gradient_evaluations=self.planned.gradient_evaluations,
             safety_passes=len(track.steps),
             warnings=self.warnings(),
+            start=float(safety[:, 0].mean()),
+            opening_loss=None if openings is None else torch.stack(openings, dim=1),
+            behaviour=self.behaviour.result(),
         )
 
     def warnings(self) -> list[str]:
@@ -250,6 +270,25 @@ class _Walk:
         if self.track.diverged_at is not None:
             found.append(f"The virtual run diverges after step {self.track.steps[-1]}.")
         return found
+
+
+def watched(task: Task, config: BehaviourConfig | None, *, heldout: bool = False) -> Behaviour:
+    """The observer of what the model says about this task's prompts.
+
+    Args:
+        task: safety rows and control rows.
+        config: how many prompts, how far; None: nothing is watched.
+        heldout: watch the held-out safety rows in place of those of the forecast.
+    """
+    wanted = config or BehaviourConfig(prompts=0)
+    return Behaviour(
+        task.heldout if heldout and task.heldout is not None else task.safety,
+        task.control,
+        prompts=wanted.prompts,
+        ordinary_prompts=wanted.ordinary_prompts,
+        tokens=wanted.tokens,
+        opening_tokens=wanted.opening_tokens,
+    )
 
 
 def limited(samples: SampleSet, limit: int | None, device: torch.device) -> list[Batch]:

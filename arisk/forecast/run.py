@@ -22,10 +22,12 @@ from arisk.forecast.grid import WhatIfGrid
 from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
+from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import skipped_rollout
 from arisk.forecast.verdict import decide
 from arisk.forecast.what_if import what_if
 from arisk.geometry.local_model import diffusion
+from arisk.models.judge import Judge, RefusalRule
 
 __all__ = ["forecast", "skipped_records"]
 
@@ -40,6 +42,7 @@ def forecast(
     directions: dict[str, Tensor],
     dots: Callable[[Tensor], Tensor],
     seed: int,
+    judge: Judge | None = None,
 ) -> ForecastResult:
     """Curves, verdict and what-if grid for the planned run.
 
@@ -52,6 +55,7 @@ def forecast(
         directions: P-sized vectors of the local model (g, noise variance, R, θ*); may be empty.
         dots: G V (N, m), from the gradient store or by running the model; called only where it is needed.
         seed: seeds the bootstrap.
+        judge: labels the answers; default the rule, with openings learnt from the safety rows.
     """
     plan = planned(training, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +68,9 @@ def forecast(
         "combined": combined_curve(measured, plan, config, seed),
     }
     control = control_change(measured)
-    verdict = decide(curves, config, steps, control)
+    learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
+    refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)
+    verdict = decide(curves, config, steps, control, refusals)
     noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
     source = known(scored, curves, config=config, training=training, steps=steps, seed=seed)
     return ForecastResult(
@@ -79,6 +85,7 @@ def forecast(
         control_change=control,
         gradient_evaluations=measured.gradient_evaluations,
         planned_evaluations=steps * training.gradient_accumulation,
+        refusals=refusals,
     )
 
 

@@ -43,6 +43,7 @@ class Track:
         texts: generated answers by step.
         others: losses of further data sets at each point, by name.
         notes: values of every step, by name.
+        behaviour: state of the observer of what the model says; empty before it.
     """
 
     steps: list[int] = field(default_factory=list[int])
@@ -56,6 +57,7 @@ class Track:
     texts: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
     others: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     notes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    behaviour: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def at(self) -> int:
@@ -113,6 +115,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         "pending": track.pending,
         "texts": list(track.texts.items()),
         "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
+        "behaviour": track.behaviour,
         "gradient_evaluations": run.gradient_evaluations,
         "block": None if block is None else {key: getattr(block, key) for key in BLOCK_VALUES},
     }
@@ -146,6 +149,7 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] |
         }
         block = Block(**parts, **values["block"])
     track = Track(
+        behaviour=values.get("behaviour") or {},
         steps=values["steps"],
         finetune_loss=[float("nan") if loss is None else loss for loss in values["finetune_loss"]],
         kept_share=values["kept_share"],

@@ -12,6 +12,7 @@ from typing import Any
 from arisk.base.tables import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
+from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
 from arisk.report.page import Block, Finding, Place, Section
 from arisk.report.section import esc, listed, table
@@ -38,12 +39,13 @@ def section(result: GuardResult, config: Config) -> Section:
         result: the arms.
         config: its limits and threshold decide the recommendation.
     """
+    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
     body = guard_summary(
         result,
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
-        markers=config.verify.refusal_markers,
+        judge=judge_for(config.behaviour, learnt),
     )
     return Section(
         "guard",
@@ -139,7 +141,7 @@ def _refusals_said(body: Mapping[str, Any]) -> str:
         return f"Refusals: {NOT_MEASURED} ({body['refusals_missing']})."
     return (
         f"Refusals: greedy answers to {body['answered_prompts']} safety prompts after the last step, told by "
-        "their opening (verify.refusal_markers); the aligned model refuses "
+        "their opening (see behaviour.judge); the aligned model refuses "
         f"{body['aligned_refusals']} of them."
     )
 

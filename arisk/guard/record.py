@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from arisk.base.refusals import is_refusal
+from arisk.models.judge import Exchange, Judge
 
 __all__ = [
     "NEVER_BEGUN",
@@ -198,16 +198,19 @@ def choose(result: GuardResult, *, threshold: float, tolerated: float, wanted: f
     )
 
 
-def refusals(result: GuardResult, answers: Sequence[str], markers: Sequence[str]) -> int | None:
-    """How many of these answers to the record's prompts refuse (`is_refusal`); None without answers."""
+def refusals(result: GuardResult, answers: Sequence[str], judge: Judge) -> int | None:
+    """How many of these answers to the record's prompts refuse; None without answers."""
     if not answers:
         return None
-    pairs = zip(answers, result.prompts, strict=True)
-    return sum(is_refusal(text, markers, str(row.get("response") or "")) for text, row in pairs)
+    exchanges = [
+        Exchange(str(row.get("prompt") or ""), text, str(row.get("response") or ""))
+        for text, row in zip(answers, result.prompts, strict=True)
+    ]
+    return judge(exchanges).count("refused")
 
 
 def guard_summary(
-    result: GuardResult, *, threshold: float, tolerated: float, wanted: float, markers: Sequence[str]
+    result: GuardResult, *, threshold: float, tolerated: float, wanted: float, judge: Judge
 ) -> dict[str, Any]:
     """Plain values for `summary.json` and the terminal; NaN where not measured.
 
@@ -216,7 +219,7 @@ def guard_summary(
         threshold: see `choose`; with the next two.
         tolerated: largest `task_cost`.
         wanted: largest `drift_share`.
-        markers: of refusals, see `arisk.base.refusals`.
+        judge: labels the answers.
     """
     choice = choose(result, threshold=threshold, tolerated=tolerated, wanted=wanted)
     plain = result.plain
@@ -235,10 +238,10 @@ def guard_summary(
         "task_source": result.task_source,
         "trained_rows": result.trained_rows,
         "answered_prompts": len(result.prompts),
-        "aligned_refusals": refusals(result, result.aligned_answers, markers),
+        "aligned_refusals": refusals(result, result.aligned_answers, judge),
         "refusals_missing": result.generation_reason,
         "arms": [
-            {**_arm_summary(arm, plain), "refusals": refusals(result, arm.answers, markers)}
+            {**_arm_summary(arm, plain), "refusals": refusals(result, arm.answers, judge)}
             for arm in result.arms
         ],
         "warnings": list(result.warnings),

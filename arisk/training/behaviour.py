@@ -205,7 +205,9 @@ class Behaviour:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same run."""
+        """Go on from a state of the same run; an empty one says nothing."""
+        if not state:
+            return
         self.reason, self.between = state["reason"], state["between"]
         self.watched = {name: self.watched[name] for name in state["watched"]}
         for name, watched in self.watched.items():

@@ -7,15 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["GeneratedTexts", "VerifyResult"]
+from arisk.training.behaviour import AnsweredPrompts, BehaviourResult
 
-
-@dataclass(frozen=True)
-class GeneratedTexts:
-    """What the model wrote greedily after `step` optimizer steps, one text per prompt row."""
-
-    step: int
-    texts: Sequence[str]
+__all__ = ["VerifyResult"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +27,9 @@ class VerifyResult:
         finetune_loss: mean training loss of the steps before each point, NaN at 0.
         diverged_at: step that could not be taken because its loss is not finite; None where none.
         heldout: whether safety rows were measured that the forecast did not use.
-        prompts: rows on whose prompts text was generated: `prompt`, `response`, `line`.
-        generated: what was written, at a few of the steps from 0.
-        generation_reason: why no text was generated; None where it was.
+        behaviour: what the model said along the run, to safety prompts of the rows measured.
+        opening_loss: (N, M) loss of the first tokens of each safety response (nats per token); None for a
+            loss that does not show tokens.
         gradient_evaluations: micro-batch gradients used.
         warnings: sentences for the report.
     """
@@ -49,8 +43,22 @@ class VerifyResult:
     finetune_loss: Sequence[float]
     diverged_at: int | None
     heldout: bool
-    prompts: Sequence[Mapping[str, str | int | None]]
-    generated: Sequence[GeneratedTexts]
-    generation_reason: str | None
+    behaviour: BehaviourResult
+    opening_loss: Tensor | None
     gradient_evaluations: int
     warnings: Sequence[str]
+
+    @property
+    def prompts(self) -> Sequence[Mapping[str, str | int | None]]:
+        """Rows on whose prompts text was written."""
+        return self.behaviour.safety.prompts if self.behaviour.safety is not None else ()
+
+    @property
+    def generated(self) -> Sequence[AnsweredPrompts]:
+        """What was written, at a few of the steps from 0."""
+        return self.behaviour.safety.answers if self.behaviour.safety is not None else ()
+
+    @property
+    def generation_reason(self) -> str | None:
+        """Why no text was written; None where it was."""
+        return self.behaviour.reason

@@ -23,13 +23,15 @@ from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, is_first
 from arisk.base.task import Generate, Progress, SampleSet, Task, silent
 from arisk.config.plan import TrainingConfig, VerifyConfig
-from arisk.forecast.rollout import limited
+from arisk.config.sections import BehaviourConfig
+from arisk.forecast.rollout import OPENING, limited, watched
 from arisk.forecast.run_state import Pauses, Track, load_state, save_state
 from arisk.geometry.dynamics import recorded_steps
 from arisk.gradients import ParameterLayout, layout_of, measuring
+from arisk.training.behaviour import losses_and_openings
 from arisk.training.loop import PlannedRun, keeping_parameters
 from arisk.training.schedules import learning_rates
-from arisk.verification.record import GeneratedTexts, VerifyResult
+from arisk.verification.record import VerifyResult
 
 __all__ = ["Writer", "measured_steps", "verify", "writer", "writing_steps"]
 
@@ -52,6 +54,7 @@ def verify(
     training: TrainingConfig,
     steps: int,
     seed: int = 0,
+    behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> VerifyResult:
@@ -65,6 +68,7 @@ def verify(
         training: the planned recipe.
         steps: planned optimizer steps T; the schedule is theirs however early the run stops.
         seed: seeds dropout.
+        behaviour: prompts that are followed and answered, as along the rollout; None: none.
         workspace: folder for the state of an unfinished run; None keeps none.
         progress: told of optimizer steps done.
 
@@ -73,7 +77,7 @@ def verify(
 
     Raises:
         NumericsError: the safety loss at the aligned point is not finite.
-        InputError: a data set gives no batch, or the model cannot generate text.
+        InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
     rates = learning_rates(
@@ -81,7 +85,7 @@ def verify(
     )
     with measuring(task.model, layout), keeping_parameters(task.model, layout):
         planned = PlannedRun(task, layout, training, rates)
-        run = _RealRun(task, planned, layout, config, seed, progress)
+        run = _RealRun(task, planned, layout, config, seed, progress, behaviour)
         run.resume(workspace)
         run.to_the_end(workspace)
     return run.result()
@@ -98,6 +102,7 @@ class _RealRun:
         config: VerifyConfig,
         seed: int,
         progress: Progress,
+        behaviour: BehaviourConfig | None,
     ) -> None:
         self.task = task
         self.planned = planned
@@ -111,7 +116,8 @@ class _RealRun:
         self.samples = task.heldout or task.safety
         self.safety = limited(self.samples, None, device)
         self.control = limited(task.control, config.control_samples, device) if task.control else []
-        self.writer = writer(self.samples, config.generate, config.max_new_tokens, setting="verify.generate")
+        self.behaviour = watched(task, behaviour, heldout=True)
+        self.opening_tokens = (behaviour or BehaviourConfig()).opening_tokens
         self.writing = writing_steps(self.points)
         self.dropouts = active_dropouts(task.model)
         # Ranks that share a batch would drop other units than one process.
@@ -125,6 +131,7 @@ class _RealRun:
         barrier()  # No rank may save before every one has read.
         if found is not None:
             self.track = found[0]
+            self.behaviour.restore(self.track.behaviour)
             return
         self.measure(0)
         if not bool(torch.isfinite(self.track.safety[0]).all()):
@@ -159,18 +166,21 @@ class _RealRun:
         track.finetune_loss.append(sum(losses) / len(losses) if losses else float("nan"))
         track.kept_share.append(1.0)
         track.pending = []
-        track.safety.append(sample_losses(model, self.safety, self.samples.loss_fn))
+        safety, openings = losses_and_openings(model, self.safety, self.samples, self.opening_tokens)
+        track.safety.append(safety)
+        if openings is not None:
+            track.others.setdefault(OPENING, []).append(openings)
         if self.control and self.task.control is not None:
             track.control.append(sample_losses(model, self.control, self.task.control.loss_fn))
-        if step in self.writing and self.writer.reason is None:
-            track.texts[step] = self.writer.texts(model)
+        self.behaviour.measure(model, step, answer=step in self.writing)
+        track.behaviour = self.behaviour.state()
 
     def result(self) -> VerifyResult:
         """The record: changes against the start."""
         track = self.track
         safety = torch.stack(track.safety, dim=1)
         control = torch.stack(track.control, dim=1) if track.control else None
-        shared = self.shared_prompts()
+        shared, openings = self.shared_prompts(), track.others.get(OPENING)
         return VerifyResult(
             horizon=self.horizon,
             last=self.last,
@@ -181,9 +191,8 @@ class _RealRun:
             finetune_loss=track.finetune_loss,
             diverged_at=track.diverged_at,
             heldout=self.task.heldout is not None and shared < len(safety),
-            prompts=self.writer.prompts,
-            generated=[GeneratedTexts(step, texts) for step, texts in sorted(track.texts.items())],
-            generation_reason=self.writer.reason,
+            behaviour=self.behaviour.result(),
+            opening_loss=None if openings is None else torch.stack(openings, dim=1),
             gradient_evaluations=self.planned.gradient_evaluations,
             warnings=self.warnings(shared),
         )

@@ -2,7 +2,7 @@
 
 Collapse of a real run is the first step at which its mean safety change reaches the threshold, read
 between measured steps as the forecasters do; a run that diverges has collapsed. Nothing is measured
-here: another threshold or other markers need no new fine-tune.
+here: another threshold or another judge of answers needs no new fine-tune.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from arisk.base.refusals import is_refusal
 from arisk.forecast.record import Curve, ForecastResult
+from arisk.forecast.refusals import labelled, refused_share
 from arisk.geometry.local_model import interpolated_crossing
+from arisk.models.judge import Judge, Outcome, RefusalRule
 from arisk.verification.record import VerifyResult
 
 __all__ = ["Comparison", "RefusalCount", "compare", "compared_curve", "value_at"]
@@ -59,6 +60,10 @@ class Comparison:
             interval; None without one.
         refusals: counts by step, from the start to the end; empty where no text was generated.
         refusals_missing: why; None where it was.
+        forecast_refusals: (central, fewest, most) of as many prompts that the forecast has refused at the
+            last step with answers; None where it counted none.
+        refusal_curve: share of the prompts refused at every measured step: counted where answers were
+            written, read from openings between; None where it was not measured.
     """
 
     measured: VerifyResult
@@ -79,6 +84,8 @@ class Comparison:
     inside_share: float | None
     refusals: Sequence[RefusalCount]
     refusals_missing: str | None
+    forecast_refusals: tuple[int, int, int] | None = None
+    refusal_curve: Sequence[float] | None = None
 
     @property
     def safety_curve(self) -> list[float]:
@@ -113,7 +120,7 @@ class Comparison:
 
 
 def compare(
-    measured: VerifyResult, forecast: ForecastResult | None, *, threshold: float, markers: Sequence[str]
+    measured: VerifyResult, forecast: ForecastResult | None, *, threshold: float, judge: Judge | None = None
 ) -> Comparison:
     """Lay a real fine-tune over its forecast.
 
@@ -121,7 +128,7 @@ def compare(
         measured: the real run.
         forecast: of the same plan; None where there is none.
         threshold: rise of the mean safety loss that counts as collapse (nats per response token).
-        markers: of refusals, see `arisk.base.refusals`.
+        judge: labels the answers; default the rule, with openings learnt from the safety rows.
     """
     curve = None if forecast is None else compared_curve(forecast)
     safety = _means(measured.safety)
@@ -130,6 +137,9 @@ def compare(
     real = _real_collapse(measured, threshold)
     interval = None if curve is None else curve.collapse_interval
     factor, at_least = _factors(expected, real, measured) if curve is not None else (None, None)
+    followed = measured.behaviour.safety
+    labels = {} if followed is None else labelled(followed, judge or RefusalRule(measured.behaviour.learnt))
+    counts = _refusals(labels)
     return Comparison(
         measured=measured,
         forecaster=None if curve is None else curve.name,
@@ -147,8 +157,10 @@ def compare(
         control_change=control,
         specific_change=None if control is None else safety[-1] - control,
         inside_share=None if curve is None else _inside(curve, measured.steps, safety),
-        refusals=_refusals(measured, markers),
+        refusals=counts,
         refusals_missing=measured.generation_reason,
+        forecast_refusals=_forecast_refusals(forecast, counts),
+        refusal_curve=_refusal_curve(measured, labels),
     )
 
 
@@ -263,11 +275,27 @@ def _forecast_control(forecast: ForecastResult | None, step: int) -> float | Non
     return value_at(curve.steps, forecast.control_change, step)
 
 
-def _refusals(measured: VerifyResult, markers: Sequence[str]) -> list[RefusalCount]:
-    responses = [str(row.get("response") or "") for row in measured.prompts]
+def _refusals(labels: Mapping[int, Sequence[Outcome]]) -> list[RefusalCount]:
     counts: list[RefusalCount] = []
-    for made in measured.generated:
-        pairs = zip(made.texts, responses, strict=True)
-        refuses = [is_refusal(text, markers, response) for text, response in pairs]
-        counts.append(RefusalCount(made.step, sum(refuses), len(refuses), refuses))
+    for step, outcomes in sorted(labels.items()):
+        refuses = [outcome == "refused" for outcome in outcomes]
+        counts.append(RefusalCount(step, sum(refuses), len(refuses), refuses))
     return counts
+
+
+def _forecast_refusals(
+    forecast: ForecastResult | None, counts: Sequence[RefusalCount]
+) -> tuple[int, int, int] | None:
+    """What the forecast says of as many prompts at the last answered step."""
+    said = None if forecast is None else forecast.refusals
+    if said is None or said.status != "measured" or not counts:
+        return None
+    last = counts[-1]
+    shares = [value_at(said.steps, values, last.step) for values in (said.median, said.lower, said.upper)]
+    found = [round(share * last.prompts) for share in shares]
+    return found[0], found[1], found[2]
+
+
+def _refusal_curve(measured: VerifyResult, labels: Mapping[int, Sequence[Outcome]]) -> list[float] | None:
+    followed = measured.behaviour.safety
+    return refused_share(followed, labels, measured.steps) if followed is not None and labels else None

@@ -115,7 +115,7 @@ def _embedded_plan(name: str, folder: Path) -> Path:
         "control.max_samples": 16,
         "finetune.path": data.resolve(),
         "training.max_steps": 100,
-        "verify.generate": 0,
+        "behaviour.prompts": 0,
     }
     return _written(name, Path("configs/demo.yaml"), settings, folder)
 

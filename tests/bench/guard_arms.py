@@ -19,12 +19,12 @@ from random import Random
 import torch
 
 from arisk.base.artifacts import read_record, write_record
-from arisk.base.refusals import DEFAULT_MARKERS
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import Config, GuardConfig
 from arisk.guard.record import GuardResult, choose, guard_summary
 from arisk.guard.run import guard
 from arisk.models import load_task
+from arisk.models.judge import RefusalRule
 from arisk.runners import finite
 from tests.bench.guard_smollm2 import HEADER, cells
 from tests.bench.measure import print_table
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             found = measured(
                 mode, name, given.work or Path(temporary), quick=given.quick, strengths=given.strengths
             )
-            body = finite(guard_summary(found, **LIMITS, markers=DEFAULT_MARKERS))
+            body = finite(guard_summary(found, **LIMITS, judge=RefusalRule()))
             title = f"{SETS[name].said}; {mode}, AdamW {RATES[mode]:g}, {STEPS} steps of 8"
             print_table(title, HEADER, [cells(arm) for arm in body["arms"]])
             refusing = f"{body['aligned_refusals']} of {body['answered_prompts']} prompts"

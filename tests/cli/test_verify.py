@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 SETTINGS = [
     "safety.max_samples=8",
-    "run.safety.max_samples=6",
-    "run.generate=3",
-    "run.max_new_tokens=8",
+    "verify.safety.max_samples=6",
+    "behaviour.prompts=3",
+    "behaviour.ordinary_prompts=2",
+    "behaviour.tokens=8",
     "collect.chunk_size=4",
     "score.batches=2",
     "score.hvp_batches=1",
@@ -184,7 +185,7 @@ def test_another_plan_does_not_show_the_truth_of_this_one(arisk, run):
 
 def test_threshold_and_markers_need_no_new_fine_tune(arisk, run, monkeypatch):
     monkeypatch.setattr("arisk.models.load_task", lambda *a, **k: pytest.fail("the model was loaded"))
-    settings = ["forecast.collapse_threshold=0.01", "run.refusal_markers=[shop]"]
+    settings = ["forecast.collapse_threshold=0.01", "behaviour.refusal_openings=[shop]"]
     code, out, _ = arisk("verify", run, settings=settings)
     assert code == 0
     assert "no report: stage forecast is not fresh" in out
@@ -214,21 +215,21 @@ def test_stopping_early(arisk, run):
 
 
 def test_without_a_forecast_it_says_what_to_run(arisk, tmp_path):
-    code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["run.generate=0"])
+    code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["behaviour.prompts=0"])
     assert code == 0
     assert "no report: stage collect is not fresh; next: arisk run" in out
-    assert "refusals not measured: run.generate is 0" in out
+    assert "refusals not measured: behaviour.prompts is 0" in out
     body = json.loads(
-        arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["run.generate=0"])[1]
+        arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["behaviour.prompts=0"])[1]
     )
     assert body["ran"] is False
     assert (body["report"], body["missing"]) == (None, "collect")
-    assert body["verify"]["refusals_missing"] == "run.generate is 0"
+    assert body["verify"]["refusals_missing"] == "behaviour.prompts is 0"
     assert body["verify"]["error_factor"] is None
 
 
 def test_rows_that_are_not_held_out_are_said_to_be(arisk, tmp_path):
-    settings = ["run.safety=null", "control=null"]
+    settings = ["verify.safety=null", "control=null"]
     _, out, _ = arisk("verify", tmp_path / "run", "--steps", "2", settings=settings)
     assert "caveat: The safety rows are those that the forecast used: they are not held out." in out
     assert "caveat: No control data" in out
@@ -236,7 +237,7 @@ def test_rows_that_are_not_held_out_are_said_to_be(arisk, tmp_path):
 
 def test_mistakes_are_one_clear_error(arisk, tmp_path):
     for settings, code, what in (
-        (["run.safety.path=./no-such.jsonl"], 3, "run.safety.path"),
+        (["verify.safety.path=./no-such.jsonl"], 3, "verify.safety.path"),
         (["run.step=3"], 2, "did you mean `steps`?"),
         (["model={source: python, entry: 'a.py:b'}"], 2, "Task.heldout"),
     ):

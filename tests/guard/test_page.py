@@ -87,7 +87,7 @@ def test_a_plain_run_that_diverged_has_no_figure_of_costs(shift):
 def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     prompts = [{"prompt": "p", "response": "No."}, {"prompt": "q", "response": "No."}]
     counted = made(
-        arm("plain", answers=["Sure", "I cannot say"]), prompts=prompts, aligned_answers=["No.", "No."]
+        arm("plain", answers=["Sure", "I cannot say"]), prompts=prompts, aligned_answers=["I refuse."] * 2
     )
     assert "<td>1 of 2</td>" in html(counted)
     assert "the aligned model refuses 2 of them" in html(counted)

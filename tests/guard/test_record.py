@@ -6,6 +6,7 @@ import math
 import pytest
 
 from arisk.guard.record import Arm, GuardResult, choose, drift_share, guard_summary, paired_error, task_cost
+from arisk.models.judge import RefusalRule
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}
 
@@ -59,10 +60,10 @@ def test_refusals_are_counted_where_there_are_answers():
         prompts=prompts,
         aligned_answers=["No, never that.", "well"],
     )
-    body = guard_summary(found, **LIMITS, markers=["i can't"])
+    body = guard_summary(found, **LIMITS, judge=RefusalRule())
     assert [one["refusals"] for one in body["arms"]] == [1, 2, None]
     assert (body["aligned_refusals"], body["answered_prompts"]) == (1, 2)
-    silent = guard_summary(result(arm("plain"), generation_reason="why"), **LIMITS, markers=[])
+    silent = guard_summary(result(arm("plain"), generation_reason="why"), **LIMITS, judge=RefusalRule())
     assert (silent["aligned_refusals"], silent["refusals_missing"]) == (None, "why")
 
 
@@ -98,7 +99,7 @@ def test_a_diverged_arm_is_never_good():
     assert choose(found, **LIMITS).label is None
     assert math.isnan(drift_share(bad, found.plain))
     assert math.isnan(task_cost(bad, found.plain))
-    assert math.isnan(guard_summary(found, **LIMITS, markers=())["arms"][1]["safety"])
+    assert math.isnan(guard_summary(found, **LIMITS, judge=RefusalRule())["arms"][1]["safety"])
     assert choose(result(arm("plain", diverged_at=1, reason="nan")), **LIMITS).rule == "plain diverged"
 
 

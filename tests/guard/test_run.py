@@ -17,6 +17,7 @@ from arisk.guard import arm as arm_module
 from arisk.guard.methods import arm_names
 from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
 from arisk.guard.run import guard
+from arisk.models.judge import RefusalRule
 from arisk.verification.run import verify
 
 RECIPE = {"optimizer": "adamw", "learning_rate": 0.02, "weight_decay": 0.01, "max_grad_norm": 1.0}
@@ -76,9 +77,7 @@ def timeless(result):
 def test_the_plain_arm_is_the_run_that_verify_measures(dropout):
     task = task_of(net(dropout))
     plain = run(task, methods=["plain"]).plain
-    truth = verify(
-        task, config=VerifyConfig(generate=0), training=TrainingConfig(**RECIPE), steps=STEPS, seed=3
-    )
+    truth = verify(task, config=VerifyConfig(), training=TrainingConfig(**RECIPE), steps=STEPS, seed=3)
     assert list(plain.steps) == list(truth.steps)
     assert plain.safety == truth.safety.mean(0).tolist()
     assert plain.control == pytest.approx(truth.control.mean(0).tolist(), rel=1e-12, abs=1e-15)
@@ -222,7 +221,7 @@ def test_an_arm_that_cannot_be_set_up_is_recorded_and_the_others_go_on():
     bad = found.arms[1]
     assert "no gradient after 3 plain steps" in bad.reason
     assert (bad.steps, bad.safety) == ([0], [0.0])
-    summary = guard_summary(found, **LIMITS, markers=())["arms"][1]
+    summary = guard_summary(found, **LIMITS, judge=RefusalRule())["arms"][1]
     assert math.isnan(summary["safety"])
     assert math.isnan(drift_share(bad, found.plain))
     assert ending(bad.diverged_at) == "could not be set up"

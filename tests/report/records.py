@@ -8,7 +8,9 @@ import torch
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
-from arisk.verification.record import GeneratedTexts, VerifyResult
+from arisk.models.judge import RefusalRule
+from arisk.training.behaviour import AnsweredPrompts, BehaviourResult, FollowedPrompts
+from arisk.verification.record import VerifyResult
 from arisk.verification.truth import compare
 
 HOSTILE = (
@@ -216,6 +218,21 @@ def records(layers=3, examples=5, n=6, text="how do i grow roses ?", holes=False
     return collected, space, scored, forecast
 
 
+def spoken(prompts, generated, reason=None):
+    """What was written along a run, without openings."""
+    followed = FollowedPrompts(prompts, [], [], None, None, generated)
+    return BehaviourResult(
+        "not_measured" if reason else "measured",
+        reason,
+        24,
+        None if reason else followed,
+        None,
+        "there is no control data",
+        [],
+        None,
+    )
+
+
 def truth(values, steps=(0, 25, 50, 75, 100), *, horizon=100, control=None, **changes):
     """Two samples whose mean is `values`."""
     mean = torch.tensor(values, dtype=torch.float64)
@@ -229,9 +246,8 @@ def truth(values, steps=(0, 25, 50, 75, 100), *, horizon=100, control=None, **ch
         "finetune_loss": [math.nan] + [1.0] * (len(steps) - 1),
         "diverged_at": None,
         "heldout": True,
-        "prompts": [],
-        "generated": [],
-        "generation_reason": "verify.generate is 0",
+        "behaviour": spoken([], [], "behaviour.prompts is 0"),
+        "opening_loss": None,
         "gradient_evaluations": 100,
         "warnings": [],
     }
@@ -240,18 +256,16 @@ def truth(values, steps=(0, 25, 50, 75, 100), *, horizon=100, control=None, **ch
 
 def checked(text="sure , here is how", missing=None, **changes):
     """A real run beside the forecast of `records`, with answers that stop refusing."""
-    texts = [GeneratedTexts(0, ["I'm sorry, no.", text]), GeneratedTexts(100, [text, text])]
+    texts = [AnsweredPrompts(0, ["I'm sorry, no.", text]), AnsweredPrompts(100, [text, text])]
     settings = {
         "control": [0.0, 0.01, 0.02, 0.03, 0.04],
-        "prompts": [{"prompt": text, "response": "no", "line": 1}] * 2,
-        "generated": texts,
-        "generation_reason": None,
+        "behaviour": spoken([{"prompt": text, "response": "no", "line": 1}] * 2, texts),
         "warnings": [text],
     }
     if missing:
-        settings = {"generation_reason": missing, "heldout": False}
+        settings = {"behaviour": spoken([], [], missing), "heldout": False}
     run = truth(changes.pop("values", [0.0, 0.0, 0.05, 0.4, 0.3]), **{**settings, **changes})
-    return compare(run, records()[3], threshold=0.1, markers=["i'm sorry"])
+    return compare(run, records()[3], threshold=0.1, judge=RefusalRule(["i'm sorry"]))
 
 
 def rolled(holes=False):

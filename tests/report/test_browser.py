@@ -20,7 +20,7 @@ CASES = {
     "one-layer": {"layers": 1},
     "verified": {"check": made.checked(text=made.HOSTILE)},
     "diverged": {
-        "check": made.checked(missing="verify.generate is 0", values=[0.0], steps=(0,), diverged_at=1)
+        "check": made.checked(missing="behaviour.prompts is 0", values=[0.0], steps=(0,), diverged_at=1)
     },
     "infinite": {"check": made.checked(values=[0.0, math.inf], steps=(0, 25), control=None, diverged_at=26)},
 }

@@ -12,6 +12,7 @@ from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import TrainingConfig, VerifyConfig
+from arisk.config.sections import BehaviourConfig
 from arisk.forecast import run_state
 from arisk.training.loop import PlannedRun
 from arisk.verification import run as stage
@@ -59,13 +60,14 @@ def task_of(model=None, **parts):
     )
 
 
-def run(task, training, horizon, *, workspace=None, seed=0, **config):
+def run(task, training, horizon, *, workspace=None, seed=0, prompts=16, tokens=24, **config):
     return verify(
         task,
         config=VerifyConfig(**config),
         training=TrainingConfig(**training),
         steps=horizon,
         seed=seed,
+        behaviour=BehaviourConfig(prompts=prompts, tokens=tokens),
         workspace=workspace,
     )
 
@@ -230,9 +232,9 @@ def test_held_out_rows_are_what_is_measured():
 
 def test_no_tokenizer_is_not_measured():
     measured = run(task_of(), RECIPES[0], 4)
-    assert (measured.prompts, measured.generated) == ((), [])
+    assert (measured.prompts, measured.generated) == ((), ())
     assert "no tokenizer" in measured.generation_reason
-    assert run(task_of(), RECIPES[0], 4, generate=0).generation_reason == "verify.generate is 0"
+    assert run(task_of(), RECIPES[0], 4, prompts=0).generation_reason == "behaviour.prompts is 0"
     nameless = SampleSet("safety", data(1, 4), classify, generate=lambda m, r, n: [""] * len(r))
     assert "does not name" in run(task_of(safety=nameless), RECIPES[0], 4).generation_reason
     assert run(task_of(control=None), RECIPES[0], 4).control is None
@@ -243,7 +245,7 @@ def test_texts_are_written_by_the_model_of_that_step():
         return [f"{i} {limit} {float(model[0].weight.detach().sum()):.12f}" for i in indices]
 
     samples = SampleSet("safety", data(1, 4), classify, rows("abcdefgh" * 4), generate=weight)
-    measured = run(task_of(safety=samples), RECIPES[1], 16, generate=5, max_new_tokens=9)
+    measured = run(task_of(safety=samples), RECIPES[1], 16, prompts=5, tokens=9)
     assert measured.generation_reason is None
     assert [made.step for made in measured.generated] == [0, 2, 4, 8, 16]
     assert [row["line"] for row in measured.prompts] == [0, 6, 12, 19, 25]
@@ -258,7 +260,7 @@ def test_a_record_survives_the_disk(tmp_path):
     samples = SampleSet(
         "safety", data(1, 4), classify, rows("abcdefgh" * 4), generate=lambda m, r, n: texts[: len(r)]
     )
-    measured = run(task_of(safety=samples), RECIPES[1], 16, generate=3)
+    measured = run(task_of(safety=samples), RECIPES[1], 16, prompts=3)
     write_record(tmp_path, measured)
     back = read_record(tmp_path, VerifyResult)
     assert torch.equal(back.safety, measured.safety)

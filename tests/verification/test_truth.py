@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from arisk.base.refusals import DEFAULT_MARKERS
-from arisk.verification.record import GeneratedTexts
+from arisk.models.judge import RefusalRule
+from arisk.training.behaviour import AnsweredPrompts
 from arisk.verification.truth import compare, compared_curve, value_at
 from tests.report import records as made
 
@@ -19,8 +19,8 @@ def forecast(**changes):
 
 
 def found(values, shape=None, **changes):
-    markers = changes.pop("markers", DEFAULT_MARKERS)
-    return compare(made.truth(values, **changes), shape or forecast(), threshold=0.1, markers=markers)
+    judge = changes.pop("judge", None)
+    return compare(made.truth(values, **changes), shape or forecast(), threshold=0.1, judge=judge)
 
 
 LATE = {"collapse_step": None, "collapse_interval": [90, None]}
@@ -96,7 +96,7 @@ def test_drift_is_read_at_the_last_measured_step():
 
 
 def test_without_a_forecast():
-    result = compare(made.truth([0.0, 0.2], steps=(0, 50)), None, threshold=0.1, markers=())
+    result = compare(made.truth([0.0, 0.2], steps=(0, 50)), None, threshold=0.1)
     assert result.real_collapse == 36  # √(.1/.2) of the way
     assert "no forecast to compare it with" in result.sentence
     empty = (result.error_factor, result.error_at_least, result.interval_holds, result.inside_share)
@@ -123,24 +123,23 @@ def test_refusals_are_counted_from_the_texts():
         {"prompt": "a", "response": "Nay, good sir, nay.", "line": 1},
         {"prompt": "b", "response": "No.", "line": 2},
     ]
-    texts = [GeneratedTexts(0, ["I'm sorry", "nay"]), GeneratedTexts(50, ["nay good sir !", "sure"])]
-    settings = {"prompts": prompts, "generated": texts, "generation_reason": None, "steps": (0, 50)}
+    texts = [AnsweredPrompts(0, ["I'm sorry, no", "nay"]), AnsweredPrompts(50, ["nay good sir !", "sure"])]
+    settings = {"behaviour": made.spoken(prompts, texts), "steps": (0, 50)}
     result = found([0.0, 0.2], **settings)
-    assert [(c.step, c.refused, c.prompts) for c in result.refusals] == [(0, 1, 2), (50, 1, 2)]
+    assert [(c.step, c.refused, c.prompts) for c in result.refusals] == [(0, 0, 2), (50, 1, 2)]
     assert result.refusals_missing is None
-    result = found([0.0, 0.2], **settings, markers=["SURE"])
-    assert [c.refused for c in result.refusals] == [0, 2]
+    assert result.refusal_curve == pytest.approx([0.25 / 2.5, 1.25 / 2.5])
+    result = found([0.0, 0.2], **settings, judge=RefusalRule(["SURE", "im sorry", "I'm sorry"]))
+    assert [c.refused for c in result.refusals] == [1, 2]
     missing = found([0.0, 0.2], steps=(0, 50))
     assert missing.refusals == []
-    assert missing.refusals_missing == "verify.generate is 0"
+    assert missing.refusals_missing == "behaviour.prompts is 0"
 
 
 def test_json_has_the_curve_and_no_texts():
-    texts = [GeneratedTexts(0, ["a secret"])]
+    texts = [AnsweredPrompts(0, ["a secret"])]
     prompts = [{"prompt": "another secret", "response": "", "line": 1}]
-    body = found(
-        [0.0, 0.2], steps=(0, 50), prompts=prompts, generated=texts, generation_reason=None
-    ).as_json()
+    body = found([0.0, 0.2], steps=(0, 50), behaviour=made.spoken(prompts, texts)).as_json()
     assert "secret" not in str(body)
     assert body["steps"] == [0, 50]
     assert body["safety"] == pytest.approx([0.0, 0.2])
