@@ -52,7 +52,6 @@ PENDING = {
 NO_TORCH = (
     "base.errors",
     "base.processes",
-    "base.refusals",
     "base.tables",
     "base.terminal",
     "cli",
@@ -66,6 +65,7 @@ NO_TORCH = (
     "engine.stage",
     "engine.status",
     "forecast.grid",
+    "models.judge",
     "forecast.text",
     "report.text",
 )

@@ -34,8 +34,8 @@ def test_without_a_real_run_the_page_says_nothing_of_one():
 
 
 def test_a_real_run_without_texts_or_held_out_rows_says_so():
-    text = section_text(made.page(check=made.checked(missing="verify.generate is 0")), "verify")
-    assert "not measured: verify.generate is 0" in text
+    text = section_text(made.page(check=made.checked(missing="behaviour.prompts is 0")), "verify")
+    assert "not measured: behaviour.prompts is 0" in text
     assert "not held out: the forecast used the same ones" in text
     assert "rise of the control loss there 0.08 not measured" in text
     assert "What the model wrote" not in text
