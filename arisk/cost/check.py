@@ -6,7 +6,7 @@ What `arisk check` prints: model, data, rows as the model sees them, and the pla
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, wrapped
 from arisk.config.plan import Config, planned_steps
 from arisk.forecast.leap import rollout_cost
+from arisk.models.adapters import out_of_reach
 from arisk.models.loading import load_tokenizer
 from arisk.models.rendering import TRAINED, token_rows
 from arisk.models.selection import select_parameters
@@ -63,7 +64,8 @@ def check_task(
     data = load_data(config, tokenizer)
     model = load_with_adapter(config, device or torch.device("cpu"), {} if kept is None else kept)
     notes = require_fit(model, data, tokenizer, config)
-    wrapped = [name.removeprefix(PEFT) for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    named = model.named_modules()
+    wrapped_modules = [name.removeprefix(PEFT) for name, module in named if hasattr(module, "lora_A")]
     names = select_parameters(model, config.model.parameters)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in names)
@@ -78,11 +80,21 @@ def check_task(
             "path": str(config.model.path),
             "parameters": f"{total:,}",
             "selected parameters": f"{selected:,} in {len(names)} tensors",
-            **({"adapter wraps": f"{len(wrapped)} modules, e.g. {wrapped[0]}"} if wrapped else {}),
+            **(_reach(model, wrapped_modules) if wrapped_modules else {}),
         },
         "data": shown,
         "warnings": [*notes, *_warnings(data)],
         "work": _work(config, {name: len(d.rendered) for name, d in data.items()}, selected),
+    }
+
+
+def _reach(model: Any, wrapped_modules: Sequence[str]) -> dict[str, str]:
+    """What the adapter wraps, and what of the model it cannot change."""
+    share, largest = out_of_reach(model)
+    names = ", ".join(f"{name} ({part:.0%})" for name, part in largest)
+    return {
+        "adapter wraps": f"{len(wrapped_modules)} modules, e.g. {wrapped_modules[0]}",
+        "no adapter reaches": f"{share:.0%} of its weights" + (f": {names}" if names else ""),
     }
 
 

@@ -17,7 +17,7 @@ from arisk.config.reading import shortened
 from arisk.models.loading import hf_module
 from arisk.models.soundness import require_finite, require_whole_adapter
 
-__all__ = ["attach_adapter", "target_modules"]
+__all__ = ["attach_adapter", "out_of_reach", "target_modules"]
 
 #: Values of `init_lora_weights` whose start needs data or the caller's help.
 FROM_DATA = ("eva", "corda", "lora_ga", "loftq")
@@ -121,6 +121,39 @@ def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
     require_whole_adapter(expected, found, made.state_dict(), f"model.adapter: {path}")
     require_finite(made, f"model.adapter: {path}")
     return made
+
+
+def out_of_reach(model: nn.Module) -> tuple[float, list[tuple[str, float]]]:
+    """Weights of the base model that training cannot change, because no adapter lies on them.
+
+    Embeddings, routers, and experts held as one tensor of three dimensions are no linear modules: targets by
+    name pass them by.
+
+    Args:
+        model: with its adapter attached.
+
+    Returns:
+        Their share of the base model's weights, in [0, 1], and the largest of them with their shares, `*` for
+        numbers in their names (`model.layers.*.mlp.experts.down_proj`); none below one per cent.
+    """
+    reached: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            name = getattr(module, "parameter_name", "weight")
+            reached.add(id(getattr(module.get_base_layer(), name, None)))
+    total, left = 0, dict[str, int]()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        total += parameter.numel()
+        replaced = ".original_module." in name  # by a copy that trains, of `modules_to_save`
+        if id(parameter) not in reached and not parameter.requires_grad and not replaced:
+            plain = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+            plain = plain.replace(".base_layer", "").removesuffix(".weight")
+            left[plain] = left.get(plain, 0) + parameter.numel()
+    shares = {name: count / max(total, 1) for name, count in left.items()}
+    largest = sorted(shares.items(), key=lambda item: -item[1])
+    return sum(shares.values()), [(name, share) for name, share in largest if share >= 0.01]
 
 
 def target_modules(model: nn.Module, config: AdapterConfig) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from arisk.base.errors import ConfigError, MissingExtraError
 from arisk.config.plan import AdapterConfig, ModelConfig
-from arisk.models.adapters import attach_adapter
+from arisk.models.adapters import attach_adapter, out_of_reach
 from arisk.models.loading import load_model
 from arisk.models.selection import lora_pairs, select_parameters
 
@@ -101,3 +101,45 @@ def test_quantised_weights_need_bitsandbytes(monkeypatch):
     with pytest.raises(MissingExtraError, match="bitsandbytes") as caught:
         load_model(config, torch.device("cpu"))
     assert "arisk[quantization]" in caught.value.fix
+
+
+def test_weights_that_no_adapter_reaches_are_told():
+    made = attach_adapter(model(), AdapterConfig(target_modules=["q_proj"]), seed=0)
+    base = model()
+    sizes = {name: parameter.numel() for name, parameter in base.named_parameters()}
+    reached = sum(size for name, size in sizes.items() if "q_proj" in name)
+    share, largest = out_of_reach(made)
+    assert share == pytest.approx(1 - reached / sum(sizes.values()))
+    up = sum(size for name, size in sizes.items() if "up_proj" in name) / sum(sizes.values())
+    assert dict(largest)["model.layers.*.mlp.up_proj"] == pytest.approx(up)
+    with_head = AdapterConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    saved, _ = out_of_reach(attach_adapter(model(), with_head, seed=0))
+    assert saved < share
+
+
+def test_experts_in_one_tensor_are_out_of_reach_of_targets_by_name():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    mixture = transformers.Qwen3MoeForCausalLM(config)
+    sizes = {name: parameter.numel() for name, parameter in mixture.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name) / sum(sizes.values())
+    by_name = AdapterConfig(r=2, target_modules=["q_proj", "v_proj"])
+    share, largest = out_of_reach(attach_adapter(mixture, by_name, seed=0))
+    assert share > experts
+    found = sum(part for name, part in largest if ".experts." in name)
+    assert found == pytest.approx(experts)
+    mixture = transformers.Qwen3MoeForCausalLM(config)
+    wanted = AdapterConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    _, rest = out_of_reach(attach_adapter(mixture, wanted, seed=0))
+    assert not [name for name, _ in rest if ".experts." in name]
