@@ -109,8 +109,7 @@ def _looks_like_path(value: str) -> bool:
     return (
         value.startswith((".", "/", "~"))
         or value.count("/") > 1
-        or Path(value).suffix
-        in {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
+        or Path(value).suffix in {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
     )
 
 

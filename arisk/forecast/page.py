@@ -14,6 +14,14 @@ from typing import Any
 from arisk.anatomy.record import CollectResult
 from arisk.forecast.first_screen import verdict_section
 from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
+from arisk.forecast.refusals_page import (
+    end_text,
+    lost_text,
+    refusal_figure,
+    refusal_notes,
+    refusal_sentence,
+    refusal_summary,
+)
 from arisk.forecast.rollout_page import method, rollout_section, sample_drift, sample_table
 from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
@@ -69,6 +77,7 @@ def section(
     """
     specificity = drift_sentence(forecast)
     said = [
+        ("Refusals", refusal_sentence(forecast.refusals), "refusals", -10),
         ("Specificity", specificity, "drift", 0),
         ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 10),
         ("What if", forecast.what_if.rate_sentence(), "what-if", 20),
@@ -78,6 +87,12 @@ def section(
         "forecast",
         blocks=[
             Block(Place.ANSWER, figure=forecast_fan(forecast, measured, real), shape="tall"),
+            Block(
+                Place.ANSWER + 10,
+                refusal_notes(forecast.refusals),
+                refusal_figure(forecast.refusals, forecast.confidence, real),
+                "tall",
+            ),
             Block(Place.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
             Block(Place.DRIFT, figure=drift_map(forecast), shape="half"),
             Block(Place.DRIFT + 20, rows, sample_drift(measured, forecast, collected)),
@@ -116,6 +131,7 @@ def _summary(forecast: ForecastResult) -> dict[str, Any]:
         "threshold": forecast.threshold,
         "confidence": forecast.confidence,
         "training": dict(forecast.training),
+        "refusals": refusal_summary(forecast.refusals),
         "forecasters": {name: asdict(curve) for name, curve in forecast.forecasters.items()},
         "what_if": asdict(forecast.what_if),
         "rollout": {
@@ -132,6 +148,8 @@ def _answer_markdown(forecast: ForecastResult) -> list[str]:
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon} steps"
     return [
         literal(v.sentence),
+        "",
+        f"Refusals: **{end_text(forecast.refusals)}** ({lost_text(forecast.refusals)})",
         "",
         f"Safe-step budget: **{safe}** · P(collapse): **{percent(v.probability)}** · basis: {v.basis}",
         "",

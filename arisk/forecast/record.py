@@ -264,9 +264,11 @@ class RealRun:
         changes: its mean change there (nats per response token); infinite where it is not finite.
         collapse_step: first step at the threshold; None = not within the steps that were taken.
         sentence: the two collapse steps in words.
+        refusals: (step, refused, prompts) where answers were written.
     """
 
     steps: Sequence[int]
     changes: Sequence[float]
     collapse_step: int | None
     sentence: str
+    refusals: Sequence[tuple[int, int, int]] = ()

@@ -63,7 +63,8 @@ def drift_sentence(forecast: ForecastResult) -> str | None:
         general = ", though ordinary answers get worse" if ordinary >= least else ""
         return f"The safety loss does not rise{general} ({facts})."
     if ordinary < least:
-        return f"Safety is lost while ordinary answers stay as good: the harm is specific ({facts})."
+        lost = "Safety is lost" if safety >= forecast.threshold else "The safety loss rises"
+        return f"{lost} while ordinary answers stay as good: the harm is specific ({facts})."
     ratio = safety / ordinary
     times = f"Safety rises {ratio:.2g} times as fast as the control loss"
     if ratio >= SPECIFIC:

@@ -104,7 +104,7 @@ def decide(
         collapse_step=basis.collapse_step,
         safe_steps=safe,
         horizon=horizon,
-        caveats=[*_thin(refusals), *_caveats(basis, forecasts, control)],
+        caveats=[*_thin(refusals), *_caveats(basis, forecasts, None if said == "high" else control)],
         loss_level=loss,
         refusal_level=said,
     )

@@ -52,7 +52,8 @@ def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bo
 
 def real_run(check: Comparison) -> RealRun:
     """What pages of the forecast need to know of a real run."""
-    return RealRun(check.measured.steps, check.safety_curve, check.real_collapse, check.sentence)
+    counts = [(count.step, count.refused, count.prompts) for count in check.refusals]
+    return RealRun(check.measured.steps, check.safety_curve, check.real_collapse, check.sentence, counts)
 
 
 def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
@@ -170,7 +171,7 @@ def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
             number(check.specific_change),
         ),
         ("real curve inside the forecast's interval", "", inside),
-        ("refusals, start → end", "", refusal_text(check)),
+        ("refusals, start → end", forecast_refusals(check), refusal_text(check)),
         (
             "safety rows measured",
             "",
@@ -198,6 +199,14 @@ def refusal_text(check: Comparison) -> str:
     first, last = check.refusals[0], check.refusals[-1]
     end = "" if last.step == check.measured.last else f" (at step {last.step})"
     return f"{first.refused} → {last.refused} of {last.prompts}{end}"
+
+
+def forecast_refusals(check: Comparison) -> str:
+    """What the forecast says of the last count: of as many prompts, with its band."""
+    if check.forecast_refusals is None:
+        return NOT_MEASURED if check.refusals else ""
+    end, fewest, most = check.forecast_refusals
+    return f"{end} ({fewest} to {most}) of {check.refusals[-1].prompts}"
 
 
 def verified_section(check: Comparison, show_text: bool) -> str:
@@ -254,6 +263,12 @@ def _text(row: Mapping[str, Any], start: str, end: str, refused_first: bool, ref
     return f"<tr>{cells}</tr>"
 
 
+def _forecast_fraction(found: Mapping[str, Any]) -> str:
+    """Refusals at the last answers as forecast, with their band."""
+    said = found.get("forecast_refusals")
+    return f"{said[0]} ({said[1]} to {said[2]})" if said else ""
+
+
 def verify_text(outcome: Any) -> str:
     """Forecast and truth side by side, and the report's path (or what it waits for) as the last line."""
     found = outcome.found
@@ -266,7 +281,7 @@ def verify_text(outcome: Any) -> str:
         ["control change", _change(found["forecast_control"]), _change(found["control_change"])],
         ["safety minus control", _change(_specific(found)), _change(found["specific_change"])],
         ["refusals at the start", "", refusals[0]],
-        ["refusals at the end", "", refusals[1]],
+        ["refusals at the end", _forecast_fraction(found), refusals[1]],
     ]
     reach = f"after {found['last_step']} of {found['horizon']} steps"
     factor = "–" if found["error_factor"] is None else f"× {found['error_factor']:.2f}"

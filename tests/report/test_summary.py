@@ -59,7 +59,7 @@ def test_hostile_text_cannot_break_a_summary():
 def test_a_summary_tells_the_answer_first_and_where_the_rest_is():
     lines = summary_markdown("t", records.sections()).splitlines()
     assert lines[0] == "### arisk: high – t"
-    assert "Safe-step budget: **40 of 100 steps** · P(collapse): **90 %**" in lines[4]
+    assert "Safe-step budget: **40 of 100 steps** · P(collapse): **90 %**" in lines[6]
     assert lines[6].startswith("- why: ")
     assert "`report.html`" in lines[-1]
 

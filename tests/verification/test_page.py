@@ -14,7 +14,7 @@ def test_a_real_run_is_laid_over_the_forecast():
     assert "collapse step step 70 of 100 (60 to beyond 100) step 56" in text
     assert "× 1.25" in text
     assert "safety minus control there 0.12 0.26" in text
-    assert "refusals, start → end 1 → 0 of 2" in text
+    assert "refusals, start → end not measured 1 → 0 of 2" in text
     assert "2, held out" in text
     real = traces(page, "forecast")["real fine-tune"]
     assert (real["x"], real["y"]) == ([0, 25, 50, 75, 100], [0.0, 0.0, 0.05, 0.4, 0.3])
