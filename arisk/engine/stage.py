@@ -99,7 +99,7 @@ STAGES = (
     ),
     StageSpec(
         "screen",
-        4,
+        5,
         (),
         ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
         ("model", "adapter", "safety", "finetune", "control"),

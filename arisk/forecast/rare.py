@@ -2,7 +2,8 @@
 
 A handful of harmful rows in hundreds fills a fraction of a percent of a fine-tune. A rollout that
 really sees only a few batches misses them or, worse, multiplies one of them. So the rows are
-stratified: those whose loss the aligned model finds far outside the rest form a stratum of share w.
+stratified: those whose loss the aligned model finds far outside the rest form a stratum of share w,
+or, where they are more than a twentieth of all rows, an even pick among them of that share.
 The real steps between leaps leave them out, and after every leap the stratum is brought in,
 
     δ ← δ − (Σ η) D w (ḡ_rare − ḡ),
@@ -30,7 +31,7 @@ __all__ = ["RareRows", "outliers"]
 SCORED_SHARE = 0.25
 #: Distance from the median loss, in deviations (1.48 MAD), from which a row is far outside.
 OUTSIDE = 8.0
-#: Largest share of a stratum that is still rare: more are met by the real steps themselves.
+#: Largest share of all rows that the stratum takes: what is more is met by the real steps themselves.
 LARGEST_SHARE = 0.05
 
 
@@ -54,9 +55,10 @@ class RareRows:
         planned = len(run.rates) * self.step_rows
         scored = batches.sample(max(batches.size, math.ceil(SCORED_SHARE * planned)))
         outside = outliers(self._losses(scored))
-        rare = 0 < len(outside) <= LARGEST_SHARE * len(scored)
-        self.rows = [scored[i] for i in outside] if rare else []
-        # Rows that were not scored stay in the real steps with their natural weight.
+        # Evenly over their losses; the rest, and rows that were not scored, stay in the real steps with
+        # their natural weight.
+        count = min(len(outside), int(LARGEST_SHARE * len(scored)))
+        self.rows = [scored[outside[i * len(outside) // count]] for i in range(count)]
         self.share = len(self.rows) / batches.row_count
         self.members = frozenset(self.rows)
 

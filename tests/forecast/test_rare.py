@@ -257,12 +257,43 @@ def test_data_without_known_rows_or_losses_is_left_alone():
     assert with_them.gradient_evaluations == without.gradient_evaluations
 
 
-def test_many_harmful_rows_are_not_rare():
-    rows = linear_rows()
-    rows[:20, 1], rows[:20, 3] = -7, 5
+def harmful(share, count=200):
+    """Rows of a linear loss; that share of them pull seven times as hard, along their own coordinate."""
+    rows = torch.zeros(count, 4, dtype=torch.float64)
+    rows[:, 0] = -1
+    rows[:, 3] = 0.1 * torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[: round(share * count), 1], rows[: round(share * count), 3] = -7, 5
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("share", "error"), [(0.04, 1e-9), (0.05, 1e-9), (0.055, 0.12), (0.06, 0.12), (0.08, 0.2), (0.1, 0.15)]
+)
+def test_no_cliff_where_harmful_rows_are_no_longer_rare(share, error):
+    """Root mean square over six orders of the relative error of the move along the harmful coordinate."""
+    rate, steps, errors = 0.01, 1000, []
+    rows = harmful(share)
+    for seed in range(6):
+        training = TrainingConfig(optimizer="sgd", learning_rate=rate)
+        made = rollout(linear_task(Rows(rows, seed)), config=RolloutConfig(), training=training, steps=steps)
+        moved = made.safety[1, -1] - made.safety[1, made.steps.index(made.pilot_steps)]
+        errors.append(float(moved / (-rows[:, 1].mean() * rate * (steps - made.pilot_steps))) - 1)
+    assert math.sqrt(sum(e**2 for e in errors) / len(errors)) <= error
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.055, 0.1, 0.3])
+def test_the_stratum_takes_a_twentieth_at_most(share):
+    rows = harmful(share)
+    rows[:, 3] += torch.arange(200) * 1e-4
     batches = Rows(rows)
     task = linear_task(batches)
     layout = layout_of(task.model, ["x"])
     with measuring(task.model, layout):
         run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd"), torch.ones(400))
-        assert RareRows(run, batches).rows == []
+        rare = RareRows(run, batches)
+    assert rare.share == min(share, 0.05)
+    assert len(rare.members) == len(rare.rows) == round(200 * rare.share)
+    assert max(rare.members) < round(share * 200)
+    # An even pick over the losses: about as many from the lower half as from the upper.
+    lower = sum(row < share * 100 for row in rare.rows)
+    assert abs(lower - len(rare.rows) / 2) <= 1
