@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.api import AlignmentRiskPipeline
-    from arisk.assessment import assess, protect, screen, verify
+    from arisk.api import AlignmentRiskPipeline, assess, protect, screen, verify
     from arisk.base.errors import AriskError
     from arisk.base.task import LoraPair, SampleSet, Task
     from arisk.config.plan import Config
@@ -77,10 +76,10 @@ _HOME = {
     "SensitivitySubspace": "arisk.peer",
     "Task": "arisk.base.task",
     "VerifyResult": "arisk.verification.record",
-    "assess": "arisk.assessment",
-    "protect": "arisk.assessment",
-    "screen": "arisk.assessment",
-    "verify": "arisk.assessment",
+    "assess": "arisk.api",
+    "protect": "arisk.api",
+    "screen": "arisk.api",
+    "verify": "arisk.api",
 }
 
 

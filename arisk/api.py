@@ -1,32 +1,42 @@
-"""The Python API: assess the planned fine-tuning of any torch model, from loaders and loss functions.
+"""The Python API: assess, verify, screen and protect the planned fine-tuning of any torch model.
 
-Works in memory and a temporary folder; the command line works on the same stages with a run
-directory. The caller's model, gradients and random state are left as found.
+One driver serves this and the command line: the stages of the catalogue run here too, on a task in memory and
+a run directory in a temporary folder. The caller's model, gradients and random state are left as found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from arisk.anatomy.record import SubspaceResult
-from arisk.assessment import assess
-from arisk.base.checked_loss import checked_loss
+from arisk.anatomy.record import CollectResult, SubspaceResult
+from arisk.anatomy.stage import safety_side
 from arisk.base.errors import ConfigError
 from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task, silent
-from arisk.config.plan import planned_steps
+from arisk.base.terminal import StageDisplay
+from arisk.catalogue import catalogue
+from arisk.config.plan import Config, planned_steps
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
+from arisk.engine.job import Job
+from arisk.engine.run import run_task
 from arisk.forecast.run import skipped_records
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
-from arisk.models.loaders import keeping_random_state, kept, taken
+from arisk.guard.record import GuardResult
+from arisk.models.loaders import checked_loss, keeping_random_state, kept, taken
 from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters
 from arisk.peer import SensitivitySubspace
 from arisk.risk_report import RiskReport
+from arisk.screening.record import ScreenResult
+from arisk.verification.record import VerifyResult
 
-__all__ = ["AlignmentRiskPipeline"]
+__all__ = ["AlignmentRiskPipeline", "assess", "protect", "screen", "verify"]
 
 #: Batches of ordinary data read from a loader.
 CONTROL_BATCHES = 64
@@ -213,3 +223,131 @@ class AlignmentRiskPipeline:
         steps = planned_steps(training, 0) if training.epochs is None else 0
         scores = max(self.config.score.batches, self.config.score.hvp_batches)
         return max(scores, steps * training.gradient_accumulation)
+
+
+def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:
+    """Run every stage up to the forecast on a task, in a temporary run directory.
+
+    Args:
+        task: the model with its data.
+        config: settings of every stage.
+        progress: told of finished parts.
+
+    Raises:
+        AriskError: what is wrong, where, and how to fix it.
+    """
+    stages = catalogue()
+    wanted = stages.ordinary[: stages.ordinary.index("forecast") + 1]
+    with _carried_out(task, config, wanted, progress) as job:
+        records = [job.record(name) for name in ("collect", "subspace", "score", "rollout", "forecast")]
+        return RiskReport(*records, basis=_basis(job))
+
+
+def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> VerifyResult:
+    """Really fine-tune as planned and measure safety along the way; the model is put back to the bit.
+
+    `RiskReport.compare` lays the outcome over a forecast.
+
+    Args:
+        task: any torch module with its data and losses; `task.heldout` is measured where it is given,
+            else the safety samples themselves.
+        config: the planned training, and `config.verify`.
+        progress: told of optimizer steps done.
+
+    Raises:
+        AriskError: what is wrong, where, and how to fix it.
+    """
+    with _carried_out(task, config, ["verify"], progress) as job:
+        return job.record("verify")
+
+
+def screen(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> ScreenResult:
+    """Rank the fine-tuning rows by the harm that each is predicted to push, and flag the harmful ones.
+
+    `result.order` is the ranking, `result.scores` the harm per unit learning rate, `result.flagged` what
+    leaves the null behind. With `config.screen.what_if`, the plan is rolled out with and without the flagged
+    rows, where the loader can be regrouped.
+
+    Args:
+        task: any torch module with its data and losses.
+        config: the planned training, and `config.screen`.
+        progress: told of rows scored.
+
+    Raises:
+        AriskError: what is wrong, where, and how to fix it.
+    """
+    with _carried_out(task, config, ["screen"], progress) as job:
+        return job.record("screen")
+
+
+def protect(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> GuardResult:
+    """Carry out the planned fine-tune plain and under every protection, each from the same start and seed.
+
+    Args:
+        task: any torch module with its data and losses.
+        config: the planned training, and `config.guard`.
+        progress: told of optimizer steps done.
+
+    Raises:
+        AriskError: what is wrong, where, and how to fix it.
+    """
+    with _carried_out(task, config, ["guard"], progress) as job:
+        return job.record("guard")
+
+
+@contextmanager
+def _carried_out(
+    task: Task, config: PipelineConfig, stages: Sequence[str], progress: Progress
+) -> Generator[Job]:
+    """The finished job, while its run directory lives."""
+    with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
+        yield run_task(
+            catalogue(),
+            task,
+            _resolved(config),
+            stages,
+            run_dir=Path(folder),
+            show=_Listening(progress),
+        )
+
+
+def _resolved(config: PipelineConfig) -> Config:
+    """The settings as the config of a run whose model and data are in memory."""
+    sections = ("training", "score", "behaviour", "rollout", "forecast", "verify", "screen", "guard")
+    settings = {name: getattr(config, name).model_dump() for name in sections}
+    settings |= {
+        "collect": config.collect_settings.model_dump(),
+        "subspace": config.subspace_settings.model_dump(),
+    }
+    model = {"source": "python", "entry": "arisk:Task"}
+    return Config.model_validate({"model": model, "run": {"seed": config.seed}, **settings})
+
+
+class _Listening(StageDisplay):
+    """Shows nothing; the caller hears of finished parts."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(quiet=True)
+        self._heard = progress
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Part of the running stage is done."""
+        self._heard(label, done, total)
+
+
+def _basis(job: Job) -> Tensor | None:
+    """(P, k) b_j = Gᵀu_j/√(Nλ_j), or unit vectors of `diag_topk`; None above the memory budget."""
+    collected: CollectResult = job.record("collect")
+    space: SubspaceResult = job.record("subspace")
+    parameters = collected.fisher_diagonal.numel()
+    size = parameters * space.rank * collected.fisher_diagonal.element_size()
+    if collected.store == "gram" or size > job.config.collect.memory_budget_gb * 1e9:
+        return None
+    if space.method == "diag_topk":
+        basis = torch.zeros(parameters, space.rank, dtype=collected.fisher_diagonal.dtype)
+        basis[space.coordinates, torch.arange(space.rank)] = 1
+        return basis
+    side = safety_side(job)
+    weights = space.dual_vectors / torch.sqrt(len(space.dual_vectors) * space.eigenvalues)
+    blocks = [side.columns(name).to(torch.float64).T @ weights for name in collected.parameter_names]
+    return torch.cat(blocks).to(collected.fisher_diagonal.dtype)

@@ -49,6 +49,10 @@ RECORDS: Mapping[str, type] = {
 }
 
 
+#: Rows of tables of examples.
+EXAMPLES = 25
+
+
 @dataclass(frozen=True, repr=False)
 class RiskReport:
     """What was found: the records of every stage, with the peer package's names beside them.
@@ -164,10 +168,32 @@ class RiskReport:
         return render(title, self._sections(show_text=show_text, check=check), provenance)
 
     def _sections(self, *, show_text: bool, check: Comparison | None = None) -> list[Section]:
-        from arisk.sections import sections_of
+        """What the report stage composes of a run directory, from these records."""
+        from arisk.anatomy import page as anatomy_page
+        from arisk.forecast import page as forecast_page
+        from arisk.verification import page as verification_page
 
-        records = (self.collected, self.space, self.scored, self.forecasted, self.rollout)
-        return sections_of(*records, show_text=show_text, max_examples=25, check=check)
+        truth = verification_page.section(check, self.forecasted, show_text=show_text)
+        answer = forecast_page.section(
+            self.forecasted,
+            self.rollout,
+            task=self.collected.task,
+            collected=self.collected,
+            real=truth.shared.get("real_run"),
+            show_text=show_text,
+            max_examples=EXAMPLES,
+        )
+        why = anatomy_page.section(
+            self.collected,
+            self.space,
+            self.scored,
+            threshold=answer.shared["threshold"],
+            specificity_told=answer.shared["specificity_told"],
+            worth=answer.shared["worth"],
+            show_text=show_text,
+            max_examples=EXAMPLES,
+        )
+        return [why, answer, truth]
 
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"

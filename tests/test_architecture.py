@@ -33,21 +33,14 @@ ORDER = (
     ("cost",),
     ("catalogue",),
     ("peer",),
-    ("sections",),
     ("risk_report",),
-    ("acting",),
-    ("assessment", "runners"),
     ("api",),
     ("cli",),
     ("__main__",),
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 #: Arrows that still point the wrong way, until the capability's page and stage have moved out of the frame.
-PENDING = {
-    *(("base", "gradients"), ("compare", "runners"), ("engine", "anatomy")),
-    *(("engine", "guard"), ("engine", "runners"), ("engine", "screening"), ("engine", "verification")),
-    ("geometry", "training"),
-}
+PENDING = {("geometry", "training")}
 #: Modules that start fast: neither they nor what they import loads torch.
 NO_TORCH = (
     "base.errors",

@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT_VERSION",
     "disk_error",
     "existing_parent",
+    "finite",
     "read_json",
     "read_record",
     "read_tensors",
@@ -283,3 +284,12 @@ def _decode(value: Any, hint: Any) -> Any:
 def _restore(value: Any) -> Any:
     """Untyped values: only the spelled-out NaN and infinities change."""
     return _SPECIAL[value] if isinstance(value, str) and value in _SPECIAL else value
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is none is null, which readers must take as not measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value

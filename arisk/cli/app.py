@@ -15,16 +15,21 @@ from typer.core import TyperGroup
 
 from arisk.base.errors import AriskError
 from arisk.base.processes import is_first
+from arisk.catalogue import catalogue
 
-__all__ = ["GROUPS", "Grouped", "app", "main"]
+__all__ = ["Grouped", "app", "groups", "main"]
 
-#: Headings with their commands, in the order a newcomer meets them.
-GROUPS = {
-    "Forecast a plan": ("run", "check", "status", "what-if", "compare"),
-    "Act on the risk": ("verify", "screen", "guard"),
-    "Set up": ("demo", "init", "schema"),
-    "Stages one by one": ("collect", "subspace", "score", "rollout", "forecast", "report"),
-}
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Headings with their commands, in the order a newcomer meets them."""
+    return {
+        "Forecast a plan": ("run", "check", "status", "what-if", "compare"),
+        "Act on the risk": catalogue().optional,
+        "Set up": ("demo", "init", "schema"),
+        "Stages one by one": catalogue().ordinary,
+    }
+
+
 #: The formatter's unit for a text that is wrapped and never cut.
 WHOLE = 10_000
 
@@ -33,8 +38,8 @@ class Grouped(TyperGroup):
     """Commands under headings; one that no group names comes last, so that none is hidden."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All commands in the order of `GROUPS`."""
-        named = [name for names in GROUPS.values() for name in names]
+        """All commands in the order of `groups`."""
+        named = [name for names in groups().values() for name in names]
         known = super().list_commands(ctx)
         return [name for name in named if name in known] + [name for name in known if name not in named]
 
@@ -42,7 +47,7 @@ class Grouped(TyperGroup):
         """Write every group as a section of its own."""
         left = self.list_commands(ctx)
         widest = max(map(len, left))
-        for heading, names in (*GROUPS.items(), ("More", tuple(left))):
+        for heading, names in (*groups().items(), ("More", tuple(left))):
             rows: list[tuple[str, str]] = []
             for name in names:
                 command = self.get_command(ctx, name) if name in left else None
@@ -108,9 +113,12 @@ def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from arisk.cli.stages import add_stage_verbs
+
     _Terminated.seen = False
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
+        add_stage_verbs()
         app()
     except AriskError as err:
         if os.environ.get("ARISK_DEBUG"):

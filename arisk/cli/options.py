@@ -10,12 +10,13 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
 from arisk.base.processes import is_first
+from arisk.catalogue import catalogue
 
 __all__ = [
     "ConfigPath",
@@ -24,7 +25,7 @@ __all__ = [
     "QuietOption",
     "RunDirOption",
     "SetOption",
-    "Stage",
+    "StageName",
     "complete_config",
     "complete_run",
     "complete_run_or_config",
@@ -100,7 +101,11 @@ def _matches(prefix: str, start: str, wanted: Callable[[Path], bool]) -> list[st
     return found
 
 
-Stage = Literal["collect", "subspace", "score", "rollout", "forecast", "report"]
+if TYPE_CHECKING:
+    StageName = str
+else:
+    #: A stage that `arisk run` runs.
+    StageName = Literal[catalogue().ordinary]
 
 
 def usable_path(text: str) -> Path:
@@ -109,6 +114,7 @@ def usable_path(text: str) -> Path:
     Raises:
         ConfigError: no file can have it, or it is empty, which would mean the working folder.
     """
+    
     from arisk.config.sections import path_fault
 
     if fault := path_fault(str(text)):

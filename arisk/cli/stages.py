@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from arisk.catalogue import catalogue
 from arisk.cli.app import app
 from arisk.cli.options import (
     ConfigPath,
@@ -18,7 +21,7 @@ from arisk.cli.options import (
     QuietOption,
     RunDirOption,
     SetOption,
-    Stage,
+    StageName,
     complete_run,
     gate,
     print_outcome,
@@ -28,8 +31,9 @@ from arisk.cli.options import (
     show,
     usable_path,
 )
+from arisk.engine.stage import Stage, StageOption
 
-__all__: list[str] = []
+__all__ = ["add_stage_verbs"]
 
 
 @app.command()
@@ -37,8 +41,10 @@ def run(
     config: ConfigPath,
     run_dir: RunDirOption = None,
     overrides: SetOption = None,
-    first: Annotated[Stage | None, typer.Option("--from", help="Re-run this stage and all after it.")] = None,
-    last: Annotated[Stage | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    first: Annotated[
+        StageName | None, typer.Option("--from", help="Re-run this stage and all after it.")
+    ] = None,
+    last: Annotated[StageName | None, typer.Option("--until", help="Stop after this stage.")] = None,
     force: ForceOption = False,
     reuse: Annotated[
         list[Path] | None,
@@ -67,6 +73,7 @@ def run(
     refuse_gate_without_verdict(fail_on, last)
     loaded = load_config(config, overrides or [])
     outcome = run_stages(
+        catalogue(),
         loaded,
         run_dir=run_directory(loaded, config, run_dir),
         first=first,
@@ -82,18 +89,7 @@ def run(
         gate(verdict["level"], fail_on, verdict["sentence"])
 
 
-#: What each stage measures, for its help.
-MEASURES = {
-    "collect": "Per-sample gradients of the safety data and their inner products",
-    "subspace": "The safety subspace: eigenvectors of the safety Fisher matrix",
-    "score": "How the planned first update meets the subspace, by layer and row",
-    "rollout": "Losses measured along an accelerated virtual run of the plan",
-    "forecast": "Every forecaster's curve, the what-if grid and the verdict; loads no model",
-    "report": "The HTML page and the summaries, from the artifacts",
-}
-
-
-def _stage_command(stage: Stage) -> None:
+def _ordinary_verb(stage: Stage) -> None:
     """Register `arisk <stage>`, which runs one stage and names the command for a stale upstream."""
 
     def command(
@@ -112,10 +108,11 @@ def _stage_command(stage: Stage) -> None:
 
         loaded = load_config(config, overrides or [])
         outcome = run_stages(
+            catalogue(),
             loaded,
             run_dir=run_directory(loaded, config, run_dir),
-            only=None if with_upstream else stage,
-            last=stage,
+            only=None if with_upstream else stage.name,
+            last=stage.name,
             force=force,
             show=show(quiet),
             command=reproducing(config, run_dir, overrides),
@@ -123,14 +120,85 @@ def _stage_command(stage: Stage) -> None:
         print_outcome(outcome, as_json)
 
     command.__doc__ = (
-        f"{MEASURES[stage]}.\n\nThis stage alone; those before it must be fresh. "
-        f"Example: arisk {stage} my.yaml --with-upstream"
+        f"{stage.help}.\n\nThis stage alone; those before it must be fresh. "
+        f"Example: arisk {stage.name} my.yaml --with-upstream"
     )
-    app.command(stage)(command)
+    app.command(stage.name)(command)
 
 
-for _stage in ("collect", "subspace", "score", "rollout", "forecast", "report"):
-    _stage_command(_stage)
+def _optional_verb(stage: Stage) -> None:
+    """Register the verb of an optional stage, with the options that the stage names."""
+
+    def command(**given: Any) -> None:
+        from arisk.config.yaml import load_config, run_directory
+        from arisk.engine.run import asked_text, run_asked
+
+        config, run_dir, overrides = given["config"], given["run_dir"], given["overrides"] or []
+        own: list[str] = []
+        shown: list[str] = []
+        told = ""
+        for option in stage.options:
+            value = given[option.name]
+            if value is None:
+                continue
+            setting = f"{option.setting}={option.parse(value) if option.parse else value}"
+            (shown if option.shown else own).append(setting)
+            told += f" --{option.name} {value}"
+        loaded = load_config(config, [*overrides, *own, *shown])
+        outcome = run_asked(
+            catalogue(),
+            stage.name,
+            loaded,
+            run_dir=run_directory(loaded, config, run_dir),
+            force=given["force"],
+            show=show(given["quiet"]),
+            command=reproducing(config, run_dir, overrides, stage.name) + told,
+            report_command=reproducing(config, run_dir, [*overrides, *shown]),
+        )
+        as_json = given["as_json"]
+        text = json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else None
+        typer.echo(text or asked_text(catalogue(), outcome))
+
+    command.__doc__ = (
+        f"{stage.help}.\n\nThe model's files are not changed. "
+        f"Example: arisk {stage.name} configs/demo.yaml {stage.example}"
+    ).rstrip()
+    _signed(command, stage.options)
+    app.command(stage.name)(command)
+
+
+def _signed(command: Any, options: Sequence[StageOption]) -> None:
+    """Give a function the arguments that a stage's verb has: its own options first, then those of all."""
+    kinds: dict[str, tuple[Any, Any]] = {"config": (ConfigPath, inspect.Parameter.empty)}
+    for option in options:
+        made = typer.Option(f"--{option.name}", min=option.minimum, metavar=option.metavar, help=option.help)
+        kinds[option.name] = (Annotated[option.kind | None, made], None)
+    kinds |= {
+        "run_dir": (RunDirOption, None),
+        "overrides": (SetOption, None),
+        "force": (ForceOption, False),
+        "as_json": (JsonOption, False),
+        "quiet": (QuietOption, False),
+    }
+    both = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    command.__signature__ = inspect.Signature(
+        [
+            inspect.Parameter(name, both, default=start, annotation=kind)
+            for name, (kind, start) in kinds.items()
+        ]
+    )
+    command.__annotations__ = {name: kind for name, (kind, _) in kinds.items()}
+
+
+def add_stage_verbs() -> None:
+    """Register the verbs of all stages that have none yet; stages of other packages come late."""
+    known = {command.name for command in app.registered_commands}
+    for stage in catalogue():
+        if stage.name not in known:
+            (_optional_verb if stage.optional else _ordinary_verb)(stage)
+
+
+add_stage_verbs()
 
 
 @app.command()
@@ -149,7 +217,7 @@ def status(
     from arisk.engine.status import describe, status_rows
 
     loaded = load_config(config, overrides or [])
-    rows = status_rows(loaded, run_directory(loaded, config, run_dir))
+    rows = status_rows(catalogue(), loaded, run_directory(loaded, config, run_dir))
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
@@ -173,7 +241,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     started = time.perf_counter()
     report = check_task(loaded, device=device_of(loaded.run.device), kept=kept)
     loading = time.perf_counter() - started
-    report["plan"] = estimate(loaded, run_directory(loaded, config, None), kept, loading=loading)
+    report["plan"] = estimate(catalogue(), loaded, run_directory(loaded, config, None), kept, loading=loading)
     typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 
@@ -231,6 +299,7 @@ def demo(
     from arisk.engine.run import run_stages
 
     outcome = run_stages(
+        catalogue(),
         demo_config(mode),
         run_dir=output_dir,
         force=force,

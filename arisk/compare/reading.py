@@ -24,7 +24,7 @@ from arisk.engine.freshness import StageState, differences, plan, stage_key
 from arisk.engine.job import REPORT_FILE
 from arisk.engine.reuse import CONFIG_FILE, check_run_dir
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
+from arisk.engine.stage import Catalogue
 from arisk.forecast.record import Curve, ForecastResult
 
 __all__ = [
@@ -39,9 +39,6 @@ __all__ = [
     "same_plans",
 ]
 
-#: Stages a comparison reads or rests on.
-NEEDED = ("collect", "subspace", "score", "rollout", "forecast")
-
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -53,6 +50,7 @@ class FinishedRun:
         safety: ingredients of its stage collect: model, adapter, safety rows.
         states: state of each stage.
         changed: config sections whose files have changed since.
+        needed: the stages that the comparison reads or rests on.
     """
 
     run_dir: Path
@@ -60,6 +58,7 @@ class FinishedRun:
     safety: Mapping[str, Any]
     states: Mapping[str, StageState]
     changed: tuple[str, ...]
+    needed: tuple[str, ...]
 
     def planned(self, name: str) -> RankedRun:
         """Its numbers, under the name it has in the comparison.
@@ -70,7 +69,7 @@ class FinishedRun:
         return _planned(self, name)
 
 
-def finished(run_dir: Path) -> FinishedRun:
+def finished(catalogue: Catalogue, run_dir: Path) -> FinishedRun:
     """A run whose stages up to the forecast belong together and to its config; no model is loaded.
 
     Input files need not be there any more. Where they are and have changed, `changed` says so.
@@ -82,9 +81,10 @@ def finished(run_dir: Path) -> FinishedRun:
     check_run_dir(run_dir)
     rundir = RunDir(run_dir)
     config = _config(run_dir)
-    inputs = _stored_inputs(rundir)
-    states = {state.stage: state for state in plan(config, inputs, rundir)}
-    for stage in NEEDED:
+    inputs = _stored_inputs(catalogue, rundir)
+    states = {state.stage: state for state in plan(catalogue, config, inputs, rundir)}
+    needed = catalogue.get("report").upstream
+    for stage in needed:
         if not states[stage].fresh:
             why = "; ".join(reason.sentence() for reason in states[stage].reasons)
             raise ArtifactError(
@@ -93,7 +93,7 @@ def finished(run_dir: Path) -> FinishedRun:
                 fix=f"run `arisk run CONFIG --run-dir {run_dir}`, or give the config itself to compare",
             )
     safety = states["collect"].ingredients
-    return FinishedRun(run_dir, config, safety, states, _changed(config, inputs, rundir))
+    return FinishedRun(run_dir, config, safety, states, _changed(config, inputs, rundir), needed)
 
 
 def _config(run_dir: Path) -> Config:
@@ -112,10 +112,10 @@ def _config(run_dir: Path) -> Config:
         ) from err
 
 
-def _stored_inputs(rundir: RunDir) -> dict[str, Any]:
+def _stored_inputs(catalogue: Catalogue, rundir: RunDir) -> dict[str, Any]:
     """Fingerprints of the inputs as the committed stages hold them."""
     found: dict[str, Any] = {}
-    for spec in STAGES:
+    for spec in catalogue:
         try:
             manifest = rundir.manifest(spec.name)
         except ArtifactError:
@@ -142,7 +142,7 @@ def _planned(run: FinishedRun, name: str) -> RankedRun:
     forecast = read_record(rundir.stage_dir("forecast"), ForecastResult)
     scored = read_record(rundir.stage_dir("score"), ScoreResult)
     verdict, rolled = forecast.verdict, forecast.forecasters.get("rollout")
-    seconds, shared = _seconds(rundir)
+    seconds, shared = _seconds(run.needed, rundir)
     basis = forecast.forecasters.get(verdict.basis)
     measured = basis is not None and basis.status == "measured" and basis.kind == "forecast"
     page = rundir.stage_dir("report") / REPORT_FILE
@@ -183,10 +183,10 @@ def _known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def _seconds(rundir: RunDir) -> tuple[float, float]:
+def _seconds(stages: Sequence[str], rundir: RunDir) -> tuple[float, float]:
     """Wall time of the stages up to the forecast: of this run, and of those taken from another."""
     own = shared = 0.0
-    for stage in NEEDED:
+    for stage in stages:
         manifest = rundir.manifest(stage) or {}
         if manifest.get("taken_from"):
             shared += float(manifest.get("seconds", 0.0))

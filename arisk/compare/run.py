@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arisk.base.artifacts import FORMAT_VERSION
+from arisk.anatomy.stage import COLLECT
+from arisk.base.artifacts import FORMAT_VERSION, finite
 from arisk.base.errors import ConfigError
 from arisk.base.processes import is_first
 from arisk.compare.page import Comparative, render_comparison
@@ -31,8 +32,7 @@ from arisk.engine.freshness import ingredients_of
 from arisk.engine.job import Display
 from arisk.engine.run import Outcome, run_stages
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
-from arisk.runners import finite
+from arisk.engine.stage import Catalogue
 
 __all__ = ["Compared", "compare_plans"]
 
@@ -65,6 +65,7 @@ class Compared:
 
 
 def compare_plans(
+    catalogue: Catalogue,
     given: Sequence[Path],
     *,
     output: Path,
@@ -79,6 +80,7 @@ def compare_plans(
     """Compare planned fine-tunes of one model.
 
     Args:
+        catalogue: the stages.
         given: run directories and YAML configs, two or more, each once.
         output: folder of the page, `compare.json` and `compare.md`.
         show: told what happens.
@@ -96,8 +98,8 @@ def compare_plans(
     _refuse_run_as_output(output)
     with RunDir(output).lock(command) if is_first() else nullcontext():
         cache = DigestCache(output / ".digests.json")
-        done = _run_configs(plans, cache, show, command, last, force)
-        runs = [finished(plan.run_dir) for plan in plans]
+        done = _run_configs(catalogue, plans, cache, show, command, last, force)
+        runs = [finished(catalogue, plan.run_dir) for plan in plans]
         told = _compared(runs, title, command)
         body = {"format_version": FORMAT_VERSION, **finite(compare_json(told))}
         if is_first():
@@ -109,10 +111,16 @@ def compare_plans(
 
 
 def _run_configs(
-    plans: Sequence[NamedPlan], cache: DigestCache, show: Display, command: str, last: str, force: bool
+    catalogue: Catalogue,
+    plans: Sequence[NamedPlan],
+    cache: DigestCache,
+    show: Display,
+    command: str,
+    last: str,
+    force: bool,
 ) -> dict[str, Outcome]:
     """Bring every config up to date, each taking from the others what it has in common with them."""
-    _refuse_before_work(plans, cache)
+    _refuse_before_work(catalogue, plans, cache)
     done: dict[str, Outcome] = {}
     models: dict[str, Any] = {}
     folders = [plan.run_dir for plan in plans]
@@ -123,6 +131,7 @@ def _run_configs(
         # What is forced is run once: only runs made here may be taken from then.
         reuse = [Path(name) for name in done] if force else folders
         done[str(plan.run_dir)] = run_stages(
+            catalogue,
             plan.config,
             run_dir=plan.run_dir,
             show=show,
@@ -135,7 +144,7 @@ def _run_configs(
     return done
 
 
-def _refuse_before_work(plans: Sequence[NamedPlan], cache: DigestCache) -> None:
+def _refuse_before_work(catalogue: Catalogue, plans: Sequence[NamedPlan], cache: DigestCache) -> None:
     """Refuse plans that cannot stand in one table before minutes are spent on them.
 
     Raises:
@@ -145,9 +154,9 @@ def _refuse_before_work(plans: Sequence[NamedPlan], cache: DigestCache) -> None:
     sides: dict[str, Mapping[str, Any]] = {}
     for name, plan in zip(names, plans, strict=True):
         if plan.config is None:
-            sides[name] = finished(plan.run_dir).safety
+            sides[name] = finished(catalogue, plan.run_dir).safety
         else:
-            sides[name] = ingredients_of(STAGES[0], plan.config, input_fingerprints(plan.config, cache), {})
+            sides[name] = ingredients_of(COLLECT, plan.config, input_fingerprints(plan.config, cache), {})
     if is_first():
         cache.save()
     refuse_different_safety(sides)

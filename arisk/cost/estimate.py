@@ -1,43 +1,50 @@
 """What a run will take, before it starts: counted passes of every stage times passes timed here.
 
-seconds(stage) = Σ_pass count(stage, pass) · seconds(pass). Counts are `arisk.cost.work`'s; a pass over one
-row is timed by `arisk.cost.calibration` on a real batch of each kind. The rest of a stage (eigenvalues,
-bootstrap, page) is a rule of thumb. `just bench check` lays it beside real runs.
+seconds(stage) = Σ_pass count(stage, pass) · seconds(pass) + the rest of the stage by a rule of thumb. Each
+stage counts for itself (`Stage.cost`); a pass over one row is timed by `arisk.cost.calibration` on a real
+batch of each kind. `just bench check` lays it beside real runs.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from arisk.base.artifacts import existing_parent
+from arisk.base.task import Task
 from arisk.base.terminal import StageDisplay, peak_memory
 from arisk.config.plan import Config
 from arisk.cost.calibration import calibrate
-from arisk.cost.optional_work import OPTIONAL_STAGES
-from arisk.cost.work import device_sizes, kept_gradients, operations, passes, path_operations, said, sizes
 from arisk.engine.job import Job
 from arisk.engine.rundir import RunDir
+from arisk.engine.stage import Catalogue, Cost, CostScene
+from arisk.gradients import layout_of
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "operations", "said"]
 
-#: Seconds of the stages that run no model, for the default settings.
-FIXED = {"subspace": 0.1, "forecast": 0.9, "report": 2.5}
-#: Bootstrap draws to which the fixed seconds of the forecast belong.
-DRAWS = 400
-#: Seconds to write, digest and sync a gigabyte of gradients.
-WRITING = 2.0
-#: Multiplications a second of the recursion over optimizer steps, which is bound by memory.
-RATE = 5e9
+#: Forward passes in a pass of each kind, by floating-point operations: a backward pass counts as two.
+FORWARDS = {
+    "forward rows": 1,
+    "gradient rows": 3,
+    "single-row gradients": 3,
+    "curvature rows": 6,
+}
 
 
 def estimate(
-    config: Config, run_dir: Path, kept: dict[str, Any] | None = None, *, loading: float = 0.0
+    catalogue: Catalogue,
+    config: Config,
+    run_dir: Path,
+    kept: dict[str, Any] | None = None,
+    *,
+    loading: float = 0.0,
 ) -> dict[str, Any]:
     """Time, memory and disk of every stage, from a short calibration on the model itself.
 
     Args:
+        catalogue: the stages.
         config: the resolved config.
         run_dir: where the run would live; nothing is written there.
         kept: models loaded before, see `load_task`.
@@ -51,53 +58,77 @@ def estimate(
     Raises:
         AriskError: what would stop the run.
     """
-    job = Job(config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
+    job = Job(catalogue, config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
     timed = calibrate(task, config)
-    store = kept_gradients(task, config, run_dir)
-    counts = passes(task, config, store)
-    seconds = {
-        stage: sum(count * timed.seconds[kind] for kind, count in own.items())
-        for stage, own in counts.items()
-    }
-    seconds["collect"] += loading + timed.seconds["engine"] + WRITING * store.kept
-    for stage in OPTIONAL_STAGES:
-        seconds[stage] += loading
-    for stage, fixed in FIXED.items():
-        scale = config.forecast.bootstrap_samples / DRAWS if stage == "forecast" else 1.0
-        seconds[stage] = fixed * scale
-    seconds["forecast"] += path_operations(task, config) / RATE
-    memory, disk = sizes(task, config, timed.memory, store)
-    on_device = device_sizes(task, timed.device)
-    order = ("collect", "subspace", "score", "rollout", "forecast", "report")
-    stages = {
-        stage: {
-            "seconds": round(seconds[stage], 2),
-            "memory_gb": round(memory[stage], 3),
-            "device_gb": round(on_device[stage], 3) if stage in on_device else None,
-            "disk_gb": round(disk.get(stage, 0.0), 4),
-            "flop": operations(task, counts.get(stage, {})),
-            "work": said(counts.get(stage, {})),
-        }
-        for stage in (*order, *OPTIONAL_STAGES)
-    }
+    scene = CostScene(task, config, run_dir, timed.seconds, timed.memory, timed.device, loading)
+    costs = {stage.name: stage.cost(scene) if stage.cost else Cost() for stage in catalogue}
+    memory = _peaks(catalogue, costs)
+    stages = {name: _stage(task, costs[name], timed.seconds, memory[name]) for name in costs}
+    ordinary = catalogue.ordinary
+    peak = max(memory[name] for name in ordinary)
+    disk = sum(costs[name].disk_gb for name in ordinary)
+    notes = {topic: text for cost in costs.values() for topic, text in cost.notes.items()}
+    warnings = [text for cost in costs.values() for text in cost.warnings]
     return {
         "stages": stages,
-        "seconds": round(sum(seconds[stage] for stage in order), 2),
-        "memory_gb": round(max(memory[stage] for stage in order), 3),
-        "store": store.told,
-        "warnings": [*store.refused, *_over_budget(run_dir, disk, max(memory[s] for s in order))],
+        "seconds": round(sum(stages[name]["seconds"] for name in ordinary), 2),
+        "memory_gb": round(peak, 3),
+        **notes,
+        "warnings": [*warnings, *_over_budget(run_dir, disk, peak)],
     }
 
 
-def _over_budget(run_dir: Path, disk: dict[str, float], memory: float) -> list[str]:
+def _peaks(catalogue: Catalogue, costs: Mapping[str, Cost]) -> dict[str, float]:
+    """Peak memory in GB up to every stage: a run is one process, whose peak stays."""
+    found, peak = {name: costs[name].memory_gb for name in catalogue.optional}, 0.0
+    for name in catalogue.ordinary:
+        found[name] = peak = max(peak, costs[name].memory_gb)
+    return found
+
+
+def _stage(task: Task, cost: Cost, seconds: Mapping[str, float], memory: float) -> dict[str, Any]:
+    timed = sum(count * seconds[kind] for kind, count in cost.passes.items())
+    return {
+        "seconds": round(timed + cost.seconds, 2),
+        "memory_gb": round(memory, 3),
+        "device_gb": None if cost.device_gb is None else round(cost.device_gb, 3),
+        "disk_gb": round(cost.disk_gb, 4),
+        "flop": operations(task, cost.passes),
+        "work": said(cost.passes),
+    }
+
+
+def said(passes: Mapping[str, float]) -> str:
+    """A stage's passes of the model in words."""
+    told = [f"{round(passes[kind])} {kind}" for kind in FORWARDS if passes.get(kind)]
+    return ", ".join(told) or "no pass of the model"
+
+
+def operations(task: Task, passes: Mapping[str, float]) -> float | None:
+    """Floating-point operations of a stage; None where the rows' tokens are not known.
+
+    2 P_model a token and forward pass, 2 P for a product with one gradient, and P N² for the Gram matrices.
+    """
+    tokens = {name: getattr(task, name).statistics.get("tokens_mean") for name in ("safety", "finetune")}
+    if None in tokens.values():
+        return None
+    whole = sum(parameter.numel() for parameter in task.model.parameters())
+    selected, samples = layout_of(task.model, task.parameter_names).numel, len(task.safety.rows)
+    total = selected * (2 * passes.get("product columns", 0) + samples**2 * passes.get("Gram products", 0))
+    for kind, forwards in FORWARDS.items():
+        length = tokens["finetune" if kind in ("gradient rows", "curvature rows") else "safety"]
+        total += 2 * whole * length * forwards * passes.get(kind, 0)
+    return float(total)
+
+
+def _over_budget(run_dir: Path, disk: float, memory: float) -> list[str]:
     """What does not fit, with the remedy."""
     found: list[str] = []
     free = shutil.disk_usage(existing_parent(run_dir)).free / 1e9
-    needed = sum(disk.values())
-    if needed > 0.9 * free:
+    if disk > 0.9 * free:
         found.append(
-            f"the run needs {needed:.2f} GB of disk and {free:.2f} GB are free: set collect.store to gram, "
+            f"the run needs {disk:.2f} GB of disk and {free:.2f} GB are free: set collect.store to gram, "
             "or give another --run-dir"
         )
     room = _available()

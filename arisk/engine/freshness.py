@@ -17,7 +17,7 @@ from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.errors import ArtifactError, NewerFormatError
 from arisk.config.plan import Config
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES, StageSpec
+from arisk.engine.stage import Catalogue, Stage
 
 __all__ = ["Reason", "StageState", "differences", "ingredients_of", "plan", "stage_key"]
 
@@ -72,7 +72,7 @@ def stage_key(ingredients: Mapping[str, Any]) -> str:
 
 
 def ingredients_of(
-    spec: StageSpec,
+    spec: Stage,
     config: Config,
     inputs: Mapping[str, Any],
     upstream: Mapping[str, str],
@@ -114,6 +114,7 @@ def _at(values: Mapping[str, Any], dotted: str) -> Any:
 
 
 def plan(
+    catalogue: Catalogue,
     config: Config,
     inputs: Mapping[str, Any],
     rundir: RunDir,
@@ -124,6 +125,7 @@ def plan(
     """State of every stage, in order.
 
     Args:
+        catalogue: the stages.
         config: the resolved config.
         inputs: fingerprints of the files it names.
         rundir: the run directory; may not exist yet.
@@ -136,7 +138,7 @@ def plan(
     states: list[StageState] = []
     keys: dict[str, str] = {}
     fresh: dict[str, bool] = {}
-    for spec in STAGES:
+    for spec in catalogue:
         shown = [name for name in spec.shows if fresh[name]]
         ingredients = ingredients_of(spec, config, inputs, keys, shown)
         if not (force and spec.name == asked):
@@ -149,7 +151,7 @@ def plan(
 
 
 def _as_far_as_stored(
-    spec: StageSpec, ingredients: dict[str, Any], rundir: RunDir, *, insist: bool
+    spec: Stage, ingredients: dict[str, Any], rundir: RunDir, *, insist: bool
 ) -> dict[str, Any]:
     """The ingredients with the stored reach, where nothing else changed and that reach will do.
 
@@ -170,7 +172,7 @@ def _as_far_as_stored(
 
 
 def _reasons(
-    spec: StageSpec, key: str, ingredients: Mapping[str, Any], rundir: RunDir, fresh: Mapping[str, bool]
+    spec: Stage, key: str, ingredients: Mapping[str, Any], rundir: RunDir, fresh: Mapping[str, bool]
 ) -> Iterator[Reason]:
     try:
         manifest = rundir.manifest(spec.name)
@@ -196,7 +198,7 @@ def _reasons(
             yield Reason("upstream", name)
 
 
-def _changes(spec: StageSpec, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Reason]:
+def _changes(spec: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Reason]:
     """What differs between stored and present ingredients, upstream keys left to the upstream."""
     found = False
     kinds: dict[str, Any] = {"config": "config", "inputs": "input", "seed": "seed", "upstream": "upstream"}

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from arisk.anatomy.record import CollectResult
 from arisk.base import processes
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ConfigError
 from arisk.config.plan import Config
 from arisk.engine.freshness import StageState
 from arisk.engine.rundir import RunDir
+from arisk.engine.stage import Catalogue, named
 
 if TYPE_CHECKING:
-    from arisk.anatomy.safety_side import SafetySide
     from arisk.base.task import Task
-    from arisk.gradients import ParameterLayout
 
 __all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of"]
 
@@ -57,9 +55,11 @@ class Display(Protocol):
 class Job:
     """One run in progress: inputs loaded when first needed, records kept as they are made.
 
-    `models` holds what `load_task` keeps for the runs after this one.
+    `models` holds what `load_task` keeps for the runs after this one; `given` is a task that is in memory
+    already.
     """
 
+    catalogue: Catalogue
     config: Config
     rundir: RunDir
     command: str
@@ -67,10 +67,13 @@ class Job:
     states: Mapping[str, StageState]
     records: dict[str, Any] = field(default_factory=dict[str, Any])
     models: dict[str, Any] = field(default_factory=dict[str, Any])
+    given: Task | None = None
 
     @cached_property
     def task(self) -> Task:
         """The model with its data; loading is the slowest part of a short run."""
+        if self.given is not None:
+            return self.given
         import torch
 
         from arisk.models import load_task
@@ -82,57 +85,15 @@ class Job:
         self.show.progress("loading model", 1, 1)
         return task
 
-    @cached_property
-    def fisher_task(self) -> Task:
-        """The task with the labels that its safety gradients are taken of: drawn ones where sampled."""
-        from arisk.models.losses import sample_labels
-
-        if self.config.collect.fisher != "sampled":
-            return self.task
-        drawn = sample_labels(self.task.model, self.task.safety, self.config.run.seed)
-        return replace(self.task, safety=drawn)
-
-    def record(self, stage: str, cls: type[Any]) -> Any:
+    def record(self, stage: str) -> Any:
         """A stage's record, from memory or verified from the disk."""
         if stage not in self.records:
+            kind = self.catalogue.get(stage).record
+            if kind is None:
+                raise ValueError(f"stage {stage} has no record")
             self.rundir.verify(stage, deep=True)
-            self.records[stage] = read_record(self.rundir.stage_dir(stage), cls)
+            self.records[stage] = read_record(self.rundir.stage_dir(stage), named(kind))
         return self.records[stage]
-
-    @property
-    def collected(self) -> CollectResult:
-        """The record of stage collect."""
-        return self.record("collect", CollectResult)
-
-    @cached_property
-    def layout(self) -> ParameterLayout:
-        """The selected parameters, from the artifact: needs no model."""
-        from arisk.gradients import ParameterLayout
-
-        held = self.collected
-        return ParameterLayout(
-            tuple(held.parameter_names),
-            tuple(tuple(shape) for shape in held.parameter_shapes),
-            tuple(held.modules),
-            tuple(held.module_of_parameter),
-        )
-
-    def safety_side(self) -> SafetySide:
-        """Products with the safety gradients: from the store, or by running the model where none was kept."""
-        import torch
-
-        from arisk.anatomy.collect import GRADIENTS_FOLDER
-        from arisk.anatomy.safety_side import recomputed_side, stored_side
-        from arisk.gradients import GradientStore
-
-        collected, settings = self.collected, self.config.collect
-        room = settings.memory_budget_gb * 1e9
-        if collected.store == "gradients":
-            store = GradientStore(self.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
-            return stored_side(store, self.layout, memory=room)
-        dtype = torch.bfloat16 if collected.store_dtype == "bfloat16" else None
-        engine, size = collected.engine["name"], settings.chunk_size
-        return recomputed_side(self.fisher_task, self.layout, engine, size, memory=room, dtype=dtype)
 
 
 def device_of(name: str) -> Any:

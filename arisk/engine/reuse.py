@@ -26,9 +26,6 @@ __all__ = ["CONFIG_FILE", "check_run_dir", "take"]
 #: The config of a run as it was resolved; what has none is no run directory.
 CONFIG_FILE = "config.yaml"
 
-#: The page names its run, so each run makes its own.
-NEVER = ("report",)
-
 
 def check_run_dir(path: Path) -> None:
     """Refuse what is no run directory.
@@ -62,8 +59,6 @@ def take(rundir: RunDir, state: StageState, sources: Sequence[Path]) -> Path | N
     Raises:
         ArtifactError: this run directory cannot be written, or its disk is full.
     """
-    if state.stage in NEVER:
-        return None
     for source in sources:
         if source.resolve() != rundir.path.resolve() and _take(rundir, state, source):
             return source

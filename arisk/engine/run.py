@@ -1,54 +1,39 @@
 """Runs stages in order: skip the fresh ones, execute the others, commit each.
 
 Torch and the model are loaded only when a stage needs them; a run whose stages are all fresh, or
-whose only stale stage is the report, loads no model.
-
-Stages that run only when asked for (verify, screen, guard): carry one out, and say what it found.
+whose only stale stage is the report, loads no model. Stages that run only when asked for are carried out
+by `run_asked`, which also brings the report that shows them up to date.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arisk.base import processes
-from arisk.base.artifacts import read_json, read_record, write_record
+from arisk.base.artifacts import finite, read_json, read_record, write_record
 from arisk.base.errors import AriskError, ArtifactError
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import StageState, plan
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Display, Job
+from arisk.engine.report import REPORT
 from arisk.engine.reuse import take
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
-from arisk.guard.page import guard_text
-from arisk.guard.record import GuardResult, guard_summary
-from arisk.models.judge import judge_for, learnt_openings
-from arisk.runners import RUNNERS, finite
-from arisk.screening.page import screen_text
-from arisk.screening.record import ScreenResult
-from arisk.verification.page import verify_text
-from arisk.verification.record import VerifyResult
-from arisk.verification.truth import compare
+from arisk.engine.stage import Catalogue, Stage
 
-__all__ = ["AskedOutcome", "Outcome", "asked_text", "run_asked", "run_optional", "run_stages"]
+if TYPE_CHECKING:
+    from arisk.base.task import Task
 
-NAMES = tuple(spec.name for spec in STAGES)
-#: Stages that only their own command runs.
-OPTIONAL = tuple(spec.name for spec in STAGES if spec.optional)
-#: Stages in which all processes of a run take part; the others are small, and the first one's alone.
-SHARED = ("collect", "score", "rollout", "forecast", "verify", "screen", "guard")
-#: Files of a workspace that serve resuming only.
-RESUME_FILES = (
-    *("losses-*.safetensors", "group-*.safetensors", "parts/*", "*.partial"),
-    *("point-*.safetensors", "rows-*.safetensors"),
-    *("state.json", "state-*.safetensors", "arm-*/*"),
-)
+__all__ = ["AskedOutcome", "Outcome", "asked_text", "run_asked", "run_stages", "run_task"]
+
+#: Files of any workspace that serve resuming only.
+RESUME_FILES = ("*.partial",)
 
 
 @dataclass(frozen=True)
@@ -74,54 +59,8 @@ class Outcome:
         }
 
 
-def run_optional(
-    stage: str,
-    config: Config,
-    *,
-    run_dir: Path,
-    show: Display,
-    command: str,
-    report_command: str,
-    force: bool = False,
-) -> tuple[bool, Outcome | None, str | None]:
-    """Run an optional stage, and bring the report that shows it up to date where the others are fresh.
-
-    Args:
-        stage: its name.
-        config: the resolved config.
-        run_dir: where the run lives.
-        show: told what happens.
-        command: the command that does this, for the lock.
-        report_command: the command that makes the report.
-        force: run it even where it is fresh.
-
-    Returns:
-        Whether it ran now; the report's outcome, or None with the stage the report waits for.
-
-    Raises:
-        AriskError: what went wrong; what was finished before is committed.
-    """
-    done = run_stages(
-        config, run_dir=run_dir, show=show, command=command, only=stage, last=stage, force=force
-    )
-    missing = _stale_before("report", config, run_dir)
-    if missing is not None:
-        return bool(done.ran), None, missing
-    made = run_stages(
-        config, run_dir=run_dir, show=show, command=report_command, only="report", last="report"
-    )
-    return bool(done.ran), made, None
-
-
-def _stale_before(stage: str, config: Config, run_dir: Path) -> str | None:
-    """The first stage it reads that is not fresh."""
-    needed = STAGES[NAMES.index(stage)].upstream
-    cache = DigestCache(run_dir / ".digests.json")
-    states = plan(config, input_fingerprints(config, cache), RunDir(run_dir))
-    return next((state.stage for state in states if state.stage in needed and not state.fresh), None)
-
-
 def run_stages(
+    catalogue: Catalogue,
     config: Config,
     *,
     run_dir: Path,
@@ -137,6 +76,7 @@ def run_stages(
     """Bring stages up to date.
 
     Args:
+        catalogue: the stages.
         config: the resolved config.
         run_dir: where the run lives.
         show: told what happens.
@@ -153,25 +93,29 @@ def run_stages(
     """
     rundir = RunDir(run_dir)
     taken: dict[str, str] = {}
-    considered = NAMES[: NAMES.index(last) + 1] if last else NAMES
-    wanted = (only,) if only in OPTIONAL else tuple(n for n in considered if n not in OPTIONAL)
+    considered = catalogue.names[: catalogue.names.index(last) + 1] if last else catalogue.names
+    wanted = tuple(name for name in considered if name in catalogue.ordinary)
+    if only in catalogue.optional:
+        wanted = (only,)
     processes.join()
 
     def planned() -> tuple[list[StageState], list[str]]:
         cache = DigestCache(run_dir / ".digests.json")
-        states = plan(config, input_fingerprints(config, cache), rundir, asked=only, force=force)
+        states = plan(catalogue, config, input_fingerprints(config, cache), rundir, asked=only, force=force)
         cache.save()
         rundir.write("config.yaml", dump_config(config))
-        due = _due(states, wanted, first, only, force)
-        _drawable(config, due)
+        due = _due(catalogue, states, wanted, first, only, force)
+        for name in due:
+            if (refuse := catalogue.get(name).before) is not None:
+                refuse(config)
         return states, due
 
     with rundir.lock(command) if processes.is_first() else nullcontext():
         states, due = processes.from_first(planned)
-        job = Job(config, rundir, command, show, {state.stage: state for state in states})
+        job = Job(catalogue, config, rundir, command, show, {state.stage: state for state in states})
         job.models = {} if models is None else models
         show.planned(due)
-        try:
+        with _telling(show):
             for state in states:
                 if state.stage in due:
                     source = _taken(job, state, reuse)
@@ -181,34 +125,72 @@ def run_stages(
                         taken[state.stage] = str(source)
                 elif state.stage in wanted and state.fresh:
                     show.skip(state.stage)
-        except KeyboardInterrupt:
-            show.interrupted()
-            raise
-        except AriskError:
-            show.failed()
-            raise
     fresh = tuple(s.stage for s in states if s.fresh and s.stage in wanted and s.stage not in due)
-    report = rundir.stage_dir("report") / REPORT_FILE if "report" in wanted else None
-    summary = read_json(rundir.stage_dir("report") / SUMMARY_FILE) if report else None
+    report = rundir.stage_dir(REPORT) / REPORT_FILE if REPORT in wanted else None
+    summary = read_json(rundir.stage_dir(REPORT) / SUMMARY_FILE) if report else None
     ran = tuple(stage for stage in due if stage not in taken)
     return Outcome(run_dir, ran, fresh, report, summary, taken)
 
 
-def _drawable(config: Config, due: list[str]) -> None:
-    """Refuse figures that were asked for and cannot be drawn before hours are spent, not after."""
-    if "report" in due and config.report.figures in ("png", "svg"):
-        from arisk.report.images import require_drawable
+def run_task(
+    catalogue: Catalogue,
+    task: Task,
+    config: Config,
+    stages: Sequence[str],
+    *,
+    run_dir: Path,
+    show: Display,
+) -> Job:
+    """Run stages on a task that is in memory, in a fresh run directory.
 
-        require_drawable()
+    Args:
+        catalogue: the stages.
+        task: the model with its data.
+        config: settings of every stage; its model and data sections are not read.
+        stages: names, in the order of the catalogue; those they read must be among them.
+        run_dir: a folder of this run alone. Nothing says whether what lies in it belongs to this task.
+        show: told what happens.
+
+    Returns:
+        The finished job with its records.
+
+    Raises:
+        AriskError: what went wrong.
+    """
+    rundir = RunDir(run_dir)
+    states = {state.stage: state for state in plan(catalogue, config, {}, rundir)}
+    job = Job(catalogue, config, rundir, "", show, states, given=task)
+    with rundir.lock("arisk from Python"), _telling(show):
+        for name in stages:
+            _execute(job, states[name])
+    return job
+
+
+@contextmanager
+def _telling(show: Display) -> Generator[None]:
+    """Tells the display how a run ends that does not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        show.interrupted()
+        raise
+    except AriskError:
+        show.failed()
+        raise
 
 
 def _due(
-    states: list[StageState], wanted: tuple[str, ...], first: str | None, only: str | None, force: bool
+    catalogue: Catalogue,
+    states: list[StageState],
+    wanted: tuple[str, ...],
+    first: str | None,
+    only: str | None,
+    force: bool,
 ) -> list[str]:
     """Stages to run, in order."""
     stale = {state.stage for state in states if not state.fresh}
     if only:
-        needed = STAGES[NAMES.index(only)].upstream
+        needed = catalogue.get(only).upstream
         for state in states:
             if state.stage in needed and state.stage in stale:
                 why = "; ".join(reason.sentence() for reason in state.reasons)
@@ -218,12 +200,14 @@ def _due(
                     fix=f"run `arisk {state.stage} CONFIG` first, or add --with-upstream",
                 )
         return [only] if force or only in stale else []
-    after = NAMES[NAMES.index(first) :] if first else ()
+    after = catalogue.names[catalogue.names.index(first) :] if first else ()
     return [name for name in wanted if force or name in stale or name in after]
 
 
 def _taken(job: Job, state: StageState, reuse: Sequence[Path]) -> Path | None:
     """The run directory that the stage was taken from, or None: it is to be run."""
+    if not job.catalogue.get(state.stage).reusable:
+        return None
     source = processes.from_first(lambda: take(job.rundir, state, reuse))
     if source is not None:
         job.records.pop(state.stage, None)
@@ -233,36 +217,42 @@ def _taken(job: Job, state: StageState, reuse: Sequence[Path]) -> Path | None:
 
 def _execute(job: Job, state: StageState) -> None:
     """Run one stage in its workspace and commit it."""
+    stage = job.catalogue.get(state.stage)
     why = "; ".join(reason.sentence() for reason in state.reasons) or "forced"
-    job.show.start(state.stage, why)
+    job.show.start(stage.name, why)
     started = time.monotonic()
-    workspace = processes.from_first(lambda: job.rundir.workspace(state.stage, state.key))
-    job.records.pop(state.stage, None)
-    made = None
-    if state.stage in SHARED:
-        made = RUNNERS[state.stage](job, workspace)
-    elif processes.is_first():
-        with processes.alone():
-            made = RUNNERS[state.stage](job, workspace)
+    workspace = processes.from_first(lambda: job.rundir.workspace(stage.name, state.key))
+    job.records.pop(stage.name, None)
+    made = _made(stage, job, workspace)
 
     def commit() -> None:
         if made is not None:
             write_record(workspace, made)
         job.rundir.commit(
-            state.stage,
+            stage.name,
             key=state.key,
             ingredients=state.ingredients,
             workspace=workspace,
             seconds=time.monotonic() - started,
-            leave_out=RESUME_FILES,
+            leave_out=(*RESUME_FILES, *stage.resume_files),
         )
 
     processes.barrier()  # Every file of the workspace is written.
     processes.from_first(commit)
-    job.show.finish(state.stage)
+    job.show.finish(stage.name)
     if made is not None:
         # As the next process would find it: sums over another memory layout round otherwise.
-        job.records[state.stage] = read_record(job.rundir.stage_dir(state.stage), type(made))
+        job.records[stage.name] = read_record(job.rundir.stage_dir(stage.name), type(made))
+
+
+def _made(stage: Stage, job: Job, workspace: Path) -> Any:
+    """The stage's record: from all processes together, or from the first one alone."""
+    if stage.parallel:
+        return stage.run(job, workspace)
+    if processes.is_first():
+        with processes.alone():
+            return stage.run(job, workspace)
+    return None
 
 
 @dataclass(frozen=True)
@@ -313,7 +303,8 @@ class AskedOutcome:
 
 
 def run_asked(
-    stage: str,
+    catalogue: Catalogue,
+    name: str,
     config: Config,
     *,
     run_dir: Path,
@@ -325,7 +316,8 @@ def run_asked(
     """Carry out an optional stage, and bring the report up to date where there is a forecast.
 
     Args:
-        stage: verify, screen or guard.
+        catalogue: the stages.
+        name: the optional stage.
         config: the resolved config.
         run_dir: where the run lives.
         show: told what happens.
@@ -336,61 +328,40 @@ def run_asked(
     Raises:
         AriskError: what went wrong; what was finished before is kept.
     """
-    ran, made, missing = run_optional(
-        stage,
-        config,
-        run_dir=run_dir,
-        show=show,
-        command=command,
-        report_command=report_command,
-        force=force,
-    )
-    # Only the report's summary has the real run beside its forecast; the other records speak for themselves.
-    beside = made.summary.get(stage) if made is not None and made.summary and stage == "verify" else None
-    found = beside or finite(FOUND[stage](RunDir(run_dir).stage_dir(stage), config))
-    report = None if made is None else made.report
-    return AskedOutcome(stage, run_dir, ran, report, missing, report_command if missing else None, found)
 
+    def ran(stage: str, told: str, *, again: bool = False) -> Outcome:
+        return run_stages(
+            catalogue, config, run_dir=run_dir, show=show, command=told, only=stage, last=stage, force=again
+        )
 
-def _truth(folder: Path, config: Config) -> dict[str, Any]:
-    """The real run without a forecast beside it."""
-    measured = read_record(folder, VerifyResult)
-    judge = judge_for(config.behaviour, measured.behaviour.learnt)
-    return compare(measured, None, threshold=config.forecast.collapse_threshold, judge=judge).as_json()
-
-
-def _screened(folder: Path, config: Config) -> dict[str, Any]:
-    del config
-    return read_record(folder, ScreenResult).as_json()
-
-
-def _guarded(folder: Path, config: Config) -> dict[str, Any]:
-    result = read_record(folder, GuardResult)
-    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
-    return guard_summary(
-        result,
-        threshold=config.forecast.collapse_threshold,
-        tolerated=config.guard.tolerated_task_loss,
-        wanted=config.guard.wanted_drift,
-        judge=judge_for(config.behaviour, learnt),
+    stage = catalogue.get(name)
+    done = ran(name, command, again=force)
+    missing = _stale_before(catalogue, REPORT, config, run_dir)
+    made = None if missing else ran(REPORT, report_command)
+    summary = made.summary if made is not None and made.summary else {}
+    found = summary.get(name) if stage.beside else None
+    if not found and stage.found is not None:
+        found = finite(stage.found(RunDir(run_dir).stage_dir(name), config))
+    return AskedOutcome(
+        name,
+        run_dir,
+        ran=bool(done.ran),
+        report=None if made is None else made.report,
+        missing=missing,
+        next=report_command if missing else None,
+        found=found or {},
     )
 
 
-#: Plain values of every optional stage's record.
-FOUND: dict[str, Callable[[Path, Config], dict[str, Any]]] = {
-    "verify": _truth,
-    "screen": _screened,
-    "guard": _guarded,
-}
-
-
-def asked_text(outcome: AskedOutcome) -> str:
+def asked_text(catalogue: Catalogue, outcome: AskedOutcome) -> str:
     """What an optional stage found, for people; the last line is the report's path or what it waits for."""
-    return TEXTS[outcome.stage](outcome)
+    text: Callable[[AskedOutcome], str] | None = catalogue.get(outcome.stage).text
+    return text(outcome) if text is not None else outcome.last_line
 
 
-TEXTS: dict[str, Callable[[AskedOutcome], str]] = {
-    "verify": verify_text,
-    "screen": screen_text,
-    "guard": guard_text,
-}
+def _stale_before(catalogue: Catalogue, stage: str, config: Config, run_dir: Path) -> str | None:
+    """The first stage it reads that is not fresh."""
+    needed = catalogue.get(stage).upstream
+    cache = DigestCache(run_dir / ".digests.json")
+    states = plan(catalogue, config, input_fingerprints(config, cache), RunDir(run_dir))
+    return next((state.stage for state in states if state.stage in needed and not state.fresh), None)

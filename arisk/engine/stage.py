@@ -1,127 +1,210 @@
-"""The stage graph: what each stage reads, in which order, and what its key depends on. Data only."""
+"""What a stage is: one object that says all the engine, the command line, check and report know of it.
+
+Stages are data with a few functions. Heavy parts load when they are used: naming a stage loads no torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["STAGES", "StageSpec"]
+from arisk.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from arisk.base.task import Task
+    from arisk.config.plan import Config
+    from arisk.engine.job import Job
+
+__all__ = ["Catalogue", "Cost", "CostScene", "Stage", "StageOption", "named"]
+
+
+def named(place: str) -> Any:
+    """What `package.module:name` names, imported now.
+
+    >>> named("math:pi") > 3
+    True
+    """
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)
-class StageSpec:
-    """One stage of the graph.
+class Cost:
+    """What a stage takes, by count.
 
     Attributes:
-        name: the stage.
+        passes: passes of the model by kind, as `arisk.cost.calibration` times them.
+        seconds: what else it takes, as a rule of thumb.
+        memory_gb: peak resident memory of the process in this stage.
+        device_gb: peak memory on the model's device; None on the CPU or where the stage runs no model.
+        disk_gb: what it leaves in the run directory, where that is worth a word.
+        notes: what else `arisk check` says of it, by topic; `warnings`: what does not fit, with a remedy.
+    """
+
+    passes: Mapping[str, float] = field(default_factory=dict[str, float])
+    seconds: float = 0.0
+    memory_gb: float = 0.0
+    device_gb: float | None = None
+    disk_gb: float = 0.0
+    notes: Mapping[str, str] = field(default_factory=dict[str, str])
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class CostScene:
+    """What a stage's cost is counted from.
+
+    Attributes:
+        task: the model with its data.
+        config: the resolved config.
+        run_dir: where the run would live.
+        seconds: of one pass of each kind, timed here; with "engine" for choosing the gradient engine.
+        memory: peak memory of this process (GB) by kind of pass.
+        device: the same on the model's device; empty on the CPU.
+        loading: seconds that loading the model and the data took.
+    """
+
+    task: Task
+    config: Config
+    run_dir: Path
+    seconds: Mapping[str, float]
+    memory: Mapping[str, float]
+    device: Mapping[str, float]
+    loading: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageOption:
+    """An option of a stage's own verb, which sets one config value.
+
+    Attributes:
+        name: as typed, without the dashes; `kind` its type.
+        setting: the dotted config key it sets.
+        help: one sentence.
+        kind: what the shell reads.
+        minimum: smallest value allowed, for numbers.
+        metavar: what stands for the value in the help; None: made from the type.
+        parse: from what was typed to the value.
+        shown: whether the report has to be asked for with it as well, since it decides what the record holds.
+    """
+
+    name: str
+    setting: str
+    help: str
+    kind: type = str
+    minimum: int | None = None
+    metavar: str | None = None
+    parse: Callable[[Any], Any] | None = None
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: the stage, its folder and its verb.
         version: raised whenever the stage's numbers change.
+        help: what it does, one sentence for its verb.
+        run: carries it out on a job, writes its files into the workspace, returns its record or None.
         upstream: stages whose outputs it reads.
-        config: dotted config values it depends on. Device and threads are none: numbers do not
-            depend on them beyond rounding.
+        config: dotted config values it depends on. Device and threads are none: numbers do not depend on
+            them beyond rounding.
         inputs: fingerprints it depends on.
         shows: optional stages whose outputs it includes where they are fresh.
         optional: run only when asked for by name.
-        reach: dotted config value that says how far the stage goes. A stored stage belongs to the
-            plan whatever its reach; only who asks for the stage by name insists on one.
+        reach: dotted config value that says how far the stage goes. A stored stage belongs to the plan
+            whatever its reach; only who asks for the stage by name insists on one.
+        parallel: all processes of a run take part; else the first one alone.
+        reusable: may be taken from another run directory that has it with the same key.
+        resume_files: patterns of workspace files that serve resuming only and are not committed.
+        record: `module:class` of its record; None where it has none.
+        section: what it shows on the report (a `report.page.Section`), from a job and what sections of later
+            stages share; None for nothing, as where an optional stage has not been run.
+        shown: dotted config values that change what it shows, and not what it holds.
+        cost: what it will take; None: next to nothing.
+        before: refuses, before hours are spent, what this stage would refuse at its end.
+        options: of its own verb, for optional stages.
+        example: options in the example of its help.
+        found: plain values of its record for `--json`, from its folder and the config, for optional stages.
+        text: what its verb prints, from an `AskedOutcome`, for optional stages.
+        beside: its values are read from the report's summary where there is one, as more stands there.
     """
 
     name: str
     version: int
-    upstream: tuple[str, ...]
-    config: tuple[str, ...]
+    help: str
+    run: Callable[[Job, Path], Any]
+    upstream: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     shows: tuple[str, ...] = ()
     optional: bool = False
     reach: str | None = None
+    parallel: bool = False
+    reusable: bool = True
+    resume_files: tuple[str, ...] = ()
+    record: str | None = None
+    section: Callable[[Job, Mapping[str, Any]], Any] | None = None
+    shown: tuple[str, ...] = ()
+    cost: Callable[[CostScene], Cost] | None = None
+    before: Callable[[Config], None] | None = None
+    options: tuple[StageOption, ...] = ()
+    example: str = ""
+    found: Callable[[Path, Config], Mapping[str, Any]] | None = None
+    text: Callable[[Any], str] | None = None
+    beside: bool = False
 
 
-#: Settings of collect that change its numbers or files; its budgets do not.
-COLLECT_KEYS = ("engine", "fisher", "store", "store_dtype", "chunk_size")
+class Catalogue(tuple[Stage, ...]):
+    """Stages in the order in which they run.
 
-#: Settings of guard that change its numbers; its limits only change the recommendation.
-GUARD_KEYS = (
-    *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
-    *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
-)
+    >>> Catalogue([Stage("a", 1, "", print), Stage("b", 1, "", print, optional=True)]).ordinary
+    ('a',)
+    """
 
-#: Settings of behaviour that decide what is followed and written, and those that only label it.
-BEHAVIOUR_KEYS = tuple(
-    f"behaviour.{key}" for key in ("prompts", "ordinary_prompts", "tokens", "opening_tokens")
-)
-JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
+    __slots__ = ()
 
-#: The stage graph in order. The rollout alone depends on the whole planned training.
-STAGES = (
-    StageSpec(
-        "collect",
-        4,
-        (),
-        (*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
-        ("model", "adapter", "safety"),
-    ),
-    StageSpec("subspace", 2, ("collect",), ("subspace",)),
-    StageSpec(
-        "score",
-        3,
-        ("collect", "subspace"),
-        (
-            "finetune",
-            "control",
-            "score",
-            "training.optimizer",
-            "training.betas",
-            "training.eps",
-            "training.batch_size",
-            "training.gradient_accumulation",
-            "training.weight_decay",
-        ),
-        ("finetune", "control"),
-    ),
-    StageSpec(
-        "rollout",
-        4,
-        (),
-        ("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
-        ("model", "adapter", "safety", "finetune", "control"),
-    ),
-    StageSpec("forecast", 6, ("collect", "score", "rollout"), ("training", "forecast", *JUDGE_KEYS)),
-    # The truth depends on the plan alone: another threshold or another judge needs no new fine-tune.
-    StageSpec(
-        "verify",
-        3,
-        (),
-        (
-            *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
-            *("verify.control_samples", *BEHAVIOUR_KEYS),
-        ),
-        ("model", "adapter", "safety", "finetune", "control", "verify.safety"),
-        optional=True,
-        reach="verify.steps",
-    ),
-    StageSpec(
-        "screen",
-        5,
-        (),
-        ("model", "safety", "finetune", "control", "training", "rollout", "screen"),
-        ("model", "adapter", "safety", "finetune", "control"),
-        optional=True,
-    ),
-    StageSpec(
-        "guard",
-        3,
-        (),
-        (
-            *("model", "safety", "finetune", "control", "training", "verify.safety"),
-            *(f"guard.{key}" for key in GUARD_KEYS),
-        ),
-        ("model", "adapter", "safety", "finetune", "control", "verify.safety", "guard.task"),
-        optional=True,
-        reach="guard.steps",
-    ),
-    StageSpec(
-        "report",
-        10,
-        ("collect", "subspace", "score", "rollout", "forecast"),
-        ("report", *JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift"),
-        shows=("verify", "screen", "guard"),
-    ),
-)
+    def __new__(cls, stages: Sequence[Stage]) -> Catalogue:
+        """Stages in order.
+
+        Raises:
+            ValueError: a name stands twice, or a stage reads one that comes after it.
+        """
+        seen: set[str] = set()
+        for stage in stages:
+            if stage.name in seen or not seen.issuperset(stage.upstream):
+                raise ValueError(f"stage {stage.name}: named twice, or it reads a stage that comes later")
+            seen.add(stage.name)
+        return super().__new__(cls, stages)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names in order."""
+        return tuple(stage.name for stage in self)
+
+    @property
+    def ordinary(self) -> tuple[str, ...]:
+        """Names of the stages that `arisk run` runs."""
+        return tuple(stage.name for stage in self if not stage.optional)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of the stages that only their own verb runs."""
+        return tuple(stage.name for stage in self if stage.optional)
+
+    def get(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        found = next((stage for stage in self if stage.name == name), None)
+        if found is None:
+            raise ConfigError(
+                f"there is no stage {name!r}", where="stage", fix=f"name one of {', '.join(self.names)}"
+            )
+        return found

@@ -11,21 +11,21 @@ from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import StageState, plan
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
+from arisk.engine.stage import Catalogue
 
 __all__ = ["describe", "status_rows"]
 
 
-def status_rows(config: Config, run_dir: Path) -> list[dict[str, Any]]:
+def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dict[str, Any]]:
     """One mapping per stage: name, fresh, optional, state, reasons, seconds, bytes, whether it can resume.
 
     `state` is fresh, stale, or "not run" for an optional stage, which makes nothing stale.
     """
     rundir = RunDir(run_dir)
     cache = DigestCache(run_dir / ".digests.json")
-    states = plan(config, input_fingerprints(config, cache), rundir)
+    states = plan(catalogue, config, input_fingerprints(config, cache), rundir)
     cache.save()
-    optional = {spec.name for spec in STAGES if spec.optional}
+    optional = catalogue.optional
     rows: list[dict[str, Any]] = []
     for state in states:
         damaged = any(reason.kind == "damaged" for reason in state.reasons)

@@ -16,9 +16,11 @@ from arisk.base.errors import ArtifactError, ConfigError
 from arisk.base.tables import table
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.config.yaml import validate_mapping
+from arisk.engine.reuse import CONFIG_FILE
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
+from arisk.engine.stage import Stage
 from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.stage import FORECAST
 
 __all__ = ["grid_json", "grid_text", "number_list", "reforecast"]
 
@@ -80,7 +82,7 @@ def reforecast(
     from arisk.forecast.what_if import what_if
 
     rundir = RunDir(run)
-    made = _ingredients(rundir, "forecast")
+    made = _ingredients(rundir, FORECAST)
     score = rundir.manifest("score")
     if score is None or score.get("key") != made["upstream"]["score"]:
         raise ArtifactError(
@@ -103,7 +105,7 @@ def reforecast(
     return what_if(source, rates=rates, lengths=lengths)
 
 
-def _ingredients(rundir: RunDir, stage: str) -> dict[str, Any]:
+def _ingredients(rundir: RunDir, spec: Stage) -> dict[str, Any]:
     """What a committed stage of this version of arisk was made from.
 
     Raises:
@@ -116,19 +118,19 @@ def _ingredients(rundir: RunDir, stage: str) -> dict[str, Any]:
             where=str(run),
             fix="give the folder that `arisk run CONFIG --run-dir FOLDER` wrote",
         )
-    manifest = rundir.manifest(stage)
+    manifest = rundir.manifest(spec.name)
     if manifest is None:
-        known = any((run / spec.name / "manifest.json").exists() for spec in STAGES)
-        what = f"the stage {stage} has not been run here" if known else "this is not a run directory"
+        known = (run / CONFIG_FILE).exists()
+        what = f"the stage {spec.name} has not been run here" if known else "this is not a run directory"
         raise ArtifactError(
             what, where=str(run), fix=f"run `arisk run CONFIG --run-dir {run}`, or give another folder"
         )
     made: dict[str, Any] = manifest["ingredients"]
-    (spec,) = [spec for spec in STAGES if spec.name == stage]
     if made["stage_version"] != spec.version:
         raise ArtifactError(
-            f"the stage {stage} is of version {made['stage_version']}; this arisk computes {spec.version}",
-            where=str(rundir.stage_dir(stage)),
+            f"the stage {spec.name} is of version {made['stage_version']}; "
+            f"this arisk computes {spec.version}",
+            where=str(rundir.stage_dir(spec.name)),
             fix=f"run `arisk run CONFIG --run-dir {run}`; no model is loaded for that",
         )
     return made

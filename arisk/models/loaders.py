@@ -3,6 +3,8 @@
 A shuffling `DataLoader` draws from torch's global random state, and gives another order each time it
 is read; augmentation may draw from numpy's or Python's. Here loaders see a random state of their own,
 the same for every reading, and the global ones are what they were.
+
+A caller's loss function, refused with one clear error where it returns no loss.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from arisk.base.errors import InputError
-from arisk.base.task import Batch
+from arisk.base.errors import InputError, ShapeError
+from arisk.base.task import Batch, LossFn
 from arisk.gradients import batch_size, slice_batch
 
-__all__ = ["SteadyLoader", "keeping_random_state", "kept", "taken"]
+__all__ = ["SteadyLoader", "checked_loss", "keeping_random_state", "kept", "taken"]
 
 
 def _states() -> tuple[Any, ...]:
@@ -174,3 +177,40 @@ def _iterable(loader: Any, name: str) -> Iterable[Batch]:
             fix="pass a DataLoader or a list of batches",
         )
     return loader
+
+
+def checked_loss(loss_fn: LossFn, name: str) -> LossFn:
+    """The same function; what it returns must be a scalar or one loss per sample.
+
+    Args:
+        loss_fn: `(model, batch)` → per-sample losses (B,), or their mean as a scalar.
+        name: its argument's name, for messages.
+
+    Raises:
+        InputError: it cannot be called, or (when called) returns no tensor.
+        ShapeError: (when called) the tensor has another shape.
+    """
+    if not callable(loss_fn):
+        raise InputError(
+            f"the loss function is a {type(loss_fn).__name__}, which cannot be called",
+            where=name,
+            fix="pass a function of (model, batch)",
+        )
+
+    def checked(model: nn.Module, batch: Batch) -> Tensor:
+        found: Any = loss_fn(model, batch)
+        if not isinstance(found, Tensor):
+            raise InputError(
+                f"the loss function returned a {type(found).__name__}, not a tensor",
+                where=name,
+                fix="return per-sample losses (B,) or their mean, with their graph (no `.item()`)",
+            )
+        if found.ndim > 1 or (found.ndim == 1 and len(found) not in (1, batch_size(batch))):
+            raise ShapeError(
+                f"the loss has shape {tuple(found.shape)} for a batch of {batch_size(batch)}",
+                where=name,
+                fix="return per-sample losses (B,) or their mean as a scalar",
+            )
+        return found
+
+    return checked

@@ -42,7 +42,7 @@ what = sys.argv[1]
 sys.argv = ['arisk', *sys.argv[1:]]
 try:
     if what == 'load' or what == 'epoch':
-        import arisk.runners, arisk.anatomy.collect, arisk.anatomy.score, arisk.forecast.rollout
+        import arisk.catalogue, arisk.anatomy.collect, arisk.anatomy.score, arisk.forecast.rollout
         from arisk.models.tasks import task_from_entry
         task = task_from_entry('tests/bench/growth_task.py:make')
         if what == 'epoch':

@@ -18,14 +18,13 @@ from random import Random
 
 import torch
 
-from arisk.base.artifacts import read_record, write_record
+from arisk.base.artifacts import finite, read_record, write_record
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import Config, GuardConfig
 from arisk.guard.record import GuardResult, choose, guard_summary
 from arisk.guard.run import guard
 from arisk.models import load_task
 from arisk.models.judge import RefusalRule
-from arisk.runners import finite
 from tests.bench.guard_smollm2 import HEADER, cells
 from tests.bench.measure import print_table
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from arisk.base.artifacts import finite
 from arisk.compare.page import drift_scatter, forecast_lines, render_comparison
 from arisk.compare.text import cells, compare_findings, compare_json, compare_markdown, compare_text, headline
-from arisk.runners import finite
 from tests.compare import plans
 from tests.report import browser as web
 from tests.report.reading import parsed

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from arisk.anatomy.stage import COLLECT
 from arisk.base.errors import ArtifactError
 from arisk.compare.reading import (
     differing_settings,
@@ -15,7 +16,6 @@ from arisk.compare.reading import (
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import ingredients_of
-from arisk.engine.stage import STAGES
 from tests.compare.plans import plan
 
 
@@ -34,7 +34,7 @@ def side(values, **sections):
     merged = {**values, **{name: {**values.get(name, {}), **more} for name, more in sections.items()}}
     config = Config.model_validate(merged)
     inputs = input_fingerprints(config, DigestCache(Path("no-such-cache")))
-    return ingredients_of(STAGES[0], config, inputs, {})
+    return ingredients_of(COLLECT, config, inputs, {})
 
 
 def test_equal_contents_are_one_safety_side_wherever_they_lie(values, tmp_path):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from arisk.base.errors import NewerFormatError
+from arisk.catalogue import catalogue
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import Reason, plan
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import STAGES
 
-ALL = [spec.name for spec in STAGES]
+ALL = list(catalogue().names)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def commit(name, values, rundir, **asked):
 def states(values, rundir, **asked):
     config = Config.model_validate(values)
     inputs = input_fingerprints(config, DigestCache(rundir.path / ".digests.json"))
-    return plan(config, inputs, rundir, **asked)
+    return plan(catalogue(), config, inputs, rundir, **asked)
 
 
 def stale(values, rundir):
@@ -192,7 +192,7 @@ def test_reasons_read_as_sentences(world):
     found = states(changed(values, "training.learning_rate", 0.5), rundir)
     forecast = next(state for state in found if state.stage == "forecast")
     assert "training.learning_rate: 0.0002 → 0.5" in forecast.reasons[0].sentence()
-    empty = plan(Config.model_validate(values), {}, RunDir(Path("does-not-exist")))
+    empty = plan(catalogue(), Config.model_validate(values), {}, RunDir(Path("does-not-exist")))
     assert all(state.reasons[0].sentence() == "not run yet" for state in empty)
 
 

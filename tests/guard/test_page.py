@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from arisk.base.artifacts import finite
 from arisk.config.plan import Config
 from arisk.guard.page import guard_findings, section
-from arisk.runners import finite
 from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
 

@@ -36,6 +36,7 @@ def browser():
 def demo(tmp_path_factory):
     """The report of the demo, cut down to seconds."""
     from arisk.base.terminal import StageDisplay
+    from arisk.catalogue import catalogue
     from arisk.cli.demo import demo_config
     from arisk.config.plan import Config
     from arisk.engine.run import run_stages
@@ -46,7 +47,7 @@ def demo(tmp_path_factory):
     plain["training"]["max_steps"] = 30
     plain["score"].update(batches=2, hvp_batches=1, krylov_dim=3, nulls=19, examples=16, probe_points=5)
     config = Config.model_validate(plain)
-    run_stages(config, run_dir=folder, show=StageDisplay(quiet=True), command="arisk demo")
+    run_stages(catalogue(), config, run_dir=folder, show=StageDisplay(quiet=True), command="arisk demo")
     return folder / "report" / "report.html"
 
 

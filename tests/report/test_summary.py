@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arisk.base.artifacts import finite
 from arisk.compare.text import compare_markdown
 from arisk.report.page import Section
 from arisk.report.summary import summary_json, summary_markdown
 from arisk.report.text import LIMIT, bounded, literal
-from arisk.runners import finite
 from tests.compare import plans
 from tests.report import records
 from tests.test_ci_gate import check_keys

@@ -9,7 +9,6 @@ from torch import nn
 
 import arisk
 from arisk import PipelineConfig
-from arisk.acting import _flags_stand
 from arisk.anatomy.update import preconditioner
 from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import ConfigError, InputError, NumericsError
@@ -24,6 +23,7 @@ from arisk.screening.estimates import worth_estimating
 from arisk.screening.record import ScreenResult
 from arisk.screening.rows import RowGroup, row_products
 from arisk.screening.run import flagged_anew, screen
+from arisk.screening.stage import _flags_stand
 from arisk.screening.what_if import WithoutRows, dropping
 from arisk.training.loop import PlannedRun, keeping_parameters
 from arisk.training.schedules import learning_rates

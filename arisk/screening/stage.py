@@ -1,4 +1,4 @@
-"""How the optional stages screen and guard run on a job, and what they show on the report."""
+"""Stage screen: how it runs on a job, and what its verb prints."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.base.artifacts import write_tensors
+from arisk.base.artifacts import read_record, write_tensors
+from arisk.base.errors import ConfigError
 from arisk.base.processes import barrier, from_first
-from arisk.config.plan import planned_steps
+from arisk.config.plan import Config, planned_steps
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
-from arisk.guard.record import GuardResult
-from arisk.screening.record import ScreenResult
+from arisk.engine.stage import Cost, CostScene, Stage, StageOption
 
 if TYPE_CHECKING:
     from arisk.report.page import Section
+    from arisk.screening.record import ScreenResult
 
-__all__ = ["guard_section", "run_guard", "run_screen", "screen_section"]
+__all__ = ["SCREEN"]
 
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
@@ -30,7 +31,7 @@ SCORES = (
 FLAGGING = ("drop", "false_discovery", "what_if")
 
 
-def run_screen(job: Job, workspace: Path) -> ScreenResult:
+def _screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
     from arisk.screening.run import flagged_anew, screen
     from arisk.screening.what_if import dropping
@@ -92,7 +93,7 @@ def _screened_before(job: Job) -> ScreenResult | None:
         return {**given, "config": {**given["config"], "screen": settings, "rollout": None}}
 
     same = stage_key(scoring(old)) == stage_key(scoring(new))
-    return job.record("screen", ScreenResult) if same else None
+    return job.record("screen") if same else None
 
 
 def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
@@ -118,34 +119,77 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
     return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
 
 
-def run_guard(job: Job, workspace: Path) -> GuardResult:
-    """Carry out the planned fine-tune plain and under every protection."""
-    from arisk.guard.run import guard
-
-    config = job.config
-    reach = job.states["guard"].ingredients["config"]["guard.steps"]
-    return guard(
-        job.task,
-        config=config.guard.model_copy(update={"steps": reach}),
-        training=config.training,
-        steps=planned_steps(config.training, len(job.task.finetune.rows)),
-        seed=config.run.seed,
-        workspace=workspace,
-        progress=job.show.progress,
-    )
-
-
-def guard_section(job: Job) -> Section:
-    """What guard shows on the report."""
-    from arisk.guard import page
-
-    return page.section(job.record("guard", GuardResult), job.config)
-
-
-def screen_section(job: Job) -> Section:
+def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
     """What screen shows on the report."""
+    del later
+    if not job.states["screen"].fresh:
+        return None
     from arisk.screening import page
 
     shown = job.config.report
-    found: ScreenResult = job.record("screen", ScreenResult)
+    found: ScreenResult = job.record("screen")
     return page.section(found, show_text=shown.show_text, max_examples=shown.max_examples)
+
+
+def _found(folder: Path, config: Config) -> dict[str, Any]:
+    from arisk.screening.record import ScreenResult
+
+    del config
+    return read_record(folder, ScreenResult).as_json()
+
+
+def _text(outcome: Any) -> str:
+    from arisk.screening.page import screen_text
+
+    return screen_text(outcome)
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05`, strictly between 0 and 1."""
+    body = text.strip()
+    try:
+        value = float(body[:-1]) / 100 if body.endswith("%") else float(body)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < 1:
+        raise ConfigError(
+            f"{text!r} is no share of the rows",
+            where="--drop",
+            fix="give a percentage such as 5%, or a number strictly between 0 and 1",
+        )
+    return value
+
+
+def _screen_cost(scene: CostScene) -> Cost:
+    from arisk.screening.cost import screen_cost
+
+    return screen_cost(scene)
+
+
+SCREEN = Stage(
+    name="screen",
+    version=4,
+    help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
+    run=_screen,
+    config=("model", "safety", "finetune", "control", "training", "rollout", "screen"),
+    inputs=("model", "adapter", "safety", "finetune", "control"),
+    optional=True,
+    parallel=True,
+    resume_files=("point-*.safetensors", "rows-*.safetensors"),
+    record="arisk.screening.record:ScreenResult",
+    cost=_screen_cost,
+    section=_section,
+    options=(
+        StageOption(
+            "drop",
+            "screen.drop",
+            "Flag this share of the rows (5% or 0.05) in place of the rule.",
+            metavar="SHARE",
+            parse=_share,
+            shown=True,  # The share decides what the record holds.
+        ),
+    ),
+    example="--drop 5%",
+    found=_found,
+    text=_text,
+)

@@ -1,0 +1,190 @@
+"""What collect, subspace and score will take; the store is chosen by the rule of stage collect itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arisk.anatomy.collect import Held, SafetyPass, StorePlan, held, store_for
+from arisk.anatomy.overlaps import PERMUTATION_CHUNK
+from arisk.anatomy.score import DIRECTIONS_BYTES
+from arisk.base.errors import ConfigError, ShapeError
+from arisk.base.task import Task, silent
+from arisk.config.plan import Config
+from arisk.engine.stage import Cost, CostScene
+from arisk.geometry.vectors import column_groups
+from arisk.gradients import batch_size, layout_of, measuring, move_batch
+
+__all__ = [
+    "collect_cost",
+    "kept_gradients",
+    "krylov_steps",
+    "numel",
+    "score_cost",
+    "score_memory",
+    "subspace_cost",
+]
+
+#: Doublings, about, until a virtual move has gone far enough.
+REACHING = 12
+#: Copies of the selected parameters in the update of stage score.
+UPDATE = 4
+#: Seconds of the eigenvalues, which need no model; seconds to write, digest and sync a gigabyte of gradients.
+EIGENVALUES, WRITING = 0.1, 2.0
+
+
+@dataclass(frozen=True)
+class KeptGradients:
+    """What collect will keep.
+
+    Attributes:
+        plan: as collect would choose it; None where it would refuse.
+        kept, held: GB on disk afterwards, and of all gradients while collect works.
+        refused: why it would refuse.
+    """
+
+    plan: StorePlan | None
+    kept: float
+    held: float
+    refused: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """One line."""
+        if self.plan is None:
+            return "refused"
+        if self.plan.store == "gradients":
+            return f"gradients, {self.kept:.2f} GB on disk"
+        return "gram: later stages run the safety rows again"
+
+
+def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
+    """The choice of collect, made by its own rule."""
+    layout = layout_of(task.model, task.parameter_names)
+    device = next(task.model.parameters()).device
+    batches = [move_batch(batch, device) for batch in task.safety.batches]
+    rows = [batch_size(batch) for batch in batches]
+    # Other engines than hooks make no factors; `auto` takes them where hooks do not fit.
+    engine = "hooks" if config.collect.engine == "auto" else config.collect.engine
+    dtype = torch.bfloat16 if config.collect.store_dtype == "bfloat16" else None
+    run = SafetyPass(task, layout, batches, rows, engine, silent, dtype)
+    with measuring(task.model, layout):
+        try:
+            probed = held(run)
+        except ShapeError:
+            probed = Held({name: float(math.prod(layout.shape_of(name))) for name in layout.names}, None)
+    size = sum(rows) * sum(probed.entries.values()) * (2 if dtype else 4) / 1e9
+    try:
+        plan = store_for(run, config.collect, run_dir / "collect", probed)
+    except ConfigError as err:
+        return KeptGradients(None, size, size, (f"{err.what}: {err.fix}",))
+    return KeptGradients(plan, size if plan.store == "gradients" else 0.0, size)
+
+
+def numel(task: Task) -> int:
+    """Number of selected parameters P."""
+    return layout_of(task.model, task.parameter_names).numel
+
+
+def krylov_steps(task: Task, config: Config) -> int:
+    """Lanczos steps J of stage score."""
+    return config.score.krylov_steps(numel(task))
+
+
+def collect_cost(scene: CostScene) -> Cost:
+    """One gradient a safety row, and the Gram matrices."""
+    task, config = scene.task, scene.config
+    store = kept_gradients(task, config, scene.run_dir)
+    block = min(config.collect.memory_budget_gb, store.held)
+    kept = store.kept
+    if store.plan is not None and store.plan.store == "gram" and store.plan.place == "disk":
+        kept = store.held
+    return Cost(
+        passes={"single-row gradients": len(task.safety.rows), "Gram products": 1},
+        seconds=scene.loading + scene.seconds["engine"] + WRITING * store.kept,
+        memory_gb=scene.memory["per sample"] + block,
+        device_gb=scene.device.get("per sample"),
+        disk_gb=kept + 2 * numel(task) * 4 / 1e9,
+        notes={"store": store.told},
+        warnings=store.refused,
+    )
+
+
+def subspace_cost(scene: CostScene) -> Cost:
+    """Eigenvalues of small matrices: no pass of the model."""
+    return Cost(seconds=EIGENVALUES, memory_gb=scene.memory["gradients"])
+
+
+def score_cost(scene: CostScene) -> Cost:
+    """Update, curvature, nulls, probe and single rows."""
+    task, config, score = scene.task, scene.config, scene.config.score
+    store = kept_gradients(task, config, scene.run_dir)
+    batch, safety = config.training.batch_size, len(task.safety.rows)
+    control = len(task.control.rows) if task.control else 0
+    probe = (score.probe_points + 1) if score.probe_points else 0
+    reaching = REACHING * (min(safety, config.collect.chunk_size) + batch) if probe else 0
+    probed = safety + score.hvp_batches * batch * (2 if control else 1)
+    examples = min(score.examples, len(task.finetune.rows))
+    reads, columns = _products(task, config, store)
+    again = safety * reads if store.plan is not None and store.plan.store == "gram" else 0
+    vector = numel(task) * 4 / 1e9
+    inside, spilled, directions = score_memory(scene)
+    budget = min(config.collect.memory_budget_gb, 2 * vector * PERMUTATION_CHUNK)
+    on_device = scene.device.get("curvature")
+    return Cost(
+        passes={
+            "gradient rows": score.batches * batch * (2 if control else 1),
+            "curvature rows": krylov_steps(task, config) * score.hvp_batches * batch,
+            "curvature tests": 1,
+            "single-row gradients": examples + again,
+            "forward rows": probe * probed + reaching,
+            "products": safety * reads + examples,
+            "product columns": safety * columns,
+            "permutations": score.nulls,
+        },
+        memory_gb=scene.memory["curvature"] + UPDATE * vector + inside + budget,
+        device_gb=None if on_device is None else on_device + vector,
+        disk_gb=max(spilled, directions),
+    )
+
+
+def score_memory(scene: CostScene) -> tuple[float, float, float]:
+    """GB of stage score's vectors held in memory, spilled to disk, and of the directions it hands on."""
+    config, vector = scene.config, numel(scene.task) * 4 / 1e9
+    budget, steps = config.collect.memory_budget_gb, krylov_steps(scene.task, scene.config)
+    stacks = [config.score.batches * vector, steps * vector]
+    inside = 0.0
+    for size in stacks:
+        inside += size if inside + size <= budget else 0.0
+    spilled = sum(stacks) - inside
+    directions = (steps + 3) * vector if sum(stacks) * 1e9 <= DIRECTIONS_BYTES else 0.0
+    return inside, spilled, directions
+
+
+def _products(task: Task, config: Config, store: KeptGradients) -> tuple[float, int]:
+    """Passes over all safety gradients in stage score, and the directions they are multiplied with.
+
+    Stored gradients are read once for every group of directions of a parameter that fits in memory; those
+    that are made anew, once for every group of whole directions.
+    """
+    score, budget = config.score, config.collect.memory_budget_gb * 1e9
+    chunks, rest = divmod(score.nulls, PERMUTATION_CHUNK)
+    several = [
+        score.batches,
+        krylov_steps(task, config),
+        *[PERMUTATION_CHUNK] * chunks,
+        *([rest] if rest else []),
+    ]
+    single = 3 if task.control else 2  # The update, the pull of its c-vector, the control's update.
+    layout = layout_of(task.model, task.parameter_names)
+    whole = store.plan is not None and store.plan.store == "gram"
+    blocks = [layout.numel] if whole else [math.prod(shape) for shape in layout.shapes]
+    reads = sum(
+        size / layout.numel * sum(1 for _ in column_groups(size, count, budget))
+        for count in several
+        for size in blocks
+    )
+    return single + reads, single + sum(several)

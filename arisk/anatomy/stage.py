@@ -1,0 +1,209 @@
+"""Stages collect, subspace and score: how they run on a job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arisk.base.artifacts import FORMAT_VERSION, finite, read_json, write_tensors, write_text
+from arisk.base.processes import is_first, rank
+from arisk.engine.job import Job
+from arisk.engine.stage import Cost, CostScene, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
+    from arisk.anatomy.safety_side import SafetySide
+    from arisk.base.task import Task
+    from arisk.gradients import ParameterLayout
+    from arisk.report.page import Section
+
+__all__ = ["COLLECT", "DATA_FILE", "SCORE", "SUBSPACE", "safety_side"]
+
+#: Counts of the fine-tuning and control rows, beside the scores.
+DATA_FILE = "data.json"
+#: Settings of collect that change its numbers or files; its budgets do not.
+COLLECT_KEYS = ("engine", "fisher", "store", "store_dtype", "chunk_size")
+
+
+def _fisher_task(job: Job) -> Task:
+    """The task with the labels that its safety gradients are taken of: drawn ones where sampled."""
+    from arisk.models.losses import sample_labels
+
+    if job.config.collect.fisher != "sampled":
+        return job.task
+    drawn = sample_labels(job.task.model, job.task.safety, job.config.run.seed)
+    return replace(job.task, safety=drawn)
+
+
+def _collect(job: Job, workspace: Path) -> CollectResult:
+    from arisk.anatomy.collect import collect
+
+    made = collect(_fisher_task(job), job.config.collect, workspace, progress=job.show.progress)
+    # The stage may serve other plans: it tells of the safety rows alone, `score` of the plan's data.
+    data = {"safety": made.task.get("data", {}).get("safety", {})}
+    return replace(made, task={**made.task, "data": data} if "data" in made.task else made.task)
+
+
+def _subspace(job: Job, workspace: Path) -> SubspaceResult:
+    import torch
+
+    from arisk.anatomy.subspace import subspace
+
+    del workspace
+    collected: CollectResult = job.record("collect")
+    layout = _layout(collected)
+    budget = job.config.collect.memory_budget_gb * 1e9
+
+    def dense() -> Tensor:
+        return torch.cat([safety_side(job).columns(name) for name in layout.names], dim=1)
+
+    fits = collected.store == "gradients" and len(collected.losses) * layout.numel * 8 <= budget
+    gradients = dense if fits else None
+    return subspace(collected, job.config.subspace, seed=job.config.run.seed, gradients=gradients)
+
+
+def _score(job: Job, workspace: Path) -> ScoreResult:
+    from arisk.anatomy.score import score
+    from arisk.geometry.vectors import Scratch
+
+    config = job.config
+    with Scratch(workspace / f"vectors-{rank()}", config.collect.memory_budget_gb * 1e9) as scratch:
+        made = score(
+            job.task,
+            job.record("collect"),
+            job.record("subspace"),
+            safety_side(job),
+            config=config.score,
+            training=config.training,
+            seed=config.run.seed,
+            scratch=scratch,
+            progress=job.show.progress,
+        )
+    if is_first():
+        write_tensors(workspace / "directions.safetensors", made.directions)
+        sets = {"finetune": job.task.finetune, "control": job.task.control}
+        told = {name: dict(samples.statistics) for name, samples in sets.items() if samples is not None}
+        body = {"format_version": FORMAT_VERSION, "data": told}
+        write_text(workspace / DATA_FILE, json.dumps(finite(body), indent=1) + "\n")
+    return made.record
+
+
+def _layout(collected: CollectResult) -> ParameterLayout:
+    """The selected parameters, from the artifact: needs no model."""
+    from arisk.gradients import ParameterLayout
+
+    return ParameterLayout(
+        tuple(collected.parameter_names),
+        tuple(tuple(shape) for shape in collected.parameter_shapes),
+        tuple(collected.modules),
+        tuple(collected.module_of_parameter),
+    )
+
+
+def safety_side(job: Job) -> SafetySide:
+    """Products with the safety gradients: from the store, or by running the model where none was kept."""
+    import torch
+
+    from arisk.anatomy.collect import GRADIENTS_FOLDER
+    from arisk.anatomy.safety_side import recomputed_side, stored_side
+    from arisk.gradients import GradientStore
+
+    collected: CollectResult = job.record("collect")
+    settings, layout = job.config.collect, _layout(collected)
+    room = settings.memory_budget_gb * 1e9
+    if collected.store == "gradients":
+        store = GradientStore(job.rundir.stage_dir("collect") / GRADIENTS_FOLDER)
+        return stored_side(store, layout, memory=room)
+    dtype = torch.bfloat16 if collected.store_dtype == "bfloat16" else None
+    engine, size = collected.engine["name"], settings.chunk_size
+    return recomputed_side(_fisher_task(job), layout, engine, size, memory=room, dtype=dtype)
+
+
+def _section(job: Job, later: Mapping[str, Any]) -> Section:
+    from arisk.anatomy import page
+
+    shown = job.config.report
+    collected: CollectResult = job.record("collect")
+    section = page.section(
+        collected,
+        job.record("subspace"),
+        job.record("score"),
+        threshold=later["threshold"],
+        specificity_told=later["specificity_told"],
+        worth=later["worth"],
+        show_text=shown.show_text,
+        max_examples=shown.max_examples,
+    )
+    path = job.rundir.stage_dir("score") / DATA_FILE
+    data = read_json(path)["data"] if path.exists() else {}
+    task = dict(collected.task)
+    if task.get("data") and data:
+        task["data"] = {**task["data"], **data}
+    return replace(section, shared={**section.shared, "task": task})
+
+
+def _collect_cost(scene: CostScene) -> Cost:
+    from arisk.anatomy.cost import collect_cost
+
+    return collect_cost(scene)
+
+
+COLLECT = Stage(
+    name="collect",
+    version=4,
+    help="Per-sample gradients of the safety data and their inner products",
+    run=_collect,
+    config=(*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
+    inputs=("model", "adapter", "safety"),
+    parallel=True,
+    resume_files=("losses-*.safetensors", "group-*.safetensors", "parts/*"),
+    record="arisk.anatomy.record:CollectResult",
+    cost=_collect_cost,
+)
+
+
+def _subspace_cost(scene: CostScene) -> Cost:
+    from arisk.anatomy.cost import subspace_cost
+
+    return subspace_cost(scene)
+
+
+SUBSPACE = Stage(
+    name="subspace",
+    version=2,
+    help="The safety subspace: eigenvectors of the safety Fisher matrix",
+    run=_subspace,
+    upstream=("collect",),
+    config=("subspace",),
+    record="arisk.anatomy.record:SubspaceResult",
+    cost=_subspace_cost,
+)
+
+
+def _score_cost(scene: CostScene) -> Cost:
+    from arisk.anatomy.cost import score_cost
+
+    return score_cost(scene)
+
+
+SCORE = Stage(
+    name="score",
+    version=3,
+    help="How the planned first update meets the subspace, by layer and row",
+    run=_score,
+    upstream=("collect", "subspace"),
+    config=(
+        *("finetune", "control", "score", "training.optimizer", "training.betas", "training.eps"),
+        *("training.batch_size", "training.gradient_accumulation", "training.weight_decay"),
+    ),
+    inputs=("finetune", "control"),
+    parallel=True,
+    record="arisk.anatomy.record:ScoreResult",
+    cost=_score_cost,
+    section=_section,
+)

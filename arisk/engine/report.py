@@ -1,0 +1,112 @@
+"""Stage report: the page and the summaries, from the sections that the other stages hand in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arisk.base.artifacts import FORMAT_VERSION, finite, write_text
+from arisk.config.plan import Config
+from arisk.config.yaml import dump_config
+from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Job
+from arisk.engine.stage import Cost, CostScene, Stage
+
+if TYPE_CHECKING:
+    from arisk.report.page import Section
+
+__all__ = ["REPORT", "report_stage", "sections_of"]
+
+#: The stage that writes the page and the summaries.
+REPORT = "report"
+#: Seconds to make the page.
+DRAWING = 2.5
+
+
+def sections_of(job: Job) -> list[Section]:
+    """What every stage shows, in the order of the stages.
+
+    They are made in reverse: each may use what those of later stages share.
+    """
+    made: list[Section] = []
+    shared: dict[str, Any] = {}
+    for stage in reversed(job.catalogue):
+        section = stage.section(job, shared) if stage.section is not None else None
+        if section is not None:
+            made.append(section)
+            shared |= section.shared
+    return made[::-1]
+
+
+def _report(job: Job, workspace: Path) -> None:
+    from arisk.report.images import report_images
+    from arisk.report.page import figures_of, render
+    from arisk.report.summary import summary_json, summary_markdown
+
+    shown, sections = job.config.report, sections_of(job)
+    title, provenance = shown.title or job.rundir.path.resolve().name, _provenance(job, sections)
+    write_text(workspace / REPORT_FILE, render(title, sections, provenance))
+    report_images(figures_of(sections, provenance), workspace, shown.figures)
+    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(title, sections))}
+    write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+    write_text(workspace / "summary.md", summary_markdown(title, sections))
+
+
+def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
+    """What made the report: command, versions, stage keys and costs, and what sections say of the task."""
+    stages = {}
+    for stage in job.catalogue:
+        if stage.name == REPORT or (stage.optional and not job.states[stage.name].fresh):
+            continue
+        manifest = job.rundir.manifest(stage.name) or {}
+        size = sum(output["bytes"] for output in manifest.get("outputs", {}).values())
+        stages[stage.name] = {
+            "key": job.states[stage.name].key[:12],
+            "finished": manifest.get("finished"),
+            "seconds": manifest.get("seconds"),
+            "bytes": size,
+            "taken_from": manifest.get("taken_from"),
+        }
+    task = next((section.shared["task"] for section in sections if "task" in section.shared), {})
+    return {
+        "task": task,
+        "command": job.command,
+        "versions": {"arisk": version("arisk"), "torch": version("torch")},
+        "stages": stages,
+        "config": dump_config(job.config),
+    }
+
+
+def _drawable(config: Config) -> None:
+    """Refuse figures that were asked for and cannot be drawn before hours are spent, not after."""
+    if config.report.figures in ("png", "svg"):
+        from arisk.report.images import require_drawable
+
+        require_drawable()
+
+
+def _cost(scene: CostScene) -> Cost:
+    return Cost(seconds=DRAWING, memory_gb=scene.memory["gradients"])
+
+
+def report_stage(stages: Sequence[Stage]) -> Stage:
+    """The last stage, which shows all others: ordinary ones in any case, optional ones where they are fresh.
+
+    Args:
+        stages: all others, in order.
+    """
+    shown = [key for stage in stages for key in stage.shown]
+    return Stage(
+        name=REPORT,
+        version=9,
+        help="The HTML page and the summaries, from the artifacts",
+        run=_report,
+        upstream=tuple(stage.name for stage in stages if not stage.optional),
+        config=("report", *dict.fromkeys(shown)),
+        shows=tuple(stage.name for stage in stages if stage.optional),
+        reusable=False,  # The page names its run, so each run makes its own.
+        before=_drawable,
+        cost=_cost,
+    )

@@ -1,0 +1,79 @@
+"""What rollout and forecast will take."""
+
+from __future__ import annotations
+
+from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, score_memory
+from arisk.config.plan import planned_steps
+from arisk.engine.stage import Cost, CostScene
+from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
+from arisk.forecast.leap import rollout_cost as counted
+from arisk.forecast.rare import SCORED_SHARE
+from arisk.forecast.rollout import SCALES
+
+__all__ = ["forecast_cost", "rollout_cost", "rollout_passes"]
+
+#: Copies of the selected parameters beside the model in a rollout: θ*, gradient, two moments, the anchor,
+#: direction, mean and square of a block, the leap.
+COPIES = 9
+#: Seconds of the forecast, and the bootstrap draws to which they belong.
+BOOTSTRAP, DRAWS = 0.9, 400
+#: Multiplications a second of the recursion over optimizer steps, which is bound by memory.
+RATE = 5e9
+
+
+def rollout_passes(scene: CostScene) -> dict[str, float]:
+    """Passes of one rollout by kind; empty where it is off."""
+    task, config = scene.task, scene.config
+    if not config.rollout.enabled:
+        return {}
+    safety, control = len(task.safety.rows), len(task.control.rows) if task.control else 0
+    steps = planned_steps(config.training, len(task.finetune.rows))
+    per_step = config.training.batch_size * config.training.gradient_accumulation
+    rolled, measurements = counted(steps, config.rollout)
+    measured = min(safety, config.rollout.eval_samples or safety)
+    both = measured + min(control, config.rollout.control_samples)
+    return {
+        "gradient rows": rolled * per_step,
+        "forward rows": measurements * both
+        + 2 * measured
+        + measurements * per_step  # The loss before a leap.
+        + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
+        "output losses": len(SCALES) * measured,
+    }
+
+
+def rollout_cost(scene: CostScene) -> Cost:
+    """Real steps, leaps, and the losses measured along them."""
+    vector, on_device = numel(scene.task) * 4 / 1e9, scene.device.get("gradients")
+    copies = COPIES * vector if scene.config.rollout.enabled else 0.0
+    return Cost(
+        passes=rollout_passes(scene),
+        memory_gb=scene.memory["gradients"] + copies,
+        device_gb=None if on_device is None else on_device + COPIES * vector,
+    )
+
+
+def forecast_cost(scene: CostScene) -> Cost:
+    """Bootstrap and exact recursion of the local model; the model runs only where no gradients are kept."""
+    scale = scene.config.forecast.bootstrap_samples / DRAWS
+    _, _, directions = score_memory(scene)
+    path, passes = _path_operations(scene), dict[str, float]()
+    store = kept_gradients(scene.task, scene.config, scene.run_dir)
+    if path and store.plan is not None and store.plan.store == "gram":
+        safety = len(scene.task.safety.rows)
+        points = min(planned_steps(scene.config.training, len(scene.task.finetune.rows)), PATH_POINTS)
+        passes = {"single-row gradients": safety, "product columns": safety * points}
+    return Cost(
+        passes=passes,
+        seconds=BOOTSTRAP * scale + path / RATE,
+        memory_gb=scene.memory["gradients"] + 2 * directions,
+    )
+
+
+def _path_operations(scene: CostScene) -> float:
+    """Multiplications of the exact recursion; 0 where it is too long and left out."""
+    task, config, training = scene.task, scene.config, scene.config.training
+    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
+    steps = planned_steps(training, len(task.finetune.rows))
+    count = numel(task) * steps * (4 * krylov_steps(task, config) + 20)
+    return 0.0 if plain or count > PATH_BUDGET else float(count)

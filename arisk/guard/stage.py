@@ -1,0 +1,108 @@
+"""Stage guard: how it runs on a job, and what its verb prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arisk.base.artifacts import read_record
+from arisk.config.plan import Config, planned_steps
+from arisk.engine.job import Job
+from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+
+if TYPE_CHECKING:
+    from arisk.guard.record import GuardResult
+    from arisk.report.page import Section
+
+__all__ = ["GUARD"]
+
+#: Settings of guard that change its numbers; its limits only change the recommendation.
+GUARD_KEYS = (
+    *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
+    *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
+)
+
+
+def _guard(job: Job, workspace: Path) -> GuardResult:
+    """Carry out the planned fine-tune plain and under every protection."""
+    from arisk.guard.run import guard
+
+    config = job.config
+    reach = job.states["guard"].ingredients["config"]["guard.steps"]
+    return guard(
+        job.task,
+        config=config.guard.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
+    """What guard shows on the report."""
+    del later
+    if not job.states["guard"].fresh:
+        return None
+    from arisk.guard import page
+
+    return page.section(job.record("guard"), job.config)
+
+
+def _found(folder: Path, config: Config) -> dict[str, Any]:
+    from arisk.guard.record import GuardResult, guard_summary
+
+    return guard_summary(
+        read_record(folder, GuardResult),
+        threshold=config.forecast.collapse_threshold,
+        tolerated=config.guard.tolerated_task_loss,
+        wanted=config.guard.wanted_drift,
+        markers=config.verify.refusal_markers,
+    )
+
+
+def _text(outcome: Any) -> str:
+    from arisk.guard.page import guard_text
+
+    return guard_text(outcome)
+
+
+def _guard_cost(scene: CostScene) -> Cost:
+    from arisk.guard.cost import guard_cost
+
+    return guard_cost(scene)
+
+
+GUARD = Stage(
+    name="guard",
+    version=3,
+    help="Really fine-tune plain and protected, and measure what protection costs and brings",
+    run=_guard,
+    config=(
+        *("model", "safety", "finetune", "control", "training", "verify.safety"),
+        *(f"guard.{key}" for key in GUARD_KEYS),
+    ),
+    inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety", "guard.task"),
+    optional=True,
+    reach="guard.steps",
+    parallel=True,
+    resume_files=("arm-*/*",),
+    record="arisk.guard.record:GuardResult",
+    cost=_guard_cost,
+    section=_section,
+    shown=("verify.refusal_markers", "guard.tolerated_task_loss", "guard.wanted_drift"),
+    options=(
+        StageOption(
+            "steps",
+            "guard.steps",
+            "Stop after this many steps, on the schedule of the whole plan.",
+            kind=int,
+            minimum=1,
+        ),
+    ),
+    example="--steps 100",
+    found=_found,
+    text=_text,
+)

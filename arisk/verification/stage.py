@@ -1,0 +1,104 @@
+"""Stage verify: how it runs on a job, and what its verb prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from arisk.base.artifacts import read_record
+from arisk.config.plan import Config, planned_steps
+from arisk.engine.job import Job
+from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+
+if TYPE_CHECKING:
+    from arisk.report.page import Section
+    from arisk.verification.record import VerifyResult
+
+__all__ = ["VERIFY"]
+
+
+def _verify(job: Job, workspace: Path) -> VerifyResult:
+    from arisk.verification.run import verify
+
+    config = job.config
+    # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
+    reach = job.states["verify"].ingredients["config"]["verify.steps"]
+    return verify(
+        job.task,
+        config=config.verify.model_copy(update={"steps": reach}),
+        training=config.training,
+        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        seed=config.run.seed,
+        workspace=workspace,
+        progress=job.show.progress,
+    )
+
+
+def _section(job: Job, later: Mapping[str, Any]) -> Section:
+    """The real run beside the forecast, where one belongs to this plan; else that there is none."""
+    from arisk.verification import page
+    from arisk.verification.truth import compare
+
+    del later
+    forecast, check = job.record("forecast"), None
+    if job.states["verify"].fresh:
+        markers = job.config.verify.refusal_markers
+        check = compare(job.record("verify"), forecast, threshold=forecast.threshold, markers=markers)
+    return page.section(check, forecast, show_text=job.config.report.show_text)
+
+
+def _found(folder: Path, config: Config) -> dict[str, Any]:
+    """The real run without a forecast beside it."""
+    from arisk.verification.record import VerifyResult
+    from arisk.verification.truth import compare
+
+    threshold, markers = config.forecast.collapse_threshold, config.verify.refusal_markers
+    return compare(read_record(folder, VerifyResult), None, threshold=threshold, markers=markers).as_json()
+
+
+def _text(outcome: Any) -> str:
+    from arisk.verification.page import verify_text
+
+    return verify_text(outcome)
+
+
+def _verify_cost(scene: CostScene) -> Cost:
+    from arisk.verification.cost import verify_cost
+
+    return verify_cost(scene)
+
+
+#: The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
+VERIFY = Stage(
+    name="verify",
+    version=2,
+    help="Really fine-tune as planned, measure safety along the way, and lay it over the forecast",
+    run=_verify,
+    config=(
+        *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
+        *("verify.control_samples", "verify.generate", "verify.max_new_tokens"),
+    ),
+    inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety"),
+    optional=True,
+    reach="verify.steps",
+    parallel=True,
+    resume_files=("state.json", "state-*.safetensors"),
+    record="arisk.verification.record:VerifyResult",
+    cost=_verify_cost,
+    section=_section,
+    shown=("verify.refusal_markers",),
+    options=(
+        StageOption(
+            "steps",
+            "verify.steps",
+            "Stop after this many steps, on the schedule of the whole plan.",
+            kind=int,
+            minimum=1,
+        ),
+    ),
+    example="--steps 100",
+    found=_found,
+    text=_text,
+    beside=True,
+)
