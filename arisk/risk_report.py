@@ -37,7 +37,7 @@ from arisk.verification.truth import Comparison, compare
 if TYPE_CHECKING:
     from arisk.report.page import Section
 
-__all__ = ["RiskReport"]
+__all__ = ["RiskReport", "sections_of"]
 
 #: Folder and class of each record of a saved report.
 RECORDS: Mapping[str, type] = {
@@ -168,35 +168,61 @@ class RiskReport:
         return render(title, self._sections(show_text=show_text, check=check), provenance)
 
     def _sections(self, *, show_text: bool, check: Comparison | None = None) -> list[Section]:
-        """What the report stage composes of a run directory, from these records."""
-        from arisk.anatomy import page as anatomy_page
-        from arisk.forecast import page as forecast_page
-        from arisk.verification import page as verification_page
-
-        truth = verification_page.section(check, self.forecasted, show_text=show_text)
-        answer = forecast_page.section(
-            self.forecasted,
-            self.rollout,
-            task=self.collected.task,
-            collected=self.collected,
-            real=truth.shared.get("real_run"),
-            show_text=show_text,
-            max_examples=EXAMPLES,
-        )
-        why = anatomy_page.section(
-            self.collected,
-            self.space,
-            self.scored,
-            threshold=answer.shared["threshold"],
-            specificity_told=answer.shared["specificity_told"],
-            worth=answer.shared["worth"],
-            show_text=show_text,
-            max_examples=EXAMPLES,
-        )
-        return [why, answer, truth]
+        records = (self.collected, self.space, self.scored, self.forecasted, self.rollout)
+        return sections_of(*records, show_text=show_text, max_examples=EXAMPLES, check=check)
 
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"
+
+
+def sections_of(
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    forecast: ForecastResult,
+    measured: RolloutResult,
+    *,
+    show_text: bool,
+    max_examples: int,
+    check: Comparison | None = None,
+) -> list[Section]:
+    """What the report stage composes of a run directory, composed of records alone.
+
+    Args:
+        collected: safety side.
+        space: safety subspace.
+        scored: how the first update meets it.
+        forecast: curves and verdict.
+        measured: the rollout behind them.
+        show_text: show prompts and responses, or only their numbers.
+        max_examples: rows of tables of examples.
+        check: a real run beside the forecast, where there is one.
+    """
+    from arisk.anatomy import page as anatomy_page
+    from arisk.forecast import page as forecast_page
+    from arisk.verification import page as verification_page
+
+    truth = verification_page.section(check, forecast, show_text=show_text)
+    answer = forecast_page.section(
+        forecast,
+        measured,
+        task=collected.task,
+        collected=collected,
+        real=truth.shared.get("real_run"),
+        show_text=show_text,
+        max_examples=max_examples,
+    )
+    why = anatomy_page.section(
+        collected,
+        space,
+        scored,
+        threshold=answer.shared["threshold"],
+        specificity_told=answer.shared["specificity_told"],
+        worth=answer.shared["worth"],
+        show_text=show_text,
+        max_examples=max_examples,
+    )
+    return [why, answer, truth]
 
 
 def _plain(value: Any) -> Any:

@@ -52,7 +52,7 @@ def test_equal_contents_are_one_safety_side_wherever_they_lie(values, tmp_path):
     [
         ({"model": {"dtype": "float64"}}, "model.dtype (float32 against float64)"),
         ({"model": {"adapter": {"r": 4}}}, "model.adapter (none against"),
-        ({"safety": {"max_length": 64}}, "safety.max_length (512 against 64)"),
+        ({"safety": {"max_length": 64}}, "safety.max_length (1024 against 64)"),
         ({"collect": {"fisher": "sampled"}}, "collect.fisher (empirical against sampled)"),
         ({"run": {"seed": 7}}, "seed (0 against 7)"),
     ],

@@ -7,9 +7,14 @@ import shutil
 import pytest
 
 from arisk.base.errors import ArtifactError
+from arisk.base.terminal import StageDisplay
+from arisk.catalogue import catalogue
+from arisk.config.plan import Config
 from arisk.engine.freshness import StageState, stage_key
 from arisk.engine.reuse import check_run_dir, take
+from arisk.engine.run import run_stages
 from arisk.engine.rundir import RunDir
+from arisk.engine.stage import Catalogue, Stage
 
 INGREDIENTS = {"stage": "collect", "config": {"a": 1}}
 STATE = StageState("collect", False, (), stage_key(INGREDIENTS), INGREDIENTS)
@@ -146,11 +151,22 @@ def test_what_a_killed_run_left_is_cleared_once_the_stage_is_taken(runs):
     assert not (target.path / ".partial").exists()
 
 
-def test_a_report_is_never_taken(runs):
-    source, target = runs
-    state = StageState("report", False, (), STATE.key, INGREDIENTS)
-    source.stage_dir("collect").rename(source.stage_dir("report"))
-    assert take(target, state, [source.path]) is None
+def writes(job, folder):
+    (folder / "made").write_text("x")
+
+
+def test_a_report_is_never_taken(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second")]
+    stages = Catalogue([Stage("a", 1, "", writes), Stage("b", 1, "", writes, reusable=False)])
+    config = Config.model_validate({"model": {"source": "python", "entry": f"{__file__}:nothing"}})
+    first = run_stages(stages, config, run_dir=folders[0], show=StageDisplay(quiet=True), command="x")
+    second = run_stages(
+        stages, config, run_dir=folders[1], show=StageDisplay(quiet=True), command="x", reuse=[folders[0]]
+    )
+    assert first.ran == ("a", "b")
+    assert second.ran == ("b",)
+    assert second.taken == {"a": str(folders[0])}
+    assert not catalogue().get("report").reusable
 
 
 def test_what_is_no_run_directory_is_told(runs, tmp_path):

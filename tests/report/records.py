@@ -297,7 +297,7 @@ def rolled(holes=False):
 
 def sections(check=None, show_text=True, max_examples=25, **settings):
     """What the capabilities show of the records."""
-    from arisk.sections import sections_of
+    from arisk.risk_report import sections_of
 
     made, measured = records(**settings), rolled(settings.get("holes", False))
     return sections_of(*made, measured, show_text=show_text, max_examples=max_examples, check=check)
