@@ -114,7 +114,6 @@ def usable_path(text: str) -> Path:
     Raises:
         ConfigError: no file can have it, or it is empty, which would mean the working folder.
     """
-    
     from arisk.config.sections import path_fault
 
     if fault := path_fault(str(text)):

@@ -10,10 +10,12 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arisk.base.errors import InputError
-from arisk.config.plan import Config, data_sets
+
+if TYPE_CHECKING:
+    from arisk.config.plan import Config
 
 __all__ = ["DigestCache", "file_digest", "input_fingerprints"]
 
@@ -68,6 +70,8 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
     Raises:
         InputError: a file named in the config does not exist.
     """
+    from arisk.config.plan import data_sets
+
     found: dict[str, Any] = {}
     if config.model.source == "python":
         found["model"] = _entry(str(config.model.entry), cache)

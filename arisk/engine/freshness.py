@@ -11,13 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.errors import ArtifactError, NewerFormatError
-from arisk.config.plan import Config
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, Stage
+
+if TYPE_CHECKING:
+    from arisk.config.plan import Config
 
 __all__ = ["Reason", "StageState", "differences", "ingredients_of", "plan", "stage_key"]
 

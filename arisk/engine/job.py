@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from arisk.base import processes
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ConfigError
-from arisk.config.plan import Config
 from arisk.engine.freshness import StageState
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, named
 
 if TYPE_CHECKING:
     from arisk.base.task import Task
+    from arisk.config.plan import Config
 
 __all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of"]
 
@@ -84,6 +84,16 @@ class Job:
         task = load_task(self.config, device=device_of(self.config.run.device), kept=self.models)
         self.show.progress("loading model", 1, 1)
         return task
+
+    def planned_steps(self, rows: int | None = None) -> int:
+        """Optimizer steps of the plan.
+
+        Args:
+            rows: fine-tuning rows; default those of the task, which is loaded then.
+        """
+        from arisk.config.plan import planned_steps
+
+        return planned_steps(self.config.training, len(self.task.finetune.rows) if rows is None else rows)
 
     def record(self, stage: str) -> Any:
         """A stage's record, from memory or verified from the disk."""

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import FORMAT_VERSION, finite, write_text
-from arisk.config.plan import Config
-from arisk.config.yaml import dump_config
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Job
 from arisk.engine.stage import Cost, CostScene, Stage
 
 if TYPE_CHECKING:
+    from arisk.config.plan import Config
     from arisk.report.page import Section
 
 __all__ = ["REPORT", "report_stage", "sections_of"]
@@ -56,6 +55,8 @@ def _report(job: Job, workspace: Path) -> None:
 
 def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
     """What made the report: command, versions, stage keys and costs, and what sections say of the task."""
+    from arisk.config.yaml import dump_config
+
     stages = {}
     for stage in job.catalogue:
         if stage.name == REPORT or (stage.optional and not job.states[stage.name].fresh):
@@ -100,7 +101,7 @@ def report_stage(stages: Sequence[Stage]) -> Stage:
     shown = [key for stage in stages for key in stage.shown]
     return Stage(
         name=REPORT,
-        version=9,
+        version=10,
         help="The HTML page and the summaries, from the artifacts",
         run=_report,
         upstream=tuple(stage.name for stage in stages if not stage.optional),

@@ -10,7 +10,10 @@ from arisk.forecast.leap import rollout_cost as counted
 from arisk.forecast.rare import SCORED_SHARE
 from arisk.forecast.rollout import SCALES
 
-__all__ = ["forecast_cost", "rollout_cost", "rollout_passes"]
+__all__ = ["answer_tokens", "followed_rows", "forecast_cost", "rollout_cost", "rollout_passes"]
+
+#: Points of a rollout at which answers are written, about: the start, the pilot's end, the end, one between.
+ANSWERED_POINTS = 4
 
 #: Copies of the selected parameters beside the model in a rollout: θ*, gradient, two moments, the anchor,
 #: direction, mean and square of a block, the leap.
@@ -19,6 +22,22 @@ COPIES = 9
 BOOTSTRAP, DRAWS = 0.9, 400
 #: Multiplications a second of the recursion over optimizer steps, which is bound by memory.
 RATE = 5e9
+
+
+def followed_rows(scene: CostScene) -> float:
+    """Prompts whose own openings are followed at every point."""
+    task, given = scene.task, scene.config.behaviour
+    sets = [(task.safety, given.prompts), (task.control, given.ordinary_prompts if given.prompts else 0)]
+    return sum(
+        min(count, len(samples.rows))
+        for samples, count in sets
+        if samples is not None and samples.generate is not None
+    )
+
+
+def answer_tokens(scene: CostScene, times: int) -> float:
+    """Tokens of the answers of a run that are written so often."""
+    return followed_rows(scene) * scene.config.behaviour.tokens * times
 
 
 def rollout_passes(scene: CostScene) -> dict[str, float]:
@@ -34,11 +53,12 @@ def rollout_passes(scene: CostScene) -> dict[str, float]:
     both = measured + min(control, config.rollout.control_samples)
     return {
         "gradient rows": rolled * per_step,
-        "forward rows": measurements * both
+        "forward rows": measurements * (both + followed_rows(scene))
         + 2 * measured
         + measurements * per_step  # The loss before a leap.
         + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
         "output losses": len(SCALES) * measured,
+        "answer tokens": answer_tokens(scene, ANSWERED_POINTS),
     }
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.anatomy.stage import safety_side
 from arisk.base.artifacts import read_tensors
-from arisk.config.plan import planned_steps
 from arisk.engine.job import Job
 from arisk.engine.stage import Cost, CostScene, Stage
 
@@ -17,7 +16,13 @@ if TYPE_CHECKING:
     from arisk.forecast.record import ForecastResult, RolloutResult
     from arisk.report.page import Section
 
-__all__ = ["FORECAST", "ROLLOUT"]
+__all__ = ["BEHAVIOUR_KEYS", "FORECAST", "JUDGE_KEYS", "ROLLOUT"]
+
+#: Settings of behaviour that decide what is followed and written, and those that only label it.
+BEHAVIOUR_KEYS = tuple(
+    f"behaviour.{key}" for key in ("prompts", "ordinary_prompts", "tokens", "opening_tokens")
+)
+JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
 
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
@@ -30,7 +35,8 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
         job.task,
         config=config.rollout,
         training=config.training,
-        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        steps=job.planned_steps(),
+        behaviour=config.behaviour,
         workspace=workspace,
         progress=job.show.progress,
     )
@@ -38,18 +44,21 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
 
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
     from arisk.forecast.run import forecast
+    from arisk.models.judge import judge_for
 
     del workspace
     scored: ScoreResult = job.record("score")
+    measured: RolloutResult = job.record("rollout")
     return forecast(
         scored,
-        job.record("rollout"),
+        measured,
         config=job.config.forecast,
         training=job.config.training,
-        steps=planned_steps(job.config.training, scored.finetune_rows),
+        steps=job.planned_steps(scored.finetune_rows),
         directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
         dots=lambda displacements: safety_side(job).dots(displacements),
         seed=job.config.run.seed,
+        judge=judge_for(job.config.behaviour, measured.behaviour.learnt if measured.behaviour else ()),
     )
 
 
@@ -77,10 +86,10 @@ def _rollout_cost(scene: CostScene) -> Cost:
 
 ROLLOUT = Stage(
     name="rollout",
-    version=3,
+    version=4,
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
-    config=("model", "safety", "finetune", "control", "training", "rollout"),
+    config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),
@@ -97,11 +106,12 @@ def _forecast_cost(scene: CostScene) -> Cost:
 
 FORECAST = Stage(
     name="forecast",
-    version=5,
+    version=6,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("collect", "score", "rollout"),
-    config=("training", "forecast"),
+    config=("training", "forecast", *JUDGE_KEYS),
+    shown=JUDGE_KEYS,
     parallel=True,
     record="arisk.forecast.record:ForecastResult",
     cost=_forecast_cost,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from arisk.anatomy.cost import numel
+from arisk.base.task import Task
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.guard.methods import arm_names
-from arisk.verification.cost import COPIES_OF_A_RUN, answer_tokens, looked, per_step
+from arisk.verification.cost import COPIES_OF_A_RUN, looked, per_step
 from arisk.verification.run import measured_steps
 
 __all__ = ["guard_cost"]
@@ -26,6 +27,12 @@ def guard_cost(scene: CostScene) -> Cost:
     )
 
 
+def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
+    """Generated tokens of a run: prompts × tokens × times; 0 where the task cannot answer."""
+    samples = task.heldout or task.safety
+    return 0.0 if samples.generate is None else float(min(prompts, len(samples.rows)) * tokens * times)
+
+
 def _passes(scene: CostScene) -> dict[str, float]:
     task, config = scene.task, scene.config
     given, safety, arms = config.guard, len(task.safety.rows), arm_names(config.guard)
@@ -35,7 +42,7 @@ def _passes(scene: CostScene) -> dict[str, float]:
         "gradient rows": 0.0,
         "forward rows": 0.0,
         "single-row gradients": 0.0,
-        "answer tokens": answer_tokens(task, given.generate, given.max_new_tokens, len(arms) + 1),
+        "answer tokens": _answers(task, given.generate, given.max_new_tokens, len(arms) + 1),
     }
     for arm in arms:
         counts["gradient rows"] += points[-1] * per_step(config)

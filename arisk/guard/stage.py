@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
-from arisk.config.plan import Config, planned_steps
 from arisk.engine.job import Job
 from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+from arisk.forecast.stage import JUDGE_KEYS
 
 if TYPE_CHECKING:
+    from arisk.config.plan import Config
     from arisk.guard.record import GuardResult
     from arisk.report.page import Section
 
@@ -34,7 +35,7 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         job.task,
         config=config.guard.model_copy(update={"steps": reach}),
         training=config.training,
-        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        steps=job.planned_steps(),
         seed=config.run.seed,
         workspace=workspace,
         progress=job.show.progress,
@@ -53,13 +54,16 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     from arisk.guard.record import GuardResult, guard_summary
+    from arisk.models.judge import judge_for, learnt_openings
 
+    result = read_record(folder, GuardResult)
+    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
     return guard_summary(
-        read_record(folder, GuardResult),
+        result,
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
-        markers=config.verify.refusal_markers,
+        judge=judge_for(config.behaviour, learnt),
     )
 
 
@@ -92,7 +96,7 @@ GUARD = Stage(
     record="arisk.guard.record:GuardResult",
     cost=_guard_cost,
     section=_section,
-    shown=("verify.refusal_markers", "guard.tolerated_task_loss", "guard.wanted_drift"),
+    shown=(*JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift"),
     options=(
         StageOption(
             "steps",

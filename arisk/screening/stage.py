@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from arisk.base.artifacts import read_record, write_tensors
 from arisk.base.errors import ConfigError
 from arisk.base.processes import barrier, from_first
-from arisk.config.plan import Config, planned_steps
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
 from arisk.engine.stage import Cost, CostScene, Stage, StageOption
 
 if TYPE_CHECKING:
+    from arisk.config.plan import Config
     from arisk.report.page import Section
     from arisk.screening.record import ScreenResult
 
@@ -37,7 +37,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
     from arisk.screening.what_if import dropping
 
     config, task = job.config, job.task
-    steps = planned_steps(config.training, len(task.finetune.rows))
+    steps = job.planned_steps()
     old = from_first(lambda: _screened_before(job))
     made = flagged_anew(old, config.screen) if old is not None else None
     if made is None or not _flags_stand(made):

@@ -6,9 +6,10 @@ from arisk.anatomy.cost import numel
 from arisk.base.task import Task
 from arisk.config.plan import Config, planned_steps
 from arisk.engine.stage import Cost, CostScene
+from arisk.forecast.cost import answer_tokens, followed_rows
 from arisk.verification.run import measured_steps, writing_steps
 
-__all__ = ["COPIES_OF_A_RUN", "answer_tokens", "looked", "per_step", "verify_cost"]
+__all__ = ["COPIES_OF_A_RUN", "looked", "per_step", "verify_cost"]
 
 #: Copies of the selected parameters beside the model in a plain run.
 COPIES_OF_A_RUN = 4
@@ -25,12 +26,6 @@ def looked(task: Task, control: int) -> int:
     return held + (min(len(task.control.rows), control) if task.control else 0)
 
 
-def answer_tokens(task: Task, prompts: int, tokens: int, times: int) -> float:
-    """Generated tokens of a run: prompts × tokens × times; 0 where the task cannot answer."""
-    samples = task.heldout or task.safety
-    return 0.0 if samples.generate is None else float(min(prompts, len(samples.rows)) * tokens * times)
-
-
 def verify_cost(scene: CostScene) -> Cost:
     """The planned steps, and the losses and answers along them."""
     task, config, given = scene.task, scene.config, scene.config.verify
@@ -41,10 +36,8 @@ def verify_cost(scene: CostScene) -> Cost:
     return Cost(
         passes={
             "gradient rows": points[-1] * per_step(config),
-            "forward rows": len(points) * looked(task, given.control_samples),
-            "answer tokens": answer_tokens(
-                task, given.generate, given.max_new_tokens, len(writing_steps(points))
-            ),
+            "forward rows": len(points) * (looked(task, given.control_samples) + followed_rows(scene)),
+            "answer tokens": answer_tokens(scene, len(writing_steps(points))),
         },
         seconds=scene.loading,
         memory_gb=scene.memory["gradients"] + moving,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
-from arisk.config.plan import Config, planned_steps
 from arisk.engine.job import Job
 from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS
 
 if TYPE_CHECKING:
+    from arisk.config.plan import Config
     from arisk.report.page import Section
     from arisk.verification.record import VerifyResult
 
@@ -28,8 +29,9 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
         job.task,
         config=config.verify.model_copy(update={"steps": reach}),
         training=config.training,
-        steps=planned_steps(config.training, len(job.task.finetune.rows)),
+        steps=job.planned_steps(),
         seed=config.run.seed,
+        behaviour=config.behaviour,
         workspace=workspace,
         progress=job.show.progress,
     )
@@ -37,24 +39,28 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section:
     """The real run beside the forecast, where one belongs to this plan; else that there is none."""
+    from arisk.models.judge import judge_for
     from arisk.verification import page
     from arisk.verification.truth import compare
 
     del later
     forecast, check = job.record("forecast"), None
     if job.states["verify"].fresh:
-        markers = job.config.verify.refusal_markers
-        check = compare(job.record("verify"), forecast, threshold=forecast.threshold, markers=markers)
+        measured: VerifyResult = job.record("verify")
+        judge = judge_for(job.config.behaviour, measured.behaviour.learnt)
+        check = compare(measured, forecast, threshold=forecast.threshold, judge=judge)
     return page.section(check, forecast, show_text=job.config.report.show_text)
 
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     """The real run without a forecast beside it."""
+    from arisk.models.judge import judge_for
     from arisk.verification.record import VerifyResult
     from arisk.verification.truth import compare
 
-    threshold, markers = config.forecast.collapse_threshold, config.verify.refusal_markers
-    return compare(read_record(folder, VerifyResult), None, threshold=threshold, markers=markers).as_json()
+    measured = read_record(folder, VerifyResult)
+    judge = judge_for(config.behaviour, measured.behaviour.learnt)
+    return compare(measured, None, threshold=config.forecast.collapse_threshold, judge=judge).as_json()
 
 
 def _text(outcome: Any) -> str:
@@ -69,15 +75,15 @@ def _verify_cost(scene: CostScene) -> Cost:
     return verify_cost(scene)
 
 
-#: The truth depends on the plan alone: another threshold or other markers need no new fine-tune.
+#: The truth depends on the plan alone: another threshold or another judge need no new fine-tune.
 VERIFY = Stage(
     name="verify",
-    version=2,
+    version=3,
     help="Really fine-tune as planned, measure safety along the way, and lay it over the forecast",
     run=_verify,
     config=(
         *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
-        *("verify.control_samples", "verify.generate", "verify.max_new_tokens"),
+        *("verify.control_samples", *BEHAVIOUR_KEYS),
     ),
     inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety"),
     optional=True,
@@ -87,7 +93,7 @@ VERIFY = Stage(
     record="arisk.verification.record:VerifyResult",
     cost=_verify_cost,
     section=_section,
-    shown=("verify.refusal_markers",),
+    shown=JUDGE_KEYS,
     options=(
         StageOption(
             "steps",
