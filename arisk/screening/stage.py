@@ -168,7 +168,7 @@ def _screen_cost(scene: CostScene) -> Cost:
 
 SCREEN = Stage(
     name="screen",
-    version=4,
+    version=5,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
     config=("model", "safety", "finetune", "control", "training", "rollout", "screen"),
