@@ -25,7 +25,7 @@ from arisk.compare.text import (
 from arisk.forecast.first_screen import ICONS
 from arisk.forecast.text import collapse_text
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
-from arisk.report.page import Block, page
+from arisk.report.page import Piece, page
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED
 
@@ -42,16 +42,16 @@ def render_comparison(told: Comparative, folder: Path) -> str:
         told: what is shown.
         folder: where the page will lie, for links to the runs' own reports.
     """
-    blocks = [
-        Block(0, _first_screen(told)),
-        Block(1, _ranked_table(told, folder)),
-        Block(2, figure=forecast_lines(told), shape="tall"),
-        Block(3, figure=drift_scatter(told), shape="half"),
-        Block(4, figure=budget_bars(told), shape="half"),
-        Block(5, _settings(told)),
-        Block(6, _provenance(told)),
+    pieces = [
+        Piece(0, _first_screen(told)),
+        Piece(1, _ranked_table(told, folder)),
+        Piece(2, figure=forecast_lines(told), shape="tall"),
+        Piece(3, figure=drift_scatter(told), shape="half"),
+        Piece(4, figure=budget_bars(told), shape="half"),
+        Piece(5, _settings(told)),
+        Piece(6, _provenance(told)),
     ]
-    return page(told.title, blocks)
+    return page(told.title, pieces)
 
 
 def _first_screen(told: Comparative) -> str:

@@ -27,7 +27,7 @@ from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
 from arisk.forecast.worth import worth, worth_line, worth_rows
 from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, thin, threshold_line
-from arisk.report.page import Answer, Block, Finding, Place, Section
+from arisk.report.page import Answer, Finding, Part, Piece, Section
 from arisk.report.text import NOT_MEASURED, literal, number, percent
 
 __all__ = ["STYLE", "drift_map", "forecast_fan", "real_trace", "section"]
@@ -85,20 +85,20 @@ def section(
     rows = sample_table(measured, forecast, collected, show_text, max_examples)
     return Section(
         "forecast",
-        blocks=[
-            Block(Place.ANSWER, figure=forecast_fan(forecast, measured, real), shape="tall"),
-            Block(
-                Place.ANSWER + 10,
+        pieces=[
+            Piece(Part.ANSWER, figure=forecast_fan(forecast, measured, real), shape="tall"),
+            Piece(
+                Part.ANSWER + 10,
                 refusal_notes(forecast.refusals),
                 refusal_figure(forecast.refusals, forecast.confidence, real),
                 "tall",
             ),
-            Block(Place.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
-            Block(Place.DRIFT, figure=drift_map(forecast), shape="half"),
-            Block(Place.DRIFT + 20, rows, sample_drift(measured, forecast, collected)),
-            Block(Place.METHOD, rollout_section(measured, forecast)),
-            Block(Place.METHOD + 10, method()),
-            Block(Place.METHOD + 20, worth()),
+            Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
+            Piece(Part.DRIFT, figure=drift_map(forecast), shape="half"),
+            Piece(Part.DRIFT + 20, rows, sample_drift(measured, forecast, collected)),
+            Piece(Part.METHOD, rollout_section(measured, forecast)),
+            Piece(Part.METHOD + 10, method()),
+            Piece(Part.METHOD + 20, worth()),
         ],
         summary=_summary(forecast),
         markdown=_markdown(forecast),

@@ -14,7 +14,7 @@ from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
 from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import Figure, axes, clean, reference_line, thin
-from arisk.report.page import Block, Finding, Place, Section
+from arisk.report.page import Finding, Part, Piece, Section
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
@@ -49,10 +49,10 @@ def section(result: GuardResult, config: Config) -> Section:
     )
     return Section(
         "guard",
-        blocks=[
-            Block(Place.CHANGE + 20, _words(result, body)),
-            Block(Place.CHANGE + 21, figure=_pareto(result, body)),
-            Block(Place.CHANGE + 22, figure=_curves(result, body)),
+        pieces=[
+            Piece(Part.CHANGE + 20, _words(result, body)),
+            Piece(Part.CHANGE + 21, figure=_pareto(result, body)),
+            Piece(Part.CHANGE + 22, figure=_curves(result, body)),
         ],
         summary={"guard": body},
         markdown=_markdown(body),

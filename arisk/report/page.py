@@ -20,9 +20,9 @@ from arisk.report.text import NOT_MEASURED
 
 __all__ = [
     "Answer",
-    "Block",
     "Finding",
-    "Place",
+    "Part",
+    "Piece",
     "Section",
     "figures_of",
     "findings_of",
@@ -36,10 +36,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 HEADING = re.compile(r'<section [^>]*?id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>')
 
 
-class Place(IntEnum):
-    """Where a block stands: the answer, what confirms and what changes it, why, and how it was measured.
+class Part(IntEnum):
+    """Where a piece stands: the answer, what confirms and what changes it, why, and how it was measured.
 
-    Blocks between two of these take a number between them.
+    Pieces between two of these take a number between them.
     """
 
     ANSWER = 0
@@ -54,11 +54,11 @@ class Place(IntEnum):
 
 
 @dataclass(frozen=True)
-class Block:
+class Piece:
     """One piece of the page: words and tables, or one figure.
 
     Attributes:
-        place: blocks of all sections are sorted by it.
+        place: pieces of all sections are sorted by it.
         html: everything from data escaped; with a figure, what belongs below its table.
         figure: drawn with its notes and its table.
         shape: a tall figure has the full width of the page; two halves that follow one another share a row.
@@ -108,7 +108,7 @@ class Section:
 
     Attributes:
         name: the capability.
-        blocks: its pieces of the page.
+        pieces: its pieces of the page.
         summary: plain values at the top level of `summary.json`, under keys that no other section has.
         markdown: lines of `summary.md`, after the findings.
         findings: sentences for the list of findings.
@@ -120,7 +120,7 @@ class Section:
     """
 
     name: str
-    blocks: Sequence[Block] = ()
+    pieces: Sequence[Piece] = ()
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     markdown: Sequence[str] = ()
     findings: Sequence[Finding] = ()
@@ -139,31 +139,31 @@ def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any
         sections: of every capability that has something to show.
         provenance: command, versions, stages, task, config.
     """
-    return page(title, _blocks(sections, provenance))
+    return page(title, _pieces(sections, provenance))
 
 
 def figures_of(sections: Sequence[Section], provenance: Mapping[str, Any]) -> dict[str, Figure]:
     """The figures of the whole report by id, in the order of the page."""
-    blocks = sorted(_blocks(sections, provenance), key=_place)
-    return {block.figure.id: block.figure for block in blocks if block.figure}
+    pieces = sorted(_pieces(sections, provenance), key=_place)
+    return {piece.figure.id: piece.figure for piece in pieces if piece.figure}
 
 
-def _blocks(sections: Sequence[Section], provenance: Mapping[str, Any]) -> list[Block]:
-    """Blocks of the sections, and those that are made of all of them together."""
+def _pieces(sections: Sequence[Section], provenance: Mapping[str, Any]) -> list[Piece]:
+    """Pieces of the sections, and those that are made of all of them together."""
     advice = [sentence for section in sections for sentence in section.advice]
     rows = [row for section in sections for row in section.quality]
     return [
-        *(Block(-1, section.answer.screen(advice)) for section in sections if section.answer),
-        *(block for section in sections for block in section.blocks),
-        Block(Place.FINDINGS, _findings_section(findings_of(sections))),
-        Block(Place.QUALITY, quality_section(rows, warnings_of(sections))),
-        Block(Place.PROVENANCE, figure=stage_costs(provenance)),
-        Block(Place.PROVENANCE + 10, provenance_section(provenance)),
+        *(Piece(-1, section.answer.screen(advice)) for section in sections if section.answer),
+        *(piece for section in sections for piece in section.pieces),
+        Piece(Part.FINDINGS, _findings_section(findings_of(sections))),
+        Piece(Part.QUALITY, quality_section(rows, warnings_of(sections))),
+        Piece(Part.PROVENANCE, figure=stage_costs(provenance)),
+        Piece(Part.PROVENANCE + 10, provenance_section(provenance)),
     ]
 
 
-def _place(block: Block) -> int:
-    return block.place
+def _place(piece: Piece) -> int:
+    return piece.place
 
 
 def findings_of(sections: Sequence[Section]) -> list[Finding]:
@@ -189,20 +189,20 @@ def _topic(finding: Finding) -> str:
     return f'<a href="#{esc(finding.section)}">{topic}</a>' if finding.section else topic
 
 
-def page(title: str, blocks: Iterable[Block]) -> str:
+def page(title: str, pieces: Iterable[Piece]) -> str:
     """One self-contained HTML page: style, script, plotly.js and the figures' data inside.
 
     Args:
         title: heading of the page, escaped here.
-        blocks: its pieces; figures that were not measured say so and are not drawn.
+        pieces: its pieces; figures that were not measured say so and are not drawn.
     """
     from plotly.offline import get_plotlyjs
 
-    placed = sorted(blocks, key=_place)
+    placed = sorted(pieces, key=_place)
     shown = [
-        {"id": f"fig-{block.figure.id}", "data": list(block.figure.data), "layout": block.figure.layout}
-        for block in placed
-        if block.figure and not block.figure.missing
+        {"id": f"fig-{piece.figure.id}", "data": list(piece.figure.data), "layout": piece.figure.layout}
+        for piece in placed
+        if piece.figure and not piece.figure.missing
     ]
     body = _body(placed)
     folder = resources.files("arisk.report")
@@ -219,16 +219,16 @@ def page(title: str, blocks: Iterable[Block]) -> str:
     )
 
 
-def _body(placed: Sequence[Block]) -> str:
-    """The blocks one below the other, and two halves that follow one another in one row."""
+def _body(placed: Sequence[Piece]) -> str:
+    """The pieces one below the other, and two halves that follow one another in one row."""
     parts: list[str] = []
     left = ""
-    for block, after in zip(placed, [*placed[1:], None], strict=True):
-        html = block.html if block.figure is None else _figure_section(block.figure, block)
+    for piece, after in zip(placed, [*placed[1:], None], strict=True):
+        html = piece.html if piece.figure is None else _figure_section(piece.figure, piece)
         if left:
             parts.append(f'<div class="two">{left}{html}</div>')
             left = ""
-        elif block.shape == "half" and after is not None and after.shape == "half":
+        elif piece.shape == "half" and after is not None and after.shape == "half":
             left = html
         elif html:
             parts.append(html)
@@ -278,14 +278,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def _figure_section(figure: Figure, block: Block) -> str:
+def _figure_section(figure: Figure, piece: Piece) -> str:
     """A figure with what it shows, its reading line, equation, worth and table; what is missing says so."""
     name = esc(figure.id)
     plot = (
         f'<p class="missing">{NOT_MEASURED.capitalize()}: {esc(figure.missing)}. '
         "That is not the same as no risk.</p>"
         if figure.missing
-        else f'<div class="plot{" tall" if block.shape == "tall" else ""}" id="fig-{name}" role="img" '
+        else f'<div class="plot{" tall" if piece.shape == "tall" else ""}" id="fig-{name}" role="img" '
         f'aria-label="{esc(figure.title)}; the numbers are in the table below"></div>'
     )
     says = f'<p class="says">{esc(figure.says)}</p>' if figure.says and not figure.missing else ""
@@ -295,5 +295,5 @@ def _figure_section(figure: Figure, block: Block) -> str:
     numbers = folded("The numbers as a table", table(figure.header, figure.rows)) if figure.rows else ""
     return (
         f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}<dl class="notes">{told}</dl>'
-        f"{numbers}{block.html}</section>"
+        f"{numbers}{piece.html}</section>"
     )

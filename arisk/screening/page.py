@@ -13,7 +13,7 @@ import torch
 
 from arisk.base.tables import table as text_table
 from arisk.report.figure import Figure, axes, reference_line, thin
-from arisk.report.page import Block, Finding, Place, Section
+from arisk.report.page import Finding, Part, Piece, Section
 from arisk.report.section import Column, esc, listed, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.screening.record import ScreenResult
@@ -63,10 +63,10 @@ def section(found: ScreenResult, *, show_text: bool, max_examples: int) -> Secti
     )
     return Section(
         "screen",
-        blocks=[
-            Block(Place.CHANGE + 10, body),
-            Block(Place.CHANGE + 11, figure=_distribution(found)),
-            Block(Place.CHANGE + 12, figure=_share_curve(found)),
+        pieces=[
+            Piece(Part.CHANGE + 10, body),
+            Piece(Part.CHANGE + 11, figure=_distribution(found)),
+            Piece(Part.CHANGE + 12, figure=_share_curve(found)),
         ],
         summary={"screen": _summary(found, show_text)},
         markdown=[

@@ -10,7 +10,7 @@ from arisk.base.tables import fitted, said
 from arisk.forecast.page import real_trace
 from arisk.forecast.record import ForecastResult, RealRun
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
-from arisk.report.page import Block, Place, Section
+from arisk.report.page import Part, Piece, Section
 from arisk.report.section import esc, listed, table
 from arisk.report.text import NOT_MEASURED, literal, number, percent
 from arisk.verification.truth import Comparison, compared_curve
@@ -40,9 +40,9 @@ def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bo
     head = ["| verified | forecast | real |", "| --- | --- | --- |"]
     return Section(
         "verify",
-        blocks=[
-            Block(Place.TRUTH, verified_section(check, show_text)),
-            Block(Place.TRUTH + 10, figure=truth_figure(check, forecast)),
+        pieces=[
+            Piece(Part.TRUTH, verified_section(check, show_text)),
+            Piece(Part.TRUTH + 10, figure=truth_figure(check, forecast)),
         ],
         summary={"verify": check.as_json()},
         markdown=[f"Verified by a real fine-tune: {literal(check.sentence)}", "", *head, *rows, ""],

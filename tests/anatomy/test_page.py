@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arisk.anatomy.page import layer_and_type, layer_sentence, row_sentence, section
+from arisk.anatomy.page import section
+from arisk.anatomy.text import layer_and_type, layer_sentence, row_sentence
 from tests.report import records as made
 
 

@@ -18,11 +18,11 @@ def made(*arms, **changes):
 
 
 def html(found):
-    return "".join(block.html for block in found.blocks)
+    return "".join(piece.html for piece in found.pieces)
 
 
 def figures(found):
-    return [block.figure for block in found.blocks if block.figure]
+    return [piece.figure for piece in found.pieces if piece.figure]
 
 
 def told(*arms):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from arisk.report.page import Block
+from arisk.report.page import Piece
 from arisk.report.page import page as render_page
 from arisk.report.section import Column, rows_table
 from tests.report import browser as web
@@ -160,7 +160,7 @@ def test_rows_brought_later_are_made_like_the_first(browser, tmp_path):
     tables = [rows_table(columns, rows, shown, "rows") for shown in (True, False)]
     body = "".join(f"<section>{table}</section>" for table in tables)
     path = tmp_path / "page.html"
-    path.write_text(render_page("t", [Block(0, body)]), encoding="utf-8")
+    path.write_text(render_page("t", [Piece(0, body)]), encoding="utf-8")
     with web.opened(browser, path) as got:
         for number, parts in ((0, ["prompt p<b>", "response r", "hurts x & y"]), (1, ["hurts x & y"])):
             section = got.page.locator("section").nth(number)

@@ -5,7 +5,7 @@ import re
 
 from arisk.report.costs import stage_costs
 from arisk.report.figure import Figure, step_lines
-from arisk.report.page import Answer, Block, Finding, Section, figures_of, findings_of, render
+from arisk.report.page import Answer, Finding, Piece, Section, figures_of, findings_of, render
 from arisk.report.summary import summary_json, summary_markdown
 from arisk.report.text import number, percent
 from tests.report import records as made
@@ -103,12 +103,12 @@ def toy(name, **changes):
     )
 
 
-def test_blocks_of_all_sections_stand_by_place_and_halves_share_a_row():
-    late = [Block(500, figure=toy("c")), Block(301, figure=toy("b"), shape="half")]
-    first = Section("late", blocks=late)
+def test_pieces_of_all_sections_stand_by_place_and_halves_share_a_row():
+    late = [Piece(500, figure=toy("c")), Piece(301, figure=toy("b"), shape="half")]
+    first = Section("late", pieces=late)
     second = Section(
         "early",
-        blocks=[Block(300, figure=toy("a"), shape="half"), Block(510, "<p>below</p>", toy("d"), "half")],
+        pieces=[Piece(300, figure=toy("a"), shape="half"), Piece(510, "<p>below</p>", toy("d"), "half")],
     )
     html = render("t", [first, second], {})
     ids = [found for found in parsed(html).ids if found in "abcd"]

@@ -60,7 +60,7 @@ def test_a_summary_tells_the_answer_first_and_where_the_rest_is():
     lines = summary_markdown("t", records.sections()).splitlines()
     assert lines[0] == "### arisk: high – t"
     assert "Safe-step budget: **40 of 100 steps** · P(collapse): **90 %**" in lines[6]
-    assert lines[6].startswith("- why: ")
+    assert lines[8].startswith("- why: ")
     assert "`report.html`" in lines[-1]
 
 
