@@ -176,7 +176,8 @@ class ScoreResult:
         examples: fine-tuning rows with `index`, `prompt`, `response`, `tokens`, `loss`,
             `gradient_norm`, `first_order` (−⟨ḡ_s, D g_j⟩, nats per unit learning rate) and
             `second_order` (⟨F u, −D g_j⟩): positive means harmful.
-        finetune_rows: rows of the fine-tuning data, 0 when not known; turns epochs into steps.
+        finetune_rows: rows of the fine-tuning data, or packed sequences; 0 when not known; turns epochs into
+            steps.
         probe_times: (M,) flow times t of a straight virtual move θ* + t u, ascending from 0.
         probe_safety: (N, M) measured change of each safety sample's loss there (nats).
         probe_finetune: (M,) measured change of the mean fine-tuning loss there (nats).

@@ -129,7 +129,7 @@ def score(
         hvp_error=plan.error,
         module_second_order=_by_module(layout, pull * update.direction),
         examples=examples,
-        finetune_rows=len(task.finetune.rows),
+        finetune_rows=task.finetune.units,
         probe_times=probe.times if probe else None,
         probe_safety=probe.safety if probe else None,
         probe_finetune=probe.finetune if probe else None,

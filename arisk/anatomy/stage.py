@@ -199,7 +199,8 @@ SCORE = Stage(
     upstream=("collect", "subspace"),
     config=(
         *("finetune", "control", "score", "training.optimizer", "training.betas", "training.eps"),
-        *("training.batch_size", "training.gradient_accumulation", "training.weight_decay"),
+        *("training.batch_size", "training.gradient_accumulation", "training.packing"),
+        "training.weight_decay",
     ),
     inputs=("finetune", "control"),
     parallel=True,

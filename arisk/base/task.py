@@ -73,6 +73,12 @@ class SampleSet:
     statistics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     generate: Generate | None = None
 
+    @property
+    def units(self) -> int:
+        """What micro-batches count: packed sequences, or rows; 0 where neither is known."""
+        sequences: Sequence[Any] | None = getattr(self.batches, "sequences", None)
+        return len(self.rows if sequences is None else sequences)
+
 
 @dataclass(frozen=True)
 class LoraPair:

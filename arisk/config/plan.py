@@ -327,6 +327,9 @@ class TrainingConfig(Section):
     """Optimizer steps; give this or `epochs`. Default 200 when neither is given."""
     epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Passes over the fine-tuning data, turned into optimizer steps."""
+    packing: Literal["off", "bfd", "wrapped"] = "off"
+    """Rows put together into sequences of `finetune.max_length` tokens, as TRL does; `batch_size` counts
+    these. bfd: whole rows, longest first, cut at the end; wrapped: all rows in one line, cut anywhere."""
     max_grad_norm: PositiveFloat | None = None
     """Gradient clipping by global norm; null: none."""
 
@@ -420,6 +423,8 @@ class Config(Section):
             raise ValueError(f"source: hf needs the sections {missing}")
         if self.model.source == "python" and self.verify.safety is not None:
             raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
+        if self.model.source == "python" and self.training.packing != "off":
+            raise ValueError("source: python packs its rows itself; leave `training.packing` out")
         if self.model.source == "python" and self.guard.task is not None:
             raise ValueError("source: python gives clean task rows as `Task.clean`, not `guard.task`")
         return self

@@ -84,7 +84,7 @@ def check_task(
         },
         "data": shown,
         "warnings": [*notes, *_warnings(data)],
-        "work": _work(config, {name: len(d.rendered) for name, d in data.items()}, selected),
+        "work": _work(config, {name: d.units for name, d in data.items()}, selected),
     }
 
 

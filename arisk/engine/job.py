@@ -89,11 +89,11 @@ class Job:
         """Optimizer steps of the plan.
 
         Args:
-            rows: fine-tuning rows; default those of the task, which is loaded then.
+            rows: fine-tuning rows or packed sequences; default those of the task, which is loaded then.
         """
         from arisk.config.plan import planned_steps
 
-        return planned_steps(self.config.training, len(self.task.finetune.rows) if rows is None else rows)
+        return planned_steps(self.config.training, self.task.finetune.units if rows is None else rows)
 
     def record(self, stage: str) -> Any:
         """A stage's record, from memory or verified from the disk."""

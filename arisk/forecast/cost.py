@@ -46,7 +46,7 @@ def rollout_passes(scene: CostScene) -> dict[str, float]:
     if not config.rollout.enabled:
         return {}
     safety, control = len(task.safety.rows), len(task.control.rows) if task.control else 0
-    steps = planned_steps(config.training, len(task.finetune.rows))
+    steps = planned_steps(config.training, task.finetune.units)
     per_step = config.training.batch_size * config.training.gradient_accumulation
     rolled, measurements = counted(steps, config.rollout)
     measured = min(safety, config.rollout.eval_samples or safety)
@@ -81,7 +81,7 @@ def forecast_cost(scene: CostScene) -> Cost:
     store = kept_gradients(scene.task, scene.config, scene.run_dir)
     if path and store.plan is not None and store.plan.store == "gram":
         safety = len(scene.task.safety.rows)
-        points = min(planned_steps(scene.config.training, len(scene.task.finetune.rows)), PATH_POINTS)
+        points = min(planned_steps(scene.config.training, scene.task.finetune.units), PATH_POINTS)
         passes = {"single-row gradients": safety, "product columns": safety * points}
     return Cost(
         passes=passes,
@@ -94,6 +94,6 @@ def _path_operations(scene: CostScene) -> float:
     """Multiplications of the exact recursion; 0 where it is too long and left out."""
     task, config, training = scene.task, scene.config, scene.config.training
     plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    steps = planned_steps(training, len(task.finetune.rows))
+    steps = planned_steps(training, task.finetune.units)
     count = numel(task) * steps * (4 * krylov_steps(task, config) + 20)
     return 0.0 if plain or count > PATH_BUDGET else float(count)

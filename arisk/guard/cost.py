@@ -36,7 +36,7 @@ def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
 def _passes(scene: CostScene) -> dict[str, float]:
     task, config = scene.task, scene.config
     given, safety, arms = config.guard, len(task.safety.rows), arm_names(config.guard)
-    steps = planned_steps(config.training, len(task.finetune.rows))
+    steps = planned_steps(config.training, task.finetune.units)
     points = measured_steps(min(given.steps or steps, steps))
     counts = {
         "gradient rows": 0.0,

@@ -137,6 +137,12 @@ class PackedBatches:
         """Different rows."""
         return self._rows.row_count
 
+    @property
+    def per_epoch(self) -> int:
+        """Micro-batches of an epoch."""
+        whole = -(-len(self.sequences) // self._order.size)
+        return int(getattr(self._order, "per_epoch", whole))
+
     def indices(self, number: int) -> list[int]:
         """Rows of the micro-batch with this number, counted from 0."""
         return [row for sequence in self._order.indices(number) for row in self.sequences[sequence]]

@@ -21,6 +21,7 @@ __all__ = [
     "SAFETY_SETS",
     "TRAINED",
     "Rendered",
+    "keep_start",
     "loss_on",
     "marked",
     "render_rows",
@@ -271,9 +272,14 @@ def _keep_response(row: Rendered, limit: int) -> Rendered:
     return _window(row, max(0, begins + response - limit), begins + response)
 
 
+def keep_start(row: Rendered, limit: int) -> Rendered:
+    """The first tokens of a row, as many as the limit has."""
+    return _window(row, 0, min(limit, len(row.tokens)))
+
+
 #: What stays of a row that is longer than the limit; None leaves it out.
 _CUTS: dict[str, Callable[[Rendered, int], Rendered | None]] = {
-    "keep_start": lambda row, limit: _window(row, 0, min(limit, len(row.tokens))),
+    "keep_start": keep_start,
     "keep_end": lambda row, limit: _window(row, max(0, len(row.tokens) - limit), len(row.tokens)),
     "keep_response": _keep_response,
     "drop": lambda row, limit: row if len(row.tokens) <= limit else None,

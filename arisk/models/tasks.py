@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from arisk.base.errors import AriskError, InputError
+from arisk.base.errors import AriskError, ConfigError, InputError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import Config, DataConfig, data_sets
 from arisk.models.adapters import attach_adapter
@@ -27,7 +27,8 @@ from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.formats import Row, with_answer
 from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import per_sample_nll
-from arisk.models.rendering import SAFETY_SETS, Rendered, render_rows
+from arisk.models.packing import PackedBatches, packs, wrapped
+from arisk.models.rendering import SAFETY_SETS, TRAINED, Rendered, keep_start, render_rows, whole_rows
 from arisk.models.rows import read_data
 from arisk.models.selection import lora_pairs, select_parameters
 from arisk.models.soundness import require_causal, require_room
@@ -57,6 +58,7 @@ class LoadedData:
         duplicates: repeated rows that were dropped.
         dropped: rows too long to keep a token with loss.
         taken: one line per part that says how it was read.
+        sequences: rows of each packed sequence; None where a sequence is a row.
     """
 
     parts: tuple[DataConfig, ...]
@@ -64,6 +66,12 @@ class LoadedData:
     duplicates: int = 0
     dropped: int = 0
     taken: tuple[str, ...] = ()
+    sequences: Sequence[Sequence[int]] | None = None
+
+    @property
+    def units(self) -> int:
+        """What micro-batches count: packed sequences, or rows."""
+        return len(self.rendered if self.sequences is None else self.sequences)
 
 
 def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | None = None) -> Task:
@@ -156,20 +164,53 @@ def load_data(config: Config, tokenizer: Any, answers: Answers | None = None) ->
 def _loaded(
     config: Config, section: str, parts: tuple[DataConfig, ...], tokenizer: Any, answers: Answers | None
 ) -> LoadedData:
+    packed = section == TRAINED and config.training.packing != "off"
     rendered: list[Rendered] = []
     duplicates = dropped = 0
     taken: list[str] = []
     for data in parts:
         found = read_data(data, section=section, seed=_seed(config, data))
         kept = _distinct(found.rows) if section in SAFETY_SETS else found.rows
-        pages = render_rows(kept, tokenizer, data, section=section)
+        render = whole_rows if packed else render_rows
+        pages = render(kept, tokenizer, data, section=section)
         if not all(page.row.answered for page in pages):
             pages = _answered(pages, tokenizer, data, section, answers)
         rendered += pages
         duplicates += len(found.rows) - len(kept)
         dropped += len(kept) - len(pages)
         taken.append(found.said())
-    return LoadedData(parts, rendered, duplicates, dropped, tuple(taken))
+    loaded = LoadedData(parts, rendered, duplicates, dropped, tuple(taken))
+    return _packed(loaded, config.training.packing) if packed else loaded
+
+
+def _packed(loaded: LoadedData, packing: str) -> LoadedData:
+    """The rows as they stand in packed sequences.
+
+    Raises:
+        ConfigError: the parts of the data set name sequences of different lengths.
+        InputError: no token carries loss.
+    """
+    limits = {part.max_length for part in loaded.parts}
+    if len(limits) > 1:
+        raise ConfigError(
+            f"packed sequences have one length, and the parts name {sorted(limits)}",
+            where=f"{TRAINED}.max_length",
+            fix="give every part the same `max_length`",
+        )
+    (limit,) = limits
+    if packing == "wrapped":
+        loaded = replace(loaded, rendered=wrapped(loaded.rendered, limit))
+    else:
+        rendered = [keep_start(row, limit) for row in loaded.rendered]
+        sequences = packs([len(row.tokens) for row in rendered], limit)
+        loaded = replace(loaded, rendered=rendered, sequences=sequences)
+    if not any(row.trained for row in loaded.rendered):
+        raise InputError(
+            "no token of the packed rows carries loss",
+            where=f"{TRAINED}: {loaded.parts[0].path}",
+            fix=f"raise `{TRAINED}.max_length` (now {limit})",
+        )
+    return loaded
 
 
 def _answered(
@@ -211,7 +252,7 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
     elif section == "guard.task":
         batches = FixedBatches(rendered, config.training.batch_size, pad)
     else:
-        batches = PlannedBatches(rendered, config.training.batch_size, pad, _seed(config, loaded.parts[0]))
+        batches = _planned(loaded, config, pad)
     # Plain text has no prompt to answer.
     prompted = section in (*SAFETY_SETS, "control") and all(row.row.prompt for row in rendered)
     generate = GreedyAnswers(tokenizer, rendered) if prompted else None
@@ -219,6 +260,18 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
     rows = [_metadata(row) for row in rendered]
     name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)
     return SampleSet(name, batches, per_sample_nll, rows, statistics, generate)
+
+
+def _planned(loaded: LoadedData, config: Config, pad: int) -> PlannedBatches | PackedBatches:
+    """Micro-batches in planned order."""
+
+    def batches(of: Sequence[Any]) -> PlannedBatches:
+        return PlannedBatches(of, config.training.batch_size, pad, _seed(config, loaded.parts[0]))
+
+    rows = batches(loaded.rendered)
+    if loaded.sequences is None:
+        return rows
+    return PackedBatches(rows, batches(loaded.sequences), loaded.sequences)
 
 
 def _metadata(rendered: Rendered) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def looked(task: Task, control: int) -> int:
 def verify_cost(scene: CostScene) -> Cost:
     """The planned steps, and the losses and answers along them."""
     task, config, given = scene.task, scene.config, scene.config.verify
-    steps = planned_steps(config.training, len(task.finetune.rows))
+    steps = planned_steps(config.training, task.finetune.units)
     points = measured_steps(min(given.steps or steps, steps))
     moving = COPIES_OF_A_RUN * numel(task) * 4 / 1e9
     on_device = scene.device.get("gradients")

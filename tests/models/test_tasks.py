@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.base.errors import InputError
-from arisk.config.plan import Config, ModelConfig
+from arisk.base.errors import ConfigError, InputError
+from arisk.config.plan import Config, ModelConfig, planned_steps
 from arisk.models.loading import load_tokenizer
+from arisk.models.packing import PackedBatches
+from arisk.models.rendering import IGNORED
 from arisk.models.tasks import load_data, load_task, statistics_of
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
@@ -104,3 +106,57 @@ def test_what_is_said_of_a_data_set(tokenizer, tmp_path):
     (said,) = facts["read_as"]
     assert said.startswith("read as messages")
     assert "`note` (2 rows)" in said
+
+
+def packed(packing, limit, **settings):
+    data = {"path": str(FIXTURES / "data" / "benign.jsonl"), "max_samples": 30, "max_length": limit}
+    return config(finetune=data, training={"packing": packing, "batch_size": 2, **settings})
+
+
+def flat(rows):
+    """Rows one after the other in one line, as a trainer that pads nothing feeds them."""
+    tokens = [token for row in rows for token in row.tokens]
+    positions = [place for row in rows for place in range(len(row.tokens))]
+    labels = [label for row in rows for label in (IGNORED, *row.labels()[1:])]
+    return (torch.tensor([values]) for values in (tokens, positions, labels))
+
+
+def test_packed_rows_have_the_loss_of_one_line():
+    """A pack without padding, whose rows attend to themselves alone, against its rows side by side."""
+    task = load_task(packed("bfd", 64), device=torch.device("cpu"))
+    batches = task.finetune.batches
+    assert isinstance(batches, PackedBatches)
+    rows = [batches._rows.rows[row] for row in batches.sequences[0]]
+    assert len(rows) > 1
+    tokens, positions, labels = flat(rows)
+    with torch.no_grad():
+        logits = task.model(input_ids=tokens, position_ids=positions).logits[:, :-1].flatten(0, 1)
+        together = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+        alone = task.finetune.loss_fn(task.model, batches.of(batches.sequences[0]))
+    counts = torch.tensor([row.trained for row in rows])
+    assert float((alone * counts).sum()) == pytest.approx(float(together), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_epochs_count_packed_sequences(packing):
+    given = packed(packing, 64, epochs=1.0)
+    task = load_task(given, device=torch.device("cpu"))
+    tokens = sum(
+        len(row.tokens)
+        for row in load_data(packed("off", 64), load_tokenizer(given.model))["finetune"].rendered
+    )
+    assert task.finetune.units < 30
+    assert task.finetune.units >= -(-tokens // 64)
+    assert len(task.finetune.rows) == (30 if packing == "bfd" else task.finetune.units)
+    assert planned_steps(given.training, task.finetune.units) == -(-task.finetune.units // 2)
+    assert next(iter(task.finetune.batches))["input_ids"].shape[1] <= 64
+
+
+def test_packed_parts_have_one_length(tokenizer):
+    with pytest.raises(ConfigError, match="one length"):
+        load_data(
+            config(finetune=[{**parts()[0], "max_length": 64}, parts()[1]], training={"packing": "bfd"}),
+            tokenizer,
+        )
+    with pytest.raises(InputError, match="no token of the packed rows"):
+        load_data(packed("bfd", 8), tokenizer)
