@@ -51,7 +51,7 @@ def _passes(scene: CostScene) -> dict[str, float]:
     safety, layout = len(task.safety.rows), layout_of(task.model, task.parameter_names)
     control = min(len(task.control.rows), given.control_samples) if task.control else 0
     points = 2 if given.points == "both" else 1
-    steps = planned_steps(config.training, rows)
+    steps = planned_steps(config.training, task.finetune.units)
     walked = 0 if given.points == "start" else min(given.max_steps, steps)
     examples = min(given.examples, rows)
     exact, looked = rows, 0
