@@ -251,7 +251,7 @@ class DataConfig(Section):
     the head of the prompt first. drop: leave the row out. Rows of `finetune` without loss are dropped."""
     max_samples: PositiveInt | None = None
     """Use a seeded random subset of this many rows; default all."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
     """How often each row is used, in a list of data sets: 0.5 draws half of the rows, 2 uses all twice."""
     val_set_size: Annotated[float, Field(ge=0)] = 0
     """Rows kept from the training for validation: a share below 1 or a number, drawn as `datasets` does."""

@@ -12,9 +12,10 @@ their faults becomes one `InputError` that names the row.
 from __future__ import annotations
 
 import importlib
+import math
 import mmap
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,10 +43,11 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
 )
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-#: Rows rendered by one child.
-ROWS_AT_ONCE = 5000
-#: Processor seconds of a child, and more for every so many rows.
-SECONDS, ROWS_PER_SECOND = 5, 200
+#: Rows rendered by one child, and characters in them.
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 5000, 20_000_000
+#: Processor seconds of a child; and for each rendering, per turn and per character in it, many times what
+#: ordinary templates take.
+SECONDS, PER_RENDERING, PER_TURN, PER_CHARACTER = 5, 2e-3, 5e-4, 2e-7
 #: Roles that are tried when a template refuses a row.
 ROLES = ("system", "user", "assistant", "tool")
 #: What a template may raise besides jinja's own errors.
@@ -99,14 +101,41 @@ def lay_out(
     found: list[LaidOut] = []
     chats = [i for i, row in enumerate(rows) if row.messages]
     laid: dict[int, LaidOut] = {}
-    for begin in range(0, len(chats), ROWS_AT_ONCE):
-        numbers = chats[begin : begin + ROWS_AT_ONCE]
+    for numbers in _portions(chats, rows):
         answers = _rendered([(rows[i], modes[i]) for i in numbers], tokenizer, template, section)
         for i, (text, spans) in zip(numbers, answers, strict=True):
             laid[i] = LaidOut(text, tuple((first, last) for first, last in spans), special=plain)
     for i, row in enumerate(rows):
         found.append(laid[i] if i in laid else _plain_text(row, modes[i], tokenizer))
     return found
+
+
+def _portions(chats: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Numbers of the chats that one child renders."""
+    part: list[int] = []
+    characters = 0
+    for number in chats:
+        if part and (len(part) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE):
+            yield part
+            part, characters = [], 0
+        part.append(number)
+        characters += _characters(rows[number])
+    if part:
+        yield part
+
+
+def _characters(row: Row) -> int:
+    return sum(len(turn["content"]) for turn in row.messages)
+
+
+def _allowed(part: Sequence[tuple[Row, LossOn]]) -> int:
+    """Processor seconds for these rows."""
+    seconds = float(SECONDS)
+    for row, mode in part:
+        turns = len(row.messages)
+        renderings = 2 * turns + 1 if mode == "assistant" else 4
+        seconds += renderings * (PER_RENDERING + PER_TURN * turns + PER_CHARACTER * _characters(row))
+    return math.ceil(seconds)
 
 
 def _plain_text(row: Row, mode: LossOn, tokenizer: Any) -> LaidOut:
@@ -126,7 +155,7 @@ def _rendered(
         try:
             done, fault = bounded(
                 lambda: _render_all(part, tokenizer, template, place),
-                seconds=SECONDS + len(part) // ROWS_PER_SECOND,
+                seconds=_allowed(part),
             )
         except (LimitReachedError, RuntimeError) as err:
             row = part[int.from_bytes(place[:], "big")][0]

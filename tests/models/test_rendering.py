@@ -283,6 +283,21 @@ def test_a_template_that_hangs_on_one_row_of_many(tokenizer, template, monkeypat
     assert caught.value.where == "d.jsonl, line 3"
 
 
+@pytest.mark.parametrize("marks", [True, False])
+def test_long_chats_have_time_and_portions_are_joined(tokenizer, template, monkeypatch, marks):
+    if not marks:
+        text = tokenizer.chat_template
+        template(text.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(templates, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(templates, "CHARACTERS_AT_ONCE", 600)
+    some = [chat(*(["how do i", "take the ferry"] * n)) for n in (1, 1, 60, 1, 2, 3, 4)]
+    pages = render_rows(some, tokenizer, data(loss_on="assistant"), section="finetune")
+    assert [page.row for page in pages] == some
+    for page in pages:
+        assert trained(page, tokenizer) == ["take the ferry <eos>"] * (len(page.row.messages) // 2)
+
+
 def test_a_role_that_the_template_refuses(tokenizer):
     row = Row(({"role": "system", "content": "be kind"}, *FOUR.messages), format="messages", line=7)
     with pytest.raises(InputError, match="refuses the role 'system'") as caught:
