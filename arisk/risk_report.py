@@ -22,6 +22,7 @@ from arisk.base.artifacts import (
     write_text,
 )
 from arisk.base.errors import ArtifactError
+from arisk.engine.fingerprints import file_digest, stage_key
 from arisk.forecast.record import ForecastResult, RolloutResult, Verdict
 from arisk.models.judge import Judge
 from arisk.peer import (
@@ -134,24 +135,34 @@ class RiskReport:
             "type": "RiskReport",
             "status": self.status,
             "reason": self.reason,
+            "warning": self.warning,
         }
-        write_text(folder / "report.json", json.dumps({**head, "warning": self.warning}, indent=1) + "\n")
+        digests = {name: file_digest(folder / name) for name in _files()}
+        body = {**head, "files": digests, "digest": stage_key({**head, "files": digests})}
+        write_text(folder / "report.json", json.dumps(body, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> RiskReport:
         """Read a saved report back.
 
         Raises:
-            ArtifactError: a file is missing, damaged, of a newer format, or of something else.
+            ArtifactError: a file is missing, changed since it was saved, of a newer format, or of something
+                else.
         """
         folder = Path(folder)
         head = read_json(folder / "report.json")
+        digest = head.pop("digest", None)
         if head.get("type") != "RiskReport" or head.get("status") not in ("measured", "skipped"):
             raise ArtifactError(
                 "this is no saved report",
                 where=str(folder / "report.json"),
                 fix="give the folder that RiskReport.save wrote",
             )
+        if digest != stage_key(head):
+            raise _changed(folder / "report.json")
+        for name in _files():
+            if not (folder / name).is_file() or file_digest(folder / name) != head["files"].get(name):
+                raise _changed(folder / name)
         records: dict[str, Any] = {name: read_record(folder / name, kind) for name, kind in RECORDS.items()}
         basis = read_tensors(folder / "basis.safetensors").get("basis")
         return cls(**records, status=head["status"], reason=head.get("reason"), basis=basis)
@@ -223,6 +234,20 @@ def sections_of(
         max_examples=max_examples,
     )
     return [why, answer, truth]
+
+
+def _files() -> list[str]:
+    """Files of a saved report beside `report.json`."""
+    parts = ("record.json", "tensors.safetensors")
+    return [*(f"{name}/{part}" for name in RECORDS for part in parts), "basis.safetensors"]
+
+
+def _changed(path: Path) -> ArtifactError:
+    return ArtifactError(
+        "the file is missing, or not what RiskReport.save wrote",
+        where=str(path),
+        fix="save the report again, or restore the folder",
+    )
 
 
 def _plain(value: Any) -> Any:

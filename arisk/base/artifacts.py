@@ -13,9 +13,11 @@ import errno
 import json
 import math
 import os
+import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +31,7 @@ __all__ = [
     "disk_error",
     "existing_parent",
     "finite",
+    "loaded_json",
     "read_json",
     "read_record",
     "read_tensors",
@@ -39,6 +42,9 @@ __all__ = [
 
 #: Version of everything in a run directory; a reader refuses a newer one.
 FORMAT_VERSION = 1
+
+#: Bytes of the largest JSON that is read: a record of a hundred thousand rows takes a tenth.
+LARGEST_JSON = 1 << 29
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Record = TypeVar("Record")
@@ -68,7 +74,10 @@ def read_record(directory: Path, cls: type[Record]) -> Record:
     if body.get("type") != cls.__name__ or not isinstance(body.get("values"), dict):
         raise _damaged(path, f"it holds {body.get('type')!r}, not {cls.__name__!r}")
     tensors = read_tensors(directory / "tensors.safetensors")
-    found, missing = _joined(cls, body["values"], "", tensors)
+    try:
+        found, missing = _joined(cls, body["values"], "", tensors)
+    except (AttributeError, KeyError, TypeError, ValueError) as err:
+        raise _damaged(path, f"its values are not those of a {cls.__name__} ({err})") from err
     if missing:
         raise _damaged(path, f"the field {missing!r} is missing")
     return found
@@ -88,10 +97,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
+        _begin(partial)
+        mode = stat.S_IMODE(partial.stat().st_mode)
         save_file(_separate(tensors), partial, metadata)
+        partial.chmod(mode)  # The library makes files for their owner alone; ours follow the umask.
         partial.replace(path)
     except SafetensorError as err:
         partial.unlink(missing_ok=True)
@@ -99,8 +110,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from err
         raise disk_error(OSError(errno.EIO, str(err)), path) from err
     except OSError as err:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise disk_error(err, path) from err
+
+
+def _begin(partial: Path) -> None:
+    """An empty file in a folder made if needed; a link that lies there is removed and not followed."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
+    partial.touch(exist_ok=False)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,11 +144,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        _require_regular(path)
         return load_file(path)
     except FileNotFoundError as err:
         raise _damaged(path, "it is missing") from err
-    except (SafetensorError, OSError) as err:
-        raise _damaged(path, str(err)) from err
+    except (SafetensorError, OSError, ValueError, KeyError) as err:
+        raise _damaged(path, _cause(err)) from err
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,7 +160,7 @@ def write_text(path: Path, text: str) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _begin(partial)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as err:
@@ -154,13 +174,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ArtifactError: missing, damaged, or written by a newer arisk.
     """
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = loaded_json(path)
     except FileNotFoundError as err:
         raise _damaged(path, "it is missing") from err
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise _damaged(path, str(err)) from err
+    except (OSError, ValueError, RecursionError) as err:
+        raise _damaged(path, _cause(err)) from err
     version = body.get("format_version") if isinstance(body, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise _damaged(path, "it has no format_version")
     if version > FORMAT_VERSION:
         raise NewerFormatError(
@@ -169,6 +189,40 @@ def read_json(path: Path) -> dict[str, Any]:
             fix="upgrade arisk, or use another --run-dir",
         )
     return body
+
+
+def loaded_json(path: Path) -> Any:
+    """Whatever JSON a regular file of bounded size holds.
+
+    Raises:
+        OSError: it is missing, cannot be read, is no regular file, or is larger than `LARGEST_JSON`.
+        ValueError: it is no JSON.
+        RecursionError: it is nested too deeply.
+    """
+    size = _require_regular(path)
+    if size > LARGEST_JSON:
+        raise OSError(errno.EFBIG, f"it has {size:,} bytes, more than any that arisk writes")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _require_regular(path: Path) -> int:
+    """Size of a file; a pipe would hang and a device never end.
+
+    Raises:
+        OSError: it is missing, or neither a file nor a link to one.
+    """
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return info.st_size
+
+
+def _cause(err: Exception) -> str:
+    """An exception in one line."""
+    if isinstance(err, RecursionError):
+        return "it is nested too deeply"
+    told = (err.strerror or str(err)) if isinstance(err, OSError) else str(err)
+    return told.splitlines()[0][:300] if told else type(err).__name__
 
 
 def existing_parent(path: Path) -> Path:

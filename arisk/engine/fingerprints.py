@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.base.errors import InputError
+from arisk.base.artifacts import loaded_json, write_text
+from arisk.base.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
 
-__all__ = ["DigestCache", "file_digest", "input_fingerprints"]
+__all__ = ["DigestCache", "file_digest", "input_fingerprints", "stage_key"]
 
 _CHUNK = 1 << 20
 
@@ -31,6 +34,12 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stage_key(ingredients: Mapping[str, Any]) -> str:
+    """sha256 of the ingredients as canonical JSON."""
+    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class DigestCache:
     """Digests of files that have not changed since they were last read.
 
@@ -41,27 +50,26 @@ class DigestCache:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.known: dict[str, list[Any]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
+            held = loaded_json(path)
+        except (OSError, ValueError, RecursionError):
+            held = None
+        self.known: dict[str, list[Any]] = held if isinstance(held, dict) else {}
 
     def digest(self, path: Path) -> str:
         """sha256 of the file, from the cache while size, time and inode are the same."""
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         held = self.known.get(str(path))
-        if held is None or held[:3] != mark:
+        if not isinstance(held, list) or len(held) != 4 or held[:3] != mark:
             held = [*mark, file_digest(path)]
             self.known[str(path)] = held
         return str(held[3])
 
     def save(self) -> None:
         """Write the cache where the folder exists and can be written; losing it costs only time."""
-        try:
-            if self.path.parent.is_dir():
-                self.path.write_text(json.dumps(self.known), encoding="utf-8")
-        except OSError:
-            return
+        if self.path.parent.is_dir():
+            with suppress(ArtifactError):
+                write_text(self.path, json.dumps(self.known))
 
 
 def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:

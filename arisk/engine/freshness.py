@@ -7,14 +7,13 @@ when its manifest has that key and its files are what the manifest says. No torc
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.errors import ArtifactError, NewerFormatError
+from arisk.engine.fingerprints import stage_key
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, Stage
 
@@ -65,12 +64,6 @@ class StageState:
     reasons: tuple[Reason, ...]
     key: str
     ingredients: Mapping[str, Any]
-
-
-def stage_key(ingredients: Mapping[str, Any]) -> str:
-    """sha256 of the ingredients as canonical JSON."""
-    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def ingredients_of(

@@ -19,7 +19,7 @@ from arisk.base.artifacts import disk_error
 from arisk.base.errors import ArtifactError
 from arisk.engine.fingerprints import file_digest
 from arisk.engine.freshness import StageState
-from arisk.engine.rundir import RunDir
+from arisk.engine.rundir import RunDir, remove_tree
 
 __all__ = ["CONFIG_FILE", "check_run_dir", "take"]
 
@@ -75,11 +75,11 @@ def _take(rundir: RunDir, state: StageState, source: Path) -> bool:
         return False
     staging = rundir.path / ".partial" / f"taken-{state.stage}"
     if not _bring(manifest.get("outputs", {}), other.stage_dir(state.stage), staging):
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         return False
     # What a killed run left of this stage is not needed any more.
     for left in staging.parent.glob(f"{state.stage}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove_tree(left)
     rundir.commit(
         state.stage,
         key=state.key,
@@ -98,7 +98,7 @@ def _bring(outputs: Mapping[str, Mapping[str, Any]], source: Path, staging: Path
         ArtifactError: the target cannot be written.
     """
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_tree(staging)
         staging.mkdir(parents=True)
         for name, expected in outputs.items():
             file, placed = source / name, staging / name

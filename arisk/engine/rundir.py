@@ -8,8 +8,10 @@ stage or none.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import secrets
 import shutil
 import socket
 import time
@@ -20,11 +22,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from arisk.base.artifacts import FORMAT_VERSION, disk_error, read_json, write_text
+from arisk.base.artifacts import FORMAT_VERSION, disk_error, loaded_json, read_json, write_text
 from arisk.base.errors import ArtifactError
-from arisk.engine.fingerprints import file_digest
+from arisk.engine.fingerprints import file_digest, stage_key
 
-__all__ = ["MANIFEST", "RunDir"]
+__all__ = ["MANIFEST", "RunDir", "remove_tree"]
 
 MANIFEST = "manifest.json"
 #: Files up to this size are re-read to check that a stage is fresh; larger ones by size, and by
@@ -41,6 +43,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._claimed: tuple[tuple[int, int] | None, str] | None = None
 
     def stage_dir(self, stage: str) -> Path:
         """Folder of a committed stage."""
@@ -49,11 +52,23 @@ class RunDir:
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Manifest of a committed stage; None when there is none.
 
+        What it says of its own origin is checked: the key must be that of the ingredients.
+
         Raises:
-            ArtifactError: it is damaged, or of a newer format.
+            ArtifactError: it is damaged, edited, or of a newer format.
         """
         path = self.stage_dir(stage) / MANIFEST
-        return read_json(path) if path.exists() else None
+        if not os.path.lexists(path):
+            return None
+        body = read_json(path)
+        fault = _fault(body, stage)
+        if fault:
+            raise ArtifactError(
+                f"the manifest is damaged: {fault}",
+                where=str(path),
+                fix=f"run `arisk run CONFIG --from {stage}` to make the stage again",
+            )
+        return body
 
     @contextmanager
     def lock(self, command: str) -> Generator[None]:
@@ -66,6 +81,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             if not os.access(self.path, os.W_OK):
                 raise PermissionError(13, "Permission denied")
+            self._refuse_links()
             lock = FileLock(self.path / ".lock", timeout=0)
             lock.acquire()
         except Timeout as err:
@@ -77,19 +93,74 @@ class RunDir:
         except OSError as err:
             raise disk_error(err, self.path) from err
         try:
-            holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": _now()}
-            write_text(self.path / ".holder.json", json.dumps(holder))
+            self._claim(command)
             self._clean()
             yield
         finally:
-            with suppress(OSError):
+            with suppress(OSError, ArtifactError):
+                self._require_lock()
                 (self.path / ".holder.json").unlink(missing_ok=True)
+            self._claimed = None
             lock.release()
 
-    def _holder(self) -> str:
+    def _claim(self, command: str) -> None:
+        """Write who holds the folder, and remember by what to know that it is still this process."""
+        token = secrets.token_hex(8)
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "command": command, "since": _now()}
+        write_text(self.path / ".holder.json", json.dumps({**holder, "token": token}))
+        self._claimed = (self._lock_file(), token)
+
+    def _lock_file(self) -> tuple[int, int] | None:
+        """Device and inode of the lock file; None where there is none."""
         try:
-            held = json.loads((self.path / ".holder.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            info = (self.path / ".lock").stat()
+        except OSError:
+            return None
+        return info.st_dev, info.st_ino
+
+    def _require_lock(self) -> None:
+        """Check that no other process can have become the writer since this one locked the folder.
+
+        Raises:
+            ArtifactError: the lock file is gone or another one, or someone else has signed as the holder.
+        """
+        if self._claimed is None:
+            return
+        file, token = self._claimed
+        held = self._held()
+        if file is None or self._lock_file() != file or held.get("token") != token:
+            raise ArtifactError(
+                "the lock of this run directory was removed or taken while the run went on",
+                where=str(self.path / ".lock"),
+                fix="see whether another run writes here (`ps`), then run the same command again: what was "
+                "finished before is kept",
+            )
+
+    def _refuse_links(self) -> None:
+        """Nothing outside the folder is followed, replaced or deleted.
+
+        Raises:
+            ArtifactError: a stage's folder, or one that arisk works in, is a link.
+        """
+        for entry in self.path.iterdir():
+            if entry.is_symlink():
+                raise ArtifactError(
+                    f"{entry.name} is a link in the run directory",
+                    where=str(entry),
+                    fix="put the file or folder itself here; to use another disk, give a --run-dir there "
+                    "(the run directory as a whole may be a link)",
+                )
+
+    def _held(self) -> dict[str, Any]:
+        try:
+            held = loaded_json(self.path / ".holder.json")
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return held if isinstance(held, dict) else {}
+
+    def _holder(self) -> str:
+        held = self._held()
+        if not {"pid", "host", "since", "command"} <= held.keys():
             return "(unknown process)"
         return f"process {held['pid']} on {held['host']} since {held['since']} ({held['command']})"
 
@@ -113,8 +184,8 @@ class RunDir:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             for old in parent.glob(f"{stage}-*"):
-                if old != wanted:
-                    shutil.rmtree(old, ignore_errors=True)
+                if old != wanted or _has_links(old):
+                    remove_tree(old)
             wanted.mkdir(exist_ok=True)
         except OSError as err:
             raise disk_error(err, wanted) from err
@@ -145,7 +216,10 @@ class RunDir:
         Raises:
             ArtifactError: the disk is full or the folder is read-only; the old stage is kept.
         """
+        self._require_lock()
         try:
+            if _has_links(workspace):
+                raise OSError(errno.ELOOP, "a link lies in the workspace")
             for pattern in leave_out:
                 for file in workspace.glob(pattern):
                     file.unlink()
@@ -171,6 +245,7 @@ class RunDir:
             write_text(workspace / MANIFEST, json.dumps(body, indent=1) + "\n")
             for file in (*files, workspace / MANIFEST, workspace):
                 _sync(file)
+            self._require_lock()  # Digests of gigabytes take their time.
             self._swap(stage, workspace)
         except OSError as err:
             raise disk_error(err, workspace) from err
@@ -197,7 +272,15 @@ class RunDir:
             ArtifactError: a file is missing or differs; names it.
         """
         manifest = self.manifest(stage)
-        outputs = manifest.get("outputs", {}) if manifest else {}
+        outputs = manifest["outputs"] if manifest else {}
+        folder = self.stage_dir(stage)
+        for name in _written(folder) if manifest else ():
+            if name not in outputs:
+                raise ArtifactError(
+                    "the file is not one that the stage wrote",
+                    where=str(folder / name),
+                    fix=f"remove it, or run `arisk run CONFIG --from {stage}` to make the stage again",
+                )
         for name, expected in outputs.items():
             file = self.stage_dir(stage) / name
             size = file.stat().st_size if file.is_file() else None
@@ -214,8 +297,55 @@ class RunDir:
     def write(self, name: str, text: str) -> None:
         """Write a file beside the stages, such as the resolved config."""
         path = self.path / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if path.is_symlink() or not path.is_file() or path.read_bytes() != text.encode():
             write_text(path, text)
+
+
+def _fault(body: Mapping[str, Any], stage: str) -> str | None:
+    """What keeps a manifest from being one of this stage; None where nothing does."""
+    ingredients, outputs = body.get("ingredients"), body.get("outputs")
+    if not isinstance(ingredients, dict) or not isinstance(outputs, dict):
+        return "it lacks ingredients or outputs"
+    if body.get("stage") != stage:
+        return f"it is of the stage {str(body.get('stage'))[:40]!r}"
+    if body.get("key") != stage_key(ingredients):
+        return "its key does not follow from its ingredients"
+    if not isinstance(body.get("seconds"), (int, float)):
+        return "it lacks the time the stage took"
+    for name, output in outputs.items():
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(output, dict):
+            return f"its entry of the file {name[:80]!r} is none"
+        if not isinstance(output.get("bytes"), int) or not isinstance(output.get("sha256"), str):
+            return f"its entry of the file {name[:80]!r} lacks size or digest"
+    return None if outputs else "it lists no file"
+
+
+def _written(folder: Path) -> list[str]:
+    """Files of a stage's folder by relative name; hidden ones are the system's."""
+    return sorted(
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if not file.is_dir() and file.name != MANIFEST and not file.name.startswith(".")
+    )
+
+
+def _has_links(path: Path) -> bool:
+    """Whether a path, or anything under it, is a link."""
+    if path.is_symlink():
+        return True
+    return any(
+        (Path(at) / name).is_symlink() for at, folders, files in os.walk(path) for name in (*folders, *files)
+    )
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all in it, as far as that is possible; of a link, the link alone."""
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _now() -> str:

@@ -8,15 +8,22 @@ import textwrap
 import pytest
 
 from arisk.base.errors import ArtifactError
+from arisk.engine.fingerprints import stage_key
 from arisk.engine.rundir import RunDir
 
 
+def ingredients(name):
+    """Ingredients, and the key that follows from them."""
+    return {"name": name}, stage_key({"name": name})
+
+
 def commit(rundir, stage="collect", key="k1", text="one"):
+    given, key = ingredients(key)
     work = rundir.workspace(stage, key)
     (work / "out.txt").write_text(text)
     (work / "losses-0.safetensors").write_text("resume only")
     rundir.commit(
-        stage, key=key, ingredients={"a": 1}, workspace=work, seconds=1.0, leave_out=("losses-*.safetensors",)
+        stage, key=key, ingredients=given, workspace=work, seconds=1.0, leave_out=("losses-*.safetensors",)
     )
 
 
@@ -94,7 +101,7 @@ def test_a_kill_inside_commit_leaves_the_old_stage(tmp_path, point):
     with rundir.lock("next run"):
         manifest = rundir.manifest("collect")
         assert manifest is not None
-        assert manifest["key"] == "k1"
+        assert manifest["key"] == ingredients("k1")[1]
         rundir.verify("collect", deep=True)
 
 
