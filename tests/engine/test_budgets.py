@@ -7,6 +7,7 @@ import torch
 
 from arisk.anatomy.record import CollectResult, ScoreResult
 from arisk.base.artifacts import read_record
+from arisk.catalogue import catalogue
 from arisk.config.yaml import load_config
 from arisk.engine.run import run_stages
 from arisk.forecast.record import ForecastResult
@@ -31,7 +32,7 @@ class Silent:
 def records(folder, *settings):
     """Records of the three stages after a run of the demo with these settings."""
     config = load_config(DEMO, [*SETTINGS, *settings])
-    run_stages(config, run_dir=folder, show=Silent(), command="test", last="forecast")
+    run_stages(catalogue(), config, run_dir=folder, show=Silent(), command="test", last="forecast")
     kinds = {"collect": CollectResult, "score": ScoreResult, "forecast": ForecastResult}
     return [read_record(folder / stage, kind) for stage, kind in kinds.items()]
 
