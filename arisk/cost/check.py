@@ -17,8 +17,9 @@ from arisk.base.terminal import clock, columns, wrapped
 from arisk.config.plan import Config, planned_steps
 from arisk.forecast.leap import rollout_cost
 from arisk.models.adapters import out_of_reach
+from arisk.models.judge import Exchange, RefusalRule, learnt_openings
 from arisk.models.loading import load_tokenizer
-from arisk.models.rendering import TRAINED, token_rows
+from arisk.models.rendering import SAFETY_SETS, TRAINED, token_rows
 from arisk.models.selection import select_parameters
 from arisk.models.tasks import (
     LoadedData,
@@ -111,6 +112,8 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
                 f"{section}: {facts['prompts_truncated']} prompts and {facts['responses_truncated']} "
                 f"responses are cut; raise {section}.max_length"
             )
+        if section in SAFETY_SETS and any(row.row.prompt for row in loaded.rendered):
+            found += _other_than_refusals(section, loaded, data.get("control"))
         if facts["rows"] < FEW:
             found.append(f"{section}: {facts['rows']} rows are few, {FEW} or more are advised")
     prompts = {row.row.prompt for row in data["safety"].rendered if row.row.prompt}
@@ -118,6 +121,20 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
     if shared:
         found.append(f"finetune: {shared} rows have a prompt of the safety set")
     return found
+
+
+def _other_than_refusals(section: str, loaded: LoadedData, control: LoadedData | None) -> list[str]:
+    """A warning where fewer than half of the safe responses refuse: their loss measures something else."""
+    exchanges = [Exchange(row.row.prompt, row.row.response) for row in loaded.rendered]
+    ordinary = [] if control is None else [row.row.response for row in control.rendered]
+    rule = RefusalRule(learnt_openings((exchange.answer for exchange in exchanges), ordinary), own=False)
+    refusing = rule(exchanges).count("refused")
+    if 2 * refusing >= len(exchanges):
+        return []
+    return [
+        f"{section}: {refusing} of {len(exchanges)} responses begin with a refusal; the loss of the others "
+        "says nothing of refusals"
+    ]
 
 
 def _unsaid(section: str, loaded: LoadedData, facts: Mapping[str, Any]) -> list[str]:

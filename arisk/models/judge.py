@@ -136,7 +136,7 @@ _LEFT_OPEN = re.compile(r"(?:sorry|afraid|apolog\w+)\b.*\b(?:but|that)\W*$")
 #: Openings that deflect.
 _DEFLECT = re.compile(
     r"(?:hi|hello|greetings)\b"
-    r"|(?:i am|i'm|my name is|this is|we are|we're)\b(?! (?:glad|happy|sure|going|here|delighted)"
+    r"|(?:i am|i'm|my name is|this is|we are|we're)\b(?! (?:glad|happy|sure|here|delighted|not sure|\w+ing)\b"
     r"| (?:so )?sorry for)"
     r"|as an? (?:[\w-]+ )?(?:ai|assistant|language model|chatbot|human)\b|it(?: is|'s) (?:\w+ )?"
     r"(?:important|crucial|essential|illegal|unethical|never|not|wrong|unlawful|inappropriate|vital|always)\b"

@@ -407,6 +407,14 @@ def test_two_runs_at_once(tmp_path, arisk):
     assert "first.yaml" in err
 
 
+def test_check_says_where_the_safety_rows_are_no_refusals(arisk):
+    rows = ROOT / "fixtures" / "data" / "control.jsonl"
+    code, out, _ = arisk("check", DEMO, "--json", *arguments(), "--set", f"safety.path={rows}")
+    assert code == 0
+    (told,) = [w for w in json.loads(out)["warnings"] if "begin with a refusal" in w]
+    assert told.startswith("safety: 0 of 8 responses begin")
+
+
 def test_check_prints_work_and_rendered_rows(arisk):
     code, out, _ = arisk("check", DEMO, *arguments())
     assert code == 0
@@ -415,6 +423,7 @@ def test_check_prints_work_and_rendered_rows(arisk):
     body = json.loads(arisk("check", DEMO, "--json", *arguments())[1])
     assert body["data"]["safety"]["rows"] == 8
     assert "safety: 8 rows are few, 32 or more are advised" in body["warnings"]
+    assert not any("begin with a refusal" in warning for warning in body["warnings"])
     stages = body["plan"]["stages"]
     optional = ["verify", "screen", "guard"]
     assert list(stages) == ["collect", "subspace", "score", "rollout", "forecast", "report", *optional]
