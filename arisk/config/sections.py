@@ -22,6 +22,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from arisk.config.names import known_method
+
 __all__ = [
     "AlignGuardArm",
     "BehaviourConfig",
@@ -33,7 +35,6 @@ __all__ = [
     "Fraction",
     "GuardSettings",
     "JudgeConfig",
-    "Method",
     "NonNegativeFloat",
     "PathText",
     "PositiveFloat",
@@ -291,7 +292,6 @@ class ScreenConfig(Section):
     """Roll the plan out with and without the flagged rows, where the rows can be regrouped."""
 
 
-Method = Literal["plain", "alignguard", "ewc", "projection", "replay"]
 Relaxation = Annotated[float, Field(gt=0, lt=4)]
 
 
@@ -362,7 +362,7 @@ class ReplayArm(Section):
 class GuardSettings(Section):
     """The planned fine-tune with and without protection (`arisk guard`)."""
 
-    methods: Annotated[list[Method], Field(min_length=1)] = Field(
+    methods: Annotated[list[str], Field(min_length=1)] = Field(
         default=["plain", "alignguard", "ewc", "projection", "replay"]
     )
     """What is run, in this order; plain, against which all is measured, always comes first."""
@@ -393,7 +393,9 @@ class GuardSettings(Section):
 
     @field_validator("methods")
     @classmethod
-    def _plain_first(cls, methods: list[Method]) -> list[Method]:
+    def _plain_first(cls, methods: list[str]) -> list[str]:
+        for method in methods:
+            known_method(method)
         if len(set(methods)) != len(methods):
             raise ValueError("a method stands twice")
         return ["plain", *(method for method in methods if method != "plain")]

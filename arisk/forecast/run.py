@@ -10,6 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.forecasters import bound_curve, local_curve, planned, ray_curve
+from arisk.forecast.forecasters import LocalPlan, bound_curve, local_curve, planned, ray_curve
 from arisk.forecast.grid import WhatIfGrid
 from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
@@ -29,7 +30,73 @@ from arisk.forecast.what_if import what_if
 from arisk.geometry.local_model import diffusion
 from arisk.models.judge import Judge, RefusalRule
 
-__all__ = ["forecast", "skipped_records"]
+__all__ = ["FORECASTERS", "Sources", "forecast", "skipped_records"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a forecaster may read.
+
+    Attributes:
+        scored: what was measured at the aligned point; `measured` is the rollout.
+        plan: rates and flow times of the planned run.
+        config: threshold, confidence, bootstrap.
+        directions: P-sized vectors of the local model; may be empty.
+        dots: G V (N, m), from the gradient store or by running the model.
+        generator: of the bootstrap, shared in the order of the table; `seed` for one of its own.
+    """
+
+    scored: ScoreResult
+    measured: RolloutResult
+    plan: LocalPlan
+    config: ForecastConfig
+    directions: Mapping[str, Tensor]
+    dots: Callable[[Tensor], Tensor]
+    generator: torch.Generator
+    seed: int
+
+
+def _bound(sources: Sources) -> Curve:
+    return bound_curve(sources.scored, sources.plan, sources.config)
+
+
+def _local(sources: Sources) -> Curve:
+    return local_curve(
+        sources.scored,
+        sources.plan,
+        sources.config,
+        directions=dict(sources.directions),
+        dots=sources.dots,
+        generator=sources.generator,
+    )
+
+
+def _ray(sources: Sources) -> Curve:
+    return ray_curve(sources.scored, sources.plan, sources.config, sources.generator)
+
+
+def _pilot(sources: Sources) -> Curve:
+    return pilot_curve(sources.measured, sources.plan, sources.config, sources.seed)
+
+
+def _rollout(sources: Sources) -> Curve:
+    return rollout_curve(sources.measured, sources.plan, sources.config, sources.seed)
+
+
+def _combined(sources: Sources) -> Curve:
+    return combined_curve(sources.measured, sources.plan, sources.config, sources.seed)
+
+
+#: Forecasters by name, in the order in which they are shown. One that is added is drawn and listed beside the
+#: others; the verdict rests on those that it names.
+FORECASTERS: dict[str, Callable[[Sources], Curve]] = {
+    "bound": _bound,
+    "local": _local,
+    "ray": _ray,
+    "pilot": _pilot,
+    "rollout": _rollout,
+    "combined": _combined,
+}
 
 
 def forecast(
@@ -59,14 +126,8 @@ def forecast(
     """
     plan = planned(training, steps)
     generator = torch.Generator().manual_seed(seed)
-    curves = {
-        "bound": bound_curve(scored, plan, config),
-        "local": local_curve(scored, plan, config, directions=directions, dots=dots, generator=generator),
-        "ray": ray_curve(scored, plan, config, generator),
-        "pilot": pilot_curve(measured, plan, config, seed),
-        "rollout": rollout_curve(measured, plan, config, seed),
-        "combined": combined_curve(measured, plan, config, seed),
-    }
+    sources = Sources(scored, measured, plan, config, directions, dots, generator, seed)
+    curves = {name: forecaster(sources) for name, forecaster in FORECASTERS.items()}
     control = control_change(measured)
     learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
     refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)

@@ -6,7 +6,7 @@ from arisk.anatomy.cost import numel
 from arisk.base.task import Task
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
-from arisk.guard.methods import arm_names
+from arisk.guard.methods import METHODS, arm_names
 from arisk.verification.cost import COPIES_OF_A_RUN, looked, per_step
 from arisk.verification.run import measured_steps
 
@@ -47,11 +47,10 @@ def _passes(scene: CostScene) -> dict[str, float]:
     for arm in arms:
         counts["gradient rows"] += points[-1] * per_step(config)
         counts["forward rows"] += len(points) * (looked(task, given.control_samples) + given.task_samples)
-        if arm.method in ("alignguard", "ewc") or arm.kind == "subspace":
+        method = METHODS[arm.method]
+        if method.safety_gradients(arm):
             counts["single-row gradients"] += safety
-        if arm.method in ("alignguard", "ewc") and arm.kind == "loss":
+        if method.calibrated(arm):
             counts["gradient rows"] += given.calibration_steps * per_step(config)
-        if arm.method == "replay" or arm.kind == "conflict":
-            rows = given.replay.rows if arm.method == "replay" else given.projection.rows
-            counts["gradient rows"] += points[-1] * rows
+        counts["gradient rows"] += points[-1] * method.rows(arm, given)
     return counts

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import Task
+from arisk.config import names
+from arisk.config.names import Table
 from arisk.config.sections import GuardSettings
 from arisk.gradients import ParameterLayout
 from arisk.guard import (
@@ -42,8 +44,10 @@ from arisk.models.losses import tempered
 from arisk.training.loop import PlannedRun, Protect, put
 
 __all__ = [
+    "METHODS",
     "ArmName",
     "ArmPlan",
+    "Method",
     "Protection",
     "Terms",
     "add_gradients",
@@ -88,7 +92,7 @@ class ArmName:
 
     Attributes:
         label: unique.
-        method: `plain`, `alignguard`, `ewc`, `projection` or `replay`.
+        method: its name in `METHODS`.
         strength: c or λ; None where there is none.
         kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection.
     """
@@ -116,21 +120,47 @@ class Protection:
     correct: Protect | None = None
 
 
+@dataclass(frozen=True)
+class Method:
+    """One way to protect a fine-tune: which arms it has, how an arm is built, and what it takes.
+
+    Attributes:
+        arms: its arms by the settings, in order.
+        build: the protection of one arm.
+        safety_gradients: whether an arm needs the gradient of every safety row beforehand.
+        calibrated: whether an arm sets its λ by plain steps beforehand.
+        rows: safety rows whose gradient an arm takes at every step.
+    """
+
+    arms: Callable[[GuardSettings], list[ArmName]]
+    build: Callable[[ArmPlan, ArmName], Protection]
+    safety_gradients: Callable[[ArmName], bool] = lambda _: False
+    calibrated: Callable[[ArmName], bool] = lambda _: False
+    rows: Callable[[ArmName, GuardSettings], int] = lambda _, __: 0
+
+
 def arm_names(config: GuardSettings) -> list[ArmName]:
     """Every arm in order."""
-    arms: list[ArmName] = []
-    for method in config.methods:
-        if method == "plain":
-            arms.append(ArmName("plain", method, None))
-        elif method == "projection":
-            kinds = dict.fromkeys(config.projection.kinds)
-            arms += [ArmName(f"projection {kind}", method, None, kind) for kind in kinds]
-        else:
-            settings: Any = getattr(config, method)
-            arms += [_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)]
-            after = dict.fromkeys(getattr(settings, "relaxations", ()))
-            arms += [ArmName(f"{method} after {c:g}", method, c, "after") for c in after]
+    return [arm for method in config.methods for arm in METHODS[method].arms(config)]
+
+
+def _by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:
+    """Arms of a method with strengths in the loss, and after the step where it has relaxations."""
+
+    def arms(config: GuardSettings) -> list[ArmName]:
+        settings: Any = getattr(config, method)
+        after = dict.fromkeys(getattr(settings, "relaxations", ()))
+        return [
+            *(_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)),
+            *(ArmName(f"{method} after {c:g}", method, c, "after") for c in after),
+        ]
+
     return arms
+
+
+def _projections(config: GuardSettings) -> list[ArmName]:
+    kinds = dict.fromkeys(config.projection.kinds)
+    return [ArmName(f"projection {kind}", "projection", None, kind) for kind in kinds]
 
 
 def _in_the_loss(method: str, strength: float | str) -> ArmName:
@@ -146,7 +176,7 @@ def protection(plan: ArmPlan, arm: ArmName) -> Protection:
         ConfigError: the method cannot be used on this model.
         NumericsError: a safety gradient is not finite, or all are zero.
     """
-    return _BUILDERS[arm.method](plan, arm)
+    return METHODS[arm.method].build(plan, arm)
 
 
 def _plain(plan: ArmPlan, arm: ArmName) -> Protection:
@@ -354,13 +384,32 @@ def _all_zero(where: str) -> NumericsError:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[ArmPlan, ArmName], Protection]] = {
-    "plain": _plain,
-    "alignguard": _alignguard,
-    "ewc": _ewc,
-    "projection": _projection,
-    "replay": _replay,
-}
+#: Methods by name; the settings of a run name those it compares.
+METHODS: Table[Method] = Table(
+    names.METHODS,
+    {
+        "plain": Method(lambda _: [ArmName("plain", "plain", None)], _plain),
+        "alignguard": Method(
+            _by_strength("alignguard"),
+            _alignguard,
+            safety_gradients=lambda _: True,
+            calibrated=lambda arm: arm.kind == "loss",
+        ),
+        "ewc": Method(
+            _by_strength("ewc"),
+            _ewc,
+            safety_gradients=lambda _: True,
+            calibrated=lambda arm: arm.kind == "loss",
+        ),
+        "projection": Method(
+            _projections,
+            _projection,
+            safety_gradients=lambda arm: arm.kind == "subspace",
+            rows=lambda arm, config: config.projection.rows if arm.kind == "conflict" else 0,
+        ),
+        "replay": Method(_by_strength("replay"), _replay, rows=lambda _, config: config.replay.rows),
+    },
+)
 
 
 #: Scalar penalty terms with gradient, by name.
