@@ -32,6 +32,8 @@ SCHEDULES = [
 ]
 #: Names of the methods that `arisk guard` compares.
 METHODS = ["plain", "alignguard", "ewc", "projection", "replay"]
+#: Names of the ways to estimate a row's score before the exact ones.
+ROW_SCORES = ["differences", "sketch"]
 #: Schedules of transformers that no plan can tell beforehand.
 MEASURED = ("reduce_lr_on_plateau", "greedy")
 
@@ -96,6 +98,15 @@ def known_method(name: str) -> str:
         ValueError: it is none.
     """
     return _known(name, METHODS, "a method of protection")
+
+
+def known_row_score(name: str) -> str:
+    """The name, if it is one; `auto` and `exact` are none of the table and always known.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _known(name, ["auto", "exact", *ROW_SCORES], "a way to score rows")
 
 
 def _known(name: str, names: list[str], what: str) -> str:

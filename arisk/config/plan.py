@@ -38,8 +38,8 @@ from arisk.config.sections import (
     RolloutConfig,
     ScoreConfig,
     ScreenConfig,
-    Section,
     Seed,
+    Settings,
     SubspaceConfig,
 )
 
@@ -77,7 +77,7 @@ def _computes(device: str) -> str:
     return device
 
 
-class RunConfig(Section):
+class RunConfig(Settings):
     """Where the run lives and how it computes."""
 
     dir: FilePath | None = None
@@ -92,7 +92,7 @@ class RunConfig(Section):
     """CPU threads of torch; default: torch's own choice."""
 
 
-class AdapterConfig(Section):
+class AdapterConfig(Settings):
     """A LoRA adapter: a new one, or an existing peft folder (`path`)."""
 
     path: FilePath | None = None
@@ -155,7 +155,7 @@ class AdapterConfig(Section):
         return {**arguments, **{name: getattr(self, name) for name in further}, **self.peft}
 
 
-class ParameterGlobs(Section):
+class ParameterGlobs(Settings):
     """Parameters selected by name patterns (`*` matches any run of characters, dots included)."""
 
     include: list[str] = Field(default=["*"])
@@ -171,7 +171,7 @@ def _no_hub_adapter(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-class ModelConfig(Section):
+class ModelConfig(Settings):
     """The aligned model, as it is before the first step of the planned fine-tune."""
 
     source: Literal["hf", "python"] = "hf"
@@ -217,7 +217,7 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(Settings):
     """One data set: a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a hub id."""
 
     path: PathText
@@ -300,7 +300,7 @@ DataSets = Annotated[
 ]
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Settings):
     """The planned fine-tune: the recipe whose effect is forecast."""
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
@@ -362,7 +362,7 @@ def planned_steps(training: TrainingConfig, rows: int) -> int:
     return max(1, math.ceil(training.epochs * rows / per_step))
 
 
-class VerifyConfig(Section):
+class VerifyConfig(Settings):
     """The check of the forecast: the planned fine-tune, really carried out (`arisk verify`)."""
 
     safety: DataSet | None = None
@@ -380,7 +380,7 @@ class GuardConfig(GuardSettings):
     """Clean rows for the task loss, best not trained on; default: rows of `finetune`, surprising apart."""
 
 
-class Config(Section):
+class Config(Settings):
     """One run: what `arisk run config.yaml` reads."""
 
     run: RunConfig = RunConfig()

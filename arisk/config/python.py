@@ -35,18 +35,18 @@ from arisk.config.sections import (
     RolloutConfig,
     ScoreConfig,
     ScreenConfig,
-    Section,
     Seed,
+    Settings,
     SubspaceConfig,
 )
 from arisk.config.yaml import config_error
 
-__all__ = ["LORA_MARKERS", "FisherConfig", "PipelineConfig", "PythonSection"]
+__all__ = ["LORA_MARKERS", "FisherConfig", "PipelineConfig", "PythonSettings"]
 
 #: A parameter whose name contains one of these (case ignored) belongs to a LoRA adapter.
 LORA_MARKERS = ("lora_", "lora_A", "lora_B")
 
-S = TypeVar("S", bound=Section)
+S = TypeVar("S", bound=Settings)
 
 #: Settings of the peer package that arisk does not have, and what holds instead.
 DROPPED = {
@@ -70,7 +70,7 @@ DROPPED = {
 _building: ContextVar[bool] = ContextVar("building", default=False)
 
 
-class PythonSection(Section):
+class PythonSettings(Settings):
     """Base of settings that are built from Python: assignable, mistakes told like those of the YAML."""
 
     model_config = ConfigDict(frozen=False, validate_assignment=True)
@@ -129,12 +129,12 @@ class PythonSection(Section):
 
 def _as_mapping(value: Any) -> Any:
     """A frozen section given for an assignable one: only what was set in it."""
-    if isinstance(value, BaseModel) and not isinstance(value, PythonSection):
+    if isinstance(value, BaseModel) and not isinstance(value, PythonSettings):
         return value.model_dump(exclude_unset=True)
     return value
 
 
-_assignable_forms: dict[type[Section], Any] = {}
+_assignable_forms: dict[type[Settings], Any] = {}
 
 
 def _assignable(section: type[S]) -> type[S]:
@@ -142,7 +142,7 @@ def _assignable(section: type[S]) -> type[S]:
     if section not in _assignable_forms:
         name = section.__name__.removesuffix("Config").removesuffix("Settings")
         _assignable_forms[section] = create_model(
-            f"_{name}", __base__=(section, PythonSection), __doc__=section.__doc__
+            f"_{name}", __base__=(section, PythonSettings), __doc__=section.__doc__
         )
     return _assignable_forms[section]
 
@@ -152,12 +152,12 @@ class _Assignable:
     """Marks a field that holds the assignable form of its section, whatever form was given."""
 
     def __get_pydantic_core_schema__(
-        self, source: type[Section], handler: GetCoreSchemaHandler
+        self, source: type[Settings], handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
         return core_schema.no_info_before_validator_function(_as_mapping, handler(_assignable(source)))
 
 
-class FisherConfig(PythonSection):
+class FisherConfig(PythonSettings):
     """The safety Fisher matrix under the peer package's names; what is set here wins."""
 
     gradient_collection: Literal["auto", "hooks", "vmap", "loop"] = "auto"
@@ -179,7 +179,7 @@ class FisherConfig(PythonSection):
     """Exactly these parameters; default by `mode`."""
 
 
-class PipelineConfig(PythonSection):
+class PipelineConfig(PythonSettings):
     """Configuration of `arisk.AlignmentRiskPipeline`, for models and loaders given from Python."""
 
     mode: Literal["full", "lora"] = "full"

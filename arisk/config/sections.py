@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
+from pydantic import AfterValidator, (
     AfterValidator,
     BaseModel,
     BeforeValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from arisk.config.names import known_method
+from arisk.config.names import known_method, known_row_score
 
 __all__ = [
     "AlignGuardArm",
@@ -45,8 +45,8 @@ __all__ = [
     "RolloutConfig",
     "ScoreConfig",
     "ScreenConfig",
-    "Section",
     "Seed",
+    "Settings",
     "SubspaceConfig",
 ]
 
@@ -88,7 +88,7 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 FilePath = Annotated[Path, BeforeValidator(_usable_path)]
 
 
-class Section(BaseModel):
+class Settings(BaseModel):
     """Base of all sections: frozen, unknown keys refused, attribute docstrings as descriptions."""
 
     model_config = ConfigDict(
@@ -96,7 +96,7 @@ class Section(BaseModel):
     )
 
 
-class CollectConfig(Section):
+class CollectConfig(Settings):
     """Per-sample safety gradients and the Fisher matrix they span."""
 
     engine: Literal["auto", "hooks", "vmap", "loop"] = "auto"
@@ -115,7 +115,7 @@ class CollectConfig(Section):
     """Disk for gradients (GB), kept or until their products are there; auto takes `gram` above it."""
 
 
-class SubspaceConfig(Section):
+class SubspaceConfig(Settings):
     """The low-rank safety subspace: leading eigenvectors of the Fisher matrix."""
 
     method: Literal["gram", "svd", "randomized_svd", "diag_topk"] = "gram"
@@ -132,7 +132,7 @@ class SubspaceConfig(Section):
     """How many single weights with the largest Fisher diagonal are named."""
 
 
-class ScoreConfig(Section):
+class ScoreConfig(Settings):
     """How the planned update meets the safety subspace."""
 
     batches: Annotated[int, Field(ge=2, le=LARGEST)] = 8
@@ -157,7 +157,7 @@ class ScoreConfig(Section):
         return parameters if parameters <= SMALL_PROBLEM else KRYLOV_DEFAULT
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Settings):
     """Losses measured along an accelerated virtual run: the part that predicts."""
 
     enabled: bool = True
@@ -180,7 +180,7 @@ class RolloutConfig(Section):
     """Control samples measured at every point."""
 
 
-class JudgeConfig(Section):
+class JudgeConfig(Settings):
     """A local model that says which answers refuse, in place of the rule of openings."""
 
     path: str
@@ -205,7 +205,7 @@ class JudgeConfig(Section):
         return self.refused or ("reject|refus" if self.kind == "classifier" else r"^\W*yes|refusal:\s*yes")
 
 
-class BehaviourConfig(Section):
+class BehaviourConfig(Settings):
     """What the model says along the run: refusals, and ordinary answers beside them."""
 
     prompts: Count = 48
@@ -222,7 +222,7 @@ class BehaviourConfig(Section):
     """A judge model; default: the rule that an answer refuses when it begins with a refusal."""
 
 
-class ForecastConfig(Section):
+class ForecastConfig(Settings):
     """From artifacts to a verdict."""
 
     collapse_threshold: PositiveFloat = 0.1
@@ -247,7 +247,7 @@ class ForecastConfig(Section):
         return self
 
 
-class ReportConfig(Section):
+class ReportConfig(Settings):
     """The HTML page."""
 
     title: str | None = None
@@ -261,7 +261,7 @@ class ReportConfig(Section):
     map as PNG, where both are there."""
 
 
-class ScreenConfig(Section):
+class ScreenConfig(Settings):
     """Which fine-tuning rows push towards harm (`arisk screen`)."""
 
     rise: PositiveFloat = 0.02
@@ -270,7 +270,7 @@ class ScreenConfig(Section):
     """Real steps of the plan taken at most to get there; no rise within them flags no row."""
     points: Literal["risen", "start", "both"] = "risen"
     """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
-    method: Literal["auto", "exact", "differences", "sketch"] = "auto"
+    method: Annotated[str, AfterValidator(known_row_score)] = "auto"
     """Exact products for every row; or an estimate first, by differences of its loss or by a sketch of its
     gradient, and exact products for the head of that ranking, from which rows are flagged. auto: differences
     from 5000 rows where most of the model is selected."""
@@ -295,7 +295,7 @@ class ScreenConfig(Section):
 Relaxation = Annotated[float, Field(gt=0, lt=4)]
 
 
-class AlignGuardArm(Section):
+class AlignGuardArm(Settings):
     """The AlignGuard penalty, in ΔW coordinates."""
 
     strengths: Annotated[list[PositiveFloat | Literal["as_given"]], Field(min_length=1)] = Field(
@@ -325,7 +325,7 @@ class AlignGuardArm(Section):
     """ΔW_A. subspace: PΔW, whose geodesic term is zero; blocks: output rows by Fisher mass."""
 
 
-class EwcArm(Section):
+class EwcArm(Settings):
     """Elastic weight consolidation: λ Σ_j F_jj (θ_j − θ*_j)², F of the safety data, θ what trains."""
 
     strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[10.0])
@@ -338,7 +338,7 @@ class EwcArm(Section):
     """The Fisher diagonal is that of the safety loss at logits / this."""
 
 
-class ProjectionArm(Section):
+class ProjectionArm(Settings):
     """Fine-tuning gradients without what is against safety, before clipping and optimizer."""
 
     kinds: Annotated[list[Literal["conflict", "subspace"]], Field(min_length=1)] = Field(default=["conflict"])
@@ -350,7 +350,7 @@ class ProjectionArm(Section):
     """Safety rows of each minibatch of `conflict`."""
 
 
-class ReplayArm(Section):
+class ReplayArm(Settings):
     """A small safety minibatch's loss, mixed into every step: the plain remedy."""
 
     strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[0.1, 0.3])
@@ -359,7 +359,7 @@ class ReplayArm(Section):
     """Safety rows per optimizer step."""
 
 
-class GuardSettings(Section):
+class GuardSettings(Settings):
     """The planned fine-tune with and without protection (`arisk guard`)."""
 
     methods: Annotated[list[str], Field(min_length=1)] = Field(

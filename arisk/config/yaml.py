@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from arisk.base.errors import ConfigError
-from arisk.config.plan import Config, Section
+from arisk.config.plan import Config, Settings
 from arisk.config.reading import read_text, read_yaml, shortened
 from arisk.config.sections import path_fault
 
@@ -233,7 +233,7 @@ def _section_lines(section: type[BaseModel], given: Mapping[str, Any]) -> Iterat
             yield f"  {name}: {_scalar(given[name])}  # {doc}"
         else:
             default = field.default
-            if isinstance(default, Section):
+            if isinstance(default, Settings):
                 default = default.model_dump(mode="json")
             shown = "…" if default is PydanticUndefined else _scalar(default)
             yield f"  # {name}: {shown}  # {doc}"

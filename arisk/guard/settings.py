@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from arisk.config.python import PythonSection
+from arisk.config.python import PythonSettings
 from arisk.config.sections import NonNegativeFloat, PositiveInt
 
 __all__ = ["AlignGuardConfig"]
 
 
-class AlignGuardConfig(PythonSection):
+class AlignGuardConfig(PythonSettings):
     """Weights and form of the penalty; the defaults of the weights are those of the peer package."""
 
     lambda_a: NonNegativeFloat = 0.25

@@ -145,12 +145,13 @@ def out_of_reach(model: nn.Module) -> tuple[float, list[tuple[str, float]]]:
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             continue
-        total += parameter.numel()
+        size: int = parameter.numel()
+        total += size
         replaced = ".original_module." in name  # by a copy that trains, of `modules_to_save`
         if id(parameter) not in reached and not parameter.requires_grad and not replaced:
             plain = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
             plain = plain.replace(".base_layer", "").removesuffix(".weight")
-            left[plain] = left.get(plain, 0) + parameter.numel()
+            left[plain] = left.get(plain, 0) + size
     shares = {name: count / max(total, 1) for name, count in left.items()}
     largest = sorted(shares.items(), key=lambda item: -item[1])
     return sum(shares.values()), [(name, share) for name, share in largest if share >= 0.01]

@@ -13,7 +13,7 @@ from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.cost import rollout_passes
 from arisk.gradients import layout_of
-from arisk.screening.estimates import worth_estimating
+from arisk.screening.estimates import ROW_SCORES, worth_estimating
 from arisk.screening.explain import ENTRIES
 from arisk.screening.points import COLUMNS, EVERY
 from arisk.screening.run import CHECKED, HEAD, HEAD_SHARE
@@ -25,8 +25,6 @@ __all__ = ["screen_cost"]
 SAFETY_PASSES = 3
 #: Copies of the selected parameters beside the model: θ, the directions, D, θ* and the moments.
 COPIES = 10
-#: Forward passes that an estimate of one row takes; a backward pass counts as two.
-ESTIMATE = {"differences": 2, "sketch": 3}
 
 
 def screen_cost(scene: CostScene) -> Cost:
@@ -60,7 +58,7 @@ def _passes(scene: CostScene) -> dict[str, float]:
         estimates = "differences" if worth_estimating(task.model, layout, rows) else "exact"
     if estimates != "exact":
         exact = min(rows, CHECKED + max(HEAD, round(HEAD_SHARE * rows)))
-        looked = rows * ESTIMATE[estimates]
+        looked = rows * ROW_SCORES[estimates].forwards
     counts: dict[str, float] = {
         "gradient rows": walked * per_step(config)
         + points * (given.batches * config.training.batch_size + control),

@@ -30,6 +30,8 @@ from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import NumericsError
 from arisk.base.processes import gathered, rank, world
 from arisk.base.task import LossFn, Progress, RowBatches, SampleSet, Task
+from arisk.config import names
+from arisk.config.names import Table
 from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.batches import in_float32, is_narrow, widened
 from arisk.gradients.layout import parameters_of
@@ -38,7 +40,18 @@ from arisk.screening.points import Place
 from arisk.screening.rows import RowGroup, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
 
-__all__ = ["Estimate", "Passes", "RowTables", "by_differences", "by_sketches", "contrast", "worth_estimating"]
+__all__ = [
+    "ROW_SCORES",
+    "Estimate",
+    "EstimateScene",
+    "Passes",
+    "RowScore",
+    "RowTables",
+    "by_differences",
+    "by_sketches",
+    "contrast",
+    "worth_estimating",
+]
 
 #: ``estimate(groups)``: (B, 2) float64, every row's estimated score (nats per unit learning rate) and loss
 #: (nats per response token).
@@ -221,6 +234,62 @@ PROBED = 32
 
 
 @dataclass(frozen=True)
+class EstimateScene:
+    """What an estimate of row scores is made from.
+
+    Attributes:
+        model: inside `measuring`; may be moved.
+        layout: the selected parameters.
+        place: the point of the planned run, with its directions.
+        loss_fn: per-sample losses.
+        probe: rows to set a step on, best spread over the data.
+        side: entries that a sketch keeps of each side of a matrix.
+        engine: engine of the per-sample gradients.
+    """
+
+    model: nn.Module
+    layout: ParameterLayout
+    place: Place
+    loss_fn: LossFn
+    probe: Callable[[], Iterator[RowGroup]]
+    side: int
+    engine: str
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One way to estimate what a row's exact score would be, for less than its gradient.
+
+    Attributes:
+        made: from a scene to `estimate(groups)` → (rows, 2): score and loss.
+        said: what rows are scored by, in words.
+        forwards: forward passes of the model that a row takes; a backward pass counts as two.
+    """
+
+    made: Callable[[EstimateScene], AbstractContextManager[Estimate]]
+    said: str
+    forwards: float
+
+
+def _differences(scene: EstimateScene) -> AbstractContextManager[Estimate]:
+    return by_differences(scene.model, scene.layout, scene.place, scene.loss_fn, list(scene.probe()))
+
+
+def _sketches(scene: EstimateScene) -> AbstractContextManager[Estimate]:
+    return by_sketches(scene.model, scene.layout, scene.place, scene.loss_fn, scene.side, scene.engine)
+
+
+#: Ways to rank rows before their scores are exact, by name.
+ROW_SCORES: Table[RowScore] = Table(
+    names.ROW_SCORES,
+    {
+        "differences": RowScore(_differences, "differences of their loss", 2),
+        "sketch": RowScore(_sketches, "a sketch of their gradient", 3),
+    },
+)
+
+
+@dataclass(frozen=True)
 class RowTables:
     """Products of some rows at every point.
 
@@ -295,7 +364,7 @@ class Passes:
         Args:
             samples: the data set.
             groups: gives its rows anew.
-            method: `differences` or `sketch`.
+            method: its name in `ROW_SCORES`.
             side: entries that a sketch keeps of each side of a matrix.
             size: rows per group.
 
@@ -305,10 +374,10 @@ class Passes:
         model, layout, loss_fn = self.task.model, self.layout, samples.loss_fn
 
         def made(place: Place) -> AbstractContextManager[Estimate]:
-            if method == "sketch":
-                return by_sketches(model, layout, place, loss_fn, side, self.engine)
-            probe = list(row_groups(samples, size, rows=_spread(samples), limit=PROBED))
-            return by_differences(model, layout, place, loss_fn, probe)
+            probe = partial(row_groups, samples, size, rows=_spread(samples), limit=PROBED)
+            return ROW_SCORES[method].made(
+                EstimateScene(model, layout, place, loss_fn, probe, side, self.engine)
+            )
 
         return self._tables(groups, f"{samples.name} rows by {method}", len(samples.rows), made)
 

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["ScreenMethod", "ScreenPoint", "ScreenResult"]
+__all__ = ["ScreenPoint", "ScreenResult"]
 
 #: How the rows are scored first; the head of an estimated ranking is exact in any case.
-ScreenMethod = Literal["exact", "differences", "sketch"]
 
 #: |ρ| of score and length from which a reader is told.
 LENGTH_MATTERS = 0.5
@@ -78,7 +77,7 @@ class ScreenResult:
     losses: Tensor
     gradient_norms: Tensor
     null: Tensor | None
-    method: ScreenMethod
+    method: str
     exact: Tensor
     p_values: Tensor
     contrasted: bool

@@ -29,10 +29,10 @@ from arisk.config.plan import ScreenConfig, TrainingConfig
 from arisk.geometry.statistics import discoveries, positive_share, rank_correlation, tail_probabilities
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
-from arisk.screening.estimates import Passes, RowTables, worth_estimating
+from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estimating
 from arisk.screening.explain import explained
 from arisk.screening.points import Place, control_groups, places
-from arisk.screening.record import ScreenMethod, ScreenResult
+from arisk.screening.record import ScreenResult
 from arisk.screening.rows import row_groups
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.schedules import learning_rates
@@ -112,7 +112,7 @@ def screen(
     return replace(record, examples=examples)
 
 
-def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> ScreenMethod:
+def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> str:
     """How all rows are scored first."""
     if config.method != "auto":
         return config.method
@@ -304,7 +304,7 @@ TELLING = 0.5
 class Estimates:
     """Estimated scores (N,), and whether a row has exact products in their place, (N,) bool."""
 
-    method: ScreenMethod
+    method: str
     scores: Tensor
     exact: Tensor
 
@@ -314,7 +314,7 @@ def by_estimates(
     samples: SampleSet,
     config: ScreenConfig,
     limit: int | None,
-    method: ScreenMethod,
+    method: str,
     build: Callable[..., ScreenResult],
 ) -> ScreenResult:
     """Estimate every row, then score exactly from the top until a whole part of the head has no flag.
@@ -372,13 +372,12 @@ def _unknown(losses: Tensor, directions: int) -> Tensor:
 
 def _said(estimates: Estimates, agreement: float, checked: int) -> str:
     """What a reader must know of the scores that are estimates."""
-    how = {"differences": "differences of their loss", "sketch": "a sketch of their gradient"}
     told = (
         f"{int(estimates.exact.sum())} of {len(estimates.exact)} rows are scored exactly, the others by "
-        f"{how[estimates.method]}; only exact scores are flagged."
+        f"{ROW_SCORES[estimates.method].said}; only exact scores are flagged."
     )
     if bool(estimates.exact.all()):
-        told = f"Ranked by {how[estimates.method]} first; in the end every row is scored exactly."
+        told = f"Ranked by {ROW_SCORES[estimates.method].said} first; in the end every row is scored exactly."
     told += (
         f" On {checked} rows spread over the ranking the order of the estimates agrees with the exact one at "
         f"ρ = {agreement:+.2f}."
