@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, (
+from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
