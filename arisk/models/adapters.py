@@ -138,9 +138,9 @@ def out_of_reach(model: nn.Module) -> tuple[float, list[tuple[str, float]]]:
     """
     reached: set[int] = set()
     for module in model.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
-            name = getattr(module, "parameter_name", "weight")
-            reached.add(id(getattr(module.get_base_layer(), name, None)))
+        base: Any = getattr(module, "get_base_layer", None)
+        if hasattr(module, "lora_A") and base is not None:
+            reached.add(id(getattr(base(), getattr(module, "parameter_name", "weight"), None)))
     total, left = 0, dict[str, int]()
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
