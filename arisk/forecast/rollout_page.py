@@ -16,6 +16,7 @@ from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
 from arisk.report.section import Column, esc, folded, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.training.behaviour import DECIDING
 
 __all__ = ["cost_text", "method", "rollout_section", "sample_drift", "sample_table"]
 
@@ -88,28 +89,54 @@ def rollout_section(measured: RolloutResult, forecast: ForecastResult) -> str:
         f"{measured.safety_passes} passes over the safety and control samples.{esc(ended)}</p>"
         '<p class="reading"><b>How to read this.</b> One line per point at which losses were measured, in '
         "optimizer steps of the planned run; losses in nats per token, safety and control as changes against "
-        "the aligned model. Kept share is how much of the leap before the point speed control kept (1 = all "
+        "the aligned model. First tokens is the same for the first tokens of the safe responses, which "
+        "decide what an answer becomes; openings kept counts prompts whose own first three tokens are still "
+        "the likeliest. Kept share is how much of the leap before the point speed control kept (1 = all "
         f"of it, or real steps). The first {measured.pilot_steps} steps are real.</p>"
         f"{folded('The measured points as a table', table(_HEADER, _rows(measured)))}</section>"
     )
 
 
-_HEADER = ("step", "fine-tuning loss", "kept share", "safety change", "control change")
+_HEADER = (
+    *("step", "fine-tuning loss", "kept share", "safety change", "first tokens", "openings kept"),
+    "control change",
+)
 
 
 def _rows(measured: RolloutResult) -> list[list[str]]:
     safety = measured.safety.mean(0).tolist()
     control = None if measured.control is None else measured.control.mean(0).tolist()
+    first, kept = _first_tokens(measured), _openings_kept(measured)
     return [
         [
             str(step),
             "–" if math.isnan(measured.finetune_loss[i]) else number(measured.finetune_loss[i]),
             number(measured.kept_share[i]),
             number(safety[i]),
+            first[i],
+            kept.get(step, NOT_MEASURED),
             NOT_MEASURED if control is None else number(control[i]),
         ]
         for i, step in enumerate(measured.steps)
     ]
+
+
+def _first_tokens(measured: RolloutResult) -> list[str]:
+    """Change of the loss of the safe responses' first tokens at every point."""
+    if measured.opening_loss is None:
+        return [NOT_MEASURED] * len(measured.steps)
+    mean = measured.opening_loss.mean(0)
+    return [number(float(value)) for value in mean - mean[0]]
+
+
+def _openings_kept(measured: RolloutResult) -> dict[int, str]:
+    """Prompts whose own first tokens are still the likeliest, by step."""
+    said = measured.behaviour.safety if measured.behaviour is not None else None
+    if said is None or said.kept is None or said.log_p is None:
+        return {}
+    whole = (~said.log_p[:, 0, :DECIDING].isnan()).sum(1, keepdim=True)
+    counts = (said.kept >= whole).sum(0).tolist()
+    return {step: f"{count} of {len(said.prompts)}" for step, count in zip(said.steps, counts, strict=True)}
 
 
 def method() -> str:

@@ -24,6 +24,7 @@ from arisk.models.losses import per_sample_nll
 from arisk.models.openings import OpeningScores, response_losses
 
 __all__ = [
+    "DECIDING",
     "AnsweredPrompts",
     "Behaviour",
     "BehaviourResult",

@@ -1,6 +1,7 @@
 """The virtual run: real where it is real, close where it leaps, and without traces."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet, Task
-from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
+from arisk.config.plan import BehaviourConfig, ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast import rollout as stage
 from arisk.forecast import run_state
 from arisk.forecast.forecasters import planned
@@ -25,6 +26,7 @@ from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
 from arisk.forecast.rollout import rollout, skipped_rollout
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
+from arisk.models.openings import OpeningScores
 from arisk.training.loop import BatchStream, PlannedRun
 
 #: Fine-tuning batches: few are seen again and again, many are noisy.
@@ -65,6 +67,33 @@ def task_of(model=None, finetune=None, *, control=True, loss_fn=classify):
         control=SampleSet("control", data(3, 2), loss_fn) if control else None,
         parameter_names=[name for name, _ in model.named_parameters()],
     )
+
+
+class Teller:
+    """Writes what the first weight is; its openings fall with the distance that the model has gone."""
+
+    def __init__(self):
+        self.start = net()[0].weight.detach().clone()
+
+    def __call__(self, model, rows, limit):
+        return [f"{row} {float(model[0].weight.detach().sum()):.9f}" for row in rows]
+
+    def text(self, tokens):
+        return str(list(tokens))
+
+    def tokens(self, model, rows, limit):
+        return [[row, 1, 2, 3] for row in rows]
+
+    def followed(self, model, rows, openings):
+        gone = float((model[0].weight.detach() - self.start).norm())
+        log_p = torch.full((len(rows), len(openings[0])), -gone, dtype=torch.float64)
+        return OpeningScores(log_p, torch.full((len(rows),), 0 if gone > 0.5 else len(openings[0])))
+
+
+def telling(task):
+    """The task with prompts that are answered."""
+    rows = [{"prompt": f"question {i}", "response": "No.", "line": i} for i in range(32)]
+    return replace(task, safety=replace(task.safety, rows=rows, generate=Teller()))
 
 
 def run(task, training, steps, **config):
@@ -173,8 +202,13 @@ def test_the_model_is_left_as_found():
 def test_resumes_inside_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
-    settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[2]), "steps": 150}
-    whole = rollout(task_of(), **settings)
+    settings = {
+        "config": RolloutConfig(),
+        "training": TrainingConfig(**RECIPES[2]),
+        "steps": 150,
+        "behaviour": BehaviourConfig(prompts=6, opening_tokens=3),
+    }
+    whole = rollout(telling(task_of()), **settings)
     real, stopped = stage.save_state, []
 
     def stop(workspace, planned_run, track, block):
@@ -187,18 +221,40 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
     model = net()
     before = model[0].weight.detach().clone()
     with pytest.raises(KeyboardInterrupt):
-        rollout(task_of(model), **settings, workspace=tmp_path)
+        rollout(telling(task_of(model)), **settings, workspace=tmp_path)
     assert torch.equal(model[0].weight, before)
     monkeypatch.setattr(stage, "save_state", real)
     steps_taken = []
     step = PlannedRun.step
     monkeypatch.setattr(PlannedRun, "step", lambda self, n: (steps_taken.append(n), step(self, n))[1])
-    resumed = rollout(task_of(), **settings, workspace=tmp_path)
+    resumed = rollout(telling(task_of()), **settings, workspace=tmp_path)
     assert min(steps_taken) > stopped[0]
     assert torch.equal(resumed.safety, whole.safety)
     assert torch.equal(resumed.control, whole.control)
     assert torch.equal(resumed.extrapolated, whole.extrapolated)
     assert resumed.gradient_evaluations == whole.gradient_evaluations
+    one, two = resumed.behaviour.safety, whole.behaviour.safety
+    assert torch.equal(one.log_p, two.log_p)
+    assert torch.equal(one.kept, two.kept)
+    assert one.answers == two.answers
+
+
+def test_what_the_model_says_is_followed_and_answered_where_due():
+    settings = {"config": RolloutConfig(), "training": TrainingConfig(**RECIPES[2]), "steps": 150}
+    watched = rollout(telling(task_of()), **settings, behaviour=BehaviourConfig(prompts=6, opening_tokens=3))
+    plain = rollout(task_of(), **settings)
+    assert torch.equal(watched.safety, plain.safety)
+    assert (plain.behaviour.status, plain.behaviour.reason) == ("not_measured", "behaviour.prompts is 0")
+    said = watched.behaviour.safety
+    assert said.steps == watched.steps
+    assert said.log_p.shape == (6, len(watched.steps), 3)
+    answered = [made.step for made in said.answers]
+    assert {0, watched.pilot_steps, 150} <= set(answered)
+    # The openings turn once, and answers come there unasked.
+    turned = next(s for s, kept in zip(said.steps, said.kept[0].tolist(), strict=True) if kept == 0)
+    assert turned in answered
+    assert len(answered) <= 4
+    assert len({made.texts[0] for made in said.answers[1:]}) == len(answered) - 1
 
 
 def test_a_damaged_state_starts_again(tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 
-from arisk.forecast.rollout_page import cost_text, sample_drift, sample_table
+from arisk.forecast.rollout_page import cost_text, rollout_section, sample_drift, sample_table
 from arisk.forecast.text import sample_sentence
+from arisk.training.behaviour import BehaviourResult, FollowedPrompts
 from tests.report import records as made
 from tests.report.reading import parsed
 
@@ -16,11 +18,30 @@ def test_the_rollout_tells_its_cost_and_its_points():
     assert "34 of 100 planned gradients, 34 %" in text
     section = made.page().split('<section id="rollout">')[1].split("</section>")[0]
     cells = re.findall(r"<td>(.*?)</td>", section)
-    assert cells[:5] == ["0", "–", "1", "0", "0"]
-    assert cells[-5:] == ["100", "0.75", "1", "0.2", "0.08"]
+    assert cells[:7] == ["0", "–", "1", "0", "not measured", "not measured", "0"]
+    assert cells[-7:] == ["100", "0.75", "1", "0.2", "not measured", "not measured", "0.08"]
     without = made.page(holes=True)
     assert "Not measured: rollout.enabled is off. That is not the same as no risk." in without
     assert cost_text(made.records(holes=True)[-1]) == "not measured"
+
+
+def test_first_tokens_and_openings_stand_beside_the_losses():
+    measured, forecast = made.rolled(), made.records()[-1]
+    followed = FollowedPrompts(
+        prompts=[{"prompt": "p", "response": "No.", "line": 1}] * 4,
+        openings=["No"] * 4,
+        steps=measured.steps,
+        # One opening has two tokens only: both of them stand to the end.
+        log_p=torch.tensor([[[-0.1] * 3] * 3] * 3 + [[[-0.1, -0.1, math.nan]] * 3], dtype=torch.float64),
+        kept=torch.tensor([[3, 3, 1], [3, 3, 3], [3, 0, 0], [2, 2, 2]]),
+        answers=[],
+    )
+    said = BehaviourResult("measured", None, 24, followed, None, "no control", [], 0.1)
+    losses = torch.tensor([[0.2, 0.3, 0.6], [0.4, 0.5, 0.8]], dtype=torch.float64)
+    section = rollout_section(replace(measured, behaviour=said, opening_loss=losses), forecast)
+    cells = re.findall(r"<td>(.*?)</td>", section)
+    assert [cells[7 * i + 4] for i in range(3)] == ["0", "0.1", "0.4"]
+    assert [cells[7 * i + 5] for i in range(3)] == ["4 of 4", "3 of 4", "2 of 4"]
 
 
 def test_the_method_is_told_with_its_equations():
