@@ -7,18 +7,75 @@ text reaches a pipe, and `status` and `--help` load no library for it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 
-__all__ = ["StageDisplay", "clock", "columns", "fancy", "peak_memory", "wrapped"]
+from arisk.base.errors import ArtifactError
+
+__all__ = ["StageDisplay", "clock", "columns", "fancy", "peak_memory", "printable", "say", "wrapped"]
 
 #: Seconds between two renewals of the line.
 RENEW = 0.1
 #: Columns of a terminal that does not tell, and the least that is used.
 COLUMNS, LEAST = 80, 30
+
+
+#: A colour that arisk itself sets (bold, and back), or else what a terminal may take for a command or show
+#: in another order: C0 without tab and line feed, DEL, C1, marks of direction, halves of characters.
+COMMANDS = re.compile(
+    "\x1b\\[(?:1;3[0-7]|0)m|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with everything a terminal would obey written out, as `\x1b`; our colours stay.
+
+    Texts of data, models, paths and configs may hold commands that set the clipboard or the title, hide
+    what follows, or answer for the user. All of them reach a terminal through here.
+    """
+    return COMMANDS.sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    if len(found.group()) > 1:
+        return found.group()
+    code = ord(found.group())
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """One text and a line feed on stdout or stderr, made printable.
+
+    A reader that has gone away (`| head`) does not fail what is done; nothing more is written then.
+
+    Raises:
+        ArtifactError: stdout cannot take it, as on a full disk.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if stream is None:
+        return
+    shown = printable(text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(shown.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain then.
+        silenced = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silenced, stream.fileno())
+        os.close(silenced)
+    except OSError as fault:
+        if err:
+            return
+        raise ArtifactError(
+            f"the output cannot be written: {fault.strerror or fault}",
+            where="stdout",
+            fix="send it elsewhere; the run itself is kept",
+        ) from fault
 
 
 def fancy(stream: object) -> bool:
@@ -138,7 +195,7 @@ class StageDisplay:
             "of this one are kept; run the same command again to go on" + (":" if self.resume else "")
         )
         if self.resume:
-            self._write(f"  {self.resume}\n")
+            self._write(f"  {printable(self.resume)}\n")
 
     def failed(self) -> None:
         """An error ends the stage; the moving line must not stay."""
@@ -163,12 +220,13 @@ class StageDisplay:
             parts.append(f"peak {memory:.2f} GB")
         numbers = " · ".join(parts)
         room = max(0, columns(sys.stderr) - len(numbers) - 4)
-        label = self._label if len(self._label) <= room else self._label[: room - 1] + "…"
+        label = printable(self._label)
+        label = label if len(label) <= room else label[: room - 1] + "…"
         return f"  {label} {numbers}"
 
     def _line(self, text: str, *, indent: str = "") -> None:
         self._erase()
-        self._write(wrapped(text, sys.stderr, indent=indent) + "\n")
+        self._write(wrapped(printable(text), sys.stderr, indent=indent) + "\n")
 
     def _erase(self) -> None:
         if self._shown:
@@ -180,5 +238,5 @@ class StageDisplay:
         try:
             sys.stderr.write(text)
             sys.stderr.flush()
-        except (BrokenPipeError, UnicodeEncodeError):
+        except (OSError, UnicodeEncodeError):
             self._shown = False

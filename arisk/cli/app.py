@@ -6,15 +6,21 @@ The list of commands in `arisk --help`, in groups and in whole sentences.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from arisk.base.artifacts import disk_error
 from arisk.base.errors import AriskError
 from arisk.base.processes import is_first
+from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 
 __all__ = ["Grouped", "app", "groups", "main"]
@@ -80,7 +86,7 @@ def _version(value: bool) -> None:
     if value:
         from importlib.metadata import version
 
-        typer.echo(version("arisk"))
+        say(version("arisk"))
         raise typer.Exit
 
 
@@ -109,6 +115,30 @@ def _terminated(number: int, frame: object) -> None:
     raise _Terminated
 
 
+def _who() -> str:
+    return "" if is_first() else f"process {os.environ.get('RANK')}: "
+
+
+def _bug(err: Exception) -> str:
+    """One line that says it is ours and where the traceback is; with --debug the traceback itself."""
+    told = traceback.format_exc()
+    command = shlex.join(["arisk", *sys.argv[1:]])
+    place = "with --debug it is printed"
+    try:
+        handle, name = tempfile.mkstemp(prefix="arisk-bug-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{command}\n\n{told}")
+        place = f"it is in {name}"
+    except OSError:
+        pass
+    first = (str(err).strip().splitlines() or [""])[0][:200]
+    line = (
+        f"error: this is a bug of arisk, not your fault: {type(err).__name__}: {first}; the full traceback "
+        f"helps to mend it, {place}; please report it with the command: {command}"
+    )
+    return f"{told}\n{line}" if os.environ.get("ARISK_DEBUG") else line
+
+
 def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
@@ -122,10 +152,19 @@ def main() -> None:
         app()
     except AriskError as err:
         if os.environ.get("ARISK_DEBUG"):
-            raise
-        who = "" if is_first() else f"process {os.environ.get('RANK')}: "
-        typer.echo(who + "\n".join(err.lines()), err=True)
+            say(traceback.format_exc(), err=True)
+        say(_who() + "\n".join(err.lines()), err=True)
         sys.exit(err.exit_code)
+    except OSError as err:
+        # The system's answer about some file: of the environment, and no bug.
+        if os.environ.get("ARISK_DEBUG"):
+            say(traceback.format_exc(), err=True)
+        fault = disk_error(err, Path(str(err.filename or "a file of this run")))
+        say(_who() + "\n".join(fault.lines()), err=True)
+        sys.exit(fault.exit_code)
+    except Exception as err:  # noqa: BLE001 - the net: whatever else comes up here is a bug of ours
+        say(_who() + _bug(err), err=True)
+        sys.exit(1)
     except SystemExit:
         if _Terminated.seen:  # Typer makes 130 of every interruption.
             sys.exit(TERMINATED)

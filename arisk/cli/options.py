@@ -16,6 +16,7 @@ import typer
 
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
 from arisk.base.processes import is_first
+from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 
 __all__ = [
@@ -167,7 +168,7 @@ def print_outcome(outcome: Any, as_json: bool) -> None:
     if not is_first():
         return
 
-    typer.echo(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
+    say(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
 
 
 def gate(level: str, fail_on: str, why: str) -> None:

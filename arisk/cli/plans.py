@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from arisk.base.processes import is_first
+from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 from arisk.cli.app import app
 from arisk.cli.options import (
@@ -61,7 +62,7 @@ def what_if(
         rates=number_list(learning_rate, float, "--learning-rate"),
         lengths=number_list(steps, int, "--steps"),
     )
-    typer.echo(json.dumps(grid_json(grid), indent=2) if as_json else grid_text(grid, cells=cells))
+    say(json.dumps(grid_json(grid), indent=2) if as_json else grid_text(grid, cells=cells))
 
 
 @app.command()
@@ -129,7 +130,7 @@ def compare(
     )
     if is_first():
         text = compare_text(found.told, str(found.page))
-        typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
+        say(json.dumps(found.as_json(), indent=2, allow_nan=False) if as_json else text)
     if fail_on:
         level, names = worst_level(found.told.runs, fail_on)
         gate(level, fail_on, names)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 from arisk.cli.app import app
 from arisk.cli.options import (
@@ -157,7 +158,7 @@ def _optional_verb(stage: Stage) -> None:
         )
         as_json = given["as_json"]
         text = json.dumps(outcome.as_json(), indent=2, allow_nan=False) if as_json else None
-        typer.echo(text or asked_text(catalogue(), outcome))
+        say(text or asked_text(catalogue(), outcome))
 
     command.__doc__ = (
         f"{stage.help}.\n\nThe model's files are not changed. "
@@ -219,10 +220,10 @@ def status(
     loaded = load_config(config, overrides or [])
     rows = status_rows(catalogue(), loaded, run_directory(loaded, config, run_dir))
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
     width = columns(sys.stdout) - 1 if sys.stdout.isatty() else None
-    typer.echo(describe(rows, width=width, command=reproducing(config, run_dir, overrides)))
+    say(describe(rows, width=width, command=reproducing(config, run_dir, overrides)))
 
 
 @app.command()
@@ -242,7 +243,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     report = check_task(loaded, device=device_of(loaded.run.device), kept=kept)
     loading = time.perf_counter() - started
     report["plan"] = estimate(catalogue(), loaded, run_directory(loaded, config, None), kept, loading=loading)
-    typer.echo(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
+    say(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 
 @app.command()
@@ -265,7 +266,7 @@ def init(
             f"{path} exists already", where=str(path), fix="choose another name, or give --force"
         )
     path.write_text(starter_config(model, safety, finetune), encoding="utf-8")
-    typer.echo(f"wrote {path}; next: arisk check {path} && arisk run {path}")
+    say(f"wrote {path}; next: arisk check {path} && arisk run {path}")
 
 
 @app.command()
@@ -276,7 +277,7 @@ def schema() -> None:
     """
     from arisk.config.yaml import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    say(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -307,7 +308,7 @@ def demo(
         command=f"arisk demo --mode {mode} --output-dir {output_dir}",
     )
     if not quiet:
-        typer.echo(_drawn(output_dir), err=True)
+        say(_drawn(output_dir), err=True)
     print_outcome(outcome, as_json)
 
 

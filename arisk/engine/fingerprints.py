@@ -56,7 +56,19 @@ class DigestCache:
         self.known: dict[str, list[Any]] = held if isinstance(held, dict) else {}
 
     def digest(self, path: Path) -> str:
-        """sha256 of the file, from the cache while size, time and inode are the same."""
+        """sha256 of the file, from the cache while size, time and inode are the same.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            return self._digest(path)
+        except OSError as err:
+            raise InputError(
+                f"the file cannot be read: {err.strerror or err}", where=str(path), fix="make it readable"
+            ) from err
+
+    def _digest(self, path: Path) -> str:
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         held = self.known.get(str(path))
