@@ -106,7 +106,7 @@ def _forecast_cost(scene: CostScene) -> Cost:
 
 FORECAST = Stage(
     name="forecast",
-    version=6,
+    version=7,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("collect", "score", "rollout"),

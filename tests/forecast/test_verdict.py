@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import pytest
 
 from arisk.config.plan import ForecastConfig
@@ -42,6 +45,17 @@ def test_collapse_is_high_whatever_the_trust():
     found = verdict(curve(peak=0.3, collapse=60, probability=0.9, trusted=10))
     assert found.level == "high"
     assert found.collapse_step == 60
+
+
+@pytest.mark.parametrize("end", [math.inf, math.nan])
+def test_a_training_that_diverges_is_a_finding_of_its_own(end):
+    found = verdict(curve("combined", peak=end, collapse=100, probability=1.0, trusted=50))
+    assert found.level == "inconclusive"
+    assert (found.collapse_step, found.probability) == (None, None)
+    assert "diverges after step 0 of 100" in found.reasons[0]
+    values = [0.0, 0.4, end]
+    late = replace(curve("combined", collapse=40, probability=1.0, trusted=50), median=values, upper=values)
+    assert (verdict(late).level, verdict(late).collapse_step) == ("high", 40)
 
 
 def test_alarm_level_and_probability_are_elevated():
