@@ -9,7 +9,7 @@ from arisk import AlignmentRiskPipeline, Comparison, PipelineConfig
 from arisk.base.errors import ConfigError
 
 SETTINGS = {
-    "training": {"optimizer": "sgd", "learning_rate": 0.05, "max_steps": 20},
+    "training": {"optimizer": "sgd", "learning_rate": 0.05, "max_steps": 20, "max_grad_norm": None},
     "score": {"batches": 2, "nulls": 0, "examples": 0, "probe_points": 2, "krylov_dim": 2},
     "forecast": {"bootstrap_samples": 20},
 }

@@ -40,7 +40,7 @@ ORDER = (
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 #: Arrows that still point the wrong way, until the capability's page and stage have moved out of the frame.
-PENDING = {("geometry", "training")}
+PENDING: set[tuple[str, str]] = set()
 #: Modules that start fast: neither they nor what they import loads torch.
 NO_TORCH = (
     "base.errors",

@@ -238,6 +238,7 @@ def test_a_gradient_inside_the_safety_subspace_is_risky():
     target = torch.zeros(2, 4, dtype=torch.float64)
     target[:, 0] = 3.0
     config = {**FAST, "training": {"optimizer": "sgd", "learning_rate": 0.05, "max_steps": 30}}
+    config["training"]["max_grad_norm"] = None
     config["rollout"] = {"enabled": True}
     report = AlignmentRiskPipeline(config).run(
         model=Point(),

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arisk.base.processes import gathered, share
-from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task
-from arisk.gradients import ParameterLayout, batch_size, slice_batch
+from arisk.base.task import Batch, Progress, SampleSet, Task
+from arisk.gradients import ParameterLayout
+from arisk.training.panels import sample_losses
 
-__all__ = ["Probe", "batch_losses", "displaced", "probe_along", "sample_losses"]
+__all__ = ["Probe", "displaced", "probe_along"]
 
 #: First displacement tried, as a share of ‖θ‖ (of 1 where θ = 0), and the most doublings after it.
 FIRST_SHARE, DOUBLINGS = 2.0**-14, 22
@@ -52,22 +52,6 @@ def displaced(model: nn.Module, layout: ParameterLayout, delta: Tensor) -> Gener
         with torch.no_grad():
             for name, value in saved.items():
                 parameters[name].copy_(value)
-
-
-def batch_losses(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
-    """ℓ_i of a batch's samples, (B,) float64; a scalar loss is asked one sample at a time. No gradient."""
-    with torch.no_grad():
-        loss = loss_fn(model, batch)
-        size = batch_size(batch)
-        if loss.ndim == 0 and size > 1:
-            loss = torch.stack([loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(size)])
-        return loss.reshape(-1).to("cpu", torch.float64)
-
-
-def sample_losses(model: nn.Module, batches: Sequence[Batch], loss_fn: LossFn) -> Tensor:
-    """ℓ_i of every sample, (N,) float64, as of `batch_losses`. Shared over ranks."""
-    losses = [batch_losses(model, batches[number], loss_fn) for number in share(len(batches))]
-    return torch.cat(gathered(losses, len(batches)))
 
 
 def probe_along(

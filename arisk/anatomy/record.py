@@ -159,7 +159,7 @@ class ScoreResult:
     1/(√v̂ + ε) for AdamW) and H the fine-tuning Hessian: u = −D g is the direction of the flow.
 
     Attributes:
-        optimizer: "sgd" or "adamw"; preconditioned by D where adamw.
+        optimizer: the planned one, whose D preconditions.
         finetune_loss: mean loss of the measured batches (nats per token).
         update_norm: ‖D g‖.
         overlap: the overlap and its nulls.
@@ -185,7 +185,7 @@ class ScoreResult:
         warnings: sentences for the report.
     """
 
-    optimizer: Literal["sgd", "adamw"]
+    optimizer: str
     finetune_loss: float
     update_norm: float
     overlap: OverlapNulls

@@ -20,9 +20,9 @@ from arisk.anatomy.overlaps import Scene, measure_overlap
 from arisk.anatomy.probe import Probe, probe_along
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.anatomy.safety_side import SafetySide
-from arisk.anatomy.update import Update, first_batches, measure_update
+from arisk.anatomy.update import Update, first_batches, measure_update, step_loss
 from arisk.base.processes import gathered, share
-from arisk.base.task import Batch, Progress, Task, silent
+from arisk.base.task import Batch, LossFn, Progress, Task, silent
 from arisk.config.plan import ScoreConfig, TrainingConfig
 from arisk.geometry.lanczos import Krylov, lanczos
 from arisk.geometry.overlap import fisher_norm_in_subspace, projection_ratio, random_overlap
@@ -39,6 +39,7 @@ from arisk.gradients import (
     move_batch,
     per_sample_gradients,
 )
+from arisk.training.recipe import decay_by_coordinate, start_ratios
 
 __all__ = ["DIRECTIONS_BYTES", "DIRECTION_NAMES", "ScoreOutput", "score", "score_examples"]
 
@@ -99,7 +100,9 @@ def score(
         batches = first_batches(task.finetune, config.batches, device)
         stack = scratch.stack(layout.numel, len(batches), _wide(task))
         update = measure_update(task, task.finetune, layout, training, batches, progress, stack=stack)
-        krylov, plan = _krylov(scene, update, batches[: config.hvp_batches], config, scratch)
+        bent = batches[: config.hvp_batches]
+        loss_fn = step_loss(task.finetune, bent, training)
+        krylov, plan = _krylov(scene, update, loss_fn, bent, config, scratch)
         c_update = side.dots(update.direction[:, None])[:, 0]
         c_batches = side.dots(Scaled(stack, -update.preconditioner))
         c_krylov = side.dots(Scaled(krylov.basis, update.preconditioner.sqrt()))
@@ -146,10 +149,15 @@ def _wide(task: Task) -> torch.dtype:
 
 
 def _krylov(
-    scene: Scene, update: Update, batches: Sequence[Batch], config: ScoreConfig, scratch: Scratch
+    scene: Scene,
+    update: Update,
+    loss_fn: LossFn,
+    batches: Sequence[Batch],
+    config: ScoreConfig,
+    scratch: Scratch,
 ) -> tuple[Krylov, HvpPlan]:
     """Krylov space of (D^½HD^½, D^½g) by Hessian-vector products on a few batches."""
-    loss_fn, model, layout = scene.task.finetune.loss_fn, scene.task.model, scene.layout
+    model, layout = scene.task.model, scene.layout
     plan = choose_hvp(model, batches, loss_fn, layout, update.direction, config.hvp)
     root = update.preconditioner.sqrt()
     wanted = config.krylov_steps(layout.numel)
@@ -241,16 +249,21 @@ def _conditions(
 
 
 def _directions(scene: Scene, update: Update, krylov: Krylov, training: TrainingConfig) -> dict[str, Tensor]:
-    """P-sized vectors of the local model: g, noise variance, R = D^{−½}Q, and θ* under weight decay."""
+    """P-sized vectors of the local model: g, noise variance, R = D^{−½}Q; θ* with λ, ratios of LoRA+."""
     directions = {
         "gradient": update.gradient,
         "noise_variance": update.noise_variance,
         "curvature_basis": krylov.basis.tensor() / update.preconditioner.sqrt()[:, None],
     }
+    model, names = scene.task.model, scene.layout.names
     if training.weight_decay:
-        parameters = dict(scene.task.model.named_parameters(remove_duplicate=False))
-        theta = scene.layout.flatten({n: parameters[n].detach() for n in scene.layout.names})
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        theta = scene.layout.flatten({n: parameters[n].detach() for n in names})
         directions["theta"] = theta.cpu().to(update.gradient.dtype)
+        directions["weight_decay"] = decay_by_coordinate(model, names, training).to(update.gradient.dtype)
+    ratios = start_ratios(model, names, training)
+    if ratios is not None:
+        directions["ratios"] = ratios.to(update.gradient.dtype)
     return directions
 
 

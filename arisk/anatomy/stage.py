@@ -193,14 +193,15 @@ def _score_cost(scene: CostScene) -> Cost:
 
 SCORE = Stage(
     name="score",
-    version=3,
+    version=4,
     help="How the planned first update meets the subspace, by layer and row",
     run=_score,
     upstream=("collect", "subspace"),
     config=(
         *("finetune", "control", "score", "training.optimizer", "training.betas", "training.eps"),
         *("training.batch_size", "training.gradient_accumulation", "training.packing"),
-        "training.weight_decay",
+        *("training.weight_decay", "training.weight_decay_on", "training.loss", "training.order"),
+        *("training.drop_last", "training.loraplus_lr_ratio"),
     ),
     inputs=("finetune", "control"),
     parallel=True,

@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.processes import gathered, share, world
-from arisk.base.task import Batch, Progress, SampleSet, Task
+from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task
 from arisk.config.plan import TrainingConfig
 from arisk.geometry.vectors import VectorStack
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
+from arisk.training.loop import training_loss
+from arisk.training.optimizers import optimizer_named
+from arisk.training.recipe import start_ratios
 
-__all__ = ["Update", "first_batches", "measure_update", "preconditioner"]
-
-#: √v̂ counts as at least this share of its root mean square, so that D stays invertible.
-RELATIVE_FLOOR = 1e-3
+__all__ = ["Update", "first_batches", "measure_update", "preconditioner", "step_loss"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class Update:
 
     Attributes:
         loss: mean loss over the batches.
-        gradient: (P,) g, mean over the batches.
+        gradient: (P,) g, mean over the batches, weighted by their trained tokens where the plan trains so.
         noise_variance: (P,) unbiased variance of one micro-batch gradient; 0 with one batch.
-        preconditioner: (P,) D: ones for SGD, 1/(√v̂ + ε) for AdamW with v̂ = g² + noise/accumulation.
+        preconditioner: (P,) D of the planned optimizer: ones for SGD, 1/(√v̂ + ε) for AdamW with
+            v̂ = g² + noise/accumulation.
         direction: (P,) u = −D g.
         batch_losses: (B,).
     """
@@ -55,18 +57,30 @@ def first_batches(samples: SampleSet, count: int, device: torch.device) -> list[
     return batches
 
 
-def preconditioner(gradient: Tensor, noise_variance: Tensor, training: TrainingConfig) -> Tensor:
-    """D of the planned optimizer at the start: 1 for SGD, 1/(√v̂ + ε) for AdamW, v̂ ≈ E[g_b²].
+def preconditioner(
+    model: nn.Module,
+    layout: ParameterLayout,
+    gradient: Tensor,
+    noise_variance: Tensor,
+    training: TrainingConfig,
+) -> Tensor:
+    """D (P,) of the planned optimizer at the start, learning-rate ratios of LoRA+ included.
 
-    A coordinate that has had no gradient at all (the A side of a fresh adapter) has no scale of its
-    own; it gets that of the root mean square, which keeps it from dominating every D-norm.
+    Args:
+        model: whose parameters these are.
+        layout: the selected parameters.
+        gradient: (P,) mean gradient.
+        noise_variance: (P,) variance of one micro-batch gradient.
+        training: the planned optimizer.
+
+    Raises:
+        ConfigError: the optimizer is not known.
     """
-    if training.optimizer == "sgd":
-        return torch.ones_like(gradient)
-    second = (gradient.square() + noise_variance / training.gradient_accumulation).sqrt()
-    typical = float(second.square().mean().sqrt())
-    second = second.masked_fill(second == 0, typical)
-    return 1 / (second.clamp(min=RELATIVE_FLOOR * typical) + training.eps)
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    noise = noise_variance / training.gradient_accumulation
+    d = optimizer_named(training.optimizer).start(gradient, noise, training, shapes)
+    ratios = start_ratios(model, layout.names, training)
+    return d if ratios is None else d * ratios.to(d)
 
 
 def measure_update(
@@ -98,7 +112,9 @@ def measure_update(
     """
     losses: list[float] = []
     mean = squares = torch.zeros(0)
-    for number, (loss, gradient) in enumerate(_gradients(task, samples, layout, batches, progress), 1):
+    loss_fn = step_loss(samples, batches, training)
+    gradients = _gradients(task, samples.name, loss_fn, layout, batches, progress)
+    for number, (loss, gradient) in enumerate(gradients, 1):
         losses.append(loss)
         if stack is not None:
             stack.append(gradient)
@@ -117,7 +133,7 @@ def measure_update(
             fix="check that its loss depends on the selected parameters, and that its rows are not "
             "already fitted perfectly",
         )
-    d = preconditioner(mean, noise, training)
+    d = preconditioner(task.model, layout, mean, noise, training)
     return Update(
         loss=sum(losses) / len(losses),
         gradient=mean,
@@ -128,18 +144,38 @@ def measure_update(
     )
 
 
+def step_loss(samples: SampleSet, batches: Sequence[Batch], training: TrainingConfig) -> LossFn:
+    """The loss whose plain mean over these micro-batches is that of one step on all of them.
+
+    By tokens: Σ of token losses over the mean number of trained tokens of a micro-batch.
+    """
+    if training.loss != "tokens" or samples.tokens is None:
+        return samples.loss_fn
+    counts = [float(samples.tokens.counts(batch).sum()) for batch in batches]
+    return partial(_by_tokens, samples, max(sum(counts) / len(counts), 1.0))
+
+
+def _by_tokens(samples: SampleSet, trained: float, model: nn.Module, batch: Batch) -> Tensor:
+    return training_loss(samples, model, batch, trained)
+
+
 def _gradients(
-    task: Task, samples: SampleSet, layout: ParameterLayout, batches: Sequence[Batch], progress: Progress
+    task: Task,
+    name: str,
+    loss_fn: LossFn,
+    layout: ParameterLayout,
+    batches: Sequence[Batch],
+    progress: Progress,
 ) -> Iterator[tuple[float, Tensor]]:
     """Loss and gradient of every batch in order, float32 or float64, on the CPU.
 
     The ranks work on as many batches at a time as there are ranks, and each gets all gradients.
     """
     for start in range(0, len(batches), world()):
-        progress(f"{samples.name} gradients", start, len(batches))
+        progress(f"{name} gradients", start, len(batches))
         own: list[tuple[float, Tensor]] = []
         count = min(world(), len(batches) - start)
         for index in share(count):
-            loss, gradient = mean_gradient(task.model, batches[start + index], samples.loss_fn, layout)
+            loss, gradient = mean_gradient(task.model, batches[start + index], loss_fn, layout)
             own.append((loss, gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu()))
         yield from gathered(own, count)

@@ -14,7 +14,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Generate", "LoraPair", "LossFn", "Progress", "RowBatches", "SampleSet", "Task", "silent"]
+__all__ = [
+    "Batch",
+    "Generate",
+    "LoraPair",
+    "LossFn",
+    "Progress",
+    "RowBatches",
+    "SampleSet",
+    "Task",
+    "TokenLoss",
+    "silent",
+]
 
 #: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
 Batch = Any
@@ -51,6 +62,19 @@ class RowBatches(Protocol):
 
 
 @dataclass(frozen=True)
+class TokenLoss:
+    """A loss by trained tokens, as trainers take it over a whole optimizer step.
+
+    Attributes:
+        sums: ``(model, batch) -> (B,)`` summed negative log-likelihood of each sample (nats).
+        counts: ``batch -> (B,)`` trained tokens of each sample, without running the model.
+    """
+
+    sums: LossFn
+    counts: Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
 class SampleSet:
     """A data set cut into batches, with its loss.
 
@@ -64,6 +88,8 @@ class SampleSet:
         statistics: counts made while loading (rows read, duplicates, truncated, tokens).
         generate: writes greedy answers to the prompts of some of the rows; None where there is no
             tokenizer to write with.
+        tokens: the loss by trained tokens; None where tokens are not known, and a training step then
+            takes the mean over rows.
     """
 
     name: str
@@ -72,6 +98,7 @@ class SampleSet:
     rows: Sequence[Mapping[str, Any]] = ()
     statistics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     generate: Generate | None = None
+    tokens: TokenLoss | None = None
 
     @property
     def units(self) -> int:

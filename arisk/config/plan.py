@@ -22,6 +22,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
+from arisk.config.names import OPTIMIZERS, SCHEDULES, known_optimizer, known_schedule
 from arisk.config.sections import (
     LARGEST,
     BehaviourConfig,
@@ -300,25 +301,39 @@ DataSets = Annotated[
 ]
 
 
+def _no_zero(value: Any) -> Any:
+    """0 turns clipping off, as in transformers."""
+    return None if value == 0 else value
+
+
 class TrainingConfig(Settings):
     """The planned fine-tune: the recipe whose effect is forecast."""
 
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    """sgd (with `momentum`) or adamw (with `betas`, `eps`)."""
+    optimizer: Annotated[str, AfterValidator(known_optimizer), Field(examples=OPTIMIZERS)] = "adamw"
+    """adamw, sgd, adafactor, lion, muon, rmsprop, or a name of transformers' `optim` for one of them."""
+    optimizer_args: dict[str, float | int | bool | str] = Field(default={})
+    """Further settings of the optimizer, as in transformers' `optim_args` (sgd: dampening, nesterov; …)."""
     learning_rate: Annotated[float, Field(ge=1e-12, le=1e4, allow_inf_nan=False)] = 2e-4
     """Peak learning rate; below 1e-12 a step is lost in the rounding of the weights."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """AdamW moment decays."""
+    """Moment decays of adamw and lion."""
     eps: PositiveFloat = 1e-8
-    """AdamW denominator offset."""
+    """Denominator offset of adamw."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled for adamw, added to the gradient for sgd (as torch does)."""
+    weight_decay_on: Literal["weights", "all"] = "weights"
+    """weights: biases and norms do not decay, as in transformers' Trainer; all: everything decays."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """SGD momentum (no dampening, no Nesterov)."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning-rate decay after the warm-up, to zero at the last step."""
+    """Momentum of sgd and rmsprop."""
+    schedule: Annotated[str, AfterValidator(known_schedule), Field(examples=SCHEDULES)] = "constant"
+    """Learning rate over the run, by transformers' names: constant, constant_with_warmup, linear, cosine,
+    cosine_with_restarts, cosine_with_min_lr, polynomial, inverse_sqrt, warmup_stable_decay."""
+    schedule_args: dict[str, float | int | str | None] = Field(default={})
+    """Further settings of the schedule, as in transformers' `lr_scheduler_kwargs` (num_cycles, min_lr, …)."""
     warmup_steps: Count = 0
-    """Optimizer steps of linear warm-up; step k (from 1) uses k / warmup_steps of the peak."""
+    """Optimizer steps of linear warm-up; step k (from 1) uses (k - 1) / warmup_steps of the peak."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Warm-up as a share of the run, rounded up to whole steps; give this or `warmup_steps`."""
     batch_size: Annotated[int, Field(gt=0, le=100_000)] = 8
     """Rows per micro-batch."""
     gradient_accumulation: Annotated[int, Field(gt=0, le=100_000)] = 1
@@ -326,19 +341,31 @@ class TrainingConfig(Settings):
     max_steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`. Default 200 when neither is given."""
     epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Passes over the fine-tuning data, turned into optimizer steps."""
+    """Passes over the fine-tuning data, each ending with a short step where rows are left over."""
     packing: Literal["off", "bfd", "wrapped"] = "off"
     """Rows put together into sequences of `finetune.max_length` tokens, as TRL does; `batch_size` counts
     these. bfd: whole rows, longest first, cut at the end; wrapped: all rows in one line, cut anywhere."""
-    max_grad_norm: PositiveFloat | None = None
-    """Gradient clipping by global norm; null: none."""
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Rows anew in random order every epoch (drawn as transformers' Trainer draws them), or as they stand."""
+    drop_last: bool = False
+    """Leave out an epoch's last micro-batch where it is not full."""
+    max_grad_norm: Annotated[PositiveFloat | None, BeforeValidator(_no_zero)] = 1.0
+    """Gradient clipping by global norm, as transformers' default; 0 or null: none."""
+    loss: Literal["tokens", "rows"] = "tokens"
+    """tokens: mean over all trained tokens of a step's micro-batches; rows: over rows of their own means."""
+    precision: Literal["weights", "bf16", "fp16"] = "weights"
+    """weights: computed in `model.dtype`; bf16, fp16: autocast as in transformers (no fp16 on a CPU)."""
+    neftune_noise_alpha: PositiveFloat | None = None
+    """NEFTune: uniform noise on embedded tokens while training, up to alpha / sqrt(tokens x width)."""
+    loraplus_lr_ratio: PositiveFloat | None = None
+    """LoRA+: learning rate of the B matrices over that of the A matrices."""
 
     @model_validator(mode="after")
     def _steps(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give `max_steps` or `epochs`, not both")
-        if self.optimizer == "adamw" and self.momentum:
-            raise ValueError("`momentum` belongs to sgd; adamw takes `betas`")
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError("give `warmup_steps` or `warmup_ratio`, not both")
         return self
 
 
@@ -358,8 +385,10 @@ def planned_steps(training: TrainingConfig, rows: int) -> int:
             where="training.epochs",
             fix="give `training.max_steps` instead",
         )
-    per_step = training.batch_size * training.gradient_accumulation
-    return max(1, math.ceil(training.epochs * rows / per_step))
+    full, rest = divmod(rows, training.batch_size)
+    batches = max(1, full + (rest > 0 and not training.drop_last))
+    per_epoch = math.ceil(batches / training.gradient_accumulation)
+    return max(1, math.ceil(training.epochs * per_epoch))
 
 
 class VerifyConfig(Settings):

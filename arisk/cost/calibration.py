@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from arisk.anatomy.overlaps import Permuted
-from arisk.anatomy.probe import sample_losses
 from arisk.anatomy.update import first_batches
 from arisk.base.errors import InputError
 from arisk.base.task import Batch, Task
@@ -34,6 +33,7 @@ from arisk.gradients import (
 from arisk.gradients.curvature import choose_hvp, hvp, losses_between, outputs_of
 from arisk.gradients.engines import mean_gradient
 from arisk.gradients.factors import Part, dots_of, lightest, parameter_products, tensors_of, with_tensors
+from arisk.training.panels import sample_losses
 
 __all__ = ["Calibration", "calibrate"]
 

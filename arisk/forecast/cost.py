@@ -9,6 +9,7 @@ from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
 from arisk.forecast.leap import rollout_cost as counted
 from arisk.forecast.rare import SCORED_SHARE
 from arisk.forecast.rollout import SCALES
+from arisk.training.recipe import recipe_of
 
 __all__ = ["answer_tokens", "followed_rows", "forecast_cost", "rollout_cost", "rollout_passes"]
 
@@ -93,7 +94,8 @@ def forecast_cost(scene: CostScene) -> Cost:
 def _path_operations(scene: CostScene) -> float:
     """Multiplications of the exact recursion; 0 where it is too long and left out."""
     task, config, training = scene.task, scene.config, scene.config.training
-    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
     steps = planned_steps(training, task.finetune.units)
+    recipe = recipe_of(training, steps)
     count = numel(task) * steps * (4 * krylov_steps(task, config) + 20)
-    return 0.0 if plain or count > PATH_BUDGET else float(count)
+    left_out = recipe.plain or recipe.kind.recursion is None
+    return 0.0 if left_out or count > PATH_BUDGET else float(count)

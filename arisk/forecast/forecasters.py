@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from arisk.anatomy.record import ScoreResult
-from arisk.config.plan import ForecastConfig, TrainingConfig
+from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import Curve
 from arisk.geometry.dynamics import (
     LocalModel,
-    Recipe,
+    Recursion,
     interpolate_rows,
     krylov_path,
     optimizer_path,
@@ -32,18 +31,16 @@ from arisk.geometry.dynamics import (
     recorded_steps,
 )
 from arisk.geometry.local_model import aic_lower_bound, first_crossing, interpolated_crossing, local_change
-from arisk.training.schedules import flow_times, learning_rates
+from arisk.training.recipe import Recipe
 
 __all__ = [
     "CURVE_POINTS",
-    "LocalPlan",
     "bound_curve",
     "curve_of",
     "local_curve",
     "local_path",
     "not_measured",
     "plain_values",
-    "planned",
     "ray_curve",
     "trusted_time",
 ]
@@ -53,7 +50,7 @@ __all__ = [
 TRUST_SHARE, TRUST_FLOOR = 0.2, 0.1
 
 
-def bound_curve(scored: ScoreResult, plan: LocalPlan, config: ForecastConfig) -> Curve:
+def bound_curve(scored: ScoreResult, plan: Recipe, config: ForecastConfig) -> Curve:
     """½ max(½γ̂t² − ε̂t, 0)² over the flow time t of the plan."""
     steps = recorded_steps(plan.horizon, CURVE_POINTS)
     values = aic_lower_bound(plan.times, scored.gamma_hat, scored.epsilon_hat)
@@ -78,7 +75,7 @@ def bound_curve(scored: ScoreResult, plan: LocalPlan, config: ForecastConfig) ->
 
 def local_curve(
     scored: ScoreResult,
-    plan: LocalPlan,
+    plan: Recipe,
     config: ForecastConfig,
     *,
     directions: dict[str, Tensor],
@@ -114,9 +111,7 @@ def local_curve(
     )
 
 
-def ray_curve(
-    scored: ScoreResult, plan: LocalPlan, config: ForecastConfig, generator: torch.Generator
-) -> Curve:
+def ray_curve(scored: ScoreResult, plan: Recipe, config: ForecastConfig, generator: torch.Generator) -> Curve:
     """Measured safety loss at the position the planned run reaches along its first direction.
 
     It slows down where the fine-tuning loss along this direction stops falling. A real run turns to
@@ -175,7 +170,7 @@ def trusted_time(scored: ScoreResult, threshold: float) -> float | None:
 
 def _resampled_local(
     scored: ScoreResult,
-    plan: LocalPlan,
+    plan: Recipe,
     steps: Sequence[int],
     c: Tensor,
     shown: Sequence[int],
@@ -210,7 +205,7 @@ def _resample_rows(values: Tensor, draws: int, generator: torch.Generator) -> Te
     return torch.stack([values[row].mean(0) for row in rows])
 
 
-def _steps_within(plan: LocalPlan, time: float | None) -> int | None:
+def _steps_within(plan: Recipe, time: float | None) -> int | None:
     """Last step whose flow time is at most `time`; None when the time was not measured."""
     if time is None:
         return None
@@ -303,34 +298,9 @@ FEW_PARAMETERS = 4096
 PATH_BUDGET = 2e11
 
 
-@dataclass(frozen=True)
-class LocalPlan:
-    """The planned run: T learning rates and flow times (T + 1), with the optimizer's settings."""
-
-    rates: Tensor
-    times: Tensor
-    training: TrainingConfig
-
-    @property
-    def horizon(self) -> int:
-        """Planned optimizer steps T."""
-        return len(self.rates)
-
-
-def planned(training: TrainingConfig, steps: int, *, scale: float = 1.0) -> LocalPlan:
-    """The plan with `steps` steps and `scale` times its peak learning rate."""
-    rates = learning_rates(
-        training.learning_rate * scale,
-        steps,
-        schedule=training.schedule,
-        warmup_steps=training.warmup_steps,
-    )
-    return LocalPlan(rates, flow_times(rates, momentum=training.momentum), training)
-
-
 def local_path(
     scored: ScoreResult,
-    plan: LocalPlan,
+    plan: Recipe,
     directions: dict[str, Tensor],
     dots: Callable[[Tensor], Tensor],
 ) -> tuple[list[int], Tensor, list[str]]:
@@ -343,16 +313,17 @@ def local_path(
         dots: G V (N, m), called where the exact recursion is wanted and short enough.
     """
     training = plan.training
-    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
-    if not plain and directions:
+    if not plan.plain and plan.kind.recursion is not None and directions:
         parameters, krylov = directions["curvature_basis"].shape
         if parameters * plan.horizon * (4 * krylov + 20) <= PATH_BUDGET:
             return _vector_path(plan, scored, directions, dots)
-    path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=training.momentum)
+    path = krylov_path(scored.krylov_t, scored.krylov_beta, plan.rates, momentum=plan.momentum)
     notes: list[str] = []
-    if not plain:
+    if not plan.plain:
         long = "the exact recursion is too long for this plan"
         why = long if directions else "the vectors of the exact recursion are too large to keep"
+        if plan.kind.recursion is None:
+            why = "it has no recursion on the local model"
         notes.append(
             f"{training.optimizer} with its preconditioner frozen at the start ({why}); weight decay "
             "and clipping are left out."
@@ -362,7 +333,7 @@ def local_path(
 
 
 def _vector_path(
-    plan: LocalPlan, scored: ScoreResult, directions: dict[str, Tensor], dots: Callable[[Tensor], Tensor]
+    plan: Recipe, scored: ScoreResult, directions: dict[str, Tensor], dots: Callable[[Tensor], Tensor]
 ) -> tuple[list[int], Tensor, list[str]]:
     """The true optimizer recursion on P-sized vectors, projected on G in chunks."""
     training = plan.training
@@ -373,13 +344,14 @@ def _vector_path(
         noise_variance=directions["noise_variance"],
         theta=directions.get("theta"),
     )
-    recipe = Recipe(
+    recursion = Recursion(
         rates=plan.rates,
-        optimizer=training.optimizer,
-        momentum=training.momentum,
+        optimizer=plan.kind.recursion or "sgd",
+        momentum=plan.momentum,
         betas=training.betas,
         eps=training.eps,
-        weight_decay=training.weight_decay,
+        weight_decay=directions.get("weight_decay", training.weight_decay),
+        ratios=directions.get("ratios"),
         max_grad_norm=training.max_grad_norm,
         noise_divisor=training.gradient_accumulation,
     )
@@ -388,7 +360,7 @@ def _vector_path(
     chunk = max(1, int(1e8 / len(model.gradient)))
     columns: list[Tensor] = []
     pending: list[Tensor] = []
-    for step, delta in optimizer_path(model, recipe, steps):
+    for step, delta in optimizer_path(model, recursion, steps):
         pending.append(delta)
         if len(pending) == chunk or step == steps[-1]:
             columns.append(dots(torch.stack(pending, dim=1)))

@@ -18,9 +18,9 @@ from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.forecasters import CURVE_POINTS, TRUST_FLOOR, TRUST_SHARE, trusted_time
 from arisk.forecast.record import Curve
 from arisk.geometry.dynamics import krylov_path, recorded_steps
-from arisk.geometry.flow import quadratic_path, read_at_flow, unit_flow
+from arisk.geometry.flow import quadratic_path, read_at_flow
 from arisk.geometry.local_model import bootstrap_means, local_change
-from arisk.training.schedules import learning_rates
+from arisk.training.recipe import recipe_of
 
 __all__ = ["Known", "Local", "Rolled", "curve_at_rate", "known", "local_run", "over_flow_time"]
 
@@ -106,18 +106,12 @@ def curve_at_rate(
         flow time.
     """
     at = recorded_steps(steps, CURVE_POINTS)
-    return at, read_at_flow(rolled.times, rolled.values, rate * _flow(training, at, steps))
+    return at, read_at_flow(rolled.times, rolled.values, _flow(training, rate, at, steps))
 
 
-def _flow(training: TrainingConfig, steps: Sequence[int], total: int) -> Tensor:
-    """Flow time per unit of the peak learning rate, at steps of a run of `total` steps."""
-    return unit_flow(
-        torch.tensor(steps, dtype=torch.float64),
-        total,
-        schedule=training.schedule,
-        warmup_steps=training.warmup_steps,
-        momentum=training.momentum,
-    )
+def _flow(training: TrainingConfig, rate: float, steps: Sequence[int], total: int) -> Tensor:
+    """Flow times at steps of a run of `total` steps with this peak learning rate."""
+    return recipe_of(training, total, scale=rate / training.learning_rate).times[torch.tensor(steps)]
 
 
 def over_flow_time(curve: Curve, training: TrainingConfig, steps: int) -> Rolled | None:
@@ -128,7 +122,7 @@ def over_flow_time(curve: Curve, training: TrainingConfig, steps: int) -> Rolled
     if curve.status != "measured":
         return None
     count = next((i for i, v in enumerate(curve.median) if not math.isfinite(v)), len(curve.median))
-    times = training.learning_rate * _flow(training, curve.steps, steps)
+    times = _flow(training, training.learning_rate, curve.steps, steps)
     values = torch.tensor([curve.median, curve.lower, curve.upper], dtype=torch.float64)
     return Rolled(times[:count], values[:, :count], count < len(curve.median))
 
@@ -137,7 +131,7 @@ def _local(scored: ScoreResult, config: ForecastConfig, training: TrainingConfig
     trusted = trusted_time(scored, config.collapse_threshold)
     if trusted is None or scored.probe_times is None:
         return None
-    plain = training.optimizer == "sgd" and not training.weight_decay and training.max_grad_norm is None
+    plain = recipe_of(training, 1).plain
     # Beyond the probe nobody looked, even where the model fitted it all the way.
     return Local(scored, min(trusted, float(scored.probe_times[-1])), plain)
 
@@ -160,7 +154,7 @@ def local_run(source: Known, local: Local, rate: float, steps: int) -> tuple[lis
     """
     scored, training, config = local.scored, source.training, source.config
     ends = recorded_steps(steps, LOCAL_STEPS)
-    flow = rate * _flow(training, ends, steps)
+    flow = _flow(training, rate, ends, steps)
     kept = recorded_steps(len(ends) - 1, CURVE_POINTS)
     at = [ends[i] for i in kept]
     trusted = flow[kept] <= local.trusted
@@ -181,11 +175,11 @@ def _local_path(
     local: Local, training: TrainingConfig, rate: float, steps: int, ends: Sequence[int], flow: Tensor
 ) -> Tensor | None:
     """Krylov coordinates (len(ends), J) at the ends of groups of steps; None where it cannot say."""
-    scored, momentum = local.scored, training.momentum
+    recipe = recipe_of(training, steps, scale=rate / training.learning_rate)
+    scored, momentum = local.scored, recipe.momentum
     counts = torch.diff(torch.tensor(ends, dtype=torch.float64))
     if momentum and len(ends) == steps + 1:
-        rates = learning_rates(rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps)
-        return krylov_path(scored.krylov_t, scored.krylov_beta, rates, momentum=momentum)
+        return krylov_path(scored.krylov_t, scored.krylov_beta, recipe.rates, momentum=momentum)
     rates = torch.diff(flow) / counts
     stiffest = float(torch.linalg.eigvalsh(scored.krylov_t.to(torch.float64)).abs().max())
     if momentum and float(rates.max()) * stiffest > 1:

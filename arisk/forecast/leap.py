@@ -29,11 +29,15 @@ from torch import Tensor
 from arisk.base.errors import NumericsError
 from arisk.config.sections import RolloutConfig
 from arisk.forecast.rare import RareRows
-from arisk.training.loop import PlannedRun
+from arisk.training.loop import PlannedRun, StepDone, follow
+from arisk.training.optimizers import Ageing
+from arisk.training.state import Extra
 
 __all__ = [
     "Block",
     "Leaper",
+    "block_from",
+    "kept_block",
     "pilot_length",
     "planned_points",
     "rollout_cost",
@@ -70,6 +74,60 @@ class Block:
     leaps: int = 0
 
 
+#: Parts of a block that are saved: numbers, and one tensor per parameter.
+_VALUES, _TENSORS = ("count", "loss", "rare_share", "leaps"), ("direction", "mean", "square")
+
+
+def kept_block(block: Block | None) -> Extra:
+    """A block for `arisk.training.state.save_state`."""
+    if block is None:
+        return Extra()
+    tensors = {f"{key}.{i}": part for key in _TENSORS for i, part in enumerate(getattr(block, key))}
+    return Extra(tensors, {key: getattr(block, key) for key in _VALUES})
+
+
+def block_from(extra: Extra, parameters: Sequence[Tensor]) -> Block | None:
+    """The saved block on the parameters' device; None where there was none."""
+    if not extra.values:
+        return None
+    parts = {key: [extra.tensors[f"{key}.{i}"].to(p) for i, p in enumerate(parameters)] for key in _TENSORS}
+    return Block(**parts, **extra.values)
+
+
+class _Watch:
+    """Sums of gradients over the steps it is told of, and where they began."""
+
+    def __init__(self, run: PlannedRun) -> None:
+        self.run = run
+        self.anchor = [p.detach().clone() for p in run.parameters]
+        self.mean: list[Tensor] = []
+        self.square: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def __call__(self, done: StepDone) -> None:
+        """Add a step's gradient, which is still there after it."""
+        self.losses.append(done.loss)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.run.parameters]
+        if not self.mean:
+            self.mean = [g.clone() for g in gradients]
+            self.square = [g.square() for g in gradients]
+            return
+        for total, squares, gradient in zip(self.mean, self.square, gradients, strict=True):
+            total.add_(gradient)
+            squares.addcmul_(gradient, gradient)
+
+    def block(self, rate: float, rare_share: float, leaps: int) -> Block:
+        """What was seen, per unit of the learning rates' sum."""
+        count = len(self.losses)
+        for total in (*self.mean, *self.square):
+            total.div_(count)
+        with torch.no_grad():
+            moves = zip(self.run.parameters, self.anchor, strict=True)
+            direction = [(p - a).div_(rate or 1.0).detach() for p, a in moves]
+        loss = sum(self.losses) / count
+        return Block(direction, self.mean, self.square, count, loss, rare_share, leaps)
+
+
 class Leaper:
     """Real blocks and leaps on a planned run.
 
@@ -104,36 +162,16 @@ class Leaper:
         Raises:
             NumericsError: the training loss is not finite.
         """
-        parameters = self.run.parameters
         seen = min(seen, count)
-        anchor: list[Tensor] = []
-        mean: list[Tensor] = []
-        square: list[Tensor] = []
-        losses: list[float] = []
-        for i in range(count):
-            if i == count - seen:
-                anchor = [p.detach().clone() for p in parameters]
-            losses.append(self.run.step(done + i + 1))
-            if i < count - seen:
-                continue
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            if not mean:
-                mean = [g.clone() for g in gradients]
-                square = [g.square() for g in gradients]
-            else:
-                for total, squares, gradient in zip(mean, square, gradients, strict=True):
-                    total.add_(gradient)
-                    squares.addcmul_(gradient, gradient)
-        for total in (*mean, *square):
-            total.div_(seen)
-        rate = sum(self.run.rates[done + count - seen : done + count])
-        with torch.no_grad():
-            direction = [(p - a).div_(rate or 1.0) for p, a in zip(parameters, anchor, strict=True)]
+        first = done + count - seen + 1
+        follow(self.run, done + 1, first - 1, [])
+        watch = _Watch(self.run)
+        follow(self.run, first, done + count, [watch])
+        rate = sum(self.run.rates[first - 1 : done + count])
         rare = 0.0
         if self.rare and not self.run.stream.without:
-            rare = self.rare.share_seen(done + count - seen + 1, done + count)
-        loss = sum(losses[-seen:]) / seen
-        return Block([d.detach() for d in direction], mean, square, seen, loss, rare, leaps)
+            rare = self.rare.share_seen(first, done + count)
+        return watch.block(rate, rare, leaps)
 
     def leap(self, block: Block, done: int, length: int) -> float:
         """Stand in for steps done + 1 … done + length; returns the share x of the way that was kept.
@@ -183,15 +221,18 @@ class Leaper:
         surplus = max(-missing, 0.0) * rates[0] / (1 - seen)
         gradient, loss = rare.gradient(block.leaps)
         clipped = rare.kept_by_clipping(block.mean, gradient)
-        beta = self.run.training.betas[1]
-        momentum = self.run.training.momentum if self.run.training.optimizer == "sgd" else 0.0
         way: list[Tensor] = []
-        for parameter, mean, pull, leapt in zip(self.run.parameters, block.mean, gradient, gone, strict=True):
-            state = self.run.optimizer.state[parameter]
-            if "exp_avg_sq" in state:
+        for parameter, mean, square, pull, leapt in zip(
+            self.run.parameters, block.mean, block.square, gradient, gone, strict=True
+        ):
+            part, group = self.run.part_of(parameter)
+            if part.kind.admit is not None:
                 held = missing if missing > 0 else rare.share
-                state["exp_avg_sq"].addcmul_(pull, pull, value=(1 - beta**length) * held / rare.step_rows)
-            step = (pull * clipped - mean) * self._scale(parameter).sqrt() / (momentum - 1)
+                part.kind.admit(
+                    part.optimizer.state[parameter], group, pull, held / rare.step_rows, length
+                )
+            step = (pull * clipped - mean) * self._scale(parameter, square)
+            step.mul_(-part.kind.gain(group) * group["ratio"])
             limit = leapt.abs()
             way.append(step * due + (step * -surplus).clamp(-limit, limit))
         self._move(way, 1.0)
@@ -264,7 +305,7 @@ class Leaper:
             return [1.0] * len(block.mean)
         factors: list[float] = []
         for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
-            weight = self._scale(parameter)
+            weight = self._scale(parameter, square).square()
             signal = float((mean.square() * weight).sum())
             total = float((square * weight).sum())
             noise = max(0.0, (total - signal) * block.count / (block.count - 1))
@@ -274,32 +315,18 @@ class Leaper:
             factors.append(min(1.0, math.sqrt(real / far)) if far > 0 else 1.0)
         return factors
 
-    def _scale(self, parameter: Tensor) -> Tensor:
-        """D²: the optimizer's squared step per unit gradient."""
-        state = self.run.optimizer.state[parameter]
-        if "exp_avg_sq" not in state:
-            return torch.ones((), dtype=parameter.dtype, device=parameter.device)
-        beta = self.run.training.betas[1]
-        second = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
-        return second.sqrt_().add_(self.run.training.eps).square_().reciprocal_()
+    def _scale(self, parameter: Tensor, square: Tensor) -> Tensor:
+        """D: the optimizer's step per unit gradient here."""
+        part, group = self.run.part_of(parameter)
+        return part.kind.scale(part.optimizer.state[parameter], group, square)
 
     def _age_state(self, block: Block, length: int, left: float) -> None:
-        """Moments and step count as if the block's mean gradient had been seen `length` times more.
-
-        A heavy ball arrives with what is left of its slope: with its full speed of the start it
-        would shoot out of a valley that speed control has just found.
-        """
-        beta1, beta2 = self.run.training.betas
-        momentum = self.run.training.momentum
+        """The optimizer's state as if the block's mean gradient had been seen `length` times more."""
         for parameter, mean, square in zip(self.run.parameters, block.mean, block.square, strict=True):
-            state = self.run.optimizer.state[parameter]
-            if "exp_avg" in state:
-                state["exp_avg"].lerp_(mean, 1 - beta1**length)
-                state["exp_avg_sq"].lerp_(square, 1 - beta2**length)
-                state["step"] += length
-            elif state.get("momentum_buffer") is not None:
-                kept = momentum**length
-                state["momentum_buffer"].mul_(kept).add_(mean, alpha=left * (1 - kept) / (1 - momentum))
+            part, group = self.run.part_of(parameter)
+            if part.kind.age is not None:
+                state = part.optimizer.state[parameter]
+                part.kind.age(state, group, Ageing(mean, square, length, left))
 
 
 def _slowing(start: float, end: float) -> float:

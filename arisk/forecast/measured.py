@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from arisk.config.plan import ForecastConfig
-from arisk.forecast.forecasters import CURVE_POINTS, LocalPlan, curve_of, not_measured, plain_values
+from arisk.forecast.forecasters import CURVE_POINTS, curve_of, not_measured, plain_values
 from arisk.forecast.record import Curve, RolloutResult
 from arisk.geometry.dynamics import recorded_steps
 from arisk.geometry.local_model import bootstrap_means, interpolated_crossing
+from arisk.training.recipe import Recipe
 
 __all__ = ["combined_curve", "control_change", "pilot_curve", "rollout_curve"]
 
@@ -57,14 +58,14 @@ class _Path:
     pilot: int
 
 
-def rollout_curve(measured: RolloutResult, plan: LocalPlan, config: ForecastConfig, seed: int) -> Curve:
+def rollout_curve(measured: RolloutResult, plan: Recipe, config: ForecastConfig, seed: int) -> Curve:
     """The measured safety loss along the virtual run."""
     if measured.status != "measured":
         return not_measured("rollout", measured.reason or "not run", plan.horizon)
     return _finished("rollout", _rollout_path(measured, config, seed), config, seed, measured)
 
 
-def pilot_curve(measured: RolloutResult, plan: LocalPlan, config: ForecastConfig, seed: int) -> Curve:
+def pilot_curve(measured: RolloutResult, plan: Recipe, config: ForecastConfig, seed: int) -> Curve:
     """The first real steps, extrapolated through the model's outputs."""
     if measured.status != "measured":
         return not_measured("pilot", measured.reason or "not run", plan.horizon)
@@ -75,7 +76,7 @@ def pilot_curve(measured: RolloutResult, plan: LocalPlan, config: ForecastConfig
     return _finished("pilot", path, config, seed, measured)
 
 
-def combined_curve(measured: RolloutResult, plan: LocalPlan, config: ForecastConfig, seed: int) -> Curve:
+def combined_curve(measured: RolloutResult, plan: Recipe, config: ForecastConfig, seed: int) -> Curve:
     """Rollout and pilot in log space; the rollout alone where there is no pilot to extrapolate."""
     if measured.status != "measured":
         return not_measured("combined", measured.reason or "not run", plan.horizon)

@@ -44,7 +44,7 @@ class RareRows:
 
     Attributes:
         rows: numbers of the rows in the stratum; empty where none are rare.
-        share: w, those rows over all rows, in [0, 0.05].
+        share: w, those rows over all rows; their tokens, where the plan trains on means over tokens.
         step_rows: rows of one optimizer step.
     """
 
@@ -52,7 +52,7 @@ class RareRows:
         self.run = run
         self.batches = batches
         self.step_rows = run.training.gradient_accumulation * batches.size
-        planned = len(run.rates) * self.step_rows
+        planned = run.recipe.horizon * self.step_rows
         scored = batches.sample(max(batches.size, math.ceil(SCORED_SHARE * planned)))
         outside = outliers(self._losses(scored))
         # Evenly over their losses; the rest, and rows that were not scored, stay in the real steps with
@@ -60,20 +60,31 @@ class RareRows:
         count = min(len(outside), int(LARGEST_SHARE * len(scored)))
         self.rows = [scored[outside[i * len(outside) // count]] for i in range(count)]
         self.share = len(self.rows) / batches.row_count
+        if self.rows:
+            # By tokens, a row counts as many times as it trains tokens.
+            self.share *= self._tokens(self.rows) / self._tokens(scored)
         self.members = frozenset(self.rows)
 
     def share_seen(self, first: int, last: int) -> float:
         """Share of the stratum among the rows of steps first … last (from 1)."""
-        count = self.run.training.gradient_accumulation
-        rows = [
-            row for number in range((first - 1) * count, last * count) for row in self.batches.indices(number)
-        ]
-        return sum(row in self.members for row in rows) / len(rows)
+        numbers = range(self.run.batches_of(first).start, self.run.batches_of(last).stop)
+        rows = [row for number in numbers for row in self.batches.indices(number)]
+        rare = [row for row in rows if row in self.members]
+        return len(rare) / len(rows) * (self._tokens(rare) / self._tokens(rows) if rare else 0.0)
+
+    def _tokens(self, rows: list[int]) -> float:
+        """Mean number of trained tokens of these rows; 1 where the plan trains on means of rows."""
+        tokens = self.run.task.finetune.tokens
+        if not self.run.by_tokens or tokens is None:
+            return 1.0
+        size = self.batches.size
+        counts = [tokens.counts(self.batches.of(rows[i : i + size])) for i in range(0, len(rows), size)]
+        return max(float(torch.cat(counts).double().mean()), 1.0)
 
     def gradient(self, turn: int) -> tuple[list[Tensor], float]:
         """ḡ_rare here, one tensor per parameter, and the loss, on the turn's batch of the stratum."""
         run = self.run
-        run.optimizer.zero_grad(set_to_none=True)
+        run.clear()
         loss = self._loss(turn)
         loss.backward()
         run.gradient_evaluations += 1
@@ -97,10 +108,11 @@ class RareRows:
             return float(self._loss(turn))
 
     def _loss(self, turn: int) -> Tensor:
+        """The training loss of the turn's batch here; the same noise for the same turn."""
         size = min(self.batches.size, len(self.rows))
         rows = [self.rows[(turn * self.batches.size + i) % len(self.rows)] for i in range(size)]
         batch = move_batch(self.batches.of(rows), self.run.stream.device)
-        return self.run.task.finetune.loss_fn(self.run.task.model, batch).mean()
+        return self.run.loss_on(batch, turn + 1)
 
     def _losses(self, rows: list[int]) -> Tensor:
         """Loss of every row at θ*; one that is not finite is never an outlier: real steps name it."""

@@ -46,6 +46,7 @@ class RolloutResult:
         scales: S factors s of the outputs z₀ + (z_pilot − z₀) s, and extrapolated: (N, S) loss
             changes there; None when the loss does not show the model's outputs.
         gradient_evaluations: micro-batch gradients used. safety_passes: evaluations of the samples.
+        safety_rows: places of the N measured samples in the safety set.
         warnings: sentences for the report.
         start: mean safety loss at the aligned point (nats per response token); None where not measured.
         opening_loss: (N, M) loss of the first tokens of each safety response (nats per token); None for a
@@ -68,6 +69,7 @@ class RolloutResult:
     extrapolated: Tensor | None
     gradient_evaluations: int
     safety_passes: int
+    safety_rows: Sequence[int]
     warnings: Sequence[str]
     start: float | None = None
     opening_loss: Tensor | None = None

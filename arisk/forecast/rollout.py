@@ -14,23 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arisk.anatomy.probe import sample_losses
 from arisk.base.errors import NumericsError
-from arisk.base.processes import barrier, gathered, is_first, share, world
-from arisk.base.task import Batch, Progress, RowBatches, SampleSet, Task, silent
+from arisk.base.processes import barrier, gathered, share, world
+from arisk.base.task import Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
-from arisk.forecast.leap import Block, Leaper, planned_points
+from arisk.forecast.leap import Block, Leaper, block_from, kept_block, planned_points
 from arisk.forecast.rare import RareRows
 from arisk.forecast.record import RolloutResult
-from arisk.forecast.run_state import Pauses, Track, load_state, save_state
-from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch
+from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.training.behaviour import Behaviour, losses_and_openings
 from arisk.training.loop import PlannedRun, keeping_parameters, put
-from arisk.training.schedules import learning_rates
+from arisk.training.panels import panel_of
+from arisk.training.recipe import Recipe, recipe_of
+from arisk.training.state import Pauses, Track, load_state
 
-__all__ = ["OPENING", "limited", "rollout", "skipped_rollout", "watched"]
+__all__ = ["OPENING", "rollout", "skipped_rollout", "watched"]
 
 #: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
@@ -57,6 +57,7 @@ def skipped_rollout(reason: str) -> RolloutResult:
         extrapolated=None,
         gradient_evaluations=0,
         safety_passes=0,
+        safety_rows=[],
         warnings=[],
     )
 
@@ -67,6 +68,7 @@ def rollout(
     config: RolloutConfig,
     training: TrainingConfig,
     steps: int,
+    seed: int = 0,
     behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
@@ -78,6 +80,7 @@ def rollout(
         config: pilot, segments, samples.
         training: the planned recipe.
         steps: planned optimizer steps T.
+        seed: seeds dropout and noise of the real steps.
         behaviour: prompts that are followed and answered; None: none.
         workspace: folder for the state of an unfinished run; None keeps none.
         progress: told of gradient evaluations done.
@@ -87,11 +90,9 @@ def rollout(
         InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
-    rates = learning_rates(
-        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
-    )
+    recipe = recipe_of(training, steps)
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        walk = _Walk(task, layout, config, training, rates, start, progress, behaviour)
+        walk = _Walk(task, layout, config, recipe, seed, start, progress, behaviour)
         walk.resume(workspace)
         walk.run(workspace)
     return walk.result()
@@ -105,8 +106,8 @@ class _Walk:
         task: Task,
         layout: ParameterLayout,
         config: RolloutConfig,
-        training: TrainingConfig,
-        rates: Tensor,
+        recipe: Recipe,
+        seed: int,
         start: Sequence[Tensor],
         progress: Progress,
         behaviour: BehaviourConfig | None,
@@ -117,9 +118,9 @@ class _Walk:
         self.opening_tokens = (behaviour or BehaviourConfig()).opening_tokens
         self.start = start
         self.progress = progress
-        self.horizon = len(rates)
+        self.horizon = recipe.horizon
         self.pilot, self.points = planned_points(self.horizon, config)
-        self.planned = PlannedRun(task, layout, training, rates)
+        self.planned = PlannedRun(task, layout, recipe, seed)
         self.leaper = Leaper(
             self.planned,
             speed_control=config.speed_control,
@@ -127,11 +128,10 @@ class _Walk:
             rare=self._rare_rows(),
         )
         device = self.planned.stream.device
-        self.safety = limited(task.safety, config.eval_samples, device)
-        self.control = limited(task.control, config.control_samples, device) if task.control else []
+        self.safety = panel_of(task.safety, config.eval_samples, device)
+        self.control = panel_of(task.control, config.control_samples, device) if task.control else None
         self.track = Track()
         self.block: Block | None = None
-        self.pauses = Pauses()
 
     def _rare_rows(self) -> RareRows | None:
         """The stratum of rare rows, where leaps will need it and the data can be regrouped."""
@@ -147,7 +147,8 @@ class _Walk:
         found = load_state(workspace, self.planned) if workspace else None
         barrier()  # No rank may save before every one has read.
         if found is not None:
-            self.track, self.block = found
+            self.track = found[0]
+            self.block = block_from(found[1], self.planned.parameters)
             self.behaviour.restore(self.track.behaviour)
             return
         self.measure(0, float("nan"), 1.0)
@@ -163,6 +164,7 @@ class _Walk:
         total = self.pilot + (len(self.points) - self.points.index(self.pilot) - 1) * (
             self.config.batches_per_segment + 1
         )
+        saving = Pauses(workspace, self.planned, self.track)
         for end in self.points:
             done = self.track.steps[-1]
             if end <= done:
@@ -173,9 +175,7 @@ class _Walk:
             except NumericsError:
                 self.track.diverged_at = done + 1
                 break
-            if workspace and is_first() and self.pauses.over():
-                with self.pauses.saving():
-                    save_state(workspace, self.planned, self.track, self.block)
+            saving.saved(kept_block(self.block))
         self.progress("rollout", total, total)
 
     def segment(self, done: int, end: int) -> None:
@@ -200,12 +200,12 @@ class _Walk:
         track.finetune_loss.append(finetune_loss)
         track.kept_share.append(share)
         model, samples = self.task.model, self.task.safety
-        losses, openings = losses_and_openings(model, self.safety, samples, self.opening_tokens)
+        losses, openings = losses_and_openings(model, self.safety.batches, samples, self.opening_tokens)
         track.safety.append(losses)
         if openings is not None:
             track.others.setdefault(OPENING, []).append(openings)
-        if self.control and self.task.control is not None:
-            track.control.append(sample_losses(model, self.control, self.task.control.loss_fn))
+        if self.control is not None:
+            track.control.append(self.control.losses(model))
         self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
         track.behaviour = self.behaviour.state()
 
@@ -213,8 +213,8 @@ class _Walk:
         """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
         loss_fn, model = self.task.safety.loss_fn, self.task.model
         parts: list[Tensor | None] = []
-        for number in share(len(self.safety)):
-            batch = self.safety[number]
+        for number in share(len(self.safety.batches)):
+            batch = self.safety.batches[number]
             last = outputs_of(model, batch, loss_fn)
             with self.at_start():
                 first = outputs_of(model, batch, loss_fn)
@@ -222,8 +222,8 @@ class _Walk:
             parts.append(losses_between(model, batch, loss_fn, first, last, SCALES) if known else None)
             if parts[-1] is None and world() == 1:
                 return None
-        found = [part for part in gathered(parts, len(self.safety)) if part is not None]
-        return torch.cat(found) if len(found) == len(self.safety) else None
+        found = [part for part in gathered(parts, len(self.safety.batches)) if part is not None]
+        return torch.cat(found) if len(found) == len(self.safety.batches) else None
 
     @contextmanager
     def at_start(self) -> Generator[None]:
@@ -256,6 +256,7 @@ class _Walk:
             extrapolated=None if track.extrapolated is None else track.extrapolated - safety[:, :1],
             gradient_evaluations=self.planned.gradient_evaluations,
             safety_passes=len(track.steps),
+            safety_rows=list(self.safety.rows),
             warnings=self.warnings(),
             start=float(safety[:, 0].mean()),
             opening_loss=None if openings is None else torch.stack(openings, dim=1),
@@ -264,7 +265,11 @@ class _Walk:
 
     def warnings(self) -> list[str]:
         """Sentences for the report."""
-        found: list[str] = []
+        found = list(self.planned.recipe.notes)
+        if self.task.finetune.tokens is None and self.planned.training.loss == "tokens":
+            found.append(
+                "Trained tokens are not known for losses given from Python: the steps take means over rows."
+            )
         if self.task.control is None:
             found.append("No control data: a general drift cannot be told from a loss of safety.")
         if self.track.diverged_at is not None:
@@ -289,15 +294,3 @@ def watched(task: Task, config: BehaviourConfig | None, *, heldout: bool = False
         tokens=wanted.tokens,
         opening_tokens=wanted.opening_tokens,
     )
-
-
-def limited(samples: SampleSet, limit: int | None, device: torch.device) -> list[Batch]:
-    """Batches until `limit` rows are reached (whole batches); None for all of them."""
-    kept: list[Batch] = []
-    rows = 0
-    for batch in samples.batches:
-        kept.append(move_batch(batch, device))
-        rows += batch_size(batch)
-        if limit is not None and rows >= limit:
-            break
-    return kept

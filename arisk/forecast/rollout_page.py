@@ -238,10 +238,11 @@ def _lines(measured: RolloutResult, collected: CollectResult | None) -> list[Any
 
 def _matched(measured: RolloutResult, collected: CollectResult | None) -> Sequence[Mapping[str, Any]] | None:
     """Rows of collect in the order of the rollout: both read the same data, collect drops duplicates."""
-    count = measured.safety.shape[0]
-    if collected is None or collected.dropped_duplicates or len(collected.rows) < count:
+    if collected is None or collected.dropped_duplicates:
         return None
-    return collected.rows[:count]
+    if len(collected.rows) <= max(measured.safety_rows, default=-1):
+        return None
+    return [collected.rows[i] for i in measured.safety_rows]
 
 
 def sample_table(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.forecasters import LocalPlan, bound_curve, local_curve, planned, ray_curve
+from arisk.forecast.forecasters import bound_curve, local_curve, ray_curve
 from arisk.forecast.grid import WhatIfGrid
 from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
@@ -29,6 +29,7 @@ from arisk.forecast.verdict import decide
 from arisk.forecast.what_if import what_if
 from arisk.geometry.local_model import diffusion
 from arisk.models.judge import Judge, RefusalRule
+from arisk.training.recipe import Recipe, recipe_of
 
 __all__ = ["FORECASTERS", "Sources", "forecast", "skipped_records"]
 
@@ -48,7 +49,7 @@ class Sources:
 
     scored: ScoreResult
     measured: RolloutResult
-    plan: LocalPlan
+    plan: Recipe
     config: ForecastConfig
     directions: Mapping[str, Tensor]
     dots: Callable[[Tensor], Tensor]
@@ -124,7 +125,7 @@ def forecast(
         seed: seeds the bootstrap.
         judge: labels the answers; default the rule, with openings learnt from the safety rows.
     """
-    plan = planned(training, steps)
+    plan = recipe_of(training, steps)
     generator = torch.Generator().manual_seed(seed)
     sources = Sources(scored, measured, plan, config, directions, dots, generator, seed)
     curves = {name: forecaster(sources) for name, forecaster in FORECASTERS.items()}

@@ -37,6 +37,7 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
         training=config.training,
         steps=job.planned_steps(),
         behaviour=config.behaviour,
+        seed=config.run.seed,
         workspace=workspace,
         progress=job.show.progress,
     )
@@ -86,7 +87,7 @@ def _rollout_cost(scene: CostScene) -> Cost:
 
 ROLLOUT = Stage(
     name="rollout",
-    version=4,
+    version=5,
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
     config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),

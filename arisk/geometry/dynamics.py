@@ -5,7 +5,7 @@ the space was built in the metric of a preconditioner D. Two roads:
 
 * `krylov_path`: δ_k = D^½ Q z_k, a recursion of J numbers. Exact for SGD without weight decay, and
   for a preconditioner frozen at the start.
-* `optimizer_path`: the true recursion of torch's SGD or AdamW on P-sized vectors, no model calls.
+* `optimizer_path`: the true recursion of an optimizer of `RECURSIONS` on P-sized vectors, no model calls.
 
 Every road is signed and additive: nothing is clamped.
 
@@ -15,16 +15,16 @@ A planned run followed along one straight direction, from losses measured on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "RECURSIONS",
     "LocalModel",
-    "Recipe",
+    "Recursion",
     "interpolate_rows",
     "krylov_path",
     "optimizer_path",
@@ -35,22 +35,25 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The planned optimizer, as torch.optim defines it.
+class Recursion:
+    """The planned optimizer on the local model, as torch.optim defines it.
 
     Attributes:
         rates: (T,) learning rates, one per step.
-        optimizer: "sgd" (momentum) or "adamw" (betas, eps).
+        optimizer: a name of `RECURSIONS`: "sgd" (momentum) or "adamw" (betas, eps).
+        weight_decay: λ, or (P,) where coordinates differ.
+        ratios: (P,) learning rate of each coordinate over the plan's; None for 1.
         max_grad_norm: clipping by the global gradient norm, None for none.
         noise_divisor: micro-batches averaged per step; gradient noise variance is divided by it.
     """
 
     rates: Tensor
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: str = "adamw"
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float | Tensor = 0.0
+    ratios: Tensor | None = None
     max_grad_norm: float | None = None
     noise_divisor: int = 1
 
@@ -122,7 +125,9 @@ def krylov_path(curvature: Tensor, beta: float, rates: Tensor, *, momentum: floa
     return torch.stack(path)
 
 
-def optimizer_path(model: LocalModel, recipe: Recipe, steps: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+def optimizer_path(
+    model: LocalModel, recipe: Recursion, steps: Sequence[int]
+) -> Iterator[tuple[int, Tensor]]:
     """Displacements δ_k = θ_k − θ* of the true optimizer recursion on the local model.
 
     The second moment of AdamW sees g(δ)² plus the batch-noise variance, which is what the squared
@@ -136,7 +141,8 @@ def optimizer_path(model: LocalModel, recipe: Recipe, steps: Sequence[int]) -> I
     Yields:
         (step, δ) with δ (P,) in the gradient's dtype; the tensor is a copy.
     """
-    update = _adamw_update if recipe.optimizer == "adamw" else _sgd_update
+    update = RECURSIONS[recipe.optimizer]
+    ratios = 1.0 if recipe.ratios is None else recipe.ratios
     delta = torch.zeros_like(model.gradient)
     state = {"m": torch.zeros_like(delta), "v": torch.zeros_like(delta)}
     wanted = set(steps)
@@ -147,12 +153,12 @@ def optimizer_path(model: LocalModel, recipe: Recipe, steps: Sequence[int]) -> I
         z = curvature @ (model.curvature_basis.T @ delta)
         gradient = torch.addmv(model.gradient, model.curvature_basis, z)
         scale = _clip_factor(gradient, model, recipe)
-        update(delta, gradient, scale, rate, k, state, model, recipe)
+        delta.add_(update(delta, gradient, scale, k, state, model, recipe).mul_(ratios), alpha=-rate)
         if k in wanted:
             yield k, delta.clone()
 
 
-def _clip_factor(gradient: Tensor, model: LocalModel, recipe: Recipe) -> float:
+def _clip_factor(gradient: Tensor, model: LocalModel, recipe: Recursion) -> float:
     """min(1, c/‖g_b‖) with ‖g_b‖² = ‖g‖² + tr(noise)/divisor, the mean squared batch norm."""
     if recipe.max_grad_norm is None:
         return 1.0
@@ -161,43 +167,52 @@ def _clip_factor(gradient: Tensor, model: LocalModel, recipe: Recipe) -> float:
     return min(1.0, recipe.max_grad_norm / norm) if norm > 0 else 1.0
 
 
-def _sgd_update(
+def _decay(delta: Tensor, model: LocalModel, recipe: Recursion) -> Tensor | None:
+    """λ(θ* + δ); None where nothing decays."""
+    if model.theta is None or (isinstance(recipe.weight_decay, float) and not recipe.weight_decay):
+        return None
+    return (model.theta + delta) * recipe.weight_decay
+
+
+def _sgd_step(
     delta: Tensor,
     gradient: Tensor,
     scale: float,
-    rate: float,
-    k: int,  # noqa: ARG001 - same call as the AdamW update
+    k: int,  # noqa: ARG001 - same call as the AdamW step
     state: dict[str, Tensor],
     model: LocalModel,
-    recipe: Recipe,
-) -> None:
-    """One step of torch.optim.SGD: weight decay joins the gradient, then momentum."""
+    recipe: Recursion,
+) -> Tensor:
+    """One step of torch.optim.SGD per unit learning rate: weight decay joins the gradient, then momentum."""
     gradient = gradient * scale
-    if recipe.weight_decay and model.theta is not None:
-        gradient = gradient + recipe.weight_decay * (model.theta + delta)
-    state["m"].mul_(recipe.momentum).add_(gradient)
-    delta.add_(state["m"], alpha=-rate)
+    decay = _decay(delta, model, recipe)
+    if decay is not None:
+        gradient = gradient + decay
+    return state["m"].mul_(recipe.momentum).add_(gradient).clone()
 
 
-def _adamw_update(
+def _adamw_step(
     delta: Tensor,
     gradient: Tensor,
     scale: float,
-    rate: float,
     k: int,
     state: dict[str, Tensor],
     model: LocalModel,
-    recipe: Recipe,
-) -> None:
-    """One step of torch.optim.AdamW: decoupled decay, bias-corrected moments."""
+    recipe: Recursion,
+) -> Tensor:
+    """One step of torch.optim.AdamW per unit learning rate: decoupled decay, bias-corrected moments."""
     beta1, beta2 = recipe.betas
     second = gradient.square().add_(model.noise_variance, alpha=1 / recipe.noise_divisor)
     state["m"].mul_(beta1).add_(gradient, alpha=(1 - beta1) * scale)
     state["v"].mul_(beta2).add_(second, alpha=(1 - beta2) * scale**2)
-    if recipe.weight_decay and model.theta is not None:
-        delta.add_(model.theta + delta, alpha=-rate * recipe.weight_decay)
     denominator = (state["v"] / (1 - beta2**k)).sqrt_().add_(recipe.eps)
-    delta.addcdiv_(state["m"], denominator, value=-rate / (1 - beta1**k))
+    step = (state["m"] / denominator).div_(1 - beta1**k)
+    decay = _decay(delta, model, recipe)
+    return step if decay is None else step.add_(decay)
+
+
+#: (δ, gradient, clip factor, step, state, model, recursion) → the step per unit learning rate.
+RECURSIONS: dict[str, Callable[..., Tensor]] = {"sgd": _sgd_step, "adamw": _adamw_step}
 
 
 def ray_speeds(times: Tensor, finetune_change: Tensor, *, slope: float) -> Tensor:

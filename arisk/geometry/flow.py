@@ -8,66 +8,16 @@ for every learning rate, length and schedule, up to the largest flow time that w
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from arisk.training.schedules import unit_rates
-
-__all__ = ["quadratic_path", "read_at_flow", "unit_flow"]
+__all__ = ["quadratic_path", "read_at_flow"]
 
 #: Numbers above this are as good as infinite and would spoil an interpolation.
 LARGEST = 1e300
 #: |λ τ| below which a direction is flat.
 FLAT = 1e-8
-
-
-def unit_flow(
-    steps: Tensor,
-    total: int,
-    *,
-    schedule: Literal["constant", "linear", "cosine"] = "constant",
-    warmup_steps: int = 0,
-    momentum: float = 0.0,
-) -> Tensor:
-    """t_k/η of `arisk.training.schedules.flow_times` at some steps of a run, in closed form.
-
-    τ_k = Σ_{i≤k} η_i/η is k(k+1)/2w for k ≤ w; after the warm-up, with j = k − w and n = T − w, plus:
-    j (constant), j − j(j−1)/2n (linear), j/2 + sin(πj/2n) cos(π(j−1)/2n) / (2 sin(π/2n)) (cosine).
-    Momentum μ lags at first: t_k = (τ_k − Σ_{i≤k} μ^i η_i/η)/(1 − μ), the sum cut where μ^i < 1e-9.
-
-    Args:
-        steps: (M,) step numbers k in [0, T].
-        total: T, steps of the whole run.
-        schedule: decay after the warm-up, stretched to T.
-        warmup_steps: w, not stretched.
-        momentum: μ in [0, 1).
-
-    Returns:
-        (M,) float64, flow time per unit of the peak learning rate.
-    """
-    k = steps.to(torch.float64)
-    flow = _summed(k, total, schedule, warmup_steps)
-    if not momentum:
-        return flow
-    first = torch.arange(1, min(total, math.ceil(math.log(1e-9) / math.log(momentum))) + 1).to(k)
-    rates = unit_rates(first, total, schedule=schedule, warmup_steps=warmup_steps)
-    lag = torch.cat([torch.zeros_like(k[:1]), torch.cumsum(rates * momentum**first, 0)])
-    return (flow - lag[k.to(torch.int64).clamp(max=len(first))]) / (1 - momentum)
-
-
-def _summed(k: Tensor, total: int, schedule: str, warmup_steps: int) -> Tensor:
-    """τ_k of `unit_flow`."""
-    warm = k.clamp(max=warmup_steps)
-    flow = warm * (warm + 1) / (2 * warmup_steps) if warmup_steps else torch.zeros_like(k)
-    j, n = (k - warmup_steps).clamp(min=0), max(total - warmup_steps, 1)
-    if schedule == "constant":
-        return flow + j
-    if schedule == "linear":
-        return flow + j - j * (j - 1) / (2 * n)
-    unit = math.pi / (2 * n)
-    return flow + j / 2 + torch.sin(unit * j) * torch.cos(unit * (j - 1)) / (2 * math.sin(unit))
 
 
 def read_at_flow(times: Tensor, values: Tensor, wanted: Tensor) -> Tensor:

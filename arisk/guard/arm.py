@@ -23,18 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.anatomy.probe import sample_losses
 from arisk.base.errors import NumericsError
-from arisk.base.processes import barrier, is_first
+from arisk.base.processes import barrier
 from arisk.base.task import Batch, LossFn, Progress, RowBatches, SampleSet, Task
 from arisk.forecast.rare import LARGEST_SHARE, outliers
-from arisk.forecast.rollout import limited
-from arisk.forecast.run_state import Pauses, Track, load_state, save_state
 from arisk.gradients import batch_size, move_batch
 from arisk.guard.methods import ArmName, ArmPlan, Protection, protection
 from arisk.guard.record import NEVER_BEGUN, Arm
-from arisk.training.loop import BatchStream
-from arisk.verification.run import Writer, active_dropouts, dropping_out
+from arisk.training.loop import BatchStream, StepDone, follow
+from arisk.training.panels import panel_of, sample_losses
+from arisk.training.state import Pauses, Track, load_state
+from arisk.verification.run import Writer
 
 __all__ = ["ArmRun", "TaskRows", "task_rows"]
 
@@ -72,14 +71,11 @@ class ArmRun:
         self.run = plan.fresh()
         device = self.run.stream.device
         self.samples = task.heldout or task.safety
-        self.safety = limited(self.samples, None, device)
-        self.control = limited(task.control, plan.config.control_samples, device) if task.control else []
-        self.dropouts = active_dropouts(task.model)
-        # Processes that share a batch would drop other units than one.
-        self.run.shared = not self.dropouts
+        self.safety = panel_of(self.samples, None, device)
+        self.control = panel_of(task.control, plan.config.control_samples, device) if task.control else None
         self.track = Track()
         self.reason: str | None = None
-        self.pauses = Pauses()
+        self.started = 0.0
 
     def carry_out(self, folder: Path | None) -> Arm:
         """Build the protection, take all steps that are left, and give the record.
@@ -121,28 +117,28 @@ class ArmRun:
 
     def to_the_end(self, folder: Path | None) -> None:
         """All optimizer steps that are left; a divergence ends the arm."""
-        last = self.points[-1]
-        for number in range(self.track.at + 1, last + 1):
-            self.progress(f"{self.said}: {self.name.label}", number - 1, last)
-            started = time.process_time()
-            try:
-                with dropping_out(self.dropouts, self.plan.seed + number):
-                    self.track.pending.append(self.run.step(number))
-            except NumericsError as err:
-                self.track.diverged_at, self.reason = number, err.what
-                break
-            self.track.notes.append({CPU: time.process_time() - started, **self.run.notes})
-            if number in self.points and not self.measure(number):
-                break
-            if folder and is_first() and self.pauses.over():
-                with self.pauses.saving():
-                    save_state(folder, self.run, self.track, None)
+        done, last = self.track.at, self.points[-1]
+        self.progress(f"{self.said}: {self.name.label}", done, last)
+        self.started = time.process_time()
+        try:
+            follow(self.run, done + 1, last, [self.looked_at, Pauses(folder, self.run, self.track)])
+        except NumericsError as err:
+            self.track.diverged_at, self.reason = self.track.at + 1, err.what
         self.progress(f"{self.said}: {self.name.label}", last, last)
+
+    def looked_at(self, done: StepDone) -> bool:
+        """Take down a step with its CPU time, and measure where it is due; True ends the arm."""
+        self.track.pending.append(done.loss)
+        self.track.notes.append({CPU: time.process_time() - self.started, **done.notes})
+        ended = done.number in self.points and not self.measure(done.number)
+        self.progress(f"{self.said}: {self.name.label}", done.number, self.points[-1])
+        self.started = time.process_time()
+        return ended
 
     def measure(self, step: int) -> bool:
         """Record every loss here; False where the safety loss is not finite, which ends the arm."""
-        track, task, model = self.track, self.plan.task, self.plan.task.model
-        safety = sample_losses(model, self.safety, self.samples.loss_fn)
+        track, model = self.track, self.plan.task.model
+        safety = self.safety.losses(model)
         if step and not bool(torch.isfinite(safety).all()):
             track.diverged_at, self.reason = step, "the safety loss is not finite"
             return False
@@ -151,8 +147,8 @@ class ArmRun:
         track.kept_share.append(1.0)
         track.pending = []
         track.safety.append(safety)
-        if self.control and task.control is not None:
-            track.control.append(sample_losses(model, self.control, task.control.loss_fn))
+        if self.control is not None:
+            track.control.append(self.control.losses(model))
         for name, batches in ((TASK, self.judged.batches), (SURPRISING, self.judged.surprising)):
             if batches:
                 losses = sample_losses(model, batches, self.judged.loss_fn)
@@ -262,16 +258,17 @@ def _whole(stream: BatchStream, limit: int) -> int:
 def _clean(
     clean: SampleSet, trained: Sequence[Mapping[str, Any]], device: torch.device, limit: int
 ) -> TaskRows:
-    batches = limited(clean, limit, device)
-    count = sum(batch_size(batch) for batch in batches)
+    panel = panel_of(clean, limit, device)
+    count = len(panel)
     seen: int | None = None
     warnings: list[str] = []
     if clean.rows and trained:
         known = {(row.get("prompt"), row.get("response")) for row in trained}
-        seen = sum((row.get("prompt"), row.get("response")) in known for row in clean.rows[:count])
+        rows = [clean.rows[i] for i in panel.rows]
+        seen = sum((row.get("prompt"), row.get("response")) in known for row in rows)
     if seen:
         warnings.append(f"{seen} of {count} clean task rows stand in the fine-tuning data as well.")
-    return TaskRows(batches, [], clean.loss_fn, count, 0, seen, "clean rows of their own", warnings)
+    return TaskRows(panel.batches, [], clean.loss_fn, count, 0, seen, "clean rows of their own", warnings)
 
 
 def _planned(

@@ -17,9 +17,9 @@ from arisk.gradients import layout_of, measuring
 from arisk.guard.arm import ArmRun, TaskRows, task_rows
 from arisk.guard.methods import ArmPlan, arm_names
 from arisk.guard.record import Arm, GuardResult
-from arisk.training.loop import PlannedRun, keeping_parameters
-from arisk.training.schedules import learning_rates
-from arisk.verification.run import Writer, active_dropouts, measured_steps, writer
+from arisk.training.loop import PlannedRun, draws_noise, keeping_parameters
+from arisk.training.recipe import recipe_of
+from arisk.verification.run import Writer, measured_steps, writer
 
 __all__ = ["guard"]
 
@@ -55,21 +55,20 @@ def guard(
         InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
-    rates = learning_rates(
-        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
-    )
+    recipe = recipe_of(training, steps)
     last = min(config.steps or steps, steps)
     points = measured_steps(last)
     arms: list[Arm] = []
     with measuring(task.model, layout):
 
         def fresh() -> PlannedRun:
-            return PlannedRun(task, layout, training, rates)
+            return PlannedRun(task, layout, recipe, seed)
 
         samples = task.heldout or task.safety
         writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
         aligned = writes.texts(task.model)
-        judged = task_rows(task, fresh().stream, config.task_samples, last * training.gradient_accumulation)
+        first = fresh()
+        judged = task_rows(task, first.stream, config.task_samples, first.batches_of(last).stop)
         plan = ArmPlan(task, layout, fresh, config, frozenset(points), seed)
         names = arm_names(config)
         for number, name in enumerate(names):
@@ -131,7 +130,7 @@ def _result(
         warnings.append("No control data: a general drift cannot be told from a loss of safety.")
     if plain.diverged_at is not None:
         warnings.append(f"The plain run diverged at step {plain.diverged_at}: no other arm was run.")
-    if active_dropouts(task.model):
+    if draws_noise(task.model):
         warnings.append("Training used the model's dropout; directions and calibration leave it out.")
     return GuardResult(
         horizon=steps,

@@ -81,7 +81,7 @@ def _guard_cost(scene: CostScene) -> Cost:
 
 GUARD = Stage(
     name="guard",
-    version=3,
+    version=4,
     help="Really fine-tune plain and protected, and measure what protection costs and brings",
     run=_guard,
     config=(

@@ -54,37 +54,83 @@ class FixedBatches:
         self.size = size
         self.pad = pad
 
+    @property
+    def row_count(self) -> int:
+        """Rows."""
+        return len(self.rows)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches."""
+        return -(-len(self.rows) // self.size)
+
+    def indices(self, number: int) -> list[int]:
+        """Rows of the batch with this number, counted from 0; from the start again after the last."""
+        start = number % self.per_epoch * self.size
+        return list(range(start, min(start + self.size, len(self.rows))))
+
+    def of(self, rows: Sequence[int]) -> dict[str, Any]:
+        """A batch of these rows."""
+        return collate([self.rows[i] for i in rows], self.pad)
+
+    def sample(self, count: int) -> list[int]:
+        """Numbers of `count` different rows, evenly over the file, or of all where there are no more."""
+        total = len(self.rows)
+        count = min(count, total)
+        return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self.rows), self.size):
-            yield collate(self.rows[start : start + self.size], self.pad)
+        for number in range(self.per_epoch):
+            yield self.of(self.indices(number))
 
 
 class PlannedBatches:
     """Endless micro-batches in the order of the planned fine-tune: every epoch shuffled anew.
 
-    Epochs follow each other without a break, so a data set smaller than a batch fills one from
-    several epochs.
+    Epoch e (from 0) has the order that `transformers.Trainer` draws with this seed, `randperm` of a
+    generator seeded seed + e; its last micro-batch has the rows that are left.
 
     Args:
         rows: the rendered rows.
         size: rows per micro-batch.
         pad: padding token.
         seed: seed of the shuffles.
+        shuffled: off: rows as they stand, in every epoch.
+        drop_last: leave out an epoch's last micro-batch where it is not full.
     """
 
-    def __init__(self, rows: Sequence[Rendered], size: int, pad: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Rendered],
+        size: int,
+        pad: int,
+        seed: int,
+        *,
+        shuffled: bool = True,
+        drop_last: bool = False,
+    ) -> None:
         self.rows = rows
         self.size = size
         self.pad = pad
         self.seed = seed
-        self._order: list[int] = []
-        self._generator = torch.Generator().manual_seed(seed)
+        self.shuffled = shuffled
+        full, rest = divmod(len(rows), size)
+        #: Micro-batches of an epoch.
+        self.per_epoch = max(1, full + (rest > 0 and not drop_last))
+        self._epoch, self._order = -1, list[int]()
 
     def indices(self, number: int) -> list[int]:
         """Rows of the micro-batch with this number, counted from 0."""
-        while len(self._order) < (number + 1) * self.size:
-            self._order += torch.randperm(len(self.rows), generator=self._generator).tolist()
-        return self._order[number * self.size : (number + 1) * self.size]
+        epoch, inside = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._drawn(epoch)
+        return self._order[inside * self.size : (inside + 1) * self.size]
+
+    def _drawn(self, epoch: int) -> list[int]:
+        if not self.shuffled:
+            return list(range(len(self.rows)))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(len(self.rows), generator=generator).tolist()
 
     @property
     def row_count(self) -> int:

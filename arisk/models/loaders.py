@@ -65,6 +65,14 @@ class SteadyLoader:
         self.seed = seed
         self._generators = _generators(loader)
 
+    @property
+    def per_epoch(self) -> int | None:
+        """Batches of one reading; None where the loader does not know."""
+        try:
+            return len(self.loader)  # pyright: ignore[reportArgumentType] - asked, not known
+        except TypeError:
+            return None
+
     def __iter__(self) -> Iterator[Batch]:
         own: tuple[Any, ...] | None = None
         batches: Iterator[Batch] | None = None

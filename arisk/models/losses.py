@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError
-from arisk.base.task import SampleSet
+from arisk.base.task import SampleSet, TokenLoss
 from arisk.models.rendering import IGNORED
 
-__all__ = ["KEEP", "per_sample_nll", "sample_labels", "tempered"]
+__all__ = ["KEEP", "TOKENS", "per_sample_nll", "sample_labels", "summed_nll", "tempered", "trained_tokens"]
 
 #: Argument of Hugging Face models: how many of the last positions get logits.
 KEEP = "logits_to_keep"
@@ -36,6 +36,25 @@ def per_sample_nll(model: nn.Module, batch: Mapping[str, Any], temperature: floa
     Returns:
         (B,) in at least float32; every sample has the same weight whatever its length.
     """
+    return summed_nll(model, batch, temperature) / trained_tokens(batch).clamp(min=1)
+
+
+def trained_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """S_i, the response tokens of each sample (B,): labels that are predicted from a token before them."""
+    return (batch["labels"][:, 1:] != IGNORED).sum(1)
+
+
+def summed_nll(model: nn.Module, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
+    """−Σ_s log p(y_is | y_i,<s) over the response tokens of each sample (nats), as of `per_sample_nll`.
+
+    Args:
+        model: a causal LM whose output has `logits` (B, S, V).
+        batch: as for `per_sample_nll`.
+        temperature: logits are divided by this first.
+
+    Returns:
+        (B,) in at least float32.
+    """
     # Labels move one place left, so that logits need no slice and flatten without a copy; rows of the
     # vocabulary stay contiguous, which is many times faster than a class dimension in the middle.
     labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
@@ -52,8 +71,11 @@ def per_sample_nll(model: nn.Module, batch: Mapping[str, Any], temperature: floa
         ignore_index=IGNORED,
         reduction="none",
     ).view(labels.shape)
-    counted = labels != IGNORED
-    return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
+    return (losses * (labels != IGNORED)).sum(1)
+
+
+#: The loss of a training step.
+TOKENS = TokenLoss(summed_nll, trained_tokens)
 
 
 def _inner(model: nn.Module) -> nn.Module:

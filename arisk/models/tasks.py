@@ -26,7 +26,7 @@ from arisk.models.answers import GreedyAnswers
 from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.formats import Row, with_answer
 from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
-from arisk.models.losses import per_sample_nll
+from arisk.models.losses import TOKENS, per_sample_nll
 from arisk.models.packing import PackedBatches, packs, wrapped
 from arisk.models.rendering import SAFETY_SETS, TRAINED, Rendered, keep_start, render_rows, whole_rows
 from arisk.models.rows import read_data
@@ -259,14 +259,22 @@ def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any
     statistics = statistics_of(replace(loaded, rendered=rendered))
     rows = [_metadata(row) for row in rendered]
     name = {"verify.safety": "heldout", "guard.task": "clean"}.get(section, section)
-    return SampleSet(name, batches, per_sample_nll, rows, statistics, generate)
+    return SampleSet(name, batches, per_sample_nll, rows, statistics, generate, TOKENS)
 
 
 def _planned(loaded: LoadedData, config: Config, pad: int) -> PlannedBatches | PackedBatches:
     """Micro-batches in planned order."""
 
     def batches(of: Sequence[Any]) -> PlannedBatches:
-        return PlannedBatches(of, config.training.batch_size, pad, _seed(config, loaded.parts[0]))
+        training = config.training
+        return PlannedBatches(
+            of,
+            training.batch_size,
+            pad,
+            _seed(config, loaded.parts[0]),
+            shuffled=training.order == "shuffled",
+            drop_last=training.drop_last,
+        )
 
     rows = batches(loaded.rendered)
     if loaded.sequences is None:

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arisk.anatomy.probe import batch_losses
 from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import NumericsError
 from arisk.base.processes import gathered, rank, world
@@ -39,6 +38,7 @@ from arisk.gradients.sketch import Sketch, balanced, per_sample_sketches, sketch
 from arisk.screening.points import Place
 from arisk.screening.rows import RowGroup, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
+from arisk.training.panels import batch_losses
 
 __all__ = [
     "ROW_SCORES",

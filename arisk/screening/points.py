@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arisk.anatomy.probe import sample_losses
 from arisk.anatomy.safety_side import recomputed_side
 from arisk.anatomy.update import first_batches, measure_update
 from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import NumericsError
 from arisk.base.processes import from_first, is_first, share, summed
 from arisk.base.task import Progress, RowBatches, SampleSet, Task
-from arisk.config.plan import ScreenConfig, TrainingConfig
-from arisk.forecast.rollout import limited
-from arisk.gradients import ParameterLayout, batch_size, mean_gradient, move_batch
+from arisk.config.plan import ScreenConfig
+from arisk.gradients import ParameterLayout, mean_gradient, move_batch
 from arisk.screening.record import ScreenPoint
 from arisk.screening.rows import RowGroup, row_groups
-from arisk.training.loop import PlannedRun, put
+from arisk.training.loop import PlannedRun, StepDone, follow, put
+from arisk.training.panels import panel_of, sample_losses, spread
+from arisk.training.recipe import Recipe
 
 __all__ = ["COLUMNS", "EVERY", "Place", "control_groups", "places"]
 
@@ -56,9 +56,11 @@ class Place:
 
 
 def control_groups(samples: SampleSet, config: ScreenConfig) -> list[RowGroup]:
-    """Control rows that serve as the null: a seeded draw, or the first ones of any other loader."""
+    """Control rows that serve as the null: spread over the set, or the first ones of any other loader."""
     batches = samples.batches
-    rows = batches.sample(config.control_samples) if isinstance(batches, RowBatches) else None
+    rows = None
+    if isinstance(batches, RowBatches):
+        rows = spread(batches.row_count, config.control_samples)
     return list(row_groups(samples, config.batch_size, rows=rows, limit=config.control_samples))
 
 
@@ -70,16 +72,16 @@ class _PointWalk:
         task: Task,
         layout: ParameterLayout,
         config: ScreenConfig,
-        training: TrainingConfig,
-        rates: Tensor,
+        recipe: Recipe,
+        seed: int,
         engine: str,
         progress: Progress,
     ) -> None:
-        self.task, self.layout, self.config, self.training = task, layout, config, training
+        self.task, self.layout, self.config, self.training = task, layout, config, recipe.training
         self.engine, self.progress = engine, progress
-        self.run = PlannedRun(task, layout, training, rates)
+        self.run = PlannedRun(task, layout, recipe, seed)
         self.device = self.run.stream.device
-        self.safety = limited(task.safety, None, self.device)
+        self.safety = panel_of(task.safety, None, self.device)
         self.control = control_groups(task.control, config) if task.control else []
         self.start = self._losses()
         if not torch.isfinite(torch.tensor(self.start[0])):
@@ -91,7 +93,7 @@ class _PointWalk:
 
     def _losses(self) -> tuple[float, float | None]:
         """Mean safety and control loss here."""
-        safety = float(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn).mean())
+        safety = float(self.safety.losses(self.task.model).mean())
         if self.task.control is None:
             return safety, None
         batches = [move_batch(group.batch, self.device) for group in self.control]
@@ -99,18 +101,19 @@ class _PointWalk:
 
     def until_risen(self) -> int:
         """Take real steps until the safety loss has risen; the number taken."""
-        last = min(self.config.max_steps, len(self.run.rates))
-        for number in range(1, last + 1):
-            self.progress("planned steps", number - 1, last)
-            self.run.step(number)
-            if number % EVERY and number != last:
-                continue
-            safety = float(sample_losses(self.task.model, self.safety, self.task.safety.loss_fn).mean())
-            if safety - self.start[0] >= self.config.rise:
-                last = number
-                break
-        self.progress("planned steps", last, last)
-        return last
+        last = min(self.config.max_steps, self.run.recipe.horizon)
+
+        def risen(done: StepDone) -> bool:
+            self.progress("planned steps", done.number, last)
+            if done.number % EVERY and done.number != last:
+                return False
+            safety = float(self.safety.losses(self.task.model).mean())
+            return safety - self.start[0] >= self.config.rise
+
+        self.progress("planned steps", 0, last)
+        taken = follow(self.run, 1, last, [risen])
+        self.progress("planned steps", taken, taken)
+        return taken
 
     def place(self, step: int, weight: float) -> Place:
         """Directions at the present parameters."""
@@ -120,7 +123,7 @@ class _PointWalk:
         update = measure_update(task, task.finetune, layout, self.training, batches, self.progress)
         d = update.preconditioner
         side = recomputed_side(task, layout, self.engine, self.config.batch_size)
-        samples = sum(map(batch_size, self.safety))
+        samples = len(self.safety)
         columns = [side.weighted_sum(torch.full((samples,), 1 / samples, dtype=torch.float64))]
         if task.control is not None:
             columns.append(self._control_gradient())
@@ -151,8 +154,8 @@ def places(
     task: Task,
     layout: ParameterLayout,
     config: ScreenConfig,
-    training: TrainingConfig,
-    rates: Tensor,
+    recipe: Recipe,
+    seed: int,
     start: Sequence[Tensor],
     *,
     engine: str,
@@ -165,8 +168,8 @@ def places(
         task: model and data, inside `measuring` and `keeping_parameters`.
         layout: the selected parameters.
         config: which points, how far to go.
-        training: the planned optimizer.
-        rates: (T,) planned learning rates.
+        recipe: how the plan trains.
+        seed: seeds dropout and noise of its steps.
         start: θ* by parameter.
         engine: engine of the per-sample gradients.
         workspace: finished points are kept there and found again.
@@ -178,12 +181,13 @@ def places(
     wanted = 2 if config.points == "both" else 1
     if workspace and from_first((workspace / f"point-{wanted - 1}.safetensors").exists):
         return [_read(workspace / f"point-{i}.safetensors") for i in range(wanted)]
-    walk = _PointWalk(task, layout, config, training, rates, engine, progress)
+    walk = _PointWalk(task, layout, config, recipe, seed, engine, progress)
     found: list[Place] = []
     if config.points != "risen":
         found.append(walk.place(0, 1.0))
     if config.points != "start":
         step = walk.until_risen()
+        rates = recipe.rates
         late = float(rates[step // 2 :].sum() / rates.sum()) if found else 1.0
         if found:
             found = [_weighed(found[0], 1 - late)]

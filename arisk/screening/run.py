@@ -35,7 +35,7 @@ from arisk.screening.points import Place, control_groups, places
 from arisk.screening.record import ScreenResult
 from arisk.screening.rows import row_groups
 from arisk.training.loop import keeping_parameters, put
-from arisk.training.schedules import learning_rates
+from arisk.training.recipe import recipe_of
 
 __all__ = [
     "CHECKED",
@@ -55,6 +55,7 @@ def screen(
     config: ScreenConfig,
     training: TrainingConfig,
     steps: int,
+    seed: int = 0,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> ScreenResult:
@@ -65,6 +66,7 @@ def screen(
         config: where to score, how to flag.
         training: the planned recipe.
         steps: planned optimizer steps T.
+        seed: seeds dropout and noise of the planned steps.
         workspace: finished shards of rows are kept there and found again; None keeps none.
         progress: told of rows scored.
 
@@ -76,9 +78,7 @@ def screen(
         NumericsError: a loss or gradient is not finite; names the row.
     """
     layout = layout_of(task.model, task.parameter_names)
-    rates = learning_rates(
-        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
-    )
+    recipe = recipe_of(training, steps)
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
         first = next(row_groups(task.finetune, config.batch_size, limit=config.batch_size))
         batch = move_batch(first.batch, start[0].device)
@@ -87,8 +87,8 @@ def screen(
             task,
             layout,
             config,
-            training,
-            rates,
+            recipe,
+            seed,
             start,
             engine=engine,
             workspace=workspace,

@@ -46,6 +46,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             config=config.screen,
             training=config.training,
             steps=steps,
+            seed=config.run.seed,
             workspace=workspace,
             progress=job.show.progress,
         )
@@ -57,6 +58,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             config=config.rollout,
             training=config.training,
             steps=steps,
+            seed=config.run.seed,
             workspace=workspace,
             progress=job.show.progress,
         )
@@ -168,7 +170,7 @@ def _screen_cost(scene: CostScene) -> Cost:
 
 SCREEN = Stage(
     name="screen",
-    version=5,
+    version=6,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
     config=("model", "safety", "finetune", "control", "training", "rollout", "screen"),

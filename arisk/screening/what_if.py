@@ -27,8 +27,12 @@ class WithoutRows:
         self.batches = batches
         self.dropped = frozenset(dropped)
         self.size = batches.size
-        self._order: list[int] = []
-        self._read = 0
+        full, rest = divmod(batches.row_count - len(self.dropped), batches.size)
+        #: Micro-batches of an epoch.
+        self.per_epoch = max(1, full + (rest > 0))
+        whole = -(-batches.row_count // batches.size)
+        self._old_epoch = int(getattr(batches, "per_epoch", whole))
+        self._epoch, self._order = -1, list[int]()
 
     @property
     def row_count(self) -> int:
@@ -37,10 +41,14 @@ class WithoutRows:
 
     def indices(self, number: int) -> list[int]:
         """Rows of the micro-batch with this number, counted from 0."""
-        while len(self._order) < (number + 1) * self.size:
-            self._order += [row for row in self.batches.indices(self._read) if row not in self.dropped]
-            self._read += 1
-        return self._order[number * self.size : (number + 1) * self.size]
+        epoch, inside = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            first = epoch * self._old_epoch
+            every = [
+                row for n in range(first, first + self._old_epoch) for row in self.batches.indices(n)
+            ]
+            self._epoch, self._order = epoch, [row for row in every if row not in self.dropped]
+        return self._order[inside * self.size : (inside + 1) * self.size]
 
     def of(self, rows: Sequence[int]) -> Batch:
         """A batch of these rows."""
@@ -81,6 +89,7 @@ def dropping(
     config: RolloutConfig,
     training: TrainingConfig,
     steps: int,
+    seed: int = 0,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -92,6 +101,7 @@ def dropping(
         config: pilot and segments of the rollout.
         training: the planned recipe; as many steps are taken on the rows that stay.
         steps: planned optimizer steps T.
+        seed: seeds dropout and noise of the real steps.
         workspace: folder in which unfinished rollouts are kept.
         progress: told of gradients taken.
 
@@ -109,7 +119,13 @@ def dropping(
         if folder:
             folder.mkdir(exist_ok=True)
         made = rollout(
-            some, config=config, training=training, steps=steps, workspace=folder, progress=progress
+            some,
+            config=config,
+            training=training,
+            steps=steps,
+            seed=seed,
+            workspace=folder,
+            progress=progress,
         )
         found[name] = _curves(made)
     return found

@@ -2,35 +2,33 @@
 
 The same batches, optimizer, schedule, clipping and accumulation as the forecast assumes, on the
 model in place; its parameters are put back to the bit afterwards. Losses are taken in evaluation
-mode, as everywhere; dropout modules of the model (those of a LoRA adapter among them) work during
-the training steps, seeded by step, since the fine-tune would train with them.
+mode, as everywhere.
 
 Which prompts are answered in text along a real fine-tune, when, and why none are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from arisk.anatomy.probe import sample_losses
 from arisk.base.errors import NumericsError
-from arisk.base.processes import barrier, is_first
+from arisk.base.processes import barrier
 from arisk.base.task import Generate, Progress, SampleSet, Task, silent
 from arisk.config.plan import TrainingConfig, VerifyConfig
 from arisk.config.sections import BehaviourConfig
-from arisk.forecast.rollout import OPENING, limited, watched
-from arisk.forecast.run_state import Pauses, Track, load_state, save_state
+from arisk.forecast.rollout import OPENING, watched
 from arisk.geometry.dynamics import recorded_steps
-from arisk.gradients import ParameterLayout, layout_of, measuring
+from arisk.gradients import layout_of, measuring
 from arisk.training.behaviour import losses_and_openings
-from arisk.training.loop import PlannedRun, keeping_parameters
-from arisk.training.schedules import learning_rates
+from arisk.training.loop import PlannedRun, StepDone, follow, keeping_parameters
+from arisk.training.panels import panel_of
+from arisk.training.recipe import recipe_of
+from arisk.training.state import Pauses, Track, load_state
 from arisk.verification.record import VerifyResult
 
 __all__ = ["Writer", "measured_steps", "verify", "writer", "writing_steps"]
@@ -80,12 +78,9 @@ def verify(
         InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
-    rates = learning_rates(
-        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
-    )
     with measuring(task.model, layout), keeping_parameters(task.model, layout):
-        planned = PlannedRun(task, layout, training, rates)
-        run = _RealRun(task, planned, layout, config, seed, progress, behaviour)
+        planned = PlannedRun(task, layout, recipe_of(training, steps), seed)
+        run = _RealRun(task, planned, config, progress, behaviour)
         run.resume(workspace)
         run.to_the_end(workspace)
     return run.result()
@@ -98,32 +93,24 @@ class _RealRun:
         self,
         task: Task,
         planned: PlannedRun,
-        layout: ParameterLayout,
         config: VerifyConfig,
-        seed: int,
         progress: Progress,
         behaviour: BehaviourConfig | None,
     ) -> None:
         self.task = task
         self.planned = planned
-        self.layout = layout
-        self.seed = seed
         self.progress = progress
-        self.horizon = len(planned.rates)
+        self.horizon = planned.recipe.horizon
         self.last = min(config.steps or self.horizon, self.horizon)
         self.points = measured_steps(self.last)
         device = planned.stream.device
         self.samples = task.heldout or task.safety
-        self.safety = limited(self.samples, None, device)
-        self.control = limited(task.control, config.control_samples, device) if task.control else []
+        self.safety = panel_of(self.samples, None, device)
+        self.control = panel_of(task.control, config.control_samples, device) if task.control else None
         self.behaviour = watched(task, behaviour, heldout=True)
         self.opening_tokens = (behaviour or BehaviourConfig()).opening_tokens
         self.writing = writing_steps(self.points)
-        self.dropouts = active_dropouts(task.model)
-        # Ranks that share a batch would drop other units than one process.
-        planned.shared = not self.dropouts
         self.track = Track()
-        self.pauses = Pauses()
 
     def resume(self, workspace: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
@@ -143,20 +130,21 @@ class _RealRun:
 
     def to_the_end(self, workspace: Path | None) -> None:
         """All optimizer steps that are left; a divergence ends the run."""
-        for number in range(self.track.at + 1, self.last + 1):
-            self.progress("real fine-tune", number - 1, self.last)
-            try:
-                with dropping_out(self.dropouts, self.seed + number):
-                    self.track.pending.append(self.planned.step(number))
-            except NumericsError:
-                self.track.diverged_at = number
-                break
-            if number in self.points:
-                self.measure(number)
-            if workspace and is_first() and self.pauses.over():
-                with self.pauses.saving():
-                    save_state(workspace, self.planned, self.track, None)
+        done = self.track.at
+        self.progress("real fine-tune", done, self.last)
+        try:
+            saving = Pauses(workspace, self.planned, self.track)
+            follow(self.planned, done + 1, self.last, [self.looked_at, saving])
+        except NumericsError:
+            self.track.diverged_at = self.track.at + 1
         self.progress("real fine-tune", self.last, self.last)
+
+    def looked_at(self, done: StepDone) -> None:
+        """Take down a step, and measure where it is due."""
+        self.track.pending.append(done.loss)
+        if done.number in self.points:
+            self.measure(done.number)
+        self.progress("real fine-tune", done.number, self.last)
 
     def measure(self, step: int) -> None:
         """Record every sample's loss here, and answers where they are due."""
@@ -166,12 +154,14 @@ class _RealRun:
         track.finetune_loss.append(sum(losses) / len(losses) if losses else float("nan"))
         track.kept_share.append(1.0)
         track.pending = []
-        safety, openings = losses_and_openings(model, self.safety, self.samples, self.opening_tokens)
+        safety, openings = losses_and_openings(
+            model, self.safety.batches, self.samples, self.opening_tokens
+        )
         track.safety.append(safety)
         if openings is not None:
             track.others.setdefault(OPENING, []).append(openings)
-        if self.control and self.task.control is not None:
-            track.control.append(sample_losses(model, self.control, self.task.control.loss_fn))
+        if self.control is not None:
+            track.control.append(self.control.losses(model))
         self.behaviour.measure(model, step, answer=step in self.writing)
         track.behaviour = self.behaviour.state()
 
@@ -216,31 +206,7 @@ class _RealRun:
             found.append("No control data: a general drift cannot be told from a loss of safety.")
         if self.track.diverged_at is not None:
             found.append(f"Training diverged: step {self.track.diverged_at} has no finite loss.")
-        if self.dropouts:
-            found.append("Training used the model's dropout, which the forecast leaves out.")
-        return found
-
-
-def active_dropouts(model: nn.Module) -> list[nn.Module]:
-    """Dropout modules that drop something; a module whose own code drops is not among them."""
-    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    return [module for module in model.modules() if isinstance(module, kinds) and module.p > 0]
-
-
-@contextmanager
-def dropping_out(dropouts: Sequence[nn.Module], seed: int) -> Generator[None]:
-    """Inside, these modules drop as in training, drawn from this seed: a resumed run draws the same."""
-    if not dropouts:
-        yield
-        return
-    torch.manual_seed(seed)
-    try:
-        for module in dropouts:
-            module.train()
-        yield
-    finally:
-        for module in dropouts:
-            module.eval()
+        return [*found, *self.planned.recipe.notes]
 
 
 #: Shares of the run after which text is generated; losses are measured far more often.

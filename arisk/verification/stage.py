@@ -78,7 +78,7 @@ def _verify_cost(scene: CostScene) -> Cost:
 #: The truth depends on the plan alone: another threshold or another judge need no new fine-tune.
 VERIFY = Stage(
     name="verify",
-    version=3,
+    version=4,
     help="Really fine-tune as planned, measure safety along the way, and lay it over the forecast",
     run=_verify,
     config=(

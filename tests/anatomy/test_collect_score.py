@@ -61,7 +61,9 @@ CONFIG = ScoreConfig(batches=3, hvp_batches=2, krylov_dim=3, nulls=9, examples=1
 @pytest.fixture(scope="module")
 def scored(task, measured):
     collected, space, side = measured
-    return score(task, collected, space, side, config=CONFIG, training=TrainingConfig(), seed=0)
+    return score(
+        task, collected, space, side, config=CONFIG, training=TrainingConfig(max_grad_norm=None), seed=0
+    )
 
 
 #: Ways gradients can go while collect works, by the settings that lead there.
@@ -245,7 +247,14 @@ def test_vectors_that_do_not_fit_in_memory_give_the_same_record(
         side = recomputed_side(task, layout, collected.engine["name"], 5, memory=1)
     with Scratch(tmp_path / "vectors", memory=1) as scratch:
         made = score(
-            task, collected, space, side, config=CONFIG, training=TrainingConfig(), seed=0, scratch=scratch
+            task,
+            collected,
+            space,
+            side,
+            config=CONFIG,
+            training=TrainingConfig(max_grad_norm=None),
+            seed=0,
+            scratch=scratch,
         )
         assert len(list(scratch.folder.iterdir())) == 2
     for name, value in scored.directions.items():
@@ -311,7 +320,15 @@ def test_score_leaves_the_model_as_found(task, measured):
     before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
     state = torch.get_rng_state()
     training = task.model.training
-    score(task, collected, space, side, config=CONFIG, training=TrainingConfig(optimizer="sgd"), seed=0)
+    score(
+        task,
+        collected,
+        space,
+        side,
+        config=CONFIG,
+        training=TrainingConfig(optimizer="sgd", max_grad_norm=None),
+        seed=0,
+    )
     assert all(torch.equal(p, before[n]) for n, p in task.model.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert task.model.training == training

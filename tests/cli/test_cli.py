@@ -345,7 +345,7 @@ if stage == "shard":
     GradientStore.write_shard = write_shard
 if stage == "segment":
     from arisk.forecast import rollout
-    from arisk.forecast import run_state
+    from arisk.training import state as run_state
     run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
     save = rollout.save_state
     def save_state(workspace, run, track, block):

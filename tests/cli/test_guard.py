@@ -137,7 +137,7 @@ KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
 from arisk.guard import arm
-from arisk.forecast import run_state
+from arisk.training import state as run_state
 run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
 save, turns = arm.save_state, []
 def save_state(folder, run, track, block):

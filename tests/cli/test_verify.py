@@ -290,7 +290,7 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
 when = sys.argv[1]
 sys.argv = ["arisk", *sys.argv[2:]]
-from arisk.forecast import run_state
+from arisk.training import state as run_state
 from arisk.verification import run
 run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
 save = run.save_state

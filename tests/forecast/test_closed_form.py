@@ -30,6 +30,7 @@ def report_of(case, *, rotation=None, **overrides):
         rows, g = rows @ rotation.T, rotation @ g
         safety_h, h = rotation @ safety_h @ rotation.T, rotation @ h @ rotation.T
     training = {("optimizer" if k == "name" else k): v for k, v in case["training"].items()}
+    training.setdefault("max_grad_norm", None)
     config = PipelineConfig(
         training=training,
         forecast={"collapse_threshold": case["collapse_threshold"], "bootstrap_samples": 20},

@@ -9,13 +9,13 @@ from torch import nn
 
 from arisk.base.task import RowBatches, SampleSet, Task
 from arisk.config.plan import RolloutConfig, TrainingConfig
-from arisk.forecast import rollout as stage
-from arisk.forecast import run_state
 from arisk.forecast.leap import Leaper
 from arisk.forecast.rare import RareRows, outliers
 from arisk.forecast.rollout import rollout
 from arisk.gradients import layout_of, measuring
+from arisk.training import state as run_state
 from arisk.training.loop import PlannedRun
+from arisk.training.recipe import recipe_of
 
 SIZE, ROWS, RARE = 4, 100, (13, 57)
 
@@ -91,7 +91,7 @@ def test_rare_rows_move_a_linear_loss_by_their_true_share(momentum):
     steps, rate = 1000, 0.01
     batches = Rows(linear_rows())
     assert isinstance(batches, RowBatches)
-    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=momentum)
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=momentum, max_grad_norm=None)
     made = rollout(linear_task(batches), config=RolloutConfig(), training=training, steps=steps)
     pilot = made.steps.index(made.pilot_steps)
     moved = made.safety[:, -1] - made.safety[:, pilot]
@@ -114,7 +114,7 @@ def test_rare_rows_that_the_pilot_met_too_often_count_by_their_true_share():
     """A linear loss again: two in a hundred rows, but two in the pilot's last twenty."""
     steps, rate = 1000, 0.01
     batches = crowded(Rows(linear_rows()), RARE)
-    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=0.0)
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate, momentum=0.0, max_grad_norm=None)
     config = RolloutConfig(distance_correction=False)
     made = rollout(linear_task(batches), config=config, training=training, steps=steps)
     pilot = made.steps.index(made.pilot_steps)
@@ -148,9 +148,9 @@ def test_a_surplus_of_rare_rows_is_taken_back_within_the_leap(optimizer):
         model = Wide()
         task = Task(model, SampleSet("s", [], loss), SampleSet("f", batches, loss), ["x"])
         layout = layout_of(model, ["x"])
-        training = TrainingConfig(optimizer=optimizer, learning_rate=0.01)
+        training = TrainingConfig(optimizer=optimizer, learning_rate=0.01, max_grad_norm=None)
         with measuring(model, layout):
-            run = PlannedRun(task, layout, training, torch.full((400,), 0.01))
+            run = PlannedRun(task, layout, recipe_of(training, 400))
             rare = RareRows(run, batches)
             assert sorted(rare.rows) == stratum
             leaper = Leaper(run, rare=rare if with_them else None)
@@ -174,28 +174,28 @@ def test_a_killed_rollout_goes_on_with_the_same_rare_rows(tmp_path, monkeypatch)
     rows[:3, 1], rows[:3, 3] = -3, 4
     settings = {
         "config": RolloutConfig(),
-        "training": TrainingConfig(optimizer="adamw", learning_rate=0.01),
+        "training": TrainingConfig(optimizer="adamw", learning_rate=0.01, max_grad_norm=None),
         "steps": 300,
     }
     whole = rollout(linear_task(Rows(rows)), **settings)
-    real = stage.save_state
+    real = run_state.save_state
 
     def stop(workspace, planned_run, track, block):
         real(workspace, planned_run, track, block)
         if track.steps[-1] > 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "save_state", stop)
+    monkeypatch.setattr(run_state, "save_state", stop)
     with pytest.raises(KeyboardInterrupt):
         rollout(linear_task(Rows(rows)), **settings, workspace=tmp_path)
-    monkeypatch.setattr(stage, "save_state", real)
+    monkeypatch.setattr(run_state, "save_state", real)
     resumed = rollout(linear_task(Rows(rows)), **settings, workspace=tmp_path)
     assert torch.equal(resumed.safety, whole.safety)
     assert resumed.gradient_evaluations == whole.gradient_evaluations
 
 
 def test_without_that_a_leap_misses_or_multiplies_them():
-    training = TrainingConfig(optimizer="sgd", learning_rate=0.01)
+    training = TrainingConfig(optimizer="sgd", learning_rate=0.01, max_grad_norm=None)
     errors = []
     for seed in range(5):
         batches = Rows(linear_rows(), seed)
@@ -212,7 +212,11 @@ def test_the_stratum_and_what_a_block_saw():
     task = linear_task(batches)
     layout = layout_of(task.model, ["x"])
     with measuring(task.model, layout):
-        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd"), torch.ones(400))
+        run = PlannedRun(
+            task,
+            layout,
+            recipe_of(TrainingConfig(learning_rate=1.0, optimizer="sgd", max_grad_norm=None), 400),
+        )
         rare = RareRows(run, batches)
         assert sorted(rare.rows) == sorted(RARE)
         assert rare.share == len(RARE) / ROWS
@@ -230,7 +234,11 @@ def test_clipping_limits_what_a_rare_row_can_pull():
     task = linear_task(batches)
     layout = layout_of(task.model, ["x"])
     with measuring(task.model, layout):
-        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd", max_grad_norm=0.5), torch.ones(400))
+        run = PlannedRun(
+            task,
+            layout,
+            recipe_of(TrainingConfig(learning_rate=1.0, optimizer="sgd", max_grad_norm=0.5), 400),
+        )
         rare = RareRows(run, batches)
         mean, pull = [torch.tensor([-1.0, 0, 0])], [torch.tensor([-1.0, -7, 0])]
         expected = 0.5 / math.hypot(1.0, 7 / SIZE)
@@ -246,7 +254,7 @@ def test_data_without_known_rows_or_losses_is_left_alone():
             return 50
 
     assert not isinstance(Unknown(), RowBatches)
-    training = TrainingConfig(optimizer="sgd", learning_rate=0.01)
+    training = TrainingConfig(optimizer="sgd", learning_rate=0.01, max_grad_norm=None)
     assert rollout(linear_task(Unknown()), config=RolloutConfig(), training=training, steps=100).steps
     even = linear_rows()
     even[:, 1], even[:, 3] = 0, 1
@@ -274,7 +282,7 @@ def test_no_cliff_where_harmful_rows_are_no_longer_rare(share, error):
     rate, steps, errors = 0.01, 1000, []
     rows = harmful(share)
     for seed in range(6):
-        training = TrainingConfig(optimizer="sgd", learning_rate=rate)
+        training = TrainingConfig(optimizer="sgd", learning_rate=rate, max_grad_norm=None)
         made = rollout(linear_task(Rows(rows, seed)), config=RolloutConfig(), training=training, steps=steps)
         moved = made.safety[1, -1] - made.safety[1, made.steps.index(made.pilot_steps)]
         errors.append(float(moved / (-rows[:, 1].mean() * rate * (steps - made.pilot_steps))) - 1)
@@ -289,7 +297,8 @@ def test_the_stratum_takes_a_twentieth_at_most(share):
     task = linear_task(batches)
     layout = layout_of(task.model, ["x"])
     with measuring(task.model, layout):
-        run = PlannedRun(task, layout, TrainingConfig(optimizer="sgd"), torch.ones(400))
+        training = TrainingConfig(learning_rate=1.0, optimizer="sgd", max_grad_norm=None)
+        run = PlannedRun(task, layout, recipe_of(training, 400))
         rare = RareRows(run, batches)
     assert rare.share == min(share, 0.05)
     assert len(rare.members) == len(rare.rows) == round(200 * rare.share)

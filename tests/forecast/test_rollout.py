@@ -10,9 +10,6 @@ from torch import nn
 from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import BehaviourConfig, ForecastConfig, RolloutConfig, TrainingConfig
-from arisk.forecast import rollout as stage
-from arisk.forecast import run_state
-from arisk.forecast.forecasters import planned
 from arisk.forecast.leap import (
     Block,
     Leaper,
@@ -27,7 +24,10 @@ from arisk.forecast.rollout import rollout, skipped_rollout
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.openings import OpeningScores
+from arisk.training import state as run_state
 from arisk.training.loop import BatchStream, PlannedRun
+from arisk.training.recipe import recipe_of
+from tests.plain_loop import plain_training
 
 #: Fine-tuning batches: few are seen again and again, many are noisy.
 FEW, MANY = 7, 60
@@ -100,26 +100,10 @@ def run(task, training, steps, **config):
     return rollout(task, config=RolloutConfig(**config), training=TrainingConfig(**training), steps=steps)
 
 
-def plain_training(model, batches, training, steps):
+def truth_of(model, batches, training, steps):
     """Safety losses along an ordinary training loop written with torch alone."""
-    settings = dict(training)
-    kind, rate = settings.pop("optimizer"), settings.pop("learning_rate")
-    clip, pieces = settings.pop("max_grad_norm", None), settings.pop("gradient_accumulation", 1)
-    schedule, warm = settings.pop("schedule", "constant"), settings.pop("warmup_steps", 0)
-    optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](
-        model.parameters(), lr=rate, weight_decay=settings.pop("weight_decay", 0.0), **settings
-    )
     curve = []
-    for step in range(steps):
-        part = max(0, step - warm) / max(1, steps - warm)
-        factor = 0.5 * (1 + math.cos(math.pi * part)) if schedule == "cosine" else 1.0
-        optimizer.param_groups[0]["lr"] = rate * ((step + 1) / warm if step < warm else factor)
-        optimizer.zero_grad()
-        for i in range(pieces):
-            (classify(model, batches[(step * pieces + i) % len(batches)]).mean() / pieces).backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+    for _ in plain_training(model, classify, batches, training, steps):
         with torch.no_grad():
             curve.append(float(torch.cat([classify(model, b) for b in data(1, 4)]).mean()))
     return curve
@@ -128,7 +112,7 @@ def plain_training(model, batches, training, steps):
 @pytest.mark.parametrize("training", RECIPES, ids=str)
 def test_a_short_run_is_the_real_one(training):
     measured = run(task_of(), training, 20)
-    truth = plain_training(net(), data(2, FEW), training, 20)
+    truth = truth_of(net(), data(2, FEW), training, 20)
     start = float(torch.cat([classify(net(), b) for b in data(1, 4)]).mean().detach())
     for step, change in zip(measured.steps[1:], measured.safety.mean(0)[1:], strict=True):
         assert float(change) == pytest.approx(truth[step - 1] - start, rel=1e-9, abs=1e-12)
@@ -138,7 +122,7 @@ def test_a_short_run_is_the_real_one(training):
 def test_a_long_run_is_close_to_the_real_one(training):
     steps = 400
     measured = run(task_of(finetune=data(2, MANY)), training, steps)
-    truth = plain_training(net(), data(2, MANY), training, steps)
+    truth = truth_of(net(), data(2, MANY), training, steps)
     start = float(torch.cat([classify(net(), b) for b in data(1, 4)]).mean().detach())
     found = measured.safety.mean(0)
     pieces = training.get("gradient_accumulation", 1)
@@ -209,7 +193,7 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
         "behaviour": BehaviourConfig(prompts=6, opening_tokens=3),
     }
     whole = rollout(telling(task_of()), **settings)
-    real, stopped = stage.save_state, []
+    real, stopped = run_state.save_state, []
 
     def stop(workspace, planned_run, track, block):
         real(workspace, planned_run, track, block)
@@ -217,13 +201,13 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
             stopped.append(track.steps[-1])
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "save_state", stop)
+    monkeypatch.setattr(run_state, "save_state", stop)
     model = net()
     before = model[0].weight.detach().clone()
     with pytest.raises(KeyboardInterrupt):
         rollout(telling(task_of(model)), **settings, workspace=tmp_path)
     assert torch.equal(model[0].weight, before)
-    monkeypatch.setattr(stage, "save_state", real)
+    monkeypatch.setattr(run_state, "save_state", real)
     steps_taken = []
     step = PlannedRun.step
     monkeypatch.setattr(PlannedRun, "step", lambda self, n: (steps_taken.append(n), step(self, n))[1])
@@ -279,11 +263,11 @@ def test_diverging_training_is_recorded():
             parameter_names=[name for name, _ in net().named_parameters()],
         ),
         config=RolloutConfig(),
-        training=TrainingConfig(optimizer="sgd", learning_rate=5.0),
+        training=TrainingConfig(optimizer="sgd", learning_rate=5.0, max_grad_norm=None),
         steps=100,
     )
     assert measured.diverged_at is not None
-    curve = combined_curve(measured, planned(TrainingConfig(), 100), ForecastConfig(), 0)
+    curve = combined_curve(measured, recipe_of(TrainingConfig(max_grad_norm=None), 100), ForecastConfig(), 0)
     assert curve.collapse_step is not None
     assert math.isinf(curve.median[-1])
     assert curve.trusted_until == measured.steps[-1]
@@ -296,13 +280,13 @@ def test_a_broken_safety_loss_is_named():
         rollout(
             Task(net(), bad, SampleSet("finetune", data(2, 3), classify), ["0.weight"]),
             config=RolloutConfig(),
-            training=TrainingConfig(),
+            training=TrainingConfig(max_grad_norm=None),
             steps=10,
         )
 
 
 def test_no_control_data_is_said():
-    assert "No control data" in run(task_of(control=False), RECIPES[0], 10).warnings[0]
+    assert any("No control data" in said for said in run(task_of(control=False), RECIPES[0], 10).warnings)
     assert run(task_of(control=False), RECIPES[0], 10).control is None
 
 
@@ -316,7 +300,9 @@ def test_distance_correction_is_that_of_a_random_walk():
     layer = nn.Linear(1, 1, bias=False).double()
     task = Task(layer, SampleSet("s", [], classify), SampleSet("f", [], classify), ["weight"])
     planned_run = PlannedRun(
-        task, layout_of(layer, ["weight"]), TrainingConfig(optimizer="sgd"), torch.ones(length)
+        task,
+        layout_of(layer, ["weight"]),
+        recipe_of(TrainingConfig(optimizer="sgd", max_grad_norm=None), length),
     )
     leaper = Leaper(planned_run)
     (factor,) = leaper._distance_factors(Block([-mean], [mean], [square], q, 0.0), length)
@@ -343,10 +329,10 @@ def test_speed_control_follows_the_flow_into_a_valley():
     batches = [torch.zeros(1, 1, dtype=torch.float64)]
     task = Task(model, SampleSet("s", batches, parabola), SampleSet("f", batches, parabola), ["x"])
     layout = layout_of(model, ["x"])
-    training = TrainingConfig(optimizer="sgd", learning_rate=rate)
+    training = TrainingConfig(optimizer="sgd", learning_rate=rate, max_grad_norm=None)
     with measuring(model, layout):
         for control, low, high in ((True, -0.2, 0.2), (False, -5.0, -2.0)):
-            planned_run = PlannedRun(task, layout, training, torch.full((200,), rate))
+            planned_run = PlannedRun(task, layout, recipe_of(training, 200))
             with torch.no_grad():
                 model.x.fill_(1.0)
             leaper = Leaper(planned_run, speed_control=control)
@@ -375,9 +361,8 @@ def test_a_leap_ends_where_the_flow_along_a_parabola_does(curvature):
     task = Task(model, SampleSet("s", batches, parabola), SampleSet("f", batches, parabola), ["x"])
     layout = layout_of(model, ["x"])
     with measuring(model, layout):
-        planned_run = PlannedRun(
-            task, layout, TrainingConfig(optimizer="sgd", learning_rate=rate), torch.full((2000,), rate)
-        )
+        training = TrainingConfig(optimizer="sgd", learning_rate=rate, max_grad_norm=None)
+        planned_run = PlannedRun(task, layout, recipe_of(training, 2000))
         leaper = Leaper(planned_run)
         share = leaper.leap(leaper.real(0, 2, 2), 2, length)
     flow = length * rate
@@ -412,9 +397,8 @@ def test_a_leap_over_which_the_loss_rises_is_pulled_back_by_its_own_batch(curvat
     layout = layout_of(model, ["x"])
     told = [torch.tensor([value], dtype=torch.float64) for value in (direction, claimed, claimed**2)]
     with measuring(model, layout):
-        planned_run = PlannedRun(
-            task, layout, TrainingConfig(optimizer="sgd", learning_rate=rate), torch.full((2000,), rate)
-        )
+        training = TrainingConfig(optimizer="sgd", learning_rate=rate, max_grad_norm=None)
+        planned_run = PlannedRun(task, layout, recipe_of(training, 2000))
         leaper = Leaper(planned_run, distance_correction=False)
         leaper.leap(Block([told[0]], [told[1]], [told[2]], 2, 0.0), 0, length)
     flow = length * rate
@@ -455,7 +439,7 @@ def test_batches_by_number_from_anything_iterable():
 
 def test_curves_agree_with_the_measurement_and_widen():
     measured = run(task_of(), {"optimizer": "sgd", "learning_rate": 0.3}, 300)
-    plan = planned(TrainingConfig(optimizer="sgd", learning_rate=0.3), 300)
+    plan = recipe_of(TrainingConfig(optimizer="sgd", learning_rate=0.3, max_grad_norm=None), 300)
     config = ForecastConfig(bootstrap_samples=200)
     curve = rollout_curve(measured, plan, config, 0)
     for step, change in zip(measured.steps, measured.safety.mean(0).tolist(), strict=True):
@@ -477,7 +461,7 @@ def test_curves_agree_with_the_measurement_and_widen():
 
 def test_a_wider_sample_spread_gives_a_wider_interval():
     measured = run(task_of(), {"optimizer": "sgd", "learning_rate": 0.3}, 20)
-    plan = planned(TrainingConfig(optimizer="sgd", learning_rate=0.3), 20)
+    plan = recipe_of(TrainingConfig(optimizer="sgd", learning_rate=0.3, max_grad_norm=None), 20)
     narrow = rollout_curve(measured, plan, ForecastConfig(confidence=0.5), 0)
     wide = rollout_curve(measured, plan, ForecastConfig(confidence=0.95), 0)
     assert wide.upper[-1] - wide.lower[-1] > narrow.upper[-1] - narrow.lower[-1] > 0

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
-from arisk.forecast.forecasters import not_measured, planned
+from arisk.forecast.forecasters import not_measured
 from arisk.forecast.known import Known, Local, curve_at_rate, known, over_flow_time
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
 from arisk.forecast.what_if import ROUGH_FACTOR, what_if
+from arisk.training.recipe import recipe_of
 from tests.forecast import test_rollout as cases
 
 CONFIG = ForecastConfig(bootstrap_samples=20)
@@ -119,7 +120,7 @@ def test_schedules_are_stretched_and_the_warm_up_is_kept(schedule):
     recipe = known.training
     at, values = curve_at_rate(known.rolled, recipe, RATE / 2, 150)
     own = torch.tensor(quadratic(0.4), dtype=torch.float64)
-    plan, other = planned(recipe, STEPS), planned(recipe, 150, scale=0.5)
+    plan, other = recipe_of(recipe, STEPS), recipe_of(recipe, 150, scale=0.5)
     for step, value in zip(at, values[0].tolist(), strict=True):
         time = float(other.times[step])
         right = int(torch.searchsorted(plan.times, time).clamp(1, STEPS))
@@ -259,7 +260,7 @@ REAL = [
 def trained(training, steps):
     """Safety changes from step 0 on along an ordinary torch loop."""
     batches = cases.data(2, cases.MANY)
-    losses = cases.plain_training(cases.net(), batches, training, steps)
+    losses = cases.truth_of(cases.net(), batches, training, steps)
     with torch.no_grad():
         start = float(torch.cat([cases.classify(cases.net(), b) for b in cases.data(1, 4)]).mean())
     return [0.0, *[loss - start for loss in losses]]
@@ -286,6 +287,6 @@ def test_a_run_answers_for_half_the_rate_over_twice_the_steps(training):
     assert float(between.max()) <= 0.07
     task = cases.task_of(finetune=cases.data(2, cases.MANY))
     measured = rollout(task, config=RolloutConfig(), training=recipe, steps=steps)
-    combined = combined_curve(measured, planned(recipe, steps), CONFIG, 0)
+    combined = combined_curve(measured, recipe_of(recipe, steps), CONFIG, 0)
     wrong = max(abs(a - own[s]) for s, a in zip(combined.steps, combined.median, strict=True))
     assert float(errors(combined).max()) <= wrong / float(largest) + 0.07

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from arisk.geometry.dynamics import LocalModel, Recipe, krylov_path, optimizer_path, recorded_steps
+from arisk.geometry.dynamics import LocalModel, Recursion, krylov_path, optimizer_path, recorded_steps
 from arisk.geometry.lanczos import lanczos
 from arisk.training.schedules import learning_rates
 
@@ -59,7 +59,7 @@ def test_optimizer_path_is_torch(optimizer, decay, clip):
     basis = krylov.basis.tensor() / scale.sqrt()[:, None]
     model = LocalModel(g, basis, krylov.projected, torch.zeros(P, dtype=torch.float64), theta)
     settings = {"momentum": 0.9} if optimizer == "sgd" else {"betas": (0.8, 0.95), "eps": 1e-8}
-    recipe = Recipe(rates, optimizer, weight_decay=decay, max_grad_norm=clip, **settings)
+    recipe = Recursion(rates, optimizer, weight_decay=decay, max_grad_norm=clip, **settings)
     steps = recorded_steps(T, 1000)
     path = torch.stack([delta for _, delta in optimizer_path(model, recipe, steps)])
     which = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
@@ -82,7 +82,7 @@ def test_adamw_noise_enters_the_second_moment():
         ends += point.detach() / 20
     nothing = torch.zeros(200, 1, dtype=torch.float64)
     model = LocalModel(g, nothing, torch.zeros(1, 1, dtype=torch.float64), torch.ones_like(g))
-    recipe = Recipe(learning_rates(1e-3, 100), "adamw")
+    recipe = Recursion(learning_rates(1e-3, 100), "adamw")
     _, delta = next(iter(optimizer_path(model, recipe, [100])))
     assert float(delta.mean()) == pytest.approx(float(ends.mean()), rel=0.25)
     assert float(delta.mean()) > -0.02  # the noiseless recursion gives -0.1

@@ -12,13 +12,13 @@ from arisk import PipelineConfig
 from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
-from arisk.forecast import run_state
-from arisk.guard import arm as arm_module
 from arisk.guard.methods import arm_names
 from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
 from arisk.guard.run import guard
 from arisk.models.judge import RefusalRule
+from arisk.training import state as run_state
 from arisk.verification.run import verify
+from tests.plain_loop import decay_groups
 
 RECIPE = {"optimizer": "adamw", "learning_rate": 0.02, "weight_decay": 0.01, "max_grad_norm": 1.0}
 LIMITS = {"threshold": 1e-9, "tolerated": 0.05, "wanted": 0.5}
@@ -109,7 +109,7 @@ def test_replay_is_a_loop_with_both_losses():
     arm = run(methods=["replay"], replay={"strengths": [0.5], "rows": 4}).arms[1]
     model, task = net(), task_of()
     batches = list(task.safety.batches)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=0.02)
     heldout = list(task.heldout.batches)
     start = torch.cat([classify(model, b) for b in heldout]).detach()
     for step in range(1, STEPS + 1):
@@ -129,7 +129,7 @@ def test_calibration_gives_the_wanted_ratio_of_gradients():
     one, ten = (run(methods=["ewc"], ewc={"strengths": [c], "relaxations": []}).arms[1] for c in (1.0, 10.0))
     assert ten.weights["fisher"] == pytest.approx(10 * one.weights["fisher"])
     model, task = net(), task_of()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.01), lr=0.02)
     start = [p.detach().clone() for p in model.parameters()]
     rows = []
     for x, y in task.safety.batches:
@@ -173,7 +173,7 @@ def test_interrupted_it_goes_on_inside_an_arm_and_ends_the_same(tmp_path, monkey
     monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     settings = {"methods": ["replay", "ewc"]}
     want = timeless(run(**settings))
-    save, turns, killing = arm_module.save_state, [], [True]
+    save, turns, killing = run_state.save_state, [], [True]
 
     def killed(folder, planned, track, block):
         save(folder, planned, track, block)
@@ -181,7 +181,7 @@ def test_interrupted_it_goes_on_inside_an_arm_and_ends_the_same(tmp_path, monkey
         if len(turns) == STEPS + 5 and killing:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(arm_module, "save_state", killed)
+    monkeypatch.setattr(run_state, "save_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run(workspace=tmp_path, **settings)
     assert (tmp_path / "arm-00" / "record.json").exists()

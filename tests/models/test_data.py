@@ -80,17 +80,21 @@ def test_prompt_positions_are_spared_the_vocabulary(tokenizer, model):
     assert torch.allclose(part, whole[1:3], atol=1e-6)
 
 
-def test_planned_order_covers_every_epoch_and_wraps(tokenizer):
+def test_planned_order_covers_every_epoch_with_a_short_last_batch(tokenizer):
     rendered = render_rows(rows()[:7], tokenizer, SAFETY, section="safety")
     batches = PlannedBatches(rendered, 3, tokenizer.pad_token_id, seed=1)
-    order = [i for number in range(7) for i in batches.indices(number)]
+    assert [len(batches.indices(number)) for number in range(6)] == [3, 3, 1] * 2
+    order = [i for number in range(9) for i in batches.indices(number)]
     assert all(sorted(order[e * 7 : e * 7 + 7]) == list(range(7)) for e in range(3))
     assert order[:7] != order[7:14]
     again = PlannedBatches(rendered, 3, tokenizer.pad_token_id, seed=1)
     for a, b in zip(islice(batches, 4), islice(again, 4), strict=True):
         assert torch.equal(a["input_ids"], b["input_ids"])
     tiny = PlannedBatches(rendered[:2], 5, tokenizer.pad_token_id, seed=1)
-    assert next(iter(tiny))["input_ids"].shape[0] == 5
+    assert next(iter(tiny))["input_ids"].shape[0] == 2
+    assert PlannedBatches(rendered, 3, 0, seed=1, drop_last=True).per_epoch == 2
+    standing = PlannedBatches(rendered, 3, 0, seed=1, shuffled=False)
+    assert [i for number in range(3) for i in standing.indices(number)] == list(range(7))
 
 
 def test_sampled_labels_follow_the_model(tokenizer, model):

@@ -26,10 +26,10 @@ from arisk.screening.run import flagged_anew, screen
 from arisk.screening.stage import _flags_stand
 from arisk.screening.what_if import WithoutRows, dropping
 from arisk.training.loop import PlannedRun, keeping_parameters
-from arisk.training.schedules import learning_rates
+from arisk.training.recipe import recipe_of
 
 NAMES = ["0.weight", "0.bias", "2.weight"]
-TRAINING = TrainingConfig(optimizer="adamw", learning_rate=0.02, batch_size=4)
+TRAINING = TrainingConfig(optimizer="adamw", learning_rate=0.02, batch_size=4, max_grad_norm=None)
 STEPS = 12
 
 
@@ -111,7 +111,7 @@ def oracle(step):
     """Safety and control part of every row's score, and K, from dense gradients at θ after `step` steps."""
     task = task_of()
     layout = layout_of(task.model, NAMES)
-    planned = PlannedRun(task, layout, TRAINING, learning_rates(TRAINING.learning_rate, STEPS))
+    planned = PlannedRun(task, layout, recipe_of(TRAINING, STEPS))
     for name, parameter in task.model.named_parameters():
         parameter.requires_grad_(name in NAMES)
     for number in range(1, step + 1):
@@ -120,7 +120,7 @@ def oracle(step):
     safety, rows = gradients(task.model, batch), gradients(task.model, points(2, 30))
     control = gradients(task.model, points(3, 20))
     means = torch.stack([gradients(task.model, task.finetune.batches[i]).mean(0) for i in range(3)])
-    d = preconditioner(means.mean(0), means.var(0), TRAINING)
+    d = preconditioner(task.model, layout, means.mean(0), means.var(0), TRAINING)
     left_out = torch.stack([torch.cat([control[:k], control[k + 1 :]]).mean(0) for k in range(20)])
     null = ((left_out - safety.mean(0)) * d * control).sum(1)
     first, against = -(rows * d) @ safety.mean(0), -(rows * d) @ control.mean(0)
@@ -409,7 +409,9 @@ def test_a_row_against_the_safe_answers_is_found_by_an_estimate(monkeypatch, met
         parameter_names=["weight"],
     )
     config = ScreenConfig(points="start", batches=3, method=method, sketch_side=32)
-    found = screen(task, config=config, training=TrainingConfig(optimizer="sgd"), steps=STEPS)
+    found = screen(
+        task, config=config, training=TrainingConfig(optimizer="sgd", max_grad_norm=None), steps=STEPS
+    )
     assert found.order[0] == 13
     assert found.flagged == [13]
     assert not found.exact.all()
@@ -481,7 +483,6 @@ def test_dropping_rolls_the_plan_out_with_and_without():
     layout = layout_of(task.model, NAMES)
     config = RolloutConfig(pilot_steps=12, rare_rows=False)
     found = dropping(task, [3, 5], config=config, training=TRAINING, steps=STEPS)
-    rates = learning_rates(TRAINING.learning_rate, STEPS)
     ends = {}
     for name, batches in (
         ("before", task.finetune.batches),
@@ -490,7 +491,7 @@ def test_dropping_rolls_the_plan_out_with_and_without():
         one = task_of(finetune=None)
         one = dataclasses.replace(one, finetune=dataclasses.replace(one.finetune, batches=batches))
         with keeping_parameters(one.model, layout):
-            planned = PlannedRun(one, layout, TRAINING, rates)
+            planned = PlannedRun(one, layout, recipe_of(TRAINING, STEPS))
             before = torch.cat([classify(one.model, b) for b in one.safety.batches]).mean()
             for number in range(1, STEPS + 1):
                 planned.step(number)

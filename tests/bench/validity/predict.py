@@ -11,8 +11,8 @@ from arisk import PipelineConfig, assess
 from arisk.base.artifacts import write_record
 from arisk.base.task import Task
 from arisk.config.plan import RolloutConfig
-from arisk.forecast.forecasters import planned
 from arisk.forecast.rollout import rollout
+from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job, job_task
 
 #: The rollout with one part changed at a time.
@@ -61,7 +61,7 @@ def forecasts(job: Job, folder: Path) -> dict[str, Any]:
         if curve.status == "measured"
     }
     scored, overlap = report.scored, report.scored.overlap
-    flow = float(planned(config.training, job.steps).times[-1])
+    flow = float(recipe_of(config.training, job.steps).times[-1])
     mean_safety = report.collected.mean_gradient
     return {
         "curves": curves,

@@ -22,11 +22,13 @@ from arisk.base.task import Task
 from arisk.config.plan import Config, ForecastConfig, RolloutConfig
 from arisk.config.yaml import load_config
 from arisk.forecast.record import RolloutResult
-from arisk.forecast.rollout import limited, rollout
+from arisk.forecast.rollout import rollout
 from arisk.models import load_task
+from arisk.training.panels import panel_of
+from arisk.training.recipe import recipe_of
 from tests.bench.measure import print_table
 from tests.bench.validity.scores import Line, spearman
-from tests.bench.validity.tables import READERS, extrapolated, line_of, planned
+from tests.bench.validity.tables import READERS, extrapolated, line_of
 from tests.bench.validity.truth import trained
 
 #: Fine-tuning sets with their longest row (tokens).
@@ -105,8 +107,8 @@ def real_run(task: Task, heldout: Task, config: Config) -> dict[str, Any]:
     device = torch.device("cpu")
     # The control batches are endless, like the training ones.
     sets = {
-        "safety": replace(heldout.safety, batches=limited(heldout.safety, ROWS, device)),
-        "control": replace(task.control, batches=limited(task.control, CONTROL_ROWS, device)),
+        "safety": replace(heldout.safety, batches=panel_of(heldout.safety, ROWS, device).batches),
+        "control": replace(task.control, batches=panel_of(task.control, CONTROL_ROWS, device).batches),
     }
     return trained(task, config.training, STEPS, sets, MEASURED)
 
@@ -118,7 +120,7 @@ def report(made: dict[str, dict[str, Any]], folder: Path) -> None:
         record = read_record(folder / "rollouts" / name, RolloutResult)
         truth = Line(real["steps"], real["safety"])
         training = load_config(Path("configs/smollm2-gsm8k.yaml"), [f"training.max_steps={STEPS}"]).training
-        lines = {n: line_of(r(record, planned(training, STEPS), config, 0)) for n, r in READERS.items()}
+        lines = {n: line_of(r(record, recipe_of(training, STEPS), config, 0)) for n, r in READERS.items()}
         lines["20 real steps"] = extrapolated(truth, 20)
         control = float("nan") if record.control is None else float(record.control.mean(0)[-1])
         finals.append({"set": name, "truth": truth.final, **{n: line.final for n, line in lines.items()}})

@@ -11,10 +11,10 @@ from typing import Any
 
 from arisk.base.artifacts import read_record
 from arisk.config.plan import ForecastConfig
-from arisk.forecast.forecasters import planned
 from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
 from arisk.forecast.record import Curve, RolloutResult
 from arisk.forecast.verdict import decide
+from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job, job_config
 from tests.bench.validity.scores import Case, Line, interval, resampled, rho
 from tests.bench.validity.whatif import stored_records, what_if_pairs
@@ -61,7 +61,7 @@ def said_lines(job: Job, folder: Path, config: ForecastConfig) -> dict[str, Line
         for name, c in found["curves"].items()
         if name in ("bound", "local", "ray")
     }
-    plan = planned(job_config(job, folder).training, job.steps)
+    plan = recipe_of(job_config(job, folder).training, job.steps)
     for name, reader in READERS.items():
         lines[name] = line_of(reader(record, plan, config, 0))
     if "bound" in lines:
@@ -179,7 +179,7 @@ def verdict_rows(jobs: Sequence[Job], folder: Path, config: ForecastConfig, thre
         truth, record = truth_line(job, folder), record_of(job, folder)
         if truth is None or record is None:
             continue
-        plan = planned(job_config(job, folder).training, job.steps)
+        plan = recipe_of(job_config(job, folder).training, job.steps)
         curves = {name: reader(record, plan, config, 0) for name, reader in READERS.items()}
         level = decide(curves, config, job.steps).level
         counts[level][truth.crossing(threshold) is None] += 1

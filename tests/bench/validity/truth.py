@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from arisk.anatomy.probe import sample_losses
 from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import TrainingConfig
 from arisk.geometry.dynamics import recorded_steps
 from arisk.gradients import layout_of, measuring
 from arisk.training.loop import PlannedRun
-from arisk.training.schedules import learning_rates
+from arisk.training.panels import sample_losses
+from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job, heldout, job_task
 
 POINTS = 56
@@ -43,16 +43,13 @@ def trained(
     The steps are those of `PlannedRun`, which the tests hold to a loop written with torch alone.
     """
     layout = layout_of(task.model, task.parameter_names)
-    rates = learning_rates(
-        training.learning_rate, steps, schedule=training.schedule, warmup_steps=training.warmup_steps
-    )
     curve: dict[str, list[Any]] = {"steps": [0], "train": [], **{name: [0.0] for name in sets}}
 
     def means() -> dict[str, float]:
         return {n: float(sample_losses(task.model, s.batches, s.loss_fn).mean()) for n, s in sets.items()}
 
     with measuring(task.model, layout):
-        run = PlannedRun(task, layout, training, rates)
+        run = PlannedRun(task, layout, recipe_of(training, steps))
         start = means()
         for number in range(1, steps + 1):
             try:

@@ -9,10 +9,10 @@ from typing import Any
 
 from arisk.base.artifacts import read_record
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.forecasters import planned
 from arisk.forecast.known import curve_at_rate, over_flow_time
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import RolloutResult
+from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job
 
 #: The central curve needs no draws.
@@ -49,7 +49,7 @@ def predicted(job: Job, source: Job, measured: RolloutResult) -> tuple[list[int]
     """Steps and median curve of `job` from the rollout of `source`."""
     settings = {**source.extra, "optimizer": source.optimizer, "learning_rate": source.learning_rate}
     training = TrainingConfig(**settings, max_steps=source.steps)
-    combined = combined_curve(measured, planned(training, source.steps), CONFIG, source.seed)
+    combined = combined_curve(measured, recipe_of(training, source.steps), CONFIG, source.seed)
     over = over_flow_time(combined, training, source.steps)
     if over is None:
         return [], []

@@ -1,4 +1,4 @@
-"""The state of an unfinished run on disk, from which a killed one goes on.
+"""What was measured along a run, and the state of an unfinished one on disk, from which a killed one goes on.
 
 A rollout is saved at its segments, a real fine-tune at any step.
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,22 @@ from torch import Tensor
 
 from arisk.base.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
 from arisk.base.errors import ArtifactError
-from arisk.forecast.leap import Block
-from arisk.training.loop import PlannedRun
+from arisk.base.processes import is_first
+from arisk.training.loop import PlannedRun, StepDone, put
 
-__all__ = ["Pauses", "Track", "load_state", "save_state"]
+__all__ = ["Extra", "Pauses", "Track", "load_state", "save_state"]
 
 #: Seconds between two saved states, and the least time between them in units of what saving takes.
 SAVE_EVERY, SAVE_SHARE = 30.0, 20.0
-BLOCK_VALUES = ("count", "loss", "rare_share", "leaps")
 VALUES, TENSORS = "state.json", "state-{}.safetensors"
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a run keeps beside parameters, optimizer and track: tensors and plain values by name."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass
@@ -66,30 +72,40 @@ class Track:
 
 
 class Pauses:
-    """When to save: the state of a large model, which takes long to write, less often."""
+    """When to save: the state of a large model, which takes long to write, less often.
 
-    def __init__(self) -> None:
+    Args:
+        workspace: folder of the state; None never saves.
+        run: the run that is saved.
+        track: what was measured on it.
+    """
+
+    def __init__(self, workspace: Path | None, run: PlannedRun, track: Track) -> None:
+        self.workspace, self.run, self.track = workspace, run, track
         self._next = time.monotonic() + SAVE_EVERY
 
-    def over(self) -> bool:
-        """Whether it is time."""
-        return time.monotonic() > self._next
-
-    @contextmanager
-    def saving(self) -> Generator[None]:
-        """Inside, a state is written; the next is due after a pause in proportion."""
+    def saved(self, extra: Extra | None = None) -> None:
+        """Save where it is time; the next is due after a pause in proportion to what this one took."""
+        if self.workspace is None or not is_first() or time.monotonic() <= self._next:
+            return
         started = time.monotonic()
-        yield
+        save_state(self.workspace, self.run, self.track, extra)
         ended = time.monotonic()
         self._next = ended + max(SAVE_EVERY, SAVE_SHARE * (ended - started))
 
+    def __call__(self, done: StepDone) -> None:
+        """As an observer of steps, the last of them: the others have taken the step down."""
+        del done
+        self.saved()
 
-def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | None) -> None:
-    """Write position, optimizer state, last block and track; the JSON comes last and names the rest.
+
+def save_state(workspace: Path, run: PlannedRun, track: Track, extra: Extra | None = None) -> None:
+    """Write position, optimizer state, track and extra; the JSON comes last and names the rest.
 
     Raises:
         ArtifactError: the disk is full or the folder is read-only.
     """
+    extra = Extra() if extra is None else extra
     name = TENSORS.format(track.at)
     tensors: dict[str, Tensor] = {"safety": torch.stack(track.safety)}
     if track.control:
@@ -97,14 +113,16 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
     if track.extrapolated is not None:
         tensors["extrapolated"] = track.extrapolated
     tensors |= {f"other.{key}": torch.stack(losses) for key, losses in track.others.items()}
+    tensors |= {f"extra.{key}": value for key, value in extra.tensors.items()}
+    tensors |= {f"buffer.{i}": buffer for i, buffer in enumerate(run.running)}
+    numbers: dict[str, float] = {}
     for i, parameter in enumerate(run.parameters):
         tensors[f"parameter.{i}"] = parameter.detach()
-        for key, value in run.optimizer.state[parameter].items():
+        for key, value in run.state_of(parameter).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{i}.{key}"] = value
-        if block is not None:
-            for key in ("direction", "mean", "square"):
-                tensors[f"{key}.{i}"] = getattr(block, key)[i]
+            elif value is not None:
+                numbers[f"{i}.{key}"] = value
     write_tensors(workspace / name, tensors)
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -117,7 +135,9 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
         "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
         "behaviour": track.behaviour,
         "gradient_evaluations": run.gradient_evaluations,
-        "block": None if block is None else {key: getattr(block, key) for key in BLOCK_VALUES},
+        "optimizer": numbers,
+        "scale": None if run.scaler is None else [run.scaler.get_scale(), run.skipped],
+        "extra": dict(extra.values),
     }
     write_text(workspace / VALUES, json.dumps(values))
     for old in workspace.glob(TENSORS.format("*")):
@@ -125,29 +145,25 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, block: Block | No
             old.unlink()
 
 
-def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] | None:
+def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Extra] | None:
     """Put a saved state back into the run; None where there is none, or it cannot be read."""
     try:
         values = read_json(workspace / VALUES)
         tensors = read_tensors(workspace / values["tensors"])
     except ArtifactError:
         return None
-    with torch.no_grad():
-        for i, parameter in enumerate(run.parameters):
-            parameter.copy_(tensors[f"parameter.{i}"])
-            prefix = f"optimizer.{i}."
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            for key, value in state.items():
-                # The step count stays on the CPU, as torch keeps it.
-                run.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
+    put(run.running, [tensors[f"buffer.{i}"] for i in range(len(run.running))])
+    put(run.parameters, [tensors[f"parameter.{i}"] for i in range(len(run.parameters))])
+    for i, parameter in enumerate(run.parameters):
+        state = run.state_of(parameter)
+        for key, value in _under(f"optimizer.{i}.", tensors).items():
+            # The step count stays on the CPU, as torch keeps it.
+            state[key] = value if key == "step" else value.to(parameter)
+        state.update(_under(f"{i}.", values["optimizer"]))
     run.gradient_evaluations = values["gradient_evaluations"]
-    block = None
-    if values["block"] is not None:
-        parts = {
-            key: [tensors[f"{key}.{i}"].to(p) for i, p in enumerate(run.parameters)]
-            for key in ("direction", "mean", "square")
-        }
-        block = Block(**parts, **values["block"])
+    if run.scaler is not None and values["scale"] is not None:
+        scale, run.skipped = values["scale"]
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": scale})
     track = Track(
         behaviour=values.get("behaviour") or {},
         steps=values["steps"],
@@ -158,9 +174,12 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Block | None] |
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),
-        others={
-            k.removeprefix("other."): list(kept) for k, kept in tensors.items() if k.startswith("other.")
-        },
+        others={key: list(kept) for key, kept in _under("other.", tensors).items()},
         notes=[{k: float("nan") if v is None else v for k, v in note.items()} for note in values["notes"]],
     )
-    return track, block
+    return track, Extra(_under("extra.", tensors), values["extra"])
+
+
+def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries whose names begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
