@@ -12,7 +12,7 @@ from arisk.anatomy.collect import Held, SafetyPass, StorePlan, held, store_for
 from arisk.anatomy.overlaps import PERMUTATION_CHUNK
 from arisk.anatomy.score import DIRECTIONS_BYTES
 from arisk.base.errors import ConfigError, ShapeError
-from arisk.base.task import Task, silent
+from arisk.base.task import SampleSet, Task, silent
 from arisk.config.plan import Config
 from arisk.engine.stage import Cost, CostScene
 from arisk.geometry.vectors import column_groups
@@ -23,6 +23,7 @@ __all__ = [
     "kept_gradients",
     "krylov_steps",
     "numel",
+    "samples_in",
     "score_cost",
     "score_memory",
     "subspace_cost",
@@ -84,6 +85,15 @@ def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
     return KeptGradients(plan, size if plan.store == "gradients" else 0.0, size)
 
 
+def samples_in(samples: SampleSet | None) -> int:
+    """How many samples there are; a set from Python may list no rows, and is counted by its batches."""
+    if samples is None:
+        return 0
+    if samples.rows or not hasattr(samples.batches, "__len__"):
+        return len(samples.rows)
+    return sum(batch_size(batch) for batch in samples.batches)
+
+
 def numel(task: Task) -> int:
     """Number of selected parameters P."""
     return layout_of(task.model, task.parameter_names).numel
@@ -103,7 +113,7 @@ def collect_cost(scene: CostScene) -> Cost:
     if store.plan is not None and store.plan.store == "gram" and store.plan.place == "disk":
         kept = store.held
     return Cost(
-        passes={"single-row gradients": len(task.safety.rows), "Gram products": 1},
+        passes={"single-row gradients": samples_in(task.safety), "Gram products": 1},
         seconds=scene.loading + scene.seconds["engine"] + WRITING * store.kept,
         memory_gb=scene.memory["per sample"] + block,
         device_gb=scene.device.get("per sample"),
@@ -122,12 +132,12 @@ def score_cost(scene: CostScene) -> Cost:
     """Update, curvature, nulls, probe and single rows."""
     task, config, score = scene.task, scene.config, scene.config.score
     store = kept_gradients(task, config, scene.run_dir)
-    batch, safety = config.training.batch_size, len(task.safety.rows)
-    control = len(task.control.rows) if task.control else 0
+    batch, safety = config.training.batch_size, samples_in(task.safety)
+    control = samples_in(task.control)
     probe = (score.probe_points + 1) if score.probe_points else 0
     reaching = REACHING * (min(safety, config.collect.chunk_size) + batch) if probe else 0
     probed = safety + score.hvp_batches * batch * (2 if control else 1)
-    examples = min(score.examples, len(task.finetune.rows))
+    examples = min(score.examples, samples_in(task.finetune))
     reads, columns = _products(task, config, store)
     again = safety * reads if store.plan is not None and store.plan.store == "gram" else 0
     vector = numel(task) * 4 / 1e9

@@ -180,7 +180,7 @@ def _vectors(task: Task, layout: ParameterLayout, safety: Batch, engine: str) ->
         return _seconds(work)
 
     # As many copies of the batch as there are safety rows: the Gram matrix grows with their square.
-    copies = math.ceil(len(task.safety.rows) / rows)
+    copies = max(1, math.ceil(len(task.safety.rows) / rows))
 
     def gram() -> None:
         for name, parts in kept.items():

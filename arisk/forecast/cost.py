@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, score_memory
+from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, samples_in, score_memory
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
@@ -46,7 +46,7 @@ def rollout_passes(scene: CostScene) -> dict[str, float]:
     task, config = scene.task, scene.config
     if not config.rollout.enabled:
         return {}
-    safety, control = len(task.safety.rows), len(task.control.rows) if task.control else 0
+    safety, control = samples_in(task.safety), samples_in(task.control)
     steps = planned_steps(config.training, task.finetune.units)
     per_step = config.training.batch_size * config.training.gradient_accumulation
     rolled, measurements = counted(steps, config.rollout)
@@ -81,7 +81,7 @@ def forecast_cost(scene: CostScene) -> Cost:
     path, passes = _path_operations(scene), dict[str, float]()
     store = kept_gradients(scene.task, scene.config, scene.run_dir)
     if path and store.plan is not None and store.plan.store == "gram":
-        safety = len(scene.task.safety.rows)
+        safety = samples_in(scene.task.safety)
         points = min(planned_steps(scene.config.training, scene.task.finetune.units), PATH_POINTS)
         passes = {"single-row gradients": safety, "product columns": safety * points}
     return Cost(

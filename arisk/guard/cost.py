@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arisk.anatomy.cost import numel
+from arisk.anatomy.cost import numel, samples_in
 from arisk.base.task import Task
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
@@ -35,7 +35,7 @@ def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
 
 def _passes(scene: CostScene) -> dict[str, float]:
     task, config = scene.task, scene.config
-    given, safety, arms = config.guard, len(task.safety.rows), arm_names(config.guard)
+    given, safety, arms = config.guard, samples_in(task.safety), arm_names(config.guard)
     steps = planned_steps(config.training, task.finetune.units)
     points = measured_steps(min(given.steps or steps, steps))
     counts = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from arisk.anatomy.cost import numel
+from arisk.anatomy.cost import numel, samples_in
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.cost import rollout_passes
@@ -45,9 +45,9 @@ def screen_cost(scene: CostScene) -> Cost:
 
 def _passes(scene: CostScene) -> dict[str, float]:
     task, config, rollout = scene.task, scene.config, rollout_passes(scene)
-    given, rows = config.screen, len(task.finetune.rows)
-    safety, layout = len(task.safety.rows), layout_of(task.model, task.parameter_names)
-    control = min(len(task.control.rows), given.control_samples) if task.control else 0
+    given, rows = config.screen, samples_in(task.finetune)
+    safety, layout = samples_in(task.safety), layout_of(task.model, task.parameter_names)
+    control = min(samples_in(task.control), given.control_samples)
     points = 2 if given.points == "both" else 1
     steps = planned_steps(config.training, task.finetune.units)
     walked = 0 if given.points == "start" else min(given.max_steps, steps)

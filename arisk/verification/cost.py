@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arisk.anatomy.cost import numel
+from arisk.anatomy.cost import numel, samples_in
 from arisk.base.task import Task
 from arisk.config.plan import Config, planned_steps
 from arisk.engine.stage import Cost, CostScene
@@ -22,8 +22,8 @@ def per_step(config: Config) -> int:
 
 def looked(task: Task, control: int) -> int:
     """Rows whose loss is measured at every point of a real run."""
-    held = len(task.heldout.rows) if task.heldout else len(task.safety.rows)
-    return held + (min(len(task.control.rows), control) if task.control else 0)
+    held = samples_in(task.heldout or task.safety)
+    return held + (min(samples_in(task.control), control))
 
 
 def verify_cost(scene: CostScene) -> Cost:
