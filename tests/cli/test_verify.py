@@ -238,7 +238,7 @@ def test_rows_that_are_not_held_out_are_said_to_be(arisk, tmp_path):
 def test_mistakes_are_one_clear_error(arisk, tmp_path):
     for settings, code, what in (
         (["verify.safety.path=./no-such.jsonl"], 3, "verify.safety.path"),
-        (["run.step=3"], 2, "did you mean `steps`?"),
+        (["verify.step=3"], 2, "did you mean `steps`?"),
         (["model={source: python, entry: 'a.py:b'}"], 2, "Task.heldout"),
     ):
         found, _, err = arisk("verify", tmp_path / "run", settings=settings)
