@@ -181,7 +181,8 @@ def _record(
         engine={"name": choice.engine, "parity": choice.parity, "refused": choice.refused},
         batch_invariance=invariance,
         coverage=dict(choice.coverage),
-        task=dict(run.task.description),
+        # What is said of all data sets together is no property of the safety side.
+        task={key: value for key, value in run.task.description.items() if key != "data_warnings"},
         warnings=[],
         store_dtype=config.store_dtype,
         store_rounding=plan.rounding,

@@ -268,7 +268,7 @@ def _directions(scene: Scene, update: Update, krylov: Krylov, training: Training
 
 
 def _warnings(update: Update, plan: HvpPlan, config: ScoreConfig, task: Task) -> list[str]:
-    found: list[str] = []
+    found: list[str] = [str(note) for note in task.description.get("data_warnings", ())]
     batches = len(update.batch_losses)
     if batches == 1:
         found.append("One fine-tuning batch only: mini-batch noise was not measured.")

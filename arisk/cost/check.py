@@ -84,7 +84,7 @@ def check_task(
             **(_reach(model, wrapped_modules) if wrapped_modules else {}),
         },
         "data": shown,
-        "warnings": [*notes, *_warnings(data)],
+        "warnings": [*getattr(model, "load_notes", ()), *notes, *_warnings(data)],
         "work": _work(config, {name: d.units for name, d in data.items()}, selected),
     }
 
@@ -116,10 +116,6 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
             found += _other_than_refusals(section, loaded, data.get("control"))
         if facts["rows"] < FEW:
             found.append(f"{section}: {facts['rows']} rows are few, {FEW} or more are advised")
-    prompts = {row.row.prompt for row in data["safety"].rendered if row.row.prompt}
-    shared = sum(row.row.prompt in prompts for row in data["finetune"].rendered)
-    if shared:
-        found.append(f"finetune: {shared} rows have a prompt of the safety set")
     return found
 
 

@@ -265,7 +265,8 @@ class _Walk:
 
     def warnings(self) -> list[str]:
         """Sentences for the report."""
-        found = list(self.planned.recipe.notes)
+        shared = [str(note) for note in self.task.description.get("data_warnings", ())]
+        found = [*shared, *self.planned.recipe.notes]
         if self.task.finetune.tokens is None and self.planned.training.loss == "tokens":
             found.append(
                 "Trained tokens are not known for losses given from Python: the steps take means over rows."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import sys
 from collections import Counter
@@ -40,6 +41,7 @@ __all__ = [
     "load_task",
     "load_with_adapter",
     "require_fit",
+    "shared_rows",
     "statistics_of",
     "task_from_entry",
 ]
@@ -104,10 +106,39 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         control=sets.get("control"),
         parameter_names=names,
         lora_pairs=lora_pairs(model, names),
-        description={**_description(config, model, names, sets), "warnings": notes},
+        description={
+            **_description(config, model, names, sets),
+            "warnings": list(getattr(model, "load_notes", ())),
+            "data_warnings": notes,
+        },
         heldout=heldout,
         clean=clean,
     )
+
+
+def shared_rows(data: Mapping[str, LoadedData]) -> list[str]:
+    """Sentences about rows, or prompts, that two data sets have in common.
+
+    Sets that overlap answer for each other: safety rows that are trained on do not show what is lost, and
+    held-out rows that the forecast has seen check nothing.
+    """
+    whole = {name: {_identity(row.row) for row in loaded.rendered} for name, loaded in data.items()}
+    found: list[str] = []
+    for first, second in itertools.combinations(data, 2):
+        own = data[second].rendered
+        same = sum(_identity(row.row) in whole[first] for row in own)
+        if same:
+            found.append(f"{second}: {same} of {len(own)} rows are rows of {first} too")
+            continue
+        prompts = {row.row.prompt for row in data[first].rendered if row.row.prompt}
+        asked = sum(row.row.prompt in prompts for row in own)
+        if asked:
+            found.append(f"{second}: {asked} of {len(own)} rows have a prompt of {first}")
+    return found
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([row.messages, row.text, row.tools], default=str)
 
 
 def require_fit(model: Any, data: Mapping[str, LoadedData], tokenizer: Any, config: Config) -> list[str]:
@@ -126,7 +157,7 @@ def require_fit(model: Any, data: Mapping[str, LoadedData], tokenizer: Any, conf
         where,
     )
     require_causal(model, max(rows["finetune"], key=len), where)
-    return [*getattr(model, "load_notes", ()), *notes]
+    return [*notes, *(f"{said}." for said in shared_rows(data))]
 
 
 def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
@@ -237,7 +268,7 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     """Rows without repeats: a repeated safety sample makes the Gram matrix singular."""
     seen: dict[str, Row] = {}
     for row in rows:
-        seen.setdefault(json.dumps([row.messages, row.text, row.tools], default=str), row)
+        seen.setdefault(_identity(row), row)
     return list(seen.values())
 
 
