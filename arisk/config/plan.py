@@ -22,6 +22,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
+from arisk.config.aliases import canonical
 from arisk.config.names import OPTIMIZERS, SCHEDULES, known_optimizer, known_schedule
 from arisk.config.sections import (
     LARGEST,
@@ -130,6 +131,11 @@ class AdapterConfig(Settings):
     peft: dict[str, Any] = Field(default={})
     """Any further keys of peft's `LoraConfig`, passed as they are."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return canonical("adapter", value)
+
     @model_validator(mode="after")
     def _path_or_new(self) -> Self:
         extra = self.model_fields_set - {"path"}
@@ -203,6 +209,11 @@ class ModelConfig(Settings):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: it is somebody else's code."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return canonical("model", value)
+
     @model_validator(mode="after")
     def _source_fields(self) -> Self:
         if self.source == "hf" and not self.path:
@@ -258,6 +269,11 @@ class DataConfig(Settings):
     """Rows kept from the training for validation: a share below 1 or a number, drawn as `datasets` does."""
     seed: Seed | None = None
     """Seed of the draws and of the shuffling; default `run.seed`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return canonical("data", value)
 
     @field_validator("val_set_size")
     @classmethod
@@ -359,6 +375,11 @@ class TrainingConfig(Settings):
     """NEFTune: uniform noise on embedded tokens while training, up to alpha / sqrt(tokens x width)."""
     loraplus_lr_ratio: PositiveFloat | None = None
     """LoRA+: learning rate of the B matrices over that of the A matrices."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, value: Any) -> Any:
+        return canonical("training", value)
 
     @model_validator(mode="after")
     def _steps(self) -> Self:

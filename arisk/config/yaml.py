@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import PydanticUndefined
 
 from arisk.base.errors import ConfigError
-from arisk.config.plan import Config, Settings
+from arisk.config.aliases import ALIASES, same_setting
+from arisk.config.plan import Config
 from arisk.config.reading import read_text, read_yaml, shortened
 from arisk.config.sections import path_fault
 
@@ -33,24 +33,30 @@ __all__ = [
     "models_in",
     "run_directory",
     "set_value",
-    "starter_config",
     "validate_mapping",
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
 
-#: Sections of a written config in the order a user decides on them; the others follow.
-FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
-#: What begins before a section.
-HEADINGS = {
-    "model": "What you are about to fine-tune, on what, and how",
-    "forecast": "What counts as collapse, and where the run lives",
-    "collect": "How it is measured: the defaults are good ones",
-    "verify": "Stages that run only by their own command",
+#: Settings of the aliases → the config model that reads it.
+SECTIONS = {
+    "training": "TrainingConfig",
+    "model": "ModelConfig",
+    "adapter": "AdapterConfig",
+    "data": "DataConfig",
 }
+#: Place in the config → section of the aliases.
+ALIASED = {
+    "training": "training",
+    "model": "model",
+    "model.adapter": "adapter",
+    **dict.fromkeys(("safety", "finetune", "control", "verify.safety", "guard.task"), "data"),
+}
+
 #: Config values that are files or folders.
 PATHS = (
     ("model", "path"),
+    ("model", "model_name_or_path"),
     ("model", "adapter"),
     ("model", "adapter", "path"),
     ("safety", "path"),
@@ -58,6 +64,7 @@ PATHS = (
     ("control", "path"),
     ("verify", "safety", "path"),
     ("guard", "task", "path"),
+    *((section, "dataset_name") for section in ("safety", "finetune", "control")),
 )
 
 
@@ -121,6 +128,9 @@ def set_value(mapping: dict[str, Any], item: str) -> None:
             raise ConfigError(
                 f"`{parent}` holds a value, not a section", where=where, fix="set the whole section"
             )
+    section = ALIASED.get(".".join(parents), "")
+    for name in same_setting(section, last) if section else ():
+        place.pop(name, None)  # also under the name of another tool
     place[last] = value
 
 
@@ -184,7 +194,13 @@ def dump_config(config: BaseModel) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the config, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    schema = Config.model_json_schema()
+    for section, name in SECTIONS.items():
+        fields = schema["$defs"][name]["properties"]
+        for alias, target in ALIASES[section].items():
+            if target.key in fields:
+                fields[alias] = {"description": f"The name of `{target.key}` in transformers, TRL or peft."}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def known_keys() -> list[str]:
@@ -199,52 +215,6 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield prefix + name
         else:
             yield from _keys(inner, f"{prefix}{name}.")
-
-
-def starter_config(model: str, safety: str, finetune: str) -> str:
-    """A YAML file with every key, its default and its documentation; loads back as it is."""
-    given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
-    lines = [
-        "# yaml-language-server: $schema=arisk.schema.json",
-        "# (the editor's hint: `arisk schema > arisk.schema.json` beside this file)",
-        "# arisk check THIS_FILE && arisk run THIS_FILE",
-        "# Keys that are commented out show their defaults.",
-        "",
-    ]
-    rest = [name for name in Config.model_fields if name not in FIRST]
-    for name in (*FIRST, *rest):
-        field = Config.model_fields[name]
-        section = next(models_in(field.annotation))
-        if name in HEADINGS:
-            lines += [f"# ── {HEADINGS[name]} ──", ""]
-        lines.append(f"# {field.description}")
-        active = given.get(name, {})
-        lines.append(f"{name}:" if active else f"# {name}:")
-        lines += _section_lines(section, active)
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _section_lines(section: type[BaseModel], given: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of one section: documented keys, those not given commented out."""
-    for name, field in section.model_fields.items():
-        doc = (field.description or "").replace("\n", " ")
-        if name in given:
-            yield f"  {name}: {_scalar(given[name])}  # {doc}"
-        else:
-            default = field.default
-            if isinstance(default, Settings):
-                default = default.model_dump(mode="json")
-            shown = "…" if default is PydanticUndefined else _scalar(default)
-            yield f"  # {name}: {shown}  # {doc}"
-
-
-def _scalar(value: Any) -> str:
-    """One YAML scalar or flow value on one line."""
-    if isinstance(value, tuple):
-        value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
-    return text.removesuffix("...").strip()
 
 
 def config_error(cls: type[BaseModel], err: ValidationError, where: str) -> ConfigError:
@@ -321,7 +291,10 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _fields_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
     section = _section_at(cls, location)
-    return list(section.model_fields) if section else []
+    if section is None:
+        return []
+    names = next((key for key, name in SECTIONS.items() if name == section.__name__.removeprefix("_")), "")
+    return [*section.model_fields, *ALIASES.get(names, ())]
 
 
 def _describe(cls: type[BaseModel], location: Sequence[Any]) -> str:
