@@ -248,24 +248,55 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("arisk.yaml"),
-    model: Annotated[str, typer.Option(help="Model folder or hub id.")] = "path/to/model",
-    safety: Annotated[str, typer.Option(help="Safety rows (prompt + safe response).")] = "safety.jsonl",
-    finetune: Annotated[str, typer.Option(help="Fine-tuning rows.")] = "finetune.jsonl",
+    path: Annotated[Path, typer.Argument(help="File to write.", parser=usable_path)] = Path("arisk.yaml"),
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            parser=usable_path,
+            help="Config of your trainer: TrainingArguments or SFTConfig (JSON, YAML), axolotl, "
+            "LLaMA-Factory, alignment handbook, torchtune, adapter_config.json; repeatable.",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
+    safety: Annotated[str | None, typer.Option(help="Safety rows (prompt + safe response).")] = None,
+    finetune: Annotated[str | None, typer.Option(help="Fine-tuning rows.")] = None,
+    devices: Annotated[
+        int, typer.Option(min=1, max=100_000, help="Devices that train side by side (with --from).")
+    ] = 1,
+    full: Annotated[bool, typer.Option("--full", help="Write every key with its default.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented config.
+    """Write a config: a plan of about 25 lines, or that of another tool's files.
 
-    Example: arisk init my.yaml --model ./model --safety refusals.jsonl --finetune train.jsonl
+    Example: arisk init my.yaml --from axolotl.yml --safety refusals.jsonl
     """
     from arisk.base.errors import ConfigError
-    from arisk.config.yaml import starter_config
+    from arisk.config.imports import import_files
+    from arisk.config.starter import account_text, full_config, imported_config, short_config
 
     if path.exists() and not force:
         raise ConfigError(
             f"{path} exists already", where=str(path), fix="choose another name, or give --force"
         )
-    path.write_text(starter_config(model, safety, finetune), encoding="utf-8")
+    if imported and full:
+        raise ConfigError("--full shows defaults, and --from a plan", where="--full", fix="give one of them")
+    if imported:
+        found = import_files(imported, devices=devices)
+        text = imported_config(found, model=model, safety=safety, finetune=finetune)
+        say(account_text(found.lines) + "\n")
+    else:
+        write = full_config if full else short_config
+        text = write(model or "path/to/model", safety or "safety.jsonl", finetune or "finetune.jsonl")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as err:
+        raise ConfigError(
+            f"the config cannot be written: {err.strerror}",
+            where=str(path),
+            fix="choose a folder that exists and may be written to",
+        ) from err
     say(f"wrote {path}; next: arisk check {path} && arisk run {path}")
 
 

@@ -40,7 +40,7 @@ def _revision(value: Any) -> Any:
     return UNSAID if value == "main" else value
 
 
-#: Settings of the config → foreign names in it.
+#: Sections of the config → foreign names in it.
 ALIASES: Mapping[str, Mapping[str, Alias]] = {
     "training": {
         "num_train_epochs": Alias("epochs"),

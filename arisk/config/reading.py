@@ -22,8 +22,8 @@ DEEPEST, MOST_VALUES, LARGEST_FILE = 50, 100_000, 4_000_000
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """A text on one line, cut in its middle where it is longer than `limit` characters."""
-    text = " ".join(text.split())
+    """A text on one line, control characters written out, cut where it is longer than `limit` characters."""
+    text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(text.split()))
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]} … {text[-limit // 4 :]} ({len(text)} characters)"

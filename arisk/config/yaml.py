@@ -38,7 +38,7 @@ __all__ = [
 
 Model = TypeVar("Model", bound=BaseModel)
 
-#: Settings of the aliases → the config model that reads it.
+#: Sections of the aliases → the config model that reads it.
 SECTIONS = {
     "training": "TrainingConfig",
     "model": "ModelConfig",

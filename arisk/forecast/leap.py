@@ -228,9 +228,7 @@ class Leaper:
             part, group = self.run.part_of(parameter)
             if part.kind.admit is not None:
                 held = missing if missing > 0 else rare.share
-                part.kind.admit(
-                    part.optimizer.state[parameter], group, pull, held / rare.step_rows, length
-                )
+                part.kind.admit(part.optimizer.state[parameter], group, pull, held / rare.step_rows, length)
             step = (pull * clipped - mean) * self._scale(parameter, square)
             step.mul_(-part.kind.gain(group) * group["ratio"])
             limit = leapt.abs()

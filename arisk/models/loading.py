@@ -9,7 +9,7 @@ import logging
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -212,14 +212,16 @@ def _quantization(transformers: Any, config: ModelConfig) -> Any:
     """
     hf_module("bitsandbytes")
     hf_module("accelerate")
-    given: dict[str, Any] | str | None = config.quantization
-    if given == "4bit":
+    given: dict[str, Any]
+    if config.quantization == "4bit":
         # What QLoRA recipes mean by it: normal floats, computed in the dtype of the other weights.
         given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": config.dtype}
-    elif given == "8bit":
+    elif config.quantization == "8bit":
         given = {"load_in_8bit": True}
+    else:
+        given = dict(config.quantization or {})
     try:
-        return transformers.BitsAndBytesConfig(**cast("dict[str, Any]", given))
+        return transformers.BitsAndBytesConfig(**given)
     except (TypeError, ValueError, AttributeError) as err:
         raise ConfigError(
             f"bitsandbytes refuses this: {str(err).strip().splitlines()[0]}",

@@ -44,9 +44,7 @@ class WithoutRows:
         epoch, inside = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             first = epoch * self._old_epoch
-            every = [
-                row for n in range(first, first + self._old_epoch) for row in self.batches.indices(n)
-            ]
+            every = [row for n in range(first, first + self._old_epoch) for row in self.batches.indices(n)]
             self._epoch, self._order = epoch, [row for row in every if row not in self.dropped]
         return self._order[inside * self.size : (inside + 1) * self.size]
 

@@ -154,9 +154,7 @@ class _RealRun:
         track.finetune_loss.append(sum(losses) / len(losses) if losses else float("nan"))
         track.kept_share.append(1.0)
         track.pending = []
-        safety, openings = losses_and_openings(
-            model, self.safety.batches, self.samples, self.opening_tokens
-        )
+        safety, openings = losses_and_openings(model, self.safety.batches, self.samples, self.opening_tokens)
         track.safety.append(safety)
         if openings is not None:
             track.others.setdefault(OPENING, []).append(openings)

@@ -5,14 +5,13 @@ import pytest
 import yaml
 
 from arisk.base.errors import ConfigError
-from arisk.config.plan import Config, DataConfig, data_sets
+from arisk.config.plan import DataConfig, data_sets
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import (
     dump_config,
     json_schema,
     load_config,
     run_directory,
-    starter_config,
     validate_mapping,
 )
 
@@ -121,16 +120,6 @@ def test_relative_paths_are_looked_up_beside_the_config(tmp_path, config_file):
     assert config.finetune is not None
     assert config.safety.path == str((tmp_path / "s.jsonl").resolve())
     assert config.finetune.path == "f.jsonl"
-
-
-def test_starter_config_loads_and_shows_every_key(tmp_path):
-    text = starter_config("some/model", "a.jsonl", "b.jsonl")
-    path = tmp_path / "start.yaml"
-    path.write_text(text)
-    assert load_config(path).model.path == "some/model"
-    for name, field in Config.model_fields.items():
-        assert f"{name}:" in text
-        assert (field.description or "?") in text
 
 
 def test_every_field_is_documented_in_the_schema():
