@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from arisk.base.errors import ConfigError
 from arisk.config.imports import Import, Line, nested
-from arisk.config.plan import AdapterConfig, Config, Section, TrainingConfig
+from arisk.config.plan import AdapterConfig, Config, Settings, TrainingConfig
 from arisk.config.reading import shortened
 from arisk.config.yaml import models_in, validate_mapping
 
@@ -109,7 +109,7 @@ def _section_lines(section: type[BaseModel], given: Mapping[str, Any]) -> Iterat
             yield f"  {name}: {_scalar(given[name])}  # {doc}"
         else:
             default = field.default
-            if isinstance(default, Section):
+            if isinstance(default, Settings):
                 default = default.model_dump(mode="json")
             shown = "…" if default is PydanticUndefined else _scalar(default)
             yield f"  # {name}: {shown}  # {doc}"
