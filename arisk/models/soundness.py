@@ -164,7 +164,7 @@ def require_causal(model: nn.Module, tokens: Sequence[int], where: str) -> None:
         where: the model's path, for messages.
 
     Raises:
-        InputError: it looks ahead, so that no loss of it is the likelihood of a text.
+        InputError: it cannot be run, or looks ahead, so that no loss of it is the likelihood of a text.
     """
     row = list(tokens[:PROBED])
     if len(row) < 2:
@@ -177,6 +177,13 @@ def require_causal(model: nn.Module, tokens: Sequence[int], where: str) -> None:
     try:
         with torch.no_grad():
             logits = model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[:, :-1].float()
+    except Exception as err:
+        lines = str(err).strip().splitlines()
+        raise InputError(
+            f"the model cannot be run on a row: {lines[0][:300] if lines else type(err).__name__}",
+            where=where,
+            fix="see that config.json, weights and tokenizer belong together, and that transformers runs it",
+        ) from err
     finally:
         model.train(mode)
     change, size = float((logits[0] - logits[1]).abs().max()), float(logits.abs().max())

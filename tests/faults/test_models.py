@@ -24,6 +24,7 @@ from arisk.config.plan import AdapterConfig, Config, ModelConfig
 from arisk.models import load_task
 from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model
+from arisk.models.soundness import require_causal
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 CPU = torch.device("cpu")
@@ -183,6 +184,17 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
     bert = BertLMHeadModel(BertConfig(**SMALL, **shape, is_decoder=False))
     with pytest.raises(InputError, match="not causal"):
         task(saved(tmp_path, bert))
+
+
+def test_a_model_that_cannot_be_run_is_an_error_of_the_input(folder, monkeypatch):
+    def broken(*_, **__):
+        raise IndexError("index out of range in self")
+
+    net = load(folder)
+    monkeypatch.setattr(type(net), "forward", broken)
+    with pytest.raises(InputError, match="cannot be run on a row: index out of range"):
+        require_causal(net, [1, 2, 3], "model.path")
+    assert not net.training
 
 
 @pytest.mark.parametrize(
