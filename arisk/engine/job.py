@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,7 +64,7 @@ class Job:
     rundir: RunDir
     command: str
     show: Display
-    states: Mapping[str, StageState]
+    states: dict[str, StageState]
     records: dict[str, Any] = field(default_factory=dict[str, Any])
     models: dict[str, Any] = field(default_factory=dict[str, Any])
     given: Task | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,6 +239,7 @@ def _execute(job: Job, state: StageState) -> None:
 
     processes.barrier()  # Every file of the workspace is written.
     processes.from_first(commit)
+    job.states[stage.name] = replace(state, fresh=True, reasons=())
     job.show.finish(stage.name)
     if made is not None:
         # As the next process would find it: sums over another memory layout round otherwise.

@@ -17,6 +17,7 @@ from arisk.engine.stage import Cost, CostScene, Stage, StageOption
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
+    from arisk.forecast.record import RolloutResult
     from arisk.report.page import Section
     from arisk.screening.record import ScreenResult
 
@@ -59,6 +60,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             training=config.training,
             steps=steps,
             seed=config.run.seed,
+            before=_rolled_out(job),
             workspace=workspace,
             progress=job.show.progress,
         )
@@ -72,6 +74,14 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
 
     barrier()  # No process may still read a rollout's state.
     return replace(made, what_if=what_if, **from_first(written))
+
+
+def _rolled_out(job: Job) -> RolloutResult | None:
+    """The rollout of this plan, where the run has one: what the plan does with all rows is known then."""
+    if not job.states["rollout"].fresh:
+        return None
+    found: RolloutResult = job.record("rollout")
+    return found if found.status == "measured" else None
 
 
 def _flags_stand(record: ScreenResult) -> bool:

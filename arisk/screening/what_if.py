@@ -88,6 +88,7 @@ def dropping(
     training: TrainingConfig,
     steps: int,
     seed: int = 0,
+    before: RolloutResult | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def dropping(
         training: the planned recipe; as many steps are taken on the rows that stay.
         steps: planned optimizer steps T.
         seed: seeds dropout and noise of the real steps.
+        before: the rollout of this very plan, where it has been made; else it is made here.
         workspace: folder in which unfinished rollouts are kept.
         progress: told of gradients taken.
 
@@ -112,7 +114,12 @@ def dropping(
     if not isinstance(task.finetune.batches, RowBatches):
         return {"status": "not_measured", "reason": "the fine-tuning data cannot be regrouped by row"}
     found: dict[str, Any] = {"status": "measured", "dropped": len(dropped)}
-    for name, some in (("before", task), ("after", without_rows(task, dropped))):
+    if before is not None:
+        found["before"] = _curves(before)
+    plans = {"before": task, "after": without_rows(task, dropped)}
+    for name, some in plans.items():
+        if name in found:
+            continue
         folder = workspace / name if workspace else None
         if folder:
             folder.mkdir(exist_ok=True)

@@ -13,7 +13,11 @@ from arisk.anatomy.update import preconditioner
 from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, Task
-from arisk.config.plan import RolloutConfig, ScreenConfig, TrainingConfig
+from arisk.base.terminal import StageDisplay
+from arisk.catalogue import catalogue
+from arisk.config.plan import Config, RolloutConfig, ScreenConfig, TrainingConfig
+from arisk.engine.run import run_task
+from arisk.forecast.rollout import rollout
 from arisk.geometry.statistics import rank_correlation
 from arisk.gradients import layout_of, measuring
 from arisk.screening import estimates
@@ -555,3 +559,28 @@ def test_screen_from_python_is_the_stage_with_its_what_if():
     assert arisk.screen(task, config).what_if["status"] == "not_measured"
     with pytest.raises(ConfigError, match="drop"):
         config.screen.drop = 2.0
+
+
+def test_what_the_rollout_has_measured_is_taken_over(tmp_path, monkeypatch):
+    settings = {"optimizer": "adamw", "learning_rate": 0.02, "batch_size": 4, "max_steps": STEPS}
+    config = Config.model_validate(
+        {
+            "model": {"source": "python", "entry": "a:b"},
+            "training": settings,
+            "screen": {"drop": 0.2, "points": "start"},
+        }
+    )
+    calls, found = [], {}
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return rollout(*args, **kwargs)
+
+    monkeypatch.setattr("arisk.screening.what_if.rollout", counted)
+    for name, wanted in (("alone", ["screen"]), ("beside", ["rollout", "screen"])):
+        folder, show = tmp_path / name, StageDisplay(quiet=True)
+        found[name] = run_task(catalogue(), task_of(), config, wanted, run_dir=folder, show=show)
+    what_if = {name: job.record("screen").what_if for name, job in found.items()}
+    assert what_if["alone"] == what_if["beside"]
+    # Twice alone, with and without the flagged rows; then the rollout was there already.
+    assert len(calls) == 3
