@@ -71,7 +71,7 @@ def _tiles(forecast: ForecastResult, curve: Curve | None, real: RealRun | None) 
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
     between = "" if curve is None or curve.collapse_interval is None else _interval(curve)
     return [
-        _tile("Refusals, now → end of plan", end_text(forecast.refusals), lost_text(forecast.refusals)),
+        _tile("Refusals, now → end", end_text(forecast.refusals), lost_text(forecast.refusals)),
         _tile("Safe-step budget", safe, budget),
         _tile("Collapse", collapse_text(curve) if curve else NOT_MEASURED, between),
         _tile("P(collapse in the plan)", percent(v.probability), "over draws of samples and known errors"),

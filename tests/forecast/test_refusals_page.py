@@ -1,12 +1,11 @@
 """Refusals on the page and in the summaries: their numbers, and what was not measured."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from arisk.forecast.first_screen import verdict_section
 from arisk.forecast.record import AnswerCount, RealRun, RefusalForecast
 from arisk.forecast.refusals import refusals_not_measured
 from arisk.forecast.refusals_page import (
@@ -17,12 +16,7 @@ from arisk.forecast.refusals_page import (
     refusal_sentence,
     refusal_summary,
 )
-
-spec = importlib.util.spec_from_file_location(
-    "report_records", Path(__file__).parent.parent / "report" / "records.py"
-)
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+from tests.report import records as made
 
 SAID = RefusalForecast(
     status="measured",
@@ -99,8 +93,10 @@ def test_a_model_that_never_refused():
 
 
 def test_page_and_summary_speak_in_refusals():
-    forecast = made.records()[3]
-    with_it = replace(forecast, refusals=SAID)
-    body = refusal_summary(with_it.refusals)
+    forecast = replace(made.records()[3], refusals=SAID)
+    first = verdict_section(forecast, {}, None)
+    assert "<dd>28 → 6 of 32<small>2 to 11; a quarter lost by step 20</small></dd>" in first
+    assert "<dd>not measured<small>which is not" in verdict_section(made.records()[3], {}, None)
+    body = refusal_summary(SAID)
     assert (body["today"], body["at_end"], body["at_end_interval"]) == (28, 6, [2, 11])
     json.dumps(body)
