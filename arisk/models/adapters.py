@@ -14,7 +14,7 @@ from torch import nn
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import AdapterConfig
 from arisk.config.reading import shortened
-from arisk.models.loading import hf_module
+from arisk.models.loading import hf_module, require_files
 from arisk.models.soundness import require_finite, require_whole_adapter
 
 __all__ = ["attach_adapter", "out_of_reach", "target_modules"]
@@ -100,6 +100,8 @@ def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
             where=f"model.adapter: {path}",
             fix="give the folder that save_pretrained of the adapter wrote",
         )
+    if path.is_dir():
+        require_files(path, "model.adapter")
     if path.is_dir() and not any(path.glob("*.safetensors")):
         raise InputError(
             "this adapter has no .safetensors file, and pickle files can run code when they are read",

@@ -18,7 +18,7 @@ from arisk.config.plan import ModelConfig
 from arisk.config.reading import shortened
 from arisk.models.soundness import require_finite, require_whole
 
-__all__ = ["hf_module", "load_model", "load_tokenizer", "mark_recomputed", "model_config"]
+__all__ = ["hf_module", "load_model", "load_tokenizer", "mark_recomputed", "model_config", "require_files"]
 
 
 #: Ends of files that torch unpickles.
@@ -44,6 +44,7 @@ def _require_model_folder(config: ModelConfig) -> None:
             where=f"model.path: {path}",
             fix="give the folder that holds config.json (for a GGUF file, its folder and `gguf_file`)",
         )
+    require_files(path, "model.path")
     wanted = config.gguf_file or "config.json"
     if not (path / wanted).exists() and (path / "adapter_config.json").exists():
         raise InputError(
@@ -56,6 +57,28 @@ def _require_model_folder(config: ModelConfig) -> None:
             f"this folder is no Hugging Face model: it has no {wanted}",
             where=f"model.path: {path}",
             fix="give a folder made by save_pretrained, with config.json, weights and tokenizer files",
+        )
+
+
+def require_files(folder: Path, where: str) -> None:
+    """Refuse a folder with pipes, devices or broken links, on which reading would hang, end never, or fail.
+
+    Raises:
+        InputError: names the first.
+    """
+    try:
+        odd = next((f for f in sorted(folder.iterdir()) if not f.is_file() and not f.is_dir()), None)
+    except OSError as err:
+        raise InputError(
+            f"the folder cannot be read: {err.strerror or err}",
+            where=f"{where}: {folder}",
+            fix="make it readable",
+        ) from err
+    if odd is not None:
+        raise InputError(
+            f"{odd.name} is neither a file nor a link to one",
+            where=f"{where}: {folder}",
+            fix="give a folder of plain files, as save_pretrained writes it",
         )
 
 

@@ -1,6 +1,7 @@
 """Models that would run and be judged, and are not what they seem: each is refused, and named."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def test_a_broken_download_is_an_error_of_the_input(folder, damage, name):
     with pytest.raises(InputError, match="cannot be loaded") as caught:
         task(folder)
     assert str(folder) in caught.value.where
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "more.json"])
+@pytest.mark.parametrize(
+    "harm",
+    [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), lambda file: file.symlink_to("nowhere")],
+    ids=["pipe", "device", "broken link"],
+)
+def test_pipes_devices_and_broken_links_are_no_files_of_a_model(folder, harm, name):
+    (folder / name).unlink(missing_ok=True)
+    harm(folder / name)
+    with pytest.raises(InputError, match=f"{name} is neither a file"):
+        task(folder)
 
 
 def test_pickle_weights_are_read_where_they_were_asked_for(folder):
