@@ -113,8 +113,8 @@ class GreedyAnswers:
             raise InputError(
                 f"the model cannot generate text: {lines[0] if lines else type(err).__name__}",
                 where="behaviour.prompts",
-                fix="set `behaviour.prompts: 0`, and `verify.generate: 0` and `guard.generate: 0` for those "
-                "stages; losses are measured all the same",
+                fix="set `behaviour.prompts: 0`, and `guard.generate: 0` for protected fine-tunes; "
+                "losses are measured all the same",
             ) from err
         return [_until(tokens, ends or []) for tokens in made[:, longest:].tolist()]
 

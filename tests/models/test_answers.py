@@ -76,7 +76,7 @@ def test_a_model_that_cannot_generate_is_one_clear_error():
     with pytest.raises(InputError, match="cannot generate") as caught:
         loaded.safety.generate(torch.nn.Linear(2, 2), [0], 3)
     assert "behaviour.prompts: 0" in caught.value.fix
-    assert "verify.generate: 0" in caught.value.fix
+    assert "guard.generate: 0" in caught.value.fix
 
 
 def test_tokens_end_with_the_end_token_and_give_the_texts():
