@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from arisk.base.artifacts import FORMAT_VERSION, finite, read_json, write_tensors, write_text
 from arisk.base.processes import is_first, rank
 from arisk.engine.job import Job
-from arisk.engine.stage import Cost, CostScene, Stage
+from arisk.engine.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,12 +147,6 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     return replace(section, shared={**section.shared, "task": task})
 
 
-def _collect_cost(scene: CostScene) -> Cost:
-    from arisk.anatomy.cost import collect_cost
-
-    return collect_cost(scene)
-
-
 COLLECT = Stage(
     name="collect",
     version=4,
@@ -163,14 +157,8 @@ COLLECT = Stage(
     parallel=True,
     resume_files=("losses-*.safetensors", "group-*.safetensors", "parts/*"),
     record="arisk.anatomy.record:CollectResult",
-    cost=_collect_cost,
+    cost="arisk.anatomy.cost:collect_cost",
 )
-
-
-def _subspace_cost(scene: CostScene) -> Cost:
-    from arisk.anatomy.cost import subspace_cost
-
-    return subspace_cost(scene)
 
 
 SUBSPACE = Stage(
@@ -181,14 +169,8 @@ SUBSPACE = Stage(
     upstream=("collect",),
     config=("subspace",),
     record="arisk.anatomy.record:SubspaceResult",
-    cost=_subspace_cost,
+    cost="arisk.anatomy.cost:subspace_cost",
 )
-
-
-def _score_cost(scene: CostScene) -> Cost:
-    from arisk.anatomy.cost import score_cost
-
-    return score_cost(scene)
 
 
 SCORE = Stage(
@@ -206,6 +188,6 @@ SCORE = Stage(
     inputs=("finetune", "control"),
     parallel=True,
     record="arisk.anatomy.record:ScoreResult",
-    cost=_score_cost,
+    cost="arisk.anatomy.cost:score_cost",
     section=_section,
 )

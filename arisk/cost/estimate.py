@@ -19,7 +19,7 @@ from arisk.config.plan import Config
 from arisk.cost.calibration import calibrate
 from arisk.engine.job import Job
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import Catalogue, Cost, CostScene
+from arisk.engine.stage import Catalogue, Cost, CostScene, cost_of
 from arisk.gradients import layout_of
 
 __all__ = ["estimate", "operations", "said"]
@@ -62,7 +62,7 @@ def estimate(
     task = job.task
     timed = calibrate(task, config)
     scene = CostScene(task, config, run_dir, timed.seconds, timed.memory, timed.device, loading)
-    costs = {stage.name: stage.cost(scene) if stage.cost else Cost() for stage in catalogue}
+    costs = {stage.name: cost_of(stage, scene) for stage in catalogue}
     memory = _peaks(catalogue, costs)
     stages = {name: _stage(task, costs[name], timed.seconds, memory[name]) for name in costs}
     ordinary = catalogue.ordinary

@@ -8,7 +8,7 @@ by `run_asked`, which also brings the report that shows them up to date.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Display, Job
 from arisk.engine.report import REPORT
 from arisk.engine.reuse import take
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import Catalogue, Stage
+from arisk.engine.stage import Catalogue, Stage, named
 
 if TYPE_CHECKING:
     from arisk.base.task import Task
@@ -356,8 +356,8 @@ def run_asked(
 
 def asked_text(catalogue: Catalogue, outcome: AskedOutcome) -> str:
     """What an optional stage found, for people; the last line is the report's path or what it waits for."""
-    text: Callable[[AskedOutcome], str] | None = catalogue.get(outcome.stage).text
-    return text(outcome) if text is not None else outcome.last_line
+    text = catalogue.get(outcome.stage).text
+    return named(text)(outcome) if text is not None else outcome.last_line
 
 
 def _stale_before(catalogue: Catalogue, stage: str, config: Config, run_dir: Path) -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from arisk.config.plan import Config
     from arisk.engine.job import Job
 
-__all__ = ["Catalogue", "Cost", "CostScene", "Stage", "StageOption", "named"]
+__all__ = ["Catalogue", "Cost", "CostScene", "Stage", "StageOption", "cost_of", "named", "steps_option"]
 
 
 def named(place: str) -> Any:
@@ -101,6 +101,12 @@ class StageOption:
     shown: bool = False
 
 
+def steps_option(setting: str) -> StageOption:
+    """`--steps` of a stage that really trains."""
+    told = "Stop after this many steps, on the schedule of the whole plan."
+    return StageOption("steps", setting, told, kind=int, minimum=1)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage.
@@ -125,12 +131,12 @@ class Stage:
         section: what it shows on the report (a `report.page.Section`), from a job and what sections of later
             stages share; None for nothing, as where an optional stage has not been run.
         shown: dotted config values that change what it shows, and not what it holds.
-        cost: what it will take; None: next to nothing.
+        cost: what it will take, from a `CostScene`, or where that function is; None: next to nothing.
         before: refuses, before hours are spent, what this stage would refuse at its end.
         options: of its own verb, for optional stages.
         example: options in the example of its help.
         found: plain values of its record for `--json`, from its folder and the config, for optional stages.
-        text: what its verb prints, from an `AskedOutcome`, for optional stages.
+        text: `module:function` of what its verb prints, from an `AskedOutcome`, for optional stages.
         beside: its values are read from the report's summary where there is one, as more stands there.
     """
 
@@ -150,13 +156,21 @@ class Stage:
     record: str | None = None
     section: Callable[[Job, Mapping[str, Any]], Any] | None = None
     shown: tuple[str, ...] = ()
-    cost: Callable[[CostScene], Cost] | None = None
+    cost: str | Callable[[CostScene], Cost] | None = None
     before: Callable[[Config], None] | None = None
     options: tuple[StageOption, ...] = ()
     example: str = ""
     found: Callable[[Path, Config], Mapping[str, Any]] | None = None
-    text: Callable[[Any], str] | None = None
+    text: str | None = None
     beside: bool = False
+
+
+def cost_of(stage: Stage, scene: CostScene) -> Cost:
+    """What a stage will take."""
+    if stage.cost is None:
+        return Cost()
+    count: Callable[[CostScene], Cost] = named(stage.cost) if isinstance(stage.cost, str) else stage.cost
+    return count(scene)
 
 
 class Catalogue(tuple[Stage, ...]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from arisk.anatomy.stage import safety_side
 from arisk.base.artifacts import read_tensors
 from arisk.engine.job import Job
-from arisk.engine.stage import Cost, CostScene, Stage
+from arisk.engine.stage import Stage
 
 if TYPE_CHECKING:
     from arisk.anatomy.record import CollectResult, ScoreResult
@@ -79,12 +79,6 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     )
 
 
-def _rollout_cost(scene: CostScene) -> Cost:
-    from arisk.forecast.cost import rollout_cost
-
-    return rollout_cost(scene)
-
-
 ROLLOUT = Stage(
     name="rollout",
     version=5,
@@ -95,14 +89,8 @@ ROLLOUT = Stage(
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),
     record="arisk.forecast.record:RolloutResult",
-    cost=_rollout_cost,
+    cost="arisk.forecast.cost:rollout_cost",
 )
-
-
-def _forecast_cost(scene: CostScene) -> Cost:
-    from arisk.forecast.cost import forecast_cost
-
-    return forecast_cost(scene)
 
 
 FORECAST = Stage(
@@ -115,6 +103,6 @@ FORECAST = Stage(
     shown=JUDGE_KEYS,
     parallel=True,
     record="arisk.forecast.record:ForecastResult",
-    cost=_forecast_cost,
+    cost="arisk.forecast.cost:forecast_cost",
     section=_section,
 )

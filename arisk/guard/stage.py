@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
 from arisk.engine.job import Job
-from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+from arisk.engine.stage import Stage, steps_option
 from arisk.forecast.stage import JUDGE_KEYS
 
 if TYPE_CHECKING:
@@ -67,18 +67,6 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
     )
 
 
-def _text(outcome: Any) -> str:
-    from arisk.guard.page import guard_text
-
-    return guard_text(outcome)
-
-
-def _guard_cost(scene: CostScene) -> Cost:
-    from arisk.guard.cost import guard_cost
-
-    return guard_cost(scene)
-
-
 GUARD = Stage(
     name="guard",
     version=4,
@@ -94,19 +82,11 @@ GUARD = Stage(
     parallel=True,
     resume_files=("arm-*/*",),
     record="arisk.guard.record:GuardResult",
-    cost=_guard_cost,
+    cost="arisk.guard.cost:guard_cost",
     section=_section,
     shown=(*JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift"),
-    options=(
-        StageOption(
-            "steps",
-            "guard.steps",
-            "Stop after this many steps, on the schedule of the whole plan.",
-            kind=int,
-            minimum=1,
-        ),
-    ),
+    options=(steps_option("guard.steps"),),
     example="--steps 100",
     found=_found,
-    text=_text,
+    text="arisk.guard.page:guard_text",
 )

@@ -13,7 +13,7 @@ from arisk.base.errors import ConfigError
 from arisk.base.processes import barrier, from_first
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
-from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+from arisk.engine.stage import Stage, StageOption
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
@@ -150,12 +150,6 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
     return read_record(folder, ScreenResult).as_json()
 
 
-def _text(outcome: Any) -> str:
-    from arisk.screening.page import screen_text
-
-    return screen_text(outcome)
-
-
 def _share(text: str) -> float:
     """`5%` or `0.05`, strictly between 0 and 1."""
     body = text.strip()
@@ -172,12 +166,6 @@ def _share(text: str) -> float:
     return value
 
 
-def _screen_cost(scene: CostScene) -> Cost:
-    from arisk.screening.cost import screen_cost
-
-    return screen_cost(scene)
-
-
 SCREEN = Stage(
     name="screen",
     version=6,
@@ -189,7 +177,7 @@ SCREEN = Stage(
     parallel=True,
     resume_files=("point-*.safetensors", "rows-*.safetensors"),
     record="arisk.screening.record:ScreenResult",
-    cost=_screen_cost,
+    cost="arisk.screening.cost:screen_cost",
     section=_section,
     options=(
         StageOption(
@@ -203,5 +191,5 @@ SCREEN = Stage(
     ),
     example="--drop 5%",
     found=_found,
-    text=_text,
+    text="arisk.screening.page:screen_text",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
 from arisk.engine.job import Job
-from arisk.engine.stage import Cost, CostScene, Stage, StageOption
+from arisk.engine.stage import Stage, steps_option
 from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS
 
 if TYPE_CHECKING:
@@ -63,18 +63,6 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
     return compare(measured, None, threshold=config.forecast.collapse_threshold, judge=judge).as_json()
 
 
-def _text(outcome: Any) -> str:
-    from arisk.verification.page import verify_text
-
-    return verify_text(outcome)
-
-
-def _verify_cost(scene: CostScene) -> Cost:
-    from arisk.verification.cost import verify_cost
-
-    return verify_cost(scene)
-
-
 #: The truth depends on the plan alone: another threshold or another judge need no new fine-tune.
 VERIFY = Stage(
     name="verify",
@@ -91,20 +79,12 @@ VERIFY = Stage(
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),
     record="arisk.verification.record:VerifyResult",
-    cost=_verify_cost,
+    cost="arisk.verification.cost:verify_cost",
     section=_section,
     shown=JUDGE_KEYS,
-    options=(
-        StageOption(
-            "steps",
-            "verify.steps",
-            "Stop after this many steps, on the schedule of the whole plan.",
-            kind=int,
-            minimum=1,
-        ),
-    ),
+    options=(steps_option("verify.steps"),),
     example="--steps 100",
     found=_found,
-    text=_text,
+    text="arisk.verification.page:verify_text",
     beside=True,
 )
