@@ -170,13 +170,25 @@ def test_tensors_that_share_memory_are_written(tmp_path):
 
 
 def test_full_disk_keeps_the_old_text(tmp_path):
-    """/dev/full refuses every byte, as a full disk does."""
+    """A limit on file size refuses bytes in the middle of a write, as a full disk does."""
     write_text(tmp_path / "a.json", "old")
-    (tmp_path / "a.json.partial").symlink_to("/dev/full")
-    with pytest.raises(ArtifactError, match="the disk is full; finished stages are kept") as caught:
-        write_text(tmp_path / "a.json", "new")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(ArtifactError) as caught:
+            write_text(tmp_path / "a.json", "new" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 4
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_partial_file_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "elsewhere")
+    write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert (tmp_path / "a.json").read_text() == "new"
 
 
 def test_tensors_that_do_not_fit_keep_the_old_file(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from arisk import cli
+from arisk.engine.freshness import stage_key
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "fixtures"
@@ -194,7 +195,7 @@ def test_what_if_names_what_is_missing(arisk, finished, tmp_path):
 @pytest.mark.parametrize(
     ("file", "path", "value", "what"),
     [
-        ("score", ("key",), "other", "was run again since"),
+        ("score", ("ingredients", "seed"), 99, "was run again since"),
         ("forecast", ("ingredients", "stage_version"), 1, "of version 1"),
     ],
 )
@@ -208,6 +209,7 @@ def test_what_if_refuses_stages_that_do_not_belong_together(
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
+    body["key"] = stage_key(body["ingredients"])
     manifest.write_text(json.dumps(body))
     code, _, err = arisk("what-if", copy)
     assert code == 4
