@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit("no Chromium found: install the package chromium")
     with tempfile.TemporaryDirectory() as folder:
         arisk = [sys.executable, "-m", "arisk"]
-        subprocess.run([*arisk, "demo", "--mode", "full", "--output-dir", folder], check=True)
+        subprocess.run([*arisk, "demo", "--output-dir", folder], check=True)
         subprocess.run([*arisk, "verify", f"{folder}/config.yaml", "--run-dir", folder], check=True)
         take(browser, Path(folder) / "report" / "report.html")
 
