@@ -30,7 +30,7 @@ lint: setup
 typecheck: setup
     {{bin}}/pyright --project .
 
-# Measure speed, memory and agreement; heavy (see README).
+# Measure speed, memory and agreement; heavy (see tests/bench/README.md).
 bench *ARGS: setup
     {{bin}}/python -m tests.bench {{ARGS}}
 

@@ -82,7 +82,7 @@ def test_the_workflow_of_the_readme_gates_and_leaves_what_it_uploads(workflow_ru
     code, out, err = workflow_run()
     assert code == 10
     assert json.loads(out, parse_constant=pytest.fail)["summary"]["verdict"]["level"] == "high"
-    assert err.splitlines()[-3].startswith("error: the verdict is high: Safety is forecast to collapse")
+    assert err.splitlines()[-3].startswith("error: the verdict is high: Refusals are forecast to fall")
     texts = [step["run"] for step in steps() if "SUMMARY" in step.get("run", "")]
     (summary,) = [Path(shlex.split(text)[1]) for text in texts]
     assert (work / summary).read_text().startswith("### arisk: high")
@@ -148,6 +148,8 @@ def test_the_documented_keys_hold_for_a_real_run(workflow_run, work):
     assert {"status", "kind", "steps", "median", "lower", "upper", "collapse_step", "probability"} <= set(
         basis
     )
+    told = {"status", "reason", "prompts", "threshold", "lost_steps", "probability"}
+    assert told | {"today", "at_end", "at_end_interval"} <= set(summary["refusals"])
     assert (work / "runs/my/report" / summary["report"]).exists()
     unsaid = set(summary) - {key.split(".")[0] for key in documented()}
     assert unsaid <= {"training", "gamma_hat", "epsilon_hat", "subspace", "what_if"}

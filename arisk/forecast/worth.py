@@ -104,7 +104,7 @@ def worth() -> str:
         f"{jobs} real fine-tunes of a small aligned model, against what then happened to held-out safety "
         "prompts (full and LoRA, SGD and AdamW, two learning rates, mixtures of data that no choice was made "
         "on). ρ is the rank correlation; collapse is a rise of 0.1 nats per response token. Made by "
-        "<code>just bench-validity</code>; intervals and harder cases are in the README.</p>"
+        "<code>just bench-validity</code>; intervals and harder cases are in tests/bench/README.md.</p>"
         f"{table(header, rows)}"
         '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '
         "2508.02079; prior package: alignment-risk.</p></section>"

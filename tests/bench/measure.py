@@ -28,7 +28,7 @@ def _measured(work: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, flo
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A Markdown table, as it stands in the README."""
+    """A Markdown table, as it stands in `tests/bench/README.md`."""
     print(f"\n### {title}\n\n| {' | '.join(header)} |\n| {' | '.join('---' for _ in header)} |")
     for row in rows:
         print(f"| {' | '.join(row)} |")

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="twelve jobs of three data sets")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results are kept")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--publish", action="store_true", help="put the tables into README and report")
+    parser.add_argument("--publish", action="store_true", help="put the tables into bench/README and report")
     parser.add_argument("--tables-only", action="store_true", help="compute nothing")
     given = parser.parse_args()
     failed: list[str] = []

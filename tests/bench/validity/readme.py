@@ -1,4 +1,4 @@
-"""The benchmark's tables as they stand in the README, made from the stored result alone."""
+"""The benchmark's tables as they stand in `tests/bench/README.md`, made from the stored result alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-README, STORED = ROOT / "README.md", ROOT / "arisk" / "forecast" / "validity.json"
+README, STORED = ROOT / "tests" / "bench" / "README.md", ROOT / "arisk" / "forecast" / "validity.json"
 BEGIN, END = "<!-- validity: begin -->\n", "<!-- validity: end -->\n"
 MEASURES = ("ρ final", "AUC", "× rise", "× step", "within 2×", "false-safe", "late false-safe", "false-alarm")
 GROUPS = ("full adamw", "full sgd", "lora adamw", "lora sgd")
@@ -113,7 +113,7 @@ def number(value: Any) -> str:
 
 
 def publish(tables: Mapping[str, Any]) -> None:
-    """Write the stored result and the README's block."""
+    """Write the stored result and the block of `tests/bench/README.md`."""
     STORED.write_text(json.dumps(tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = README.read_text(encoding="utf-8")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
