@@ -37,10 +37,13 @@ from arisk.models.soundness import require_causal, require_room
 __all__ = [
     "Answers",
     "LoadedData",
+    "description_of",
     "load_data",
+    "load_set",
     "load_task",
     "load_with_adapter",
     "require_fit",
+    "sample_set",
     "shared_rows",
     "statistics_of",
     "task_from_entry",
@@ -97,7 +100,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
     model = load_with_adapter(config, device, {} if kept is None else kept)
     notes = require_fit(model, data, tokenizer, config)
     names = select_parameters(model, config.model.parameters)
-    sets = {name: _sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
+    sets = {name: sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
     heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
     return Task(
         model=model,
@@ -107,7 +110,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         parameter_names=names,
         lora_pairs=lora_pairs(model, names),
         description={
-            **_description(config, model, names, sets),
+            **description_of(config, model, names, sets),
             "warnings": list(getattr(model, "load_notes", ())),
             "data_warnings": notes,
         },
@@ -187,14 +190,23 @@ def load_data(config: Config, tokenizer: Any, answers: Answers | None = None) ->
         InputError: what is wrong with the rows.
     """
     return {
-        section: _loaded(config, section, parts, tokenizer, answers)
+        section: load_set(config, section, parts, tokenizer, answers)
         for section, parts in data_sets(config).items()
     }
 
 
-def _loaded(
-    config: Config, section: str, parts: tuple[DataConfig, ...], tokenizer: Any, answers: Answers | None
+def load_set(
+    config: Config,
+    section: str,
+    parts: tuple[DataConfig, ...],
+    tokenizer: Any,
+    answers: Answers | None = None,
 ) -> LoadedData:
+    """Read and tokenise one data set, as `load_data` does all of them.
+
+    Raises:
+        InputError: what is wrong with the rows.
+    """
     packed = section == TRAINED and config.training.packing != "off"
     rendered: list[Rendered] = []
     duplicates = dropped = 0
@@ -272,7 +284,7 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     return list(seen.values())
 
 
-def _sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any) -> SampleSet:
+def sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any) -> SampleSet:
     """Batches and per-row metadata; safety rows are batched by length to waste little padding."""
     rendered = loaded.rendered
     pad = int(tokenizer.pad_token_id or 0)
@@ -350,7 +362,7 @@ def _counted(words: Iterable[str]) -> str:
     return ", ".join(counts) if len(counts) == 1 else ", ".join(f"{w} {n}" for w, n in counts.items())
 
 
-def _description(
+def description_of(
     config: Config, model: Any, names: Sequence[str], sets: Mapping[str, SampleSet]
 ) -> dict[str, Any]:
     """Provenance for the report."""
