@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from arisk.config.python import FisherConfig, PipelineConfig
     from arisk.guard import AlignGuardConfig, LoRAMitigator
     from arisk.guard.record import GuardResult
+    from arisk.in_trainer import PreflightCallback, preflight
     from arisk.peer import (
         CurvatureCouplingResult,
         InitialRiskScore,
@@ -42,6 +43,7 @@ __all__ = [
     "LoraPair",
     "ParameterSlice",
     "PipelineConfig",
+    "PreflightCallback",
     "RiskReport",
     "SafetyForecast",
     "SampleSet",
@@ -50,6 +52,7 @@ __all__ = [
     "Task",
     "VerifyResult",
     "assess",
+    "preflight",
     "protect",
     "screen",
     "verify",
@@ -69,6 +72,7 @@ _HOME = {
     "LoraPair": "arisk.base.task",
     "ParameterSlice": "arisk.peer",
     "PipelineConfig": "arisk.config.python",
+    "PreflightCallback": "arisk.in_trainer",
     "RiskReport": "arisk.risk_report",
     "SafetyForecast": "arisk.peer",
     "SampleSet": "arisk.base.task",
@@ -77,6 +81,7 @@ _HOME = {
     "Task": "arisk.base.task",
     "VerifyResult": "arisk.verification.record",
     "assess": "arisk.api",
+    "preflight": "arisk.in_trainer",
     "protect": "arisk.api",
     "screen": "arisk.api",
     "verify": "arisk.api",

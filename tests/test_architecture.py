@@ -35,6 +35,7 @@ ORDER = (
     ("peer",),
     ("risk_report",),
     ("api",),
+    ("in_trainer",),
     ("cli",),
     ("__main__",),
 )
