@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from arisk.base.tables import table
 from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, wrapped
-from arisk.config.plan import Config, planned_steps
+from arisk.config.plan import Config, TrainingConfig, planned_steps
 from arisk.forecast.leap import rollout_cost
 from arisk.models.adapters import out_of_reach
 from arisk.models.judge import Exchange, RefusalRule, learnt_openings
@@ -29,6 +30,7 @@ from arisk.models.tasks import (
     statistics_of,
     task_from_entry,
 )
+from arisk.training.recipe import parameter_groups, recipe_of
 
 __all__ = ["check_task", "check_text", "shortened"]
 
@@ -54,7 +56,9 @@ def check_task(
 
     Returns:
         A mapping for display: `model`, `data` (statistics and two rendered rows each), `warnings` and `work`
-        (parameters, samples, disk in GB, gradient evaluations of one row).
+        (parameters, samples, disk in GB, gradient evaluations of one row). For those who check the plan
+        against a trainer's: `training_steps`, `learning_rates` by step, `weight_decay` by parameter, and
+        `trained_parameters`.
 
     Raises:
         AriskError: the first thing that would stop the run.
@@ -86,6 +90,21 @@ def check_task(
         "data": shown,
         "warnings": [*getattr(model, "load_notes", ()), *notes, *_warnings(data)],
         "work": _work(config, {name: d.units for name, d in data.items()}, selected),
+        **_training(model, names, config.training, data[TRAINED].units),
+    }
+
+
+def _training(model: nn.Module, names: Sequence[str], training: TrainingConfig, units: int) -> dict[str, Any]:
+    """The planned training in numbers: steps, learning rate of each, what decays, what trains."""
+    steps = planned_steps(training, units)
+    of = dict(model.named_parameters(remove_duplicate=False))
+    groups = parameter_groups(model, names, [of[name] for name in names], training)
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    return {
+        "training_steps": steps,
+        "learning_rates": recipe_of(training, steps).rates.tolist(),
+        "weight_decay": {name: decay[name] for name in names},
+        "trained_parameters": list(names),
     }
 
 
@@ -161,6 +180,7 @@ def _check_python(task: Task, config: Config) -> dict[str, Any]:
         "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
         "data": rows,
         "work": _work(config, rows, selected),
+        **_training(task.model, task.parameter_names, config.training, rows["finetune"]),
     }
 
 
