@@ -64,7 +64,8 @@ def estimate(
     scene = CostScene(task, config, run_dir, timed.seconds, timed.memory, timed.device, loading)
     costs = {stage.name: cost_of(stage, scene) for stage in catalogue}
     memory = _peaks(catalogue, costs)
-    stages = {name: _stage(task, costs[name], timed.seconds, memory[name]) for name in costs}
+    order = (*catalogue.ordinary, *catalogue.optional)
+    stages = {name: _stage(task, costs[name], timed.seconds, memory[name]) for name in order}
     ordinary = catalogue.ordinary
     peak = max(memory[name] for name in ordinary)
     disk = sum(costs[name].disk_gb for name in ordinary)

@@ -251,7 +251,7 @@ def writer(samples: SampleSet, count: int, max_new_tokens: int, *, setting: str)
     elif not samples.rows:
         reason = "the task does not name its safety rows"
     if reason is not None:
-        return Writer((), (), max_new_tokens, None, reason)
+        return Writer([], [], max_new_tokens, None, reason)
     # Rows lie in order of length: the first ones would all be short.
     taken = min(count, len(samples.rows))
     rows = [i * len(samples.rows) // taken for i in range(taken)]

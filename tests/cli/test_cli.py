@@ -346,15 +346,14 @@ if stage == "shard":
             os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
     GradientStore.write_shard = write_shard
 if stage == "segment":
-    from arisk.forecast import rollout
     from arisk.training import state as run_state
     run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
-    save = rollout.save_state
+    save = run_state.save_state
     def save_state(workspace, run, track, block):
         save(workspace, run, track, block)
         if track.steps[-1] >= 10:
             os.kill(os.getpid(), signal.SIGKILL if when == "kill" else signal.SIGINT)
-    rollout.save_state = save_state
+    run_state.save_state = save_state
 cli.main()
 """
 

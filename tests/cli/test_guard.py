@@ -136,16 +136,15 @@ def test_mistakes_are_one_clear_error(arisk, tmp_path):
 KILL = """
 import os, signal, sys
 sys.argv = ["arisk", *sys.argv[1:]]
-from arisk.guard import arm
 from arisk.training import state as run_state
 run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
-save, turns = arm.save_state, []
+save, turns = run_state.save_state, []
 def save_state(folder, run, track, block):
     save(folder, run, track, block)
     turns.append(track.at)
     if len(turns) == 55:
         os.kill(os.getpid(), signal.SIGKILL)
-arm.save_state = save_state
+run_state.save_state = save_state
 from arisk import cli
 cli.main()
 """

@@ -291,14 +291,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell s
 when = sys.argv[1]
 sys.argv = ["arisk", *sys.argv[2:]]
 from arisk.training import state as run_state
-from arisk.verification import run
 run_state.SAVE_EVERY = run_state.SAVE_SHARE = 0
-save = run.save_state
+save = run_state.save_state
 def save_state(workspace, run, track, block):
     save(workspace, run, track, block)
     if track.at == 31:
         os.kill(os.getpid(), getattr(signal, when))
-run.save_state = save_state
+run_state.save_state = save_state
 from arisk import cli
 cli.main()
 """

@@ -279,6 +279,7 @@ def rolled(holes=False):
         status="measured",
         reason=None,
         horizon=100,
+        safety_rows=[0, 1],
         pilot_steps=20,
         steps=[0, 50, 100],
         safety=safety,
