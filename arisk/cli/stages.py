@@ -137,13 +137,14 @@ def _optional_verb(stage: Stage) -> None:
         config, run_dir, overrides = given["config"], given["run_dir"], given["overrides"] or []
         own: list[str] = []
         shown: list[str] = []
-        told = ""
+        told, force = "", given["force"]
         for option in stage.options:
-            value = given[option.name]
+            value = given[option.name.replace("-", "_")]
             if value is None:
                 continue
             setting = f"{option.setting}={option.parse(value) if option.parse else value}"
             (shown if option.shown else own).append(setting)
+            force = force or option.anew
             told += f" --{option.name} {value}"
         loaded = load_config(config, [*overrides, *own, *shown])
         outcome = run_asked(
@@ -151,7 +152,7 @@ def _optional_verb(stage: Stage) -> None:
             stage.name,
             loaded,
             run_dir=run_directory(loaded, config, run_dir),
-            force=given["force"],
+            force=force,
             show=show(given["quiet"]),
             command=reproducing(config, run_dir, overrides, stage.name) + told,
             report_command=reproducing(config, run_dir, [*overrides, *shown]),
@@ -173,7 +174,7 @@ def _signed(command: Any, options: Sequence[StageOption]) -> None:
     kinds: dict[str, tuple[Any, Any]] = {"config": (ConfigPath, inspect.Parameter.empty)}
     for option in options:
         made = typer.Option(f"--{option.name}", min=option.minimum, metavar=option.metavar, help=option.help)
-        kinds[option.name] = (Annotated[option.kind | None, made], None)
+        kinds[option.name.replace("-", "_")] = (Annotated[option.kind | None, made], None)
     kinds |= {
         "run_dir": (RunDirOption, None),
         "overrides": (SetOption, None),

@@ -421,6 +421,8 @@ class VerifyConfig(Settings):
     """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
+    save_model: FilePath | None = None
+    """Empty or new folder that keeps the tuned adapter or model, as save_pretrained writes it."""
 
 
 class GuardConfig(GuardSettings):

@@ -89,6 +89,7 @@ class StageOption:
         metavar: what stands for the value in the help; None: made from the type.
         parse: from what was typed to the value.
         shown: whether the report has to be asked for with it as well, since it decides what the record holds.
+        anew: whether who gives it wants the stage carried out even where its record is fresh.
     """
 
     name: str
@@ -99,6 +100,7 @@ class StageOption:
     metavar: str | None = None
     parse: Callable[[Any], Any] | None = None
     shown: bool = False
+    anew: bool = False
 
 
 def steps_option(setting: str) -> StageOption:

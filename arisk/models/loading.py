@@ -6,6 +6,7 @@ The Hugging Face stack, imported where it is needed and missed with a remedy.
 from __future__ import annotations
 
 import logging
+import warnings
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -13,12 +14,20 @@ from typing import Any
 
 import torch
 
-from arisk.base.errors import ConfigError, InputError, MissingExtraError
+from arisk.base.errors import ArtifactError, ConfigError, InputError, MissingExtraError
 from arisk.config.plan import ModelConfig
 from arisk.config.reading import shortened
 from arisk.models.soundness import require_finite, require_whole
 
-__all__ = ["hf_module", "load_model", "load_tokenizer", "mark_recomputed", "model_config", "require_files"]
+__all__ = [
+    "hf_module",
+    "load_model",
+    "load_tokenizer",
+    "mark_recomputed",
+    "model_config",
+    "require_files",
+    "save_tuned",
+]
 
 
 #: Ends of files that torch unpickles.
@@ -307,3 +316,28 @@ def hf_module(name: str) -> ModuleType:
             what = f"the package {name!r} is not installed"
         extra = {"gguf": "gguf", "bitsandbytes": "quantization"}.get(err.name or "", "hf")
         raise MissingExtraError(what, where=f"import {name}", fix=f'pip install "arisk[{extra}]"') from err
+
+
+def save_tuned(model: Any, config: ModelConfig, folder: Path) -> None:
+    """Write a tuned adapter or model with its tokenizer, as `from_pretrained` reads them.
+
+    Args:
+        model: a transformers or peft model.
+        config: of the model it was, for its tokenizer.
+        folder: exists, and is empty.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written.
+    """
+    try:
+        with warnings.catch_warnings():
+            # peft asks the hub whether the vocabulary grew; what trains is saved all the same.
+            warnings.simplefilter("ignore")
+            model.save_pretrained(str(folder))
+        load_tokenizer(config).save_pretrained(str(folder))
+    except OSError as err:
+        raise ArtifactError(
+            f"the tuned model cannot be written: {err}",
+            where=str(folder),
+            fix="make room on the disk, empty the folder, and run the same command again",
+        ) from err

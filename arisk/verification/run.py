@@ -9,7 +9,7 @@ Which prompts are answered in text along a real fine-tune, when, and why none ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arisk.base.errors import NumericsError
-from arisk.base.processes import barrier
+from arisk.base.processes import barrier, is_first
 from arisk.base.task import Generate, Progress, SampleSet, Task, silent
 from arisk.config.plan import TrainingConfig, VerifyConfig
 from arisk.config.sections import BehaviourConfig
@@ -54,6 +54,7 @@ def verify(
     seed: int = 0,
     behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
+    keep: Callable[[nn.Module], None] | None = None,
     progress: Progress = silent,
 ) -> VerifyResult:
     """Fine-tune as planned and measure ΔL_i = ℓ_i(θ_k) − ℓ_i(θ*) of every safety and control sample.
@@ -68,6 +69,7 @@ def verify(
         seed: seeds dropout.
         behaviour: prompts that are followed and answered, as along the rollout; None: none.
         workspace: folder for the state of an unfinished run; None keeps none.
+        keep: is handed the tuned model, before it is put back; not one that has diverged.
         progress: told of optimizer steps done.
 
     Returns:
@@ -83,6 +85,8 @@ def verify(
         run = _RealRun(task, planned, config, progress, behaviour)
         run.resume(workspace)
         run.to_the_end(workspace)
+        if keep is not None and run.track.diverged_at is None and is_first():
+            keep(task.model)
     return run.result()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
+from arisk.base.errors import ConfigError
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, steps_option
+from arisk.engine.stage import Stage, StageOption, steps_option
 from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     from arisk.verification.run import verify
 
     config = job.config
+    _refuse_saving(config)
     # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
     reach = job.states["verify"].ingredients["config"]["verify.steps"]
-    return verify(
+    found = verify(
         job.task,
         config=config.verify.model_copy(update={"steps": reach}),
         training=config.training,
@@ -33,8 +35,59 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
         seed=config.run.seed,
         behaviour=config.behaviour,
         workspace=workspace,
+        keep=_saver(job),
         progress=job.show.progress,
     )
+    if found.diverged_at is not None and config.verify.save_model is not None:
+        job.show.note("no model is kept: training diverged")
+    return found
+
+
+def _refuse_saving(config: Config) -> None:
+    """Refuse a folder for the tuned model before it is trained.
+
+    Raises:
+        ConfigError: the task is one from Python, or the folder is in use or cannot be made.
+    """
+    folder = config.verify.save_model
+    if folder is None:
+        return
+    where = f"verify.save_model: {folder}"
+    if config.model.source == "python":
+        raise ConfigError(
+            "a task from Python has no model that `save_pretrained` writes",
+            where=where,
+            fix="leave it out, and save the model in the code that trains it",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = next(folder.iterdir(), None)
+    except OSError as err:
+        raise ConfigError(
+            f"the folder for the tuned model cannot be made: {err.strerror}",
+            where=where,
+            fix="name a new folder in a place that may be written to",
+        ) from err
+    if used is not None:
+        raise ConfigError(
+            f"the folder for the tuned model is not empty: it holds {used.name}",
+            where=where,
+            fix="name a new folder; nothing is overwritten",
+        )
+
+
+def _saver(job: Job) -> Callable[[Any], None] | None:
+    folder = job.config.verify.save_model
+    if folder is None:
+        return None
+
+    def keep(model: Any) -> None:
+        from arisk.models.loading import save_tuned
+
+        save_tuned(model, job.config.model, folder)
+        job.show.note(f"the tuned model is kept in {folder}")
+
+    return keep
 
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section:
@@ -82,7 +135,17 @@ VERIFY = Stage(
     cost="arisk.verification.cost:verify_cost",
     section=_section,
     shown=JUDGE_KEYS,
-    options=(steps_option("verify.steps"),),
+    before=_refuse_saving,
+    options=(
+        steps_option("verify.steps"),
+        StageOption(
+            "save-model",
+            "verify.save_model",
+            "Keep the tuned adapter or model in this folder, as save_pretrained writes it.",
+            metavar="DIR",
+            anew=True,
+        ),
+    ),
     example="--steps 100",
     found=_found,
     text="arisk.verification.page:verify_text",

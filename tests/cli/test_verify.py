@@ -330,3 +330,50 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(forecast, verified, t
         *("tensors.safetensors", "record.json", "manifest.json")
     }
     assert summary(folder)["verify"] == summary(verified[0])["verify"]
+
+
+def test_the_tuned_model_is_kept(verified, arisk, tmp_path):
+    """The folder holds the adapter of the last step, also where the stage was fresh already."""
+    import torch
+
+    from arisk.base.artifacts import read_record
+    from arisk.config.yaml import load_config
+    from arisk.models.tasks import load_task
+    from arisk.training.panels import panel_of
+    from arisk.verification.record import VerifyResult
+
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    shutil.copytree(verified[0], run)
+    code, _, err = arisk("verify", run, "--save-model", kept, "--steps", "2")
+    assert code == 0, err
+    assert str(kept) in err
+    told = read_record(run / "verify", VerifyResult)
+    assert told.last == 2
+
+    task = load_task(
+        load_config(Path(DEMO), [*SETTINGS, f"model.adapter={{path: {kept}}}"]), device=torch.device("cpu")
+    )
+    assert task.heldout is not None
+    task.model.eval()
+    losses = panel_of(task.heldout, None, torch.device("cpu")).losses(task.model)
+    moved = told.safety[:, -1]
+    assert float(moved.abs().max()) > 1e-4
+    assert float(losses.mean()) == pytest.approx(told.start + float(moved.mean()), abs=1e-5)
+    assert (kept / "tokenizer_config.json").is_file()
+
+    code, _, err = arisk("verify", run, "--save-model", kept, "--steps", "2")
+    assert code == 2
+    assert "is not empty" in err
+
+
+def test_a_task_from_python_keeps_no_model(monkeypatch, capsys, tmp_path):
+    (tmp_path / "tasks.py").write_text(TASK)
+    config = tmp_path / "c.yaml"
+    config.write_text(f"model: {{source: python, entry: '{tmp_path}/tasks.py:make'}}\n")
+    given = ["--run-dir", tmp_path / "run", "--save-model", tmp_path / "kept"]
+    monkeypatch.setattr(sys, "argv", ["arisk", "verify", *map(str, [config, *given])])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "task from Python" in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
