@@ -110,10 +110,12 @@ def lora():
 
     model, batch, loss_fn = llama()
     model = attach_adapter(model, AdapterConfig(r=3, alpha=6), seed=0).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(drawn * 0.1)
     return model, batch, loss_fn
 
 
@@ -174,8 +176,10 @@ def gradients(model, batch, loss_fn, layout, engine):
 @contextlib.contextmanager
 def in_float32(model):
     """The same model in float32, put back afterwards."""
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
     model.float()
     try:
         yield
     finally:
         model.double()
+        model.load_state_dict(kept)
