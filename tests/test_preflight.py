@@ -177,6 +177,60 @@ def test_a_training_with_a_preflight_is_the_one_without(tokenizer: Any, safety: 
     assert callback.history[-1][1] != 0.0
 
 
+def medians(report: Any) -> dict[str, list[float]]:
+    """Every forecaster's curve."""
+    return {name: list(curve.median) for name, curve in report.forecasted.forecasters.items()}
+
+
+def test_what_a_trainer_makes_ready_changes_no_forecast(tokenizer: Any, safety: Path, tmp_path: Path) -> None:
+    """Autocast around `forward`, noise and checkpoint hooks: they are on when the callback is asked."""
+    ready = {"bf16": True, "neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
+    control = rows_of("control.jsonl", 6)
+    before = arisk.preflight(sft(tokenizer, tmp_path, **ready), safety=safety, control=control, config=SMALL)
+    trainer = sft(tokenizer, tmp_path, **ready)
+    callback = arisk.PreflightCallback(safety=safety, control=control, config=SMALL, watch_every=0)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert medians(callback.report) == medians(before)
+    assert before.forecasted.training["precision"] == "bf16"
+    assert before.forecasted.control_change is not None
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Rows without a length, anew at every reading."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_rows_without_a_length_are_read_in_their_order(tokenizer: Any, safety: Path, tmp_path: Path) -> None:
+    """As a list of them is, whatever form the safety rows have."""
+    datasets = pytest.importorskip("datasets")
+    texts = [json.dumps(row["messages"])[:60] for row in rows_of("mixed.jsonl", 12)]
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 1}
+    stream = plain(tmp_path, tokenizer, Stream(rows), **settings)
+    listed = plain(tmp_path, tokenizer, rows[:6], train_sampling_strategy="sequential", **settings)
+    as_dataset = datasets.Dataset.from_list(rows_of("safety.jsonl", 12))
+    found = arisk.preflight(stream, safety=as_dataset, config=SMALL)
+    assert medians(found) == medians(arisk.preflight(listed, safety=safety, config=SMALL))
+
+
+def test_a_resumed_run_is_watched_without_a_forecast(tokenizer: Any, safety: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    plain(tmp_path, tokenizer, **settings).train()
+    trainer = plain(tmp_path, tokenizer, **settings)
+    callback = arisk.PreflightCallback(safety=safety, config=SMALL, fail_on="low", watch_every=1)
+    trainer.add_callback(callback)
+    with pytest.warns(UserWarning, match="goes on from step 2"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert callback.report is None
+    assert [step for step, _, _ in callback.history] == [2, 3, 4]
+
+
 def test_what_is_found_reaches_whatever_the_trainer_reports_to(
     tokenizer: Any, safety: Path, tmp_path: Path
 ) -> None:

@@ -126,6 +126,9 @@ def loss_notes(trainer: Any) -> tuple[str, ...]:
     kind = type(trainer)
     if hasattr(kind, "compute_loss") and not kind.compute_loss.__module__.startswith(("transformers", "trl")):
         notes.append(f"{kind.__name__} overrides `compute_loss`; {planned}.")
+    alike = getattr(trainer, "model_accepts_loss_kwargs", True) is False
+    if alike and trainer.args.gradient_accumulation_steps > 1:
+        notes.append(f"The model takes no token count, so the trainer weighs micro-batches alike; {planned}.")
     return tuple(notes)
 
 
@@ -237,7 +240,8 @@ def settings_of(planned: Planned, config: PipelineConfig) -> tuple[PipelineConfi
     plan = account.into.plan
     theirs = {key.partition(".")[2]: plan[key] for key in plan if key.startswith("training.")}
     kind = _sampler(planned.loader)
-    if kind in SEQUENTIAL:
+    counted = hasattr(planned.loader.dataset, "__len__")
+    if kind in SEQUENTIAL or not counted:
         theirs["order"] = "sequential"
     for pair in (("max_steps", "epochs"), ("warmup_steps", "warmup_ratio")):
         if own & set(pair):
@@ -250,7 +254,7 @@ def settings_of(planned: Planned, config: PipelineConfig) -> tuple[PipelineConfi
         found.seed = int(args.seed)
     notes = [f"{line.key}: {line.note}." for line in account.into.lines
              if line.outcome in ("other", "unknown") and line.key.partition(".")[0] not in DONE]  # fmt: skip
-    if kind not in SHUFFLED | SEQUENTIAL and hasattr(planned.loader.dataset, "__len__"):
+    if kind not in SHUFFLED | SEQUENTIAL and counted:
         notes.append(f"The rows come in the order of a {kind}; they are planned in random order.")
     return found, [*planned.notes, *notes]
 
