@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from arisk import cli
+from arisk.engine.freshness import stage_key
 from arisk.engine.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -271,7 +272,7 @@ def of_another_version(folder):
     path = folder / "rollout" / "manifest.json"
     body = json.loads(path.read_text())
     body["ingredients"]["stage_version"] = 0
-    path.write_text(json.dumps({**body, "key": "0" * 64}))
+    path.write_text(json.dumps({**body, "key": stage_key(body["ingredients"])}))
 
 
 def foreign_config(folder):

@@ -41,6 +41,7 @@ def rolled(safety, ordinary=None, *, reason=None, own_loss=0.1, safe_loss=0.2, *
         "status": "measured",
         "reason": None,
         "horizon": 100,
+        "safety_rows": [0, 1],
         "pilot_steps": 20,
         "steps": STEPS,
         "safety": torch.zeros(2, len(STEPS), dtype=torch.float64),
