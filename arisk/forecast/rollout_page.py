@@ -264,7 +264,7 @@ def sample_table(
             [
                 rows[i].get("line", i + 1),
                 values[i],
-                float(collected.losses[i]) if collected is not None and rows[i] else None,
+                float(collected.losses[measured.safety_rows[i]]) if collected and rows[i] else None,
                 _lost_at(measured, i, forecast.threshold),
             ],
             rows[i],

@@ -55,7 +55,7 @@ def rolled(*columns):
     """A rollout whose samples have these changes at its points after the start."""
     safety = torch.tensor([[0.0] * len(columns[0]), *columns], dtype=torch.float64).T
     steps = list(range(0, 50 * (len(columns) + 1), 50))
-    return made.replaced(made.rolled(), safety=safety, steps=steps)
+    return made.replaced(made.rolled(), safety=safety, steps=steps, safety_rows=list(range(len(safety))))
 
 
 def test_the_drift_of_samples_in_words():
