@@ -40,8 +40,6 @@ ORDER = (
     ("__main__",),
 )
 RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-#: Arrows that still point the wrong way, until the capability's page and stage have moved out of the frame.
-PENDING: set[tuple[str, str]] = set()
 #: Modules that start fast: neither they nor what they import loads torch.
 NO_TORCH = (
     "base.errors",
@@ -92,8 +90,7 @@ def test_arrows_point_one_way(path):
     for name, _ in imports(path):
         if name.startswith("arisk."):
             there = name.split(".")[1]
-            allowed = there == here or RANKS[there] < RANKS[here] or (here, there) in PENDING
-            assert allowed, f"{here} imports {there}"
+            assert there == here or RANKS[there] < RANKS[here], f"{here} imports {there}"
 
 
 def test_the_fast_part_loads_no_torch():

@@ -68,6 +68,13 @@ def worth_line(name: str, what: str | None = None) -> str:
     return f"{called}: {said} ({found['jobs']} real fine-tunes of a small aligned model)."
 
 
+#: What has changed since the stored benchmark was made; goes when it is made again.
+EARLIER = (
+    "This record is of an earlier version, whose planned training took means over rows where trainers take "
+    "the mean over a step's tokens; how right forecasts of refusals are has not been measured yet."
+)
+
+
 def record_line(name: str) -> str:
     """The record of a forecaster for who reads one line: what it missed, what it cried, how far off."""
     found = _found(SHOWN).get(name)
@@ -76,7 +83,7 @@ def record_line(name: str) -> str:
     return (
         f"Its record on {found['jobs']} real fine-tunes of a small model: {_share(found, 'false-safe')} of "
         f"collapses called safe, {_share(found, 'false-alarm')} false alarms, collapse step off by "
-        f"× {_cell(found, '× step')}."
+        f"× {_cell(found, '× step')}. {EARLIER}"
     )
 
 
@@ -104,7 +111,8 @@ def worth() -> str:
         f"{jobs} real fine-tunes of a small aligned model, against what then happened to held-out safety "
         "prompts (full and LoRA, SGD and AdamW, two learning rates, mixtures of data that no choice was made "
         "on). ρ is the rank correlation; collapse is a rise of 0.1 nats per response token. Made by "
-        "<code>just bench-validity</code>; intervals and harder cases are in tests/bench/README.md.</p>"
+        "<code>just bench-validity</code>; intervals and harder cases are in tests/bench/README.md. "
+        f"{EARLIER}</p>"
         f"{table(header, rows)}"
         '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '
         "2508.02079; prior package: alignment-risk.</p></section>"
