@@ -12,7 +12,7 @@ default:
 setup:
     test -x {{bin}}/python || {{python}} -m venv {{venv}}
     {{bin}}/python -c "import torch" 2>/dev/null || {{bin}}/pip install --quiet "torch==2.13.0"
-    {{bin}}/python -c "import arisk, transformers, peft, datasets, kaleido, playwright, pytest, ruff, build" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"
+    {{bin}}/python -c "import arisk, transformers, peft, trl, datasets, kaleido, playwright, pytest, ruff, build" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"
 
 # Run the whole job on the embedded model and data; ends with the path of the report.
 demo *ARGS: setup
