@@ -108,7 +108,7 @@ Forecasts = dict[tuple[str, int], Forecast]
 def crossing(curve: Sequence[tuple[float, float]], level: float) -> float | None:
     """First step at which a curve, straight between its points, is at or below a level.
 
-    >>> crossing([(0, 1.0), (20, 0.8), (30, 0.6)], 0.7)
+    >>> crossing([(0, 1.0), (20, 0.75), (30, 0.25)], 0.5)
     25.0
     """
     for (a, high), (b, low) in pairwise(curve):
