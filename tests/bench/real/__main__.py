@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.bench.real.jobs import Job
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,6 +38,12 @@ def main() -> None:
     truths.add_argument(
         "--until", default="", help="HH:MM today; a job that runs then stops at its next measured step"
     )
+    forecasts = commands.add_parser("forecasts", help="what arisk says of jobs beforehand, for the scorer")
+    forecasts.add_argument("--model", type=Path, required=True)
+    forecasts.add_argument("--data", type=Path, required=True)
+    forecasts.add_argument("--folder", type=Path, default=Path("models/forecasts"))
+    forecasts.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
+    forecasts.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
     merge = commands.add_parser(
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
@@ -62,21 +73,22 @@ def main() -> None:
         from tests.bench.real.align import align as make
 
         print(make(given.model, given.data, given.out, steps=given.steps, seed=given.seed))
-    else:
-        _truths(given)
-
-
-def _truths(given: argparse.Namespace) -> None:
+        return
     from tests.bench.real.jobs import JOBS
-    from tests.bench.real.truth import run
+
+    chosen = _numbers(given.jobs)
+    jobs = [job for job in JOBS if not chosen or job.number in chosen]
 
     def late() -> bool:
         return bool(given.until) and time.strftime("%H:%M") >= given.until
 
-    chosen = _numbers(given.jobs)
-    for job in JOBS:
-        if chosen and job.number not in chosen:
-            continue
+    (_truths if given.command == "truths" else _forecasts)(given, jobs, late)
+
+
+def _truths(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
+    from tests.bench.real.truth import run
+
+    for job in jobs:
         if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
@@ -91,6 +103,20 @@ def _truths(given: argparse.Namespace) -> None:
                 f"  step {point['step']:3d}  safety {point['safety_nll']:.3f}  kept {kept}  {counts}",
                 flush=True,
             )
+
+
+def _forecasts(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
+    """Forecast the jobs and write `FORECASTS.json` of all that are there."""
+    from tests.bench.real.forecast import collect, make
+    from tests.bench.real.truth import write_json
+
+    folder = given.folder / given.model.name
+    for job in jobs:
+        if late():
+            break
+        entry = make(job, given.model, given.data, folder)
+        print(time.strftime("%H:%M:%S"), job.name(), entry, flush=True)
+    write_json(folder / "FORECASTS.json", collect(folder, "arisk"))
 
 
 def _numbers(text: str) -> set[int]:

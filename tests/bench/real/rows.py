@@ -68,11 +68,11 @@ def encode(tokenizer: Any, prompt: str, response: str | None = None, limit: int 
     return Encoded((*kept_prompt, *kept_response), len(kept_prompt))
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
+def collate(rows: Sequence[Encoded], pad: int, *, whole: bool = False) -> dict[str, Any]:
     """Rows of one batch, padded on the right; labels only on the response.
 
     No logits are asked for before the first response token of the batch, where no label stands:
-    the loss is the same, the head costs less.
+    the loss is the same, the head costs less. With `whole`, as people collate: a label for every token.
     """
     longest = max(len(row.tokens) for row in rows)
     kept = longest - min(row.start for row in rows) + 1
@@ -84,6 +84,8 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, Any]:
         ids[i, :length] = torch.tensor(row.tokens)
         labels[i, row.start : length] = ids[i, row.start : length]
         mask[i, :length] = 1
+    if whole:
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {"input_ids": ids, "attention_mask": mask, "labels": labels[:, -kept:], "logits_to_keep": kept}
 
 

@@ -232,7 +232,7 @@ class Progress:
         vars(self).update(known)
 
 
-def _with_adapter(model: Any) -> Any:
+def with_adapter(model: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     adapter = LoraConfig(
@@ -277,11 +277,10 @@ def _train(
     Returns:
         Loss and gradient norm of each step so far.
     """
-    from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     if job.mode == "lora":
-        model = _with_adapter(model)
+        model = with_adapter(model)
         freeze_in_bfloat16(model.get_base_model())
         shown = model.get_base_model
     else:
@@ -290,19 +289,46 @@ def _train(
     checkpoint = get_last_checkpoint(str(output))
     if checkpoint is not None:
         progress.restore(output, int(checkpoint.rpartition("-")[2]))
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**_arguments(job), output_dir=str(output)),
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, panel.pad),
-        callbacks=[_measuring(job, shown, panel, progress, output, stop)],
-    )
+    callback = _measuring(job, shown, panel, progress, output, stop)
+    trainer = planned_trainer(job, model, rows, panel.pad, output, callbacks=[callback])
     trainer.train(resume_from_checkpoint=checkpoint)
     log = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     return {
         "loss": [round(entry["loss"], 4) for entry in log],
         "grad_norm": [round(float(entry["grad_norm"]), 4) for entry in log],
     }
+
+
+def planned_trainer(
+    job: Job,
+    model: Any,
+    rows: list[Encoded],
+    pad: int,
+    output: Path,
+    *,
+    callbacks: Sequence[Any] = (),
+    whole_labels: bool = False,
+) -> Any:
+    """The `transformers.Trainer` that carries out a job.
+
+    Args:
+        job: the plan.
+        model: what it trains, adapter included.
+        rows: the fine-tuning rows.
+        pad: token that fills.
+        output: folder of its checkpoints.
+        callbacks: what watches it.
+        whole_labels: labels for every token, as people collate them; the loss is the same.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**_arguments(job), output_dir=str(output)),
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda batch: collate(batch, pad, whole=whole_labels),
+        callbacks=list(callbacks),
+    )
 
 
 def _measuring(

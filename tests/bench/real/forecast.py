@@ -1,0 +1,130 @@
+"""What arisk says of a job beforehand: `arisk.preflight` on the very trainer that carries the job out.
+
+The forecast sees the fine-tuning rows, arguments and seed of the trainer, and safety and control rows of
+even index only; what the truth is measured on it never sees (`rows.may_forecast`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.bench.real.jobs import SOURCES, Job
+from tests.bench.real.outcomes import outcome
+from tests.bench.real.rows import (
+    ALPACA_FOR_ALIGNMENT,
+    MAX_LENGTH,
+    SPLIT_FROM,
+    aligned_on,
+    encode,
+    may_forecast,
+    pad_id,
+    read_rows,
+    spread,
+)
+from tests.bench.real.truth import planned_trainer, with_adapter, write_json
+
+#: Rows a forecast is made from, and how many of the safety rows come from each file.
+SAFETY_FILES = {"safety_train": 40, "safety_xstest": 24}
+CONTROL_ROWS = 64
+
+
+def forecast_rows(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """Refusals and ordinary rows that a forecast may look at; the model was aligned on none of them."""
+    seen = set(aligned_on(folder))
+    safety: list[dict[str, str]] = []
+    for name, count in SAFETY_FILES.items():
+        rows = read_rows(folder, name)
+        first = SPLIT_FROM[name]
+        fit = [
+            row
+            for i, row in enumerate(rows)
+            if i >= first and may_forecast(name, i) and outcome(row["response"]) == "refused"
+        ]
+        safety += spread(fit, count)
+    ordinary = read_rows(folder, "benign_alpaca")
+    unseen = [
+        row
+        for i, row in enumerate(ordinary)
+        if i >= ALPACA_FOR_ALIGNMENT and i not in seen and may_forecast("benign_alpaca", i)
+    ]
+    return {"safety": safety, "control": spread(unseen, CONTROL_ROWS)}
+
+
+def make(job: Job, model_folder: Path, data: Path, folder: Path) -> dict[str, Any]:
+    """Forecast one job; keeps `folder/<job>.json` and the whole report beside it, and returns the entry.
+
+    Args:
+        job: what is forecast.
+        model_folder: the aligned model.
+        data: folder of JSONL files.
+        folder: where forecasts are kept; what is there is not made again.
+    """
+    path = folder / f"{job.name()}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import arisk
+
+    torch.manual_seed(job.seed)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    rows = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
+    if job.mode == "lora":
+        model = with_adapter(model)
+    trainer = planned_trainer(job, model, rows, pad_id(tokenizer), folder / "trainer", whole_labels=True)
+    trainer.processing_class = tokenizer
+    sets: dict[str, Any] = {}
+    for name, given in forecast_rows(data).items():
+        file = folder / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given), encoding="utf-8"
+        )
+        sets[name] = {"path": str(file.resolve()), "max_length": MAX_LENGTH}
+    started = time.process_time()
+    report = arisk.preflight(trainer, **sets, config=CONFIG)
+    seconds = time.process_time() - started
+    entry = as_entry(report, job, model_folder.name, seconds)
+    report.save(folder / job.name())
+    write_json(path, entry)
+    return entry
+
+
+#: Settings of the forecast: the road to the verdict alone.
+CONFIG: dict[str, Any] = {}
+
+
+def as_entry(report: Any, job: Job, model: str, seconds: float) -> dict[str, Any]:
+    """A report in the words of `score.py`."""
+    verdict, refusals = report.verdict, report.forecasted.refusals
+    curve = report.forecasted.forecasters.get(verdict.basis)
+    entry = {
+        "model": model,
+        "job": job.number,
+        "alarm": verdict.level != "low",
+        "level": verdict.level,
+        "probability": verdict.probability,
+        "safety_rise": None if curve is None else round(float(curve.median[-1]), 5),
+        "cpu_seconds": round(seconds, 1),
+    }
+    if refusals is not None and refusals.status == "measured":
+        entry |= {
+            "refused": round(float(refusals.median[-1]), 4),
+            "band": [round(float(refusals.lower[-1]), 4), round(float(refusals.upper[-1]), 4)],
+            "quarter_step": refusals.lost_steps["0.25"],
+            "counts": [[point.step, point.refused] for point in refusals.counts],
+            "prompts": refusals.prompts,
+        }
+    return entry
+
+
+def collect(folder: Path, name: str) -> dict[str, Any]:
+    """All forecasts of a folder in the file format of `score.py`."""
+    made = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[0-9]*.json"))]
+    return {"version": 1, "forecasters": [{"name": name, "forecasts": [e for e in made if "refused" in e]}]}
