@@ -1,4 +1,4 @@
-"""The snippet of the README runs as it stands."""
+"""The snippet of the guide runs as it stands."""
 
 from itertools import islice
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from arisk.models.losses import per_sample_nll
 from tests.guard.test_pipeline import FAST, task
 
-README = Path(__file__).parent.parent.parent / "README.md"
+GUIDE = Path(__file__).parents[2] / ".github" / "GUIDE.md"
 
 
 def test_the_snippet_runs(tmp_path, monkeypatch):
-    text = README.read_text(encoding="utf-8").partition("## Fine-tune with protection")[2]
+    text = GUIDE.read_text(encoding="utf-8").partition("## Fine-tune with protection")[2]
     snippet = text.partition("```python\n")[2].partition("```")[0]
     assert '{"mode": "lora"}' in snippet
     # The same plan at the size of a test.
@@ -34,5 +34,5 @@ def test_the_snippet_runs(tmp_path, monkeypatch):
             "fine_tune_loss_fn": per_sample_nll,
         },
     }
-    exec(compile(snippet, "README.md", "exec"), known)
+    exec(compile(snippet, "GUIDE.md", "exec"), known)
     assert (tmp_path / "guard" / "record.json").exists()
