@@ -12,15 +12,15 @@ default:
 setup:
     test -x {{bin}}/python || {{python}} -m venv {{venv}}
     {{bin}}/python -c "import torch" 2>/dev/null || {{bin}}/pip install --quiet "torch==2.13.0"
-    {{bin}}/python -c "import arisk, transformers, peft, trl, datasets, kaleido, playwright, pytest, ruff, build" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"
+    {{bin}}/python -c "import arisk, transformers, peft, trl, datasets, kaleido, playwright, pytest, xdist, ruff, build" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"
 
 # Run the whole job on the embedded model and data; ends with the path of the report.
 demo *ARGS: setup
     {{bin}}/arisk demo {{ARGS}}
 
-# Run the tests.
+# Run the tests, each file in one of two processes (ARISK_TEST_WORKERS=0: in this one).
 test *ARGS: setup
-    {{bin}}/python -m pytest {{ARGS}}
+    {{bin}}/python -m pytest -n {{env("ARISK_TEST_WORKERS", "2")}} --dist loadfile {{ARGS}}
 
 # Check style and docstrings.
 lint: setup
