@@ -17,7 +17,7 @@ from torch import Tensor
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.base.errors import InputError
 from arisk.forecast.record import Curve, ForecastResult
-from arisk.geometry.overlap import dual_coefficients
+from arisk.geometry.spectrum import dual_coefficients
 
 __all__ = [
     "CurvatureCouplingResult",

@@ -16,8 +16,13 @@ from arisk.anatomy.update import Update, first_batches, measure_update
 from arisk.base.task import LoraPair, Progress, Task
 from arisk.config.plan import ScoreConfig, TrainingConfig
 from arisk.geometry.lora import displacement_coordinates, gradient_coordinates, tangent_frame
-from arisk.geometry.overlap import dual_coefficients, permutation_p_value, projection_ratio, random_overlap
-from arisk.geometry.spectrum import eigenpairs
+from arisk.geometry.spectrum import (
+    dual_coefficients,
+    eigenpairs,
+    permutation_p_value,
+    projection_ratio,
+    random_overlap,
+)
 from arisk.geometry.vectors import gram
 from arisk.gradients import ParameterLayout
 

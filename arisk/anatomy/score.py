@@ -24,8 +24,7 @@ from arisk.anatomy.update import Update, first_batches, measure_update, step_los
 from arisk.base.processes import gathered, share
 from arisk.base.task import Batch, LossFn, Progress, Task, silent
 from arisk.config.plan import ScoreConfig, TrainingConfig
-from arisk.geometry.lanczos import Krylov, lanczos
-from arisk.geometry.overlap import fisher_norm_in_subspace, projection_ratio, random_overlap
+from arisk.geometry.spectrum import Krylov, fisher_norm_in_subspace, lanczos, projection_ratio, random_overlap
 from arisk.geometry.vectors import Scaled, Scratch
 from arisk.gradients import (
     HvpPlan,

@@ -24,13 +24,16 @@ from arisk.forecast.record import Curve
 from arisk.geometry.dynamics import (
     LocalModel,
     Recursion,
+    aic_lower_bound,
+    first_crossing,
     interpolate_rows,
+    interpolated_crossing,
     krylov_path,
+    local_change,
     optimizer_path,
     ray_positions,
     recorded_steps,
 )
-from arisk.geometry.local_model import aic_lower_bound, first_crossing, interpolated_crossing, local_change
 from arisk.training.recipe import Recipe
 
 __all__ = [

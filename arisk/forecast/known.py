@@ -17,9 +17,14 @@ from arisk.anatomy.record import ScoreResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.forecasters import CURVE_POINTS, TRUST_FLOOR, TRUST_SHARE, trusted_time
 from arisk.forecast.record import Curve
-from arisk.geometry.dynamics import krylov_path, recorded_steps
-from arisk.geometry.flow import quadratic_path, read_at_flow
-from arisk.geometry.local_model import bootstrap_means, local_change
+from arisk.geometry.dynamics import (
+    bootstrap_means,
+    krylov_path,
+    local_change,
+    quadratic_path,
+    read_at_flow,
+    recorded_steps,
+)
 from arisk.training.recipe import recipe_of
 
 __all__ = ["Known", "Local", "Rolled", "curve_at_rate", "known", "local_run", "over_flow_time"]

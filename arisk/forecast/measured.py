@@ -24,8 +24,7 @@ from torch import Tensor
 from arisk.config.plan import ForecastConfig
 from arisk.forecast.forecasters import CURVE_POINTS, curve_of, not_measured, plain_values
 from arisk.forecast.record import Curve, RolloutResult
-from arisk.geometry.dynamics import recorded_steps
-from arisk.geometry.local_model import bootstrap_means, interpolated_crossing
+from arisk.geometry.dynamics import bootstrap_means, interpolated_crossing, recorded_steps
 from arisk.training.recipe import Recipe
 
 __all__ = ["combined_curve", "control_change", "pilot_curve", "rollout_curve"]

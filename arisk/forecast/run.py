@@ -27,7 +27,7 @@ from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import skipped_rollout
 from arisk.forecast.verdict import decide
 from arisk.forecast.what_if import what_if
-from arisk.geometry.local_model import diffusion
+from arisk.geometry.dynamics import diffusion
 from arisk.models.judge import Judge, RefusalRule
 from arisk.training.recipe import Recipe, recipe_of
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.known import Known, curve_at_rate, local_run
-from arisk.geometry.local_model import interpolated_crossing
+from arisk.geometry.dynamics import interpolated_crossing
 
 __all__ = ["what_if"]
 

@@ -1,15 +1,17 @@
-"""The planned optimizer run on the local quadratic model of the fine-tuning loss.
+"""The planned optimizer on the local quadratic model, and the safety loss along its way.
 
-The model is g(δ) ≈ g + R T Rᵀ δ with R (P, J) from a Krylov space: R = Q for SGD, R = D^{−½}Q when
-the space was built in the metric of a preconditioner D. Two roads:
+The fine-tuning model is g(δ) ≈ g + R T Rᵀ δ with R (P, J) from a Krylov space: R = Q for SGD, R = D^{−½}Q
+when the space was built in the metric of a preconditioner D. Two roads:
 
 * `krylov_path`: δ_k = D^½ Q z_k, a recursion of J numbers. Exact for SGD without weight decay, and
   for a preconditioner frozen at the start.
 * `optimizer_path`: the true recursion of an optimizer of `RECURSIONS` on P-sized vectors, no model calls.
 
-Every road is signed and additive: nothing is clamped.
+Every road is signed and additive: nothing is clamped. A third road follows one straight direction, from
+losses measured on it, and `read_at_flow` carries what is known along a path over to other learning rates.
 
-A planned run followed along one straight direction, from losses measured on it.
+Safety: ΔL_i(δ) = c_i + ½ c_i² with c = G δ is sample i's share of ⟨ḡ_s, δ⟩ + ½ δᵀFδ, so the mean over
+samples is the local model, and a bootstrap over samples needs no model.
 """
 
 from __future__ import annotations
@@ -25,13 +27,121 @@ __all__ = [
     "RECURSIONS",
     "LocalModel",
     "Recursion",
+    "aic_lower_bound",
+    "bootstrap_means",
+    "diffusion",
+    "first_crossing",
     "interpolate_rows",
+    "interpolated_crossing",
     "krylov_path",
+    "local_change",
     "optimizer_path",
+    "quadratic_path",
     "ray_positions",
     "ray_speeds",
+    "read_at_flow",
     "recorded_steps",
 ]
+
+
+def local_change(c: Tensor) -> Tensor:
+    """Per-sample ΔL_i = c_i + ½ c_i² (nats); its mean over samples is ⟨ḡ_s, δ⟩ + ½ δᵀFδ, exactly.
+
+    Args:
+        c: (N,) or (N, M) c-vectors G δ at M steps.
+
+    Returns:
+        Same shape, float64, signed: negative where fine-tuning lowers the safety loss.
+    """
+    c = c.to(torch.float64)
+    return c + 0.5 * c**2
+
+
+def aic_lower_bound(times: Tensor, gamma_hat: float, epsilon_hat: float) -> Tensor:
+    """½ max(½ γ̂ t² − ε̂ t, 0)²: the bound of the Alignment Instability Condition on ΔL_s.
+
+    γ̂ = ‖F^½ P H g‖ and ε̂ = ‖F^½ P g‖ carry F^½ already; multiplying by an eigenvalue again is
+    wrong by that eigenvalue. At an orthogonal start it is γ̂²t⁴/8. It is a lower bound: it says 0
+    where the gradient lies inside the subspace and the truth collapses. Never a forecast.
+
+    Args:
+        times: (M,) flow times t = Σ η.
+        gamma_hat: coupling, ≥ 0.
+        epsilon_hat: first-order term, ≥ 0.
+
+    Returns:
+        (M,) float64 ≥ 0, nats.
+
+    Source: arXiv 2602.15799, Theorems 6.1 and 6.2 (as read second-hand).
+    """
+    drift = 0.5 * gamma_hat * times**2 - epsilon_hat * times
+    return 0.5 * drift.clamp(min=0) ** 2
+
+
+def diffusion(c_batches: Tensor, rates: Tensor, *, noise_divisor: int = 1) -> Tensor | None:
+    """½ Σ_k η_k² tr(F Cov[D g_b]): safety loss from mini-batch noise, a random walk beside the drift.
+
+    tr(F Cov) = (1/N) Σ_i Var_b(c_ib) with c_b = G D g_b.
+
+    Args:
+        c_batches: (N, B) c-vectors of single micro-batches.
+        rates: (T,) learning rates.
+        noise_divisor: micro-batches averaged per step.
+
+    Returns:
+        (T + 1,) float64 ≥ 0, or None with fewer than two batches.
+    """
+    if c_batches.shape[1] < 2:
+        return None
+    spread = float(c_batches.to(torch.float64).var(dim=1).mean()) / noise_divisor
+    steps = torch.cumsum(rates.to(torch.float64) ** 2, 0)
+    return 0.5 * spread * torch.cat([torch.zeros(1, dtype=torch.float64), steps])
+
+
+def bootstrap_means(values: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """Means of `draws` resamples (with replacement) of the rows.
+
+    Args:
+        values: (N, M).
+        draws: number of resamples.
+        generator: source of the draws.
+
+    Returns:
+        (draws, M) float64.
+    """
+    n = values.shape[0]
+    picks = torch.randint(n, (draws, n), generator=generator)
+    weights = torch.zeros(draws, n, dtype=torch.float64)
+    weights.scatter_add_(1, picks, torch.ones(draws, n, dtype=torch.float64))
+    return weights @ values.to(torch.float64) / n
+
+
+def first_crossing(steps: list[int], values: Tensor, threshold: float) -> int | None:
+    """First recorded step ≥ 1 whose value reaches the threshold; None = not within the last step.
+
+    A value that is not finite counts as reached: the model diverged there.
+    """
+    reached = (values >= threshold) | ~torch.isfinite(values)
+    reached[0] = False
+    return steps[int(reached.to(torch.int64).argmax())] if bool(reached.any()) else None
+
+
+def interpolated_crossing(steps: list[int], values: Tensor, threshold: float) -> int | None:
+    """`first_crossing`, refined between recorded steps by linear interpolation of √ΔL.
+
+    ΔL is close to a square of a smooth path, so its root is the straighter quantity. The answer is
+    rounded up: the first whole step at or above the threshold.
+    """
+    step = first_crossing(steps, values, threshold)
+    if step is None:
+        return None
+    j = steps.index(step)
+    low, high = steps[j - 1], steps[j]
+    if high - low == 1 or not bool(torch.isfinite(values[j])):
+        return step
+    a, b = (float(values[i].clamp(min=0).sqrt()) for i in (j - 1, j))
+    share = (threshold**0.5 - a) / (b - a) if b > a else 1.0
+    return min(high, low + max(1, -int(-(high - low) * share // 1)))
 
 
 @dataclass(frozen=True)
@@ -270,3 +380,60 @@ def interpolate_rows(times: Tensor, values: Tensor, positions: Tensor) -> Tensor
     left = right - 1
     share = ((positions - times[left]) / (times[right] - times[left])).clamp(0, 1)
     return values[:, left] * (1 - share) + values[:, right] * share
+
+
+#: Numbers above this are as good as infinite and would spoil an interpolation.
+LARGEST = 1e300
+#: |λ τ| below which a direction is flat.
+FLAT = 1e-8
+
+
+def read_at_flow(times: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Curves known at some flow times, read at others; linear in the signed root of the change.
+
+    Args:
+        times: (M,) ascending flow times from 0.
+        values: (K, M) curves there.
+        wanted: (S,) flow times ≥ 0.
+
+    Returns:
+        (K, S) float64; NaN beyond the last known time (rounding apart): nothing is extrapolated.
+    """
+    root = values.to(torch.float64).clamp(-LARGEST, LARGEST)
+    root = root.sign() * root.abs().sqrt()
+    if len(times) == 1:
+        read = root.expand(-1, len(wanted)).clone()
+    else:
+        right = torch.searchsorted(times, wanted).clamp(1, len(times) - 1)
+        width = (times[right] - times[right - 1]).clamp(min=1e-300)
+        share = ((wanted - times[right - 1]) / width).clamp(0, 1)
+        read = root[:, right - 1] * (1 - share) + root[:, right] * share
+    read = read * read.abs()
+    read[:, wanted > times[-1] * (1 + 1e-9)] = math.nan
+    return read
+
+
+def quadratic_path(curvature: Tensor, beta: float, rates: Tensor, counts: Tensor) -> Tensor:
+    """`krylov_path` without momentum in closed form, for groups of equal learning rates.
+
+    In the eigenbasis of T (eigenvalues λ): z = −(b/λ)(1 − Π_j (1 − η_j λ)^{m_j}), and −b Σ m_j η_j
+    where λ is 0. Exact for any rates with m_j = 1.
+
+    Args:
+        curvature: (J, J) T.
+        beta: ‖D^½ g‖.
+        rates: (S,) learning rate η_j of each group.
+        counts: (S,) steps m_j of each group.
+
+    Returns:
+        (S + 1, J) float64 positions after each group, from 0; infinite where the recursion diverges.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(curvature.to(torch.float64))
+    start = beta * vectors[0]
+    factors = (1 - rates[:, None] * eigenvalues[None]) ** counts.to(torch.float64)[:, None]
+    left = torch.cat([torch.ones(1, len(eigenvalues), dtype=torch.float64), torch.cumprod(factors, 0)])
+    flow = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(rates * counts, 0)])[:, None]
+    flat = (eigenvalues.abs() * flow[-1]) < FLAT
+    safe = torch.where(flat, torch.ones_like(eigenvalues), eigenvalues)
+    z = torch.where(flat, -start * flow, -(start / safe) * (1 - left))
+    return z @ vectors.T

@@ -2,7 +2,15 @@
 
 from arisk.gradients.batches import batch_size, map_tensors, move_batch, slice_batch
 from arisk.gradients.curvature import HvpPlan, choose_hvp, hvp
-from arisk.gradients.engines import ENGINES, mean_gradient, per_sample_gradients, per_sample_parts
+from arisk.gradients.engines import (
+    ENGINES,
+    EngineChoice,
+    batch_invariance,
+    choose_engine,
+    mean_gradient,
+    per_sample_gradients,
+    per_sample_parts,
+)
 from arisk.gradients.factors import Sink
 from arisk.gradients.layout import (
     ParameterLayout,
@@ -13,7 +21,6 @@ from arisk.gradients.layout import (
     parameters_of,
     recomputing,
 )
-from arisk.gradients.selftest import EngineChoice, batch_invariance, choose_engine
 from arisk.gradients.store import GradientStore
 
 __all__ = [

@@ -34,7 +34,7 @@ from arisk.config.names import Table
 from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.batches import in_float32, is_narrow, widened
 from arisk.gradients.layout import parameters_of
-from arisk.gradients.sketch import Sketch, balanced, per_sample_sketches, sketch_of
+from arisk.gradients.store import Sketch, balanced, per_sample_sketches, sketch_of
 from arisk.screening.points import Place
 from arisk.screening.rows import RowGroup, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
@@ -183,7 +183,7 @@ def by_sketches(
 ) -> Generator[Estimate]:
     """Unbiased estimates ⟨L(G∘s)Rᵀ, L(V/s)Rᵀ⟩ from sketches whose sides are balanced for v.
 
-    See `arisk.gradients.sketch` for L, R and s; V is v as a matrix, parameter by parameter.
+    See `arisk.gradients.store` for L, R and s; V is v as a matrix, parameter by parameter.
 
     Args:
         model: the model, inside `measuring`; is moved to the point.

@@ -18,7 +18,7 @@ import torch
 
 from arisk.forecast.record import Curve, ForecastResult
 from arisk.forecast.refusals import labelled, refused_share
-from arisk.geometry.local_model import interpolated_crossing
+from arisk.geometry.dynamics import interpolated_crossing
 from arisk.models.judge import Judge, Outcome, RefusalRule
 from arisk.verification.record import VerifyResult
 

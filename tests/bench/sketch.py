@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from arisk.gradients import ParameterLayout, layout_of, mean_gradient, measuring, per_sample_gradients
-from arisk.gradients.sketch import Sketch, per_sample_sketches, sketch_products
+from arisk.gradients.store import Sketch, per_sample_sketches, sketch_products
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
 from tests.bench.gradients import batches, llama

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arisk.geometry.dynamics import LocalModel, Recursion, krylov_path, optimizer_path, recorded_steps
-from arisk.geometry.lanczos import lanczos
+from arisk.geometry.spectrum import lanczos
 from arisk.training.schedules import learning_rates
 
 P, T = 9, 60

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from arisk.geometry.dynamics import krylov_path
-from arisk.geometry.flow import quadratic_path, read_at_flow
+from arisk.geometry.dynamics import krylov_path, quadratic_path, read_at_flow
 from arisk.training.schedules import learning_rates
 
 

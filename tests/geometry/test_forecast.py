@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arisk.geometry.local_model import (
+from arisk.geometry.dynamics import (
     aic_lower_bound,
     bootstrap_means,
     diffusion,

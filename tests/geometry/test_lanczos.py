@@ -1,6 +1,6 @@
 import torch
 
-from arisk.geometry.lanczos import lanczos
+from arisk.geometry.spectrum import lanczos
 
 
 def symmetric(size: int, seed: int = 0) -> torch.Tensor:

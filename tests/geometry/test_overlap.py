@@ -3,15 +3,15 @@ import math
 import pytest
 import torch
 
-from arisk.geometry.overlap import (
+from arisk.geometry.spectrum import (
     dual_coefficients,
+    eigenpairs,
     fisher_norm,
     fisher_norm_in_subspace,
     permutation_p_value,
     projection_ratio,
     random_overlap,
 )
-from arisk.geometry.spectrum import eigenpairs
 
 GENERATOR = torch.Generator().manual_seed(0)
 G = torch.randn(15, 40, dtype=torch.float64, generator=GENERATOR)

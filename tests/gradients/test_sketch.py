@@ -8,7 +8,7 @@ from arisk.base.errors import NumericsError
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts
-from arisk.gradients.sketch import Sides, Sketch, balanced, per_sample_sketches, sketch_of, sketch_products
+from arisk.gradients.store import Sides, Sketch, balanced, per_sample_sketches, sketch_of, sketch_products
 from tests.gradients import cases
 
 CPU = torch.device("cpu")
