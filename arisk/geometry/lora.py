@@ -24,8 +24,8 @@ class TangentFrame:
     """Frame of the tangent space of ΔW = s B A at (A, B), in float64.
 
     Attributes:
-        row_basis: (r, in) Q_a, orthonormal rows spanning those of A.
-        row_factor: (r, r) R_a with A = R_a Q_a.
+        row_basis: (k, in) Q_a, orthonormal rows spanning those of A; k = r unless A is of lower rank.
+        row_factor: (r, k) R_a with A = R_a Q_a.
         column_basis: (out, q) Q_b, orthonormal columns spanning those of B; q = 0 for B = 0.
         column_pinv: (q, r) the map W with Wᵀ ∇_A = s Q_bᵀ ∇_ΔW, up to `scaling`.
         a, b: the adapter itself; scaling: s.
@@ -41,26 +41,40 @@ class TangentFrame:
 
     @property
     def dimension(self) -> int:
-        """Dimension of the tangent space: out·r + q·(in − r)."""
-        r, width = self.row_basis.shape
-        return self.column_basis.shape[0] * r + self.column_basis.shape[1] * (width - r)
+        """Dimension of the tangent space: out·k + q·(in − k)."""
+        k, width = self.row_basis.shape
+        return self.column_basis.shape[0] * k + self.column_basis.shape[1] * (width - k)
 
 
 def tangent_frame(a: Tensor, b: Tensor, scaling: float) -> TangentFrame:
-    """Frame at A (r, in) and B (out, r); A must have full row rank, B may be zero."""
+    """Frame at A (r, in) and B (out, r).
+
+    B may be zero, and the rows of A may depend on each other: those of a rank above the module's width do.
+    """
     a, b = a.detach().to(torch.float64), b.detach().to(torch.float64)
-    q, r = torch.linalg.qr(a.T)
+    basis, factor = _rows(a)
     left, singular, right = torch.linalg.svd(b, full_matrices=False)
     keep = singular > RANK_TOLERANCE * max(float(a.norm()), float(singular.max()), 1e-300)
     pinv = right[keep] / singular[keep, None]
-    return TangentFrame(q.T, r.T, left[:, keep], pinv, a, b, scaling)
+    return TangentFrame(basis, factor, left[:, keep], pinv, a, b, scaling)
+
+
+def _rows(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Q_a (k, in) and R_a (r, k) with A = R_a Q_a."""
+    q, r = torch.linalg.qr(a.T)
+    ends = r.diagonal().abs()
+    if r.shape[0] == r.shape[1] and bool(ends.min() > RANK_TOLERANCE * ends.max()):
+        return q.T, r.T
+    left, singular, right = torch.linalg.svd(a, full_matrices=False)
+    keep = singular > RANK_TOLERANCE * singular.max()
+    return right[keep], left[:, keep] * singular[keep]
 
 
 def gradient_coordinates(frame: TangentFrame, grad_a: Tensor, grad_b: Tensor) -> Tensor:
     """Coordinates of ∇_ΔW (projected on the tangent space) from ∇_A and ∇_B.
 
-    ∇_B = s ∇_ΔW Aᵀ gives ∇_ΔW Q_aᵀ = ∇_B R_a^{−ᵀ}/s, and ∇_A = s Bᵀ ∇_ΔW gives
-    Q_bᵀ ∇_ΔW = W ∇_A/s, of which the part orthogonal to the rows of A is new.
+    ∇_B = s ∇_ΔW Aᵀ gives ∇_ΔW Q_aᵀ = ∇_B R_a^{−ᵀ}/s (the pseudo-inverse where R_a is not square),
+    and ∇_A = s Bᵀ ∇_ΔW gives Q_bᵀ ∇_ΔW = W ∇_A/s, of which the part orthogonal to the rows of A is new.
 
     Args:
         frame: the adapter's frame.
@@ -68,11 +82,12 @@ def gradient_coordinates(frame: TangentFrame, grad_a: Tensor, grad_b: Tensor) ->
         grad_b: (N, out, r).
 
     Returns:
-        (N, dimension') float64: out·r + q·in numbers whose dot products are those of the
+        (N, dimension') float64: out·k + q·in numbers whose dot products are those of the
         projected ∇_ΔW.
     """
     grad_a, grad_b = grad_a.to(torch.float64), grad_b.to(torch.float64)
-    inverse = torch.linalg.inv(frame.row_factor).T
+    r, k = frame.row_factor.shape
+    inverse = (torch.linalg.inv if r == k else torch.linalg.pinv)(frame.row_factor).T
     first = grad_b @ inverse / frame.scaling
     second = frame.column_pinv @ grad_a / frame.scaling
     second = second - (second @ frame.row_basis.T) @ frame.row_basis
@@ -88,7 +103,7 @@ def displacement_coordinates(frame: TangentFrame, step_a: Tensor, step_b: Tensor
         step_b: (out, r) δB.
 
     Returns:
-        (out·r + q·in,) float64 with the Frobenius norm of the displacement.
+        (out·k + q·in,) float64 with the Frobenius norm of the displacement.
     """
     step_a, step_b = step_a.to(torch.float64), step_b.to(torch.float64)
     matrix = frame.scaling * (step_b @ frame.a + frame.b @ step_a)
