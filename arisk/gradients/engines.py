@@ -9,6 +9,7 @@ the oracle.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,9 +173,12 @@ def vmap_gradients(
 
         return functional_call(wrapped, values, (map_tensors(batch, put),), tie_weights=True)
 
-    gradients, losses = vmap(grad_and_value(loss_of), in_dims=(None, 0), randomness="error")(
-        parameters, tensors
-    )
+    with warnings.catch_warnings():
+        # Of operations that torch maps one by one, as those of experts: slower, and right all the same.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        gradients, losses = vmap(grad_and_value(loss_of), in_dims=(None, 0), randomness="error")(
+            parameters, tensors
+        )
     for name in layout.names:
         sink(name, gradients.pop(f"model.{name}").detach())
     assert losses.shape == (size,)

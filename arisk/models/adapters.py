@@ -58,8 +58,20 @@ def attach_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
             raise ConfigError(
                 f"peft refuses this adapter: {_first_line(err)}",
                 where="model.adapter",
-                fix="change the key it names; the keys are those of peft's LoraConfig",
+                fix=_other_targets(model, str(err))
+                or "change the key it names; the keys are those of peft's LoraConfig",
             ) from err
+
+
+def _other_targets(model: nn.Module, message: str) -> str | None:
+    """The linear modules that peft does not refuse; None where its message refuses none (Mamba has some)."""
+    refused = re.search(r"Incompatible modules: \{(.*?)\}", message)
+    if refused is None:
+        return None
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    ends = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if "lora_" not in name}
+    left = sorted(ends - set(re.findall(r"'(\w+)'", refused[1])) - {"lm_head"})
+    return f"name the modules in `target_modules`: {left}"
 
 
 def _known_to(peft: Any, arguments: dict[str, Any]) -> dict[str, Any]:
