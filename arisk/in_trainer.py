@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from arisk.base.processes import alone
 from arisk.base.task import Progress, Task, silent
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
+from arisk.models.answers import evaluating
 from arisk.models.from_trainer import (
     Planned,
     as_loaded,
@@ -128,20 +128,9 @@ def _log(trainer: Any, state: Any, values: dict[str, float]) -> None:
         state.log_history.append({**values, "step": state.global_step})
         return
     due = trainer.control.should_log
-    with _evaluating(trainer.model):
+    with evaluating(trainer.model):
         trainer.log(dict(values))
     trainer.control.should_log = due
-
-
-@contextmanager
-def _evaluating(model: Any) -> Generator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _require_level(level: str | None, where: str) -> None:
@@ -279,7 +268,7 @@ class PreflightCallback:
     def _measure(self, step: int, model: Any) -> str:
         """Measure the model in place; what there is to warn of."""
         assert self._watch is not None
-        with as_loaded(model), _evaluating(model), torch.no_grad():
+        with as_loaded(model), evaluating(model), torch.no_grad():
             loss, refused = self._watch.measured(model)
         if not self.history:
             self._watch.start = loss

@@ -236,14 +236,17 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     from arisk.config.yaml import load_config, run_directory
     from arisk.cost.check import check_task, check_text
     from arisk.cost.estimate import estimate
-    from arisk.engine.job import device_of
+    from arisk.engine.job import device_of, shelf_of
+    from arisk.engine.rundir import RunDir
 
     loaded = load_config(config, overrides or [])
     kept: dict[str, Any] = {}
     started = time.perf_counter()
-    report = check_task(loaded, device=device_of(loaded.run.device), kept=kept)
+    run_dir = run_directory(loaded, config, None)
+    shelf = shelf_of(loaded, RunDir(run_dir)) if loaded.model.source == "hf" else None
+    report = check_task(loaded, device=device_of(loaded.run.device), kept=kept, shelf=shelf)
     loading = time.perf_counter() - started
-    report["plan"] = estimate(catalogue(), loaded, run_directory(loaded, config, None), kept, loading=loading)
+    report["plan"] = estimate(catalogue(), loaded, run_dir, kept, loading=loading)
     say(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
 
 
@@ -262,6 +265,10 @@ def init(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model folder or hub id.")] = None,
     safety: Annotated[str | None, typer.Option(help="Safety rows (prompt + safe response).")] = None,
+    safety_prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts alone, such as a text with one per line: the model's own refusals serve."),
+    ] = None,
     finetune: Annotated[str | None, typer.Option(help="Fine-tuning rows.")] = None,
     devices: Annotated[
         int, typer.Option(min=1, max=100_000, help="Devices that train side by side (with --from).")
@@ -283,13 +290,18 @@ def init(
         )
     if imported and full:
         raise ConfigError("--full shows defaults, and --from a plan", where="--full", fix="give one of them")
+    if safety and safety_prompts:
+        fix = "give one of them; rows with responses are the better ones"
+        raise ConfigError("there are two safety sets", where="--safety-prompts", fix=fix)
+    safety, alone = safety_prompts or safety, safety_prompts is not None
     if imported:
         found = import_files(imported, devices=devices)
-        text = imported_config(found, model=model, safety=safety, finetune=finetune)
+        text = imported_config(found, model=model, safety=safety, finetune=finetune, alone=alone)
         say(account_text(found.lines) + "\n")
     else:
         write = full_config if full else short_config
-        text = write(model or "path/to/model", safety or "safety.jsonl", finetune or "finetune.jsonl")
+        paths = (model or "path/to/model", safety or "safety.jsonl", finetune or "finetune.jsonl")
+        text = write(*paths, alone=alone)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as err:

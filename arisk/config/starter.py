@@ -42,6 +42,8 @@ OUTCOMES = {
 COUNTED = 1_000_000_000
 #: Settings that are written only where they are not arisk's default.
 MINOR = {"betas", "eps", "drop_last", "use_rslora", "use_dora", "init_lora_weights", "bias", "momentum"}
+#: Layout of safety rows without responses.
+ALONE = "prompts"
 #: A plan that people run, to be changed.
 SHORT = """\
 # arisk check THIS_FILE && arisk run THIS_FILE
@@ -53,9 +55,9 @@ model:
     alpha: 32
     dropout: 0.05
     target_modules: all-linear
-safety:               # prompts that the model refuses today, with its refusals
+safety:               # prompts that the model refuses today, {answers}
   path: {safety}
-finetune:
+{layout}finetune:
   path: {finetune}
   max_length: 1024    # tokens per row
 # control: {{path: ordinary.jsonl}}   # ordinary rows, to tell harm from any change
@@ -72,14 +74,29 @@ training:
 """
 
 
-def short_config(model: str, safety: str, finetune: str) -> str:
-    """About 25 lines of a plan that people really run: LoRA, epochs, cosine, warm-up, clipping."""
-    return SHORT.format(model=_scalar(model), safety=_scalar(safety), finetune=_scalar(finetune))
+def short_config(model: str, safety: str, finetune: str, *, alone: bool = False) -> str:
+    """About 25 lines of a plan that people really run: LoRA, epochs, cosine, warm-up, clipping.
+
+    Args:
+        model: folder or hub id.
+        safety: safety rows.
+        finetune: rows to train on.
+        alone: the safety rows are prompts without responses.
+    """
+    return SHORT.format(
+        model=_scalar(model),
+        safety=_scalar(safety),
+        answers="to which its own refusals are the answers" if alone else "with its refusals",
+        layout=f"  format: {ALONE}\n" if alone else "",
+        finetune=_scalar(finetune),
+    )
 
 
-def full_config(model: str, safety: str, finetune: str) -> str:
+def full_config(model: str, safety: str, finetune: str, *, alone: bool = False) -> str:
     """A YAML file with every key, its default and its documentation; loads back as it is."""
     given = {"model": {"path": model}, "safety": {"path": safety}, "finetune": {"path": finetune}}
+    if alone:
+        given["safety"]["format"] = ALONE
     lines = [
         "# yaml-language-server: $schema=arisk.schema.json",
         "# (the editor's hint: `arisk schema > arisk.schema.json` beside this file)",
@@ -123,7 +140,9 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
-def imported_config(found: Import, *, model: str | None, safety: str | None, finetune: str | None) -> str:
+def imported_config(
+    found: Import, *, model: str | None, safety: str | None, finetune: str | None, alone: bool = False
+) -> str:
     """The plan of imported files as YAML, what is not modelled in its comments.
 
     Args:
@@ -131,11 +150,13 @@ def imported_config(found: Import, *, model: str | None, safety: str | None, fin
         model: given by the user, it wins over the files.
         safety: safety rows, of which no trainer's config knows.
         finetune: given by the user, it wins over the files.
+        alone: the safety rows are prompts without responses.
 
     Raises:
         ConfigError: a value of a file is none that arisk takes; with the line it came from.
     """
-    for key, value in {"model.path": model, "safety.path": safety, "finetune.path": finetune}.items():
+    told = {"model.path": model, "safety.path": safety, "finetune.path": finetune}
+    for key, value in {**told, "safety.format": ALONE if alone else None}.items():
         if value is not None:
             if key == "finetune.path":
                 found.plan.pop("finetune", None)

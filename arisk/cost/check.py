@@ -6,7 +6,9 @@ What `arisk check` prints: model, data, rows as the model sees them, and the pla
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,14 +20,17 @@ from arisk.base.terminal import clock, columns, wrapped
 from arisk.config.plan import Config, TrainingConfig, planned_steps
 from arisk.forecast.leap import rollout_cost
 from arisk.models.adapters import out_of_reach
-from arisk.models.judge import Exchange, RefusalRule, learnt_openings
+from arisk.models.answers import Shelf
+from arisk.models.formats import SAFETY_SETS
+from arisk.models.judge import OUTCOMES, Exchange, RefusalRule, learnt_openings
 from arisk.models.loading import load_tokenizer
-from arisk.models.rendering import SAFETY_SETS, TRAINED, token_rows
+from arisk.models.rendering import TRAINED, token_rows
 from arisk.models.selection import select_parameters
 from arisk.models.tasks import (
     LoadedData,
     load_data,
     load_with_adapter,
+    own_answers,
     require_fit,
     statistics_of,
     task_from_entry,
@@ -34,8 +39,8 @@ from arisk.training.recipe import parameter_groups, recipe_of
 
 __all__ = ["check_task", "check_text", "shortened"]
 
-#: Rows of each data set shown as rendered.
-SHOWN = 2
+#: Rows of each data set shown as rendered, and own answers of each outcome.
+SHOWN, READ = 2, 3
 #: Gradient evaluations of a probe point, as forward passes are a third of one.
 FORWARD = 1 / 3
 #: What peft puts before the names of modules.
@@ -45,7 +50,11 @@ FEW = 32
 
 
 def check_task(
-    config: Config, *, device: torch.device | None = None, kept: dict[str, Any] | None = None
+    config: Config,
+    *,
+    device: torch.device | None = None,
+    kept: dict[str, Any] | None = None,
+    shelf: Shelf | None = None,
 ) -> dict[str, Any]:
     """Validate model, adapter, selection and rows, and estimate the work.
 
@@ -53,6 +62,7 @@ def check_task(
         config: the resolved config.
         device: where the model goes; default the CPU.
         kept: the model is put here, for `load_task` to take.
+        shelf: where the model's own answers to safety prompts are kept.
 
     Returns:
         A mapping for display: `model`, `data` (statistics and two rendered rows each), `warnings` and `work`
@@ -66,8 +76,9 @@ def check_task(
     if config.model.source == "python":
         return _check_python(task_from_entry(str(config.model.entry)), config)
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer)
-    model = load_with_adapter(config, device or torch.device("cpu"), {} if kept is None else kept)
+    kept, device = {} if kept is None else kept, device or torch.device("cpu")
+    data = load_data(config, tokenizer, own_answers(config, tokenizer, device, kept, shelf))
+    model = load_with_adapter(config, device, kept)
     notes = require_fit(model, data, tokenizer, config)
     named = model.named_modules()
     wrapped_modules = [name.removeprefix(PEFT) for name, module in named if hasattr(module, "lora_A")]
@@ -80,6 +91,9 @@ def check_task(
         rows = token_rows(loaded.rendered, tokenizer, SHOWN)
         examples = [row["text"].replace("\n", "\\n") for row in rows]
         shown[section] = {**statistics_of(loaded), "rendered rows": examples, "tokens of rows": rows}
+        if loaded.own:
+            shown[section]["own answers"] = [asdict(answer) for answer in loaded.own]
+            shown[section]["answers in"] = None if shelf is None else str(shelf.path(section))
     return {
         "model": {
             "path": str(config.model.path),
@@ -267,7 +281,24 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
     for name in PRINTED:
         for row in counted.get(name, {}).get("rendered rows", ()):
             lines.append(f"- {name}: {shortened(row, room - len(name) - 4)}")
+    for name, facts in counted.items():
+        lines += _answer_lines(name, facts, room)
     return lines
+
+
+def _answer_lines(name: str, facts: Mapping[str, Any], room: int) -> list[str]:
+    """The model's own answers for reading: a few of each outcome, and where all of them are."""
+    answers, told = facts.get("own answers", ()), Counter[str]()
+    lines: list[str] = []
+    for answer in sorted(answers, key=lambda each: OUTCOMES.index(each["outcome"])):
+        told[answer["outcome"]] += 1
+        if told[answer["outcome"]] <= READ:
+            said = f"{answer['prompt']} → {answer['response']}".replace("\n", "\\n")
+            lines.append(f"- {answer['outcome']}: {shortened(said, room - len(answer['outcome']) - 4)}")
+    if not lines:
+        return []
+    place = f"; all of them: {facts['answers in']}" if facts.get("answers in") else ""
+    return ["", f"{name}: the model's own answers (refused ones are the safe responses){place}", *lines]
 
 
 def _taken(facts: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from arisk.base.artifacts import loaded_json, write_text
 from arisk.base.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
-    from arisk.config.plan import Config
+    from arisk.config.plan import Config, DataConfig
 
 __all__ = ["DigestCache", "file_digest", "input_fingerprints", "stage_key"]
 
@@ -101,9 +101,23 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
         adapter = str(config.model.adapter.path)
         found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
     for name, parts in data_sets(config).items():
-        each = [_path_or_hub(data.path, f"{name}.path", cache, None) for data in parts]
+        each = [
+            {**_path_or_hub(data.path, f"{name}.path", cache, None), **_own_answers(config, name, data)}
+            for data in parts
+        ]
         found[name] = each[0] if len(each) == 1 else {str(number): one for number, one in enumerate(each)}
     return found
+
+
+def _own_answers(config: Config, name: str, data: DataConfig) -> dict[str, Any]:
+    """What decides, beside the model, which responses prompts without any are given."""
+    from arisk.models.formats import SAFETY_SETS
+    from arisk.models.rows import OWN_ANSWERS, prompts_alone
+
+    if name not in SAFETY_SETS or not prompts_alone(data, name):
+        return {}
+    judged = config.behaviour.model_dump(mode="json", include={"judge", "refusal_openings"})
+    return {"own answers": {"version": OWN_ANSWERS, **judged}}
 
 
 def _path_or_hub(value: str, where: str, cache: DigestCache, revision: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from arisk.base import processes
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ConfigError
+from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import StageState
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, named
@@ -17,8 +18,9 @@ from arisk.engine.stage import Catalogue, named
 if TYPE_CHECKING:
     from arisk.base.task import Task
     from arisk.config.plan import Config
+    from arisk.models.answers import Shelf
 
-__all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of"]
+__all__ = ["REPORT_FILE", "SUMMARY_FILE", "Display", "Job", "device_of", "shelf_of"]
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 
@@ -76,12 +78,15 @@ class Job:
             return self.given
         import torch
 
-        from arisk.models import load_task
+        from arisk.models.tasks import load_task
 
         if self.config.run.threads:
             torch.set_num_threads(max(1, self.config.run.threads // processes.local_world()))
         self.show.progress("loading model", 0, 1)
-        task = load_task(self.config, device=device_of(self.config.run.device), kept=self.models)
+        device = device_of(self.config.run.device)
+        task = load_task(
+            self.config, device=device, kept=self.models, shelf=shelf_of(self.config, self.rundir)
+        )
         self.show.progress("loading model", 1, 1)
         return task
 
@@ -104,6 +109,16 @@ class Job:
             self.rundir.verify(stage, deep=True)
             self.records[stage] = read_record(self.rundir.stage_dir(stage), named(kind))
         return self.records[stage]
+
+
+def shelf_of(config: Config, rundir: RunDir) -> Shelf:
+    """Where a run keeps the model's own answers to safety prompts, and what that model is."""
+    from arisk.models.answers import Shelf
+
+    inputs = input_fingerprints(config, DigestCache(rundir.path / ".digests.json"))
+    settings = config.model.model_dump(mode="json", exclude={"path": True, "adapter": {"path"}})
+    model = {name: inputs.get(name) for name in ("model", "adapter")}
+    return Shelf(rundir.path, {**model, "settings": settings, "seed": config.run.seed})
 
 
 def device_of(name: str) -> Any:

@@ -1,21 +1,60 @@
-"""Greedy answers of a causal LM to the prompts of rows: what a user of the model would read."""
+"""Greedy answers of a causal LM to the prompts of rows: what a user of the model would read.
+
+`OwnAnswers` makes safe responses of them for safety prompts that have none: those that refuse.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from arisk.base.artifacts import loaded_json, write_text
 from arisk.base.errors import InputError
+from arisk.base.processes import from_first
+from arisk.config.sections import BehaviourConfig
+from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for
 from arisk.models.openings import OpeningScores, followed
 from arisk.models.rendering import Rendered
+from arisk.models.rows import OWN_ANSWERS
 
-__all__ = ["BATCH", "GreedyAnswers"]
+__all__ = [
+    "BATCH",
+    "GreedyAnswers",
+    "OwnAnswer",
+    "OwnAnswers",
+    "Shelf",
+    "evaluating",
+    "outcomes_said",
+    "whole_sentences",
+]
 
 #: Prompts answered at once, and padded prompt tokens of such a batch.
 BATCH, BATCH_TOKENS = 32, 8192
+#: Tokens of an answer that may become a safe response.
+OWN_TOKENS = 128
+SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)|\n")
+
+
+@contextmanager
+def evaluating(model: Any) -> Generator[None]:
+    """Inside, every module is in evaluation mode; afterwards each is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class GreedyAnswers:
@@ -90,7 +129,7 @@ class GreedyAnswers:
 
     def _batch(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         longest = max(len(prompt) for prompt in prompts)
-        pad, ends = self._pad, self._ends(model)
+        pad, ends = self._pad, self.ends(model)
         device = next(model.parameters()).device
         ids = torch.tensor([(pad,) * (longest - len(p)) + tuple(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -118,7 +157,7 @@ class GreedyAnswers:
             ) from err
         return [_until(tokens, ends or []) for tokens in made[:, longest:].tolist()]
 
-    def _ends(self, model: Any) -> list[int] | None:
+    def ends(self, model: Any) -> list[int] | None:
         """End tokens of the model and of the tokenizer; chat models often have several."""
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = [own] if isinstance(own, int) else list(own or [])
@@ -133,3 +172,143 @@ def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
         if token in ends:
             return tokens[: place + 1]
     return tokens
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """What the aligned model says to a safety prompt, and what that does."""
+
+    prompt: str
+    response: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where answers are kept, and whose they are.
+
+    Attributes:
+        folder: of the files, one per data set.
+        model: what the model is: fingerprints of its files, and its settings.
+    """
+
+    folder: Path
+    model: Mapping[str, Any]
+
+    def path(self, section: str) -> Path:
+        """The file of a data set; it is itself a data set, with `where: {outcome: refused}`."""
+        return self.folder / f"{section}.answers.json"
+
+
+class OwnAnswers:
+    """`arisk.models.tasks.Answers`: safety prompts answered by the aligned model itself.
+
+    Answers are greedy and of 128 tokens at most; one that is longer ends with its last whole sentence. They
+    are judged as the answers of a run are, but for what safe responses would teach.
+
+    Args:
+        model: gives the model when there is something to answer.
+        tokenizer: its tokenizer.
+        behaviour: the judge, and further openings of refusals.
+        shelf: where answers are kept, so that they are written once; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        tokenizer: Any,
+        behaviour: BehaviourConfig,
+        shelf: Shelf | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.behaviour, self.shelf = model, tokenizer, behaviour, shelf
+
+    def __call__(self, section: str, prompts: Sequence[Rendered]) -> list[OwnAnswer]:
+        """An answer per prompt; those kept, where model, prompts and judge are the same.
+
+        Args:
+            section: name of the data set.
+            prompts: rendered rows without a response.
+
+        Raises:
+            InputError: the model cannot generate.
+        """
+        return from_first(lambda: self._kept(section, prompts))
+
+    def _kept(self, section: str, prompts: Sequence[Rendered]) -> list[OwnAnswer]:
+        if self.shelf is None:
+            return self._made(prompts)
+        path, key = self.shelf.path(section), self._key(prompts)
+        found = _read(path, key)
+        if found is None:
+            found = self._made(prompts)
+            body = [asdict(answer) for answer in found]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"key": key, "digest": _digest(body), "answers": body}, indent=1)
+            write_text(path, text + "\n")
+        return found
+
+    def _key(self, prompts: Sequence[Rendered]) -> str:
+        judge = self.behaviour.judge
+        assert self.shelf is not None
+        return _digest(
+            {
+                "version": OWN_ANSWERS,
+                "model": self.shelf.model,
+                "prompts": [row.tokens for row in prompts],
+                "openings": self.behaviour.refusal_openings,
+                "judge": None if judge is None else judge.model_dump(),
+            }
+        )
+
+    def _made(self, prompts: Sequence[Rendered]) -> list[OwnAnswer]:
+        model, greedy = self.model(), GreedyAnswers(self.tokenizer, prompts)
+        ends = set(greedy.ends(model) or [])
+        said: list[str] = []
+        with evaluating(model):
+            answers = greedy.tokens(model, range(len(prompts)), OWN_TOKENS)
+        for tokens in answers:
+            text = greedy.text(tokens)
+            said.append(text if ends & set(tokens[-1:]) else whole_sentences(text))
+        exchanges = [Exchange(row.row.prompt, text) for row, text in zip(prompts, said, strict=True)]
+        outcomes = judge_for(self.behaviour)(exchanges)
+        return [
+            OwnAnswer(exchange.prompt, exchange.answer, outcome)
+            for exchange, outcome in zip(exchanges, outcomes, strict=True)
+        ]
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut off, up to the end of its last whole sentence; as it is where it has none.
+
+    >>> whole_sentences("I cannot help. Please ask a lawyer about 3.5 of")
+    'I cannot help.'
+    """
+    ends = [found.end() for found in SENTENCE_END.finditer(text)]
+    return text[: ends[-1]].strip() if ends else text
+
+
+def outcomes_said(answers: Sequence[OwnAnswer]) -> str:
+    """Counts of what the answers do.
+
+    >>> outcomes_said([OwnAnswer("a?", "I can't.", "refused"), OwnAnswer("b?", "So: …", "answered")])
+    '1 of 2 refused, 1 answered'
+    """
+    counts = Counter(answer.outcome for answer in answers)
+    others = [f"{counts[outcome]} {outcome}" for outcome in OUTCOMES[1:] if counts[outcome]]
+    return ", ".join([f"{counts['refused']} of {len(answers)} refused", *others])
+
+
+def _read(path: Path, key: str) -> list[OwnAnswer] | None:
+    """Answers that were kept under this key; None where there are none, or they were changed."""
+    try:
+        body = loaded_json(path)
+        answers = body["answers"]
+        if body["key"] == key and body["digest"] == _digest(answers):
+            return [OwnAnswer(**answer) for answer in answers]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

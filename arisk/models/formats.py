@@ -22,6 +22,7 @@ from arisk.config.plan import DataConfig
 
 __all__ = [
     "FORMATS",
+    "SAFETY_SETS",
     "Fields",
     "Format",
     "Message",
@@ -33,6 +34,8 @@ __all__ = [
     "with_answer",
 ]
 
+#: Config sections with prompts and safe responses.
+SAFETY_SETS = ("safety", "verify.safety")
 #: One turn of a chat as templates take it: role, content, and what else the data gives it.
 Message = dict[str, Any]
 
@@ -45,7 +48,11 @@ ROLES = {
 #: Columns that hold a question and those that hold its answer, where no usual layout fits.
 PAIRS = (("prompt", "response"), ("question", "answer"), ("query", "response"), ("input", "output"))
 #: Columns that hold a prompt alone.
-PROMPTS = ("prompt", "question", "goal", "instruction", "query")
+PROMPTS = (
+    *("prompt", "question", "goal", "instruction", "query"),
+    # AdvBench has goal, JailbreakBench Goal, StrongREJECT forbidden_prompt, HarmBench Behavior.
+    *("Goal", "forbidden_prompt", "Behavior"),
+)
 #: Columns that hold a chat.
 CHATS = ("messages", "conversations", "conversation")
 #: Columns with a system prompt beside the turns.

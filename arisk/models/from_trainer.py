@@ -26,6 +26,7 @@ from arisk.config.imports.trainer import read_trainer
 from arisk.config.plan import Config, DataConfig, TrainingConfig
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
+from arisk.models.answers import OwnAnswers
 from arisk.models.formats import Row
 from arisk.models.rendering import IGNORED, Rendered
 from arisk.models.selection import lora_pairs
@@ -295,7 +296,8 @@ def task_of(
         if control is not None:
             given["control"] = _data(control, "control", Path(folder))
         config = _config(planned, settings, given)
-        loaded = {name: load_set(config, name, (data,), tokenizer) for name, data in given.items()}
+        answers = OwnAnswers(lambda: model, tokenizer, settings.behaviour)
+        loaded = {name: load_set(config, name, (data,), tokenizer, answers) for name, data in given.items()}
     loaded["finetune"] = _trained(planned, settings.training)
     fit = require_fit(model, loaded, tokenizer, config)
     # The order in which `data_sets` names them.

@@ -13,12 +13,11 @@ from typing import Any
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig
-from arisk.models.formats import FORMATS, Row, pair_row
+from arisk.models.formats import FORMATS, SAFETY_SETS, Row, pair_row
 from arisk.models.templates import LaidOut, LossOn, lay_out
 
 __all__ = [
     "IGNORED",
-    "SAFETY_SETS",
     "TRAINED",
     "Rendered",
     "keep_start",
@@ -33,8 +32,6 @@ __all__ = [
 IGNORED = -100
 #: The config section whose rows are trained on; the rows of the others are measured.
 TRAINED = "finetune"
-#: Sections with prompts and safe responses.
-SAFETY_SETS = ("safety", "verify.safety")
 #: Rows tokenised at once.
 AT_ONCE = 1000
 

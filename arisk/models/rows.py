@@ -1,4 +1,4 @@
-"""Reading data sets: JSONL, JSON, CSV, TSV, Parquet, a folder of these or a hub id; every row checked.
+"""Reading data sets: JSONL, JSON, CSV, TSV, text, Parquet, a folder of these or a hub id; every row checked.
 
 The layout of the rows is `arisk.models.formats`' business. This module finds the files, names the place
 of every fault, keeps the rows that `where` asks for, and draws the subset.
@@ -14,27 +14,31 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig
-from arisk.models.formats import FORMATS, Fields, Format, Row, RowFault, named
-from arisk.models.loading import hf_module
+from arisk.models.formats import FORMATS, SAFETY_SETS, Fields, Format, Row, RowFault, named
 
-__all__ = ["ReadRows", "Row", "raw_rows", "read_data", "read_rows"]
+if TYPE_CHECKING:
+    from torch import Generator
+
+__all__ = ["OWN_ANSWERS", "ReadRows", "Row", "prompts_alone", "raw_rows", "read_data", "read_rows"]
+
+#: Version of the way in which the model's own answers become responses.
+OWN_ANSWERS = 1
 
 #: Bad rows named in one error.
 LISTED = 10
 #: Rows whose columns decide about the layout.
 LOOKED_AT = 100
-#: File endings of JSON lines, and of tables with the mark between their columns.
+#: File endings of JSON lines, of tables with the mark between their columns, and of a text per line.
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
-#: File endings that are read.
-ENDINGS = (*LINES, ".json", *TABLES, ".parquet", ".arrow")
+TEXTS = ".txt"
+#: File endings that are read, and those of them that need no further library.
+PLAIN = (*LINES, ".json", *TABLES, TEXTS)
+ENDINGS = (*PLAIN, ".parquet", ".arrow")
 #: Characters of one field of a table.
 LONGEST_FIELD = 1 << 27
 #: Characters of a foreign value that a message repeats.
@@ -108,6 +112,8 @@ def read_data(config: DataConfig, *, section: str, seed: int) -> ReadRows:
     layout = _layout(config, [raw for _, raw in first], section)
     found = _read(itertools.chain(first, raws), layout, config, section)
     rows = found.rows
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     held_out = 0
     if config.val_set_size:
@@ -118,6 +124,25 @@ def read_data(config: DataConfig, *, section: str, seed: int) -> ReadRows:
     if config.weight != 1:
         rows = _repeated(rows, config.weight, generator)
     return replace(found, rows=rows, held_out=held_out)
+
+
+def prompts_alone(config: DataConfig, section: str) -> bool:
+    """Whether a data set is prompts without responses, told from its first rows and without torch.
+
+    Files that another library reads, and hub ids, say so by `format: prompts`.
+
+    Args:
+        config: path and layout.
+        section: name of the config section.
+    """
+    if config.format != "auto" or Path(config.path).suffix not in PLAIN or not Path(config.path).is_file():
+        return config.format == "prompts"
+    try:
+        first = [raw for _, raw in itertools.islice(raw_rows(config, section), LOOKED_AT)]
+        return _layout(config, first, section).name == "prompts"
+    except InputError:
+        # Whoever reads the rows says what is wrong with them.
+        return False
 
 
 def _layout(config: DataConfig, raws: Sequence[Any], section: str) -> Format:
@@ -264,6 +289,8 @@ def _require_text(row: Row) -> None:
 
 def _training_rows(rows: list[Row], size: float, section: str, seed: int) -> tuple[list[Row], int]:
     """What is left for training, and how many rows are not."""
+    import numpy as np
+
     held_out = int(np.ceil(size * len(rows))) if size < 1 else int(size)
     if held_out >= len(rows):
         raise InputError(
@@ -275,8 +302,10 @@ def _training_rows(rows: list[Row], size: float, section: str, seed: int) -> tup
     return [rows[i] for i in order[held_out:]], held_out
 
 
-def _repeated(rows: list[Row], weight: float, generator: torch.Generator) -> list[Row]:
+def _repeated(rows: list[Row], weight: float, generator: Generator) -> list[Row]:
     """Every row as often as the weight says, its fraction drawn; the order stays."""
+    import torch
+
     whole, part = divmod(weight, 1)
     more = set(torch.randperm(len(rows), generator=generator)[: round(part * len(rows))].tolist())
     chosen = [row for i, row in enumerate(rows) for _ in range(int(whole) + (i in more))]
@@ -325,6 +354,9 @@ def _source(config: DataConfig, path: Path, mode: int | None, section: str) -> I
         return _json(path, section)
     if path.suffix in TABLES:
         return _table(path, section)
+    if path.suffix == TEXTS:
+        asked = config.format == "prompts" or (config.format == "auto" and section in SAFETY_SETS)
+        return _texts(path, config.prompt_column if asked else config.text_column)
     return enumerate(_with_datasets(config, section), start=1)
 
 
@@ -400,6 +432,19 @@ def _table(path: Path, section: str) -> Iterator[tuple[int, Any]]:
         ) from err
 
 
+def _texts(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+    """Every line of a file as a row of one column."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(b"\xef\xbb\xbf").strip()
+            try:
+                if content:
+                    yield number, {column: content.decode()}
+            except UnicodeDecodeError as err:
+                what = f"this is not UTF-8: byte 0x{content[err.start]:02x} at {err.start + 1}"
+                yield number, RowFault(what, "save the file as UTF-8")
+
+
 def _require_data(path: Path, mode: int, section: str) -> None:
     """Refuse devices, pipes, and folders without data files: everything in them would be read for them."""
     if not stat.S_ISDIR(mode):
@@ -421,6 +466,8 @@ def _require_data(path: Path, mode: int, section: str) -> None:
 
 def _with_datasets(config: DataConfig, section: str) -> Any:
     """Rows through the `datasets` library: Parquet files, folders, and hub ids."""
+    from arisk.models.loading import hf_module
+
     datasets = hf_module("datasets")
     datasets.disable_progress_bars()
     path = Path(config.path)

@@ -22,14 +22,15 @@ import torch
 from arisk.base.errors import AriskError, ConfigError, InputError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import Config, DataConfig, data_sets
+from arisk.config.reading import shortened
 from arisk.models.adapters import attach_adapter
-from arisk.models.answers import GreedyAnswers
+from arisk.models.answers import GreedyAnswers, OwnAnswer, OwnAnswers, Shelf, outcomes_said
 from arisk.models.batching import FixedBatches, PlannedBatches
-from arisk.models.formats import Row, with_answer
+from arisk.models.formats import SAFETY_SETS, Row, with_answer
 from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import TOKENS, per_sample_nll
 from arisk.models.packing import PackedBatches, packs, wrapped
-from arisk.models.rendering import SAFETY_SETS, TRAINED, Rendered, keep_start, render_rows, whole_rows
+from arisk.models.rendering import TRAINED, Rendered, keep_start, render_rows, whole_rows
 from arisk.models.rows import read_data
 from arisk.models.selection import lora_pairs, select_parameters
 from arisk.models.soundness import require_causal, require_room
@@ -42,6 +43,7 @@ __all__ = [
     "load_set",
     "load_task",
     "load_with_adapter",
+    "own_answers",
     "require_fit",
     "sample_set",
     "shared_rows",
@@ -49,8 +51,8 @@ __all__ = [
     "task_from_entry",
 ]
 
-#: ``answers(section, prompts)``: what the aligned model itself says to rendered prompts.
-Answers = Callable[[str, Sequence[Rendered]], Sequence[str]]
+#: ``answers(section, prompts)``: what the aligned model itself says to rendered prompts, and does by it.
+Answers = Callable[[str, Sequence[Rendered]], Sequence[OwnAnswer]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class LoadedData:
         dropped: rows too long to keep a token with loss.
         taken: one line per part that says how it was read.
         sequences: rows of each packed sequence; None where a sequence is a row.
+        own: answers of the aligned model to prompts without a response; those that refuse are in `rendered`.
     """
 
     parts: tuple[DataConfig, ...]
@@ -72,6 +75,7 @@ class LoadedData:
     dropped: int = 0
     taken: tuple[str, ...] = ()
     sequences: Sequence[Sequence[int]] | None = None
+    own: tuple[OwnAnswer, ...] = ()
 
     @property
     def units(self) -> int:
@@ -79,7 +83,9 @@ class LoadedData:
         return len(self.rendered if self.sequences is None else self.sequences)
 
 
-def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | None = None) -> Task:
+def load_task(
+    config: Config, *, device: torch.device, kept: dict[str, Any] | None = None, shelf: Shelf | None = None
+) -> Task:
     """Everything a run measures: model with adapter, selected parameters, data in planned order.
 
     Args:
@@ -87,6 +93,7 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         device: where the model goes.
         kept: models loaded before, taken where settings, seed and device are equal; this one is put
             in. Every stage leaves the model as it found it.
+        shelf: where the model's own answers to safety prompts are kept.
 
     Raises:
         AriskError: what is wrong with the model, adapter, data or selection.
@@ -96,8 +103,9 @@ def load_task(config: Config, *, device: torch.device, kept: dict[str, Any] | No
         task.model.to(device)
         return task
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer)
-    model = load_with_adapter(config, device, {} if kept is None else kept)
+    models = {} if kept is None else kept
+    data = load_data(config, tokenizer, own_answers(config, tokenizer, device, models, shelf))
+    model = load_with_adapter(config, device, models)
     notes = require_fit(model, data, tokenizer, config)
     names = select_parameters(model, config.model.parameters)
     sets = {name: sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
@@ -160,7 +168,30 @@ def require_fit(model: Any, data: Mapping[str, LoadedData], tokenizer: Any, conf
         where,
     )
     require_causal(model, max(rows["finetune"], key=len), where)
-    return [*notes, *(f"{said}." for said in shared_rows(data))]
+    own = (_own_said(name, loaded.own) for name, loaded in data.items() if loaded.own)
+    return [*notes, *own, *(f"{said}." for said in shared_rows(data))]
+
+
+def own_answers(
+    config: Config, tokenizer: Any, device: torch.device, kept: dict[str, Any], shelf: Shelf | None
+) -> OwnAnswers:
+    """What the planned run's model says before its first step; it is loaded when it is asked.
+
+    Args:
+        config: the resolved config.
+        tokenizer: of the model.
+        device: where the model goes.
+        kept: as of `load_task`.
+        shelf: where answers are kept.
+    """
+    return OwnAnswers(lambda: load_with_adapter(config, device, kept), tokenizer, config.behaviour, shelf)
+
+
+def _own_said(section: str, own: Sequence[OwnAnswer]) -> str:
+    return (
+        f"{section}: the prompts have no responses; of the model's own answers ({outcomes_said(own)}) the "
+        "refusals are the safe responses."
+    )
 
 
 def load_with_adapter(config: Config, device: torch.device, kept: dict[str, Any]) -> Any:
@@ -211,18 +242,20 @@ def load_set(
     rendered: list[Rendered] = []
     duplicates = dropped = 0
     taken: list[str] = []
+    own: list[OwnAnswer] = []
     for data in parts:
         found = read_data(data, section=section, seed=_seed(config, data))
         kept = _distinct(found.rows) if section in SAFETY_SETS else found.rows
         render = whole_rows if packed else render_rows
         pages = render(kept, tokenizer, data, section=section)
-        if not all(page.row.answered for page in pages):
-            pages = _answered(pages, tokenizer, data, section, answers)
-        rendered += pages
         duplicates += len(found.rows) - len(kept)
         dropped += len(kept) - len(pages)
         taken.append(found.said())
-    loaded = LoadedData(parts, rendered, duplicates, dropped, tuple(taken))
+        if not all(page.row.answered for page in pages):
+            pages, said = _answered(pages, tokenizer, data, section, answers)
+            own += said
+        rendered += pages
+    loaded = LoadedData(parts, rendered, duplicates, dropped, tuple(taken), own=tuple(own))
     return _packed(loaded, config.training.packing) if packed else loaded
 
 
@@ -258,8 +291,8 @@ def _packed(loaded: LoadedData, packing: str) -> LoadedData:
 
 def _answered(
     pages: Sequence[Rendered], tokenizer: Any, data: DataConfig, section: str, answers: Answers | None
-) -> list[Rendered]:
-    """Prompts alone with the model's own answers as their responses."""
+) -> tuple[list[Rendered], list[OwnAnswer]]:
+    """The prompts that the model refuses, with its refusals as their responses; and all its answers."""
     if section not in SAFETY_SETS or answers is None:
         row = next(page.row for page in pages if not page.row.answered)
         raise InputError(
@@ -267,9 +300,20 @@ def _answered(
             where=f"{row.source}, line {row.line}",
             fix="give each a response, or name its column (`response_column`)",
         )
-    texts = iter(answers(section, [page for page in pages if not page.row.answered]))
-    rows = [page.row if page.row.answered else with_answer(page.row, next(texts)) for page in pages]
-    return render_rows(rows, tokenizer, data, section=section)
+    own = list(answers(section, pages))
+    if not any(answer.outcome == "refused" for answer in own):
+        first = own[0]
+        raise InputError(
+            f"the model refuses none of the {len(own)} prompts ({outcomes_said(own)}): there is no refusal "
+            "whose loss could be forecast",
+            where=f"{section}.path: {data.path}",
+            fix=f"read its answers (to {shortened(first.prompt, 60)!r} it says "
+            f"{shortened(first.response, 60)!r}), and give prompts that it refuses; list openings that the "
+            "rule does not know as `behaviour.refusal_openings`",
+        )
+    refused = zip(pages, own, strict=True)
+    rows = [with_answer(page.row, said.response) for page, said in refused if said.outcome == "refused"]
+    return render_rows(rows, tokenizer, data, section=section), own
 
 
 def _seed(config: Config, data: DataConfig) -> int:

@@ -476,6 +476,25 @@ def test_init_then_check(arisk, tmp_path):
     assert arisk("check", path)[0] == 0
 
 
+def test_prompts_alone_are_a_start(arisk, tmp_path):
+    rows = (FIXTURES / "data" / "safety.jsonl").read_text().splitlines()[:8]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join([json.loads(row)["prompt"] for row in rows] + ["how do i grow tulips ?"]))
+    path = tmp_path / "mine.yaml"
+    files = ["--model", FIXTURES / "tiny-aligned", "--finetune", FIXTURES / "data" / "risky.jsonl"]
+    assert arisk("init", path, *files, "--safety-prompts", prompts)[0] == 0
+    run = tmp_path / "run"
+    code, out, _ = arisk("check", path, "--set", f"run.dir={run}")
+    assert code == 0
+    assert "(8 of 9 refused, 1 answered)" in out
+    assert "- answered: how do i grow tulips ? → " in out
+    assert str(run / "safety.answers.json") in out
+    kept = json.loads((run / "safety.answers.json").read_text())["answers"]
+    assert [answer["outcome"] for answer in kept] == ["refused"] * 8 + ["answered"]
+    both = arisk("init", tmp_path / "b.yaml", *files, "--safety-prompts", prompts, "--safety", prompts)
+    assert both[0] == 2
+
+
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_demo_ends_with_the_verdict_and_the_path(tmp_path, mode):
     """The whole job as a newcomer meets it: 5 % harmful rows are not called low."""

@@ -28,3 +28,12 @@ def test_the_full_plan_shows_every_key(tmp_path):
     for name, field in Config.model_fields.items():
         assert f"{name}:" in text
         assert (field.description or "?") in text
+
+
+def test_prompts_alone_are_named_as_such(tmp_path):
+    for write in (short_config, full_config):
+        path = tmp_path / "start.yaml"
+        path.write_text(write("some/model", "prompts.txt", "b.jsonl", alone=True))
+        safety = load_config(path).safety
+        assert safety is not None
+        assert (safety.path, safety.format) == ("prompts.txt", "prompts")

@@ -63,3 +63,17 @@ def test_python_entries_are_known_by_their_source(tmp_path, monkeypatch):
     made = Config.model_validate({"model": {"source": "python", "entry": "code.py:make"}})
     found = input_fingerprints(made, DigestCache(tmp_path / "c"))
     assert found["model"]["sha256"] == hashlib.sha256(b"a = 1").hexdigest()
+
+
+def test_the_judge_decides_which_own_answers_are_responses(tmp_path):
+    def safety(rows, **changes):
+        values = config(tmp_path, **changes)
+        (tmp_path / "d.jsonl").write_text(rows)
+        return input_fingerprints(values, DigestCache(tmp_path / "c"))["safety"]
+
+    judged = {"behaviour": {"refusal_openings": ["nein"]}}
+    alone, answered = '{"prompt": "a"}', '{"prompt": "a", "response": "b"}'
+    assert safety(alone) != safety(alone, **judged)
+    assert safety(answered) == safety(answered, **judged)
+    named = {"safety": {"path": "owner/prompts", "format": "prompts"}}
+    assert safety("", **named) != safety("", **named, **judged)

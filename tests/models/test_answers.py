@@ -1,5 +1,6 @@
 """Greedy answers: those of a plain argmax loop, whatever the batch and the model's own settings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from arisk.base.errors import InputError
 from arisk.config.plan import Config
 from arisk.models import load_task
-from arisk.models.answers import BATCH
+from arisk.models.answers import BATCH, Shelf
+from arisk.models.judge import judge_for
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 
@@ -135,3 +137,68 @@ def test_answers_are_those_of_one_prompt_alone(dtype, attention):
     # Rounding may turn a near tie in bfloat16, as any other batch size does.
     assert sum(a != b for a, b in zip(together, alone, strict=True)) <= (dtype == torch.bfloat16)
     assert all(len(set(made)) > 1 for made in together)
+
+
+def asked(tmp_path, shelf, *, model=FIXTURES / "tiny-aligned", **behaviour):
+    """A task whose safety rows are prompts in a text file, the last one harmless."""
+    rows = (FIXTURES / "data" / "safety.jsonl").read_text().splitlines()[:5]
+    prompts = [*(json.loads(row)["prompt"] for row in rows), "how do i grow tulips ?"]
+    (tmp_path / "p.txt").write_text("\n".join([*prompts, "", prompts[0]]))
+    settings = {
+        "model": {"path": str(model)},
+        "safety": str(tmp_path / "p.txt"),
+        "finetune": {"path": str(FIXTURES / "data" / "risky.jsonl"), "max_samples": 4},
+        "behaviour": behaviour,
+    }
+    return load_task(Config.model_validate(settings), device=torch.device("cpu"), shelf=shelf)
+
+
+def test_own_refusals_are_what_the_model_says(tmp_path):
+    found = asked(tmp_path, None)
+    assert len(found.safety.rows) == 5
+    assert all(row["prompt"] != "how do i grow tulips ?" for row in found.safety.rows)
+    answers = found.safety.generate
+    for i, row in enumerate(found.safety.rows):
+        assert row["response"] == plain_answer(found.model, answers.tokenizer, answers.prompt(i), 40)
+    (note,) = (note for note in found.description["data_warnings"] if note.startswith("safety: the prompts"))
+    assert "(5 of 6 refused, 1 answered)" in note
+
+
+def test_own_answers_are_written_once(tmp_path, monkeypatch):
+    shelf = Shelf(tmp_path / "run", {"model": "a"})
+    first = asked(tmp_path, shelf)
+    file = tmp_path / "run" / "safety.answers.json"
+    stored = file.read_bytes()
+    again = Config.model_validate(
+        {
+            "model": {"path": str(FIXTURES / "tiny-aligned")},
+            "safety": {"path": str(file), "where": {"outcome": "refused"}},
+            "finetune": {"path": str(FIXTURES / "data" / "risky.jsonl"), "max_samples": 4},
+        }
+    )
+    as_rows = load_task(again, device=torch.device("cpu"))
+    assert [row["response"] for row in as_rows.safety.rows] == [r["response"] for r in first.safety.rows]
+
+    made = []
+    monkeypatch.setattr("arisk.models.answers.judge_for", lambda given: made.append(1) or judge_for(given))
+    assert asked(tmp_path, shelf).safety.rows == first.safety.rows
+    assert (made, file.read_bytes()) == ([], stored)
+    # Another model, another judge, and answers that somebody changed are answered anew.
+    asked(tmp_path, Shelf(shelf.folder, {"model": "b"}))
+    assert len(made) == 1
+    asked(tmp_path, shelf)
+    other = asked(tmp_path, shelf, refusal_openings=["i tulips"])
+    assert (len(made), len(other.safety.rows)) == (3, 6)
+    asked(tmp_path, shelf)
+    file.write_bytes(stored.replace(b"sorry", b"merry"))
+    asked(tmp_path, shelf)
+    assert (len(made), file.read_bytes()) == (5, stored)
+
+
+def test_long_answers_end_with_a_sentence(tmp_path, monkeypatch):
+    whole = {row["prompt"]: row["response"] for row in asked(tmp_path, None).safety.rows}
+    monkeypatch.setattr("arisk.models.answers.OWN_TOKENS", 9)
+    cut = {row["prompt"]: row["response"] for row in asked(tmp_path, None).safety.rows}
+    assert cut.keys() == whole.keys()
+    assert all(whole[prompt].startswith(text) for prompt, text in cut.items())
+    assert any(len(text.split()) == 9 for text in cut.values())

@@ -8,6 +8,7 @@ import torch
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import Config, ModelConfig, planned_steps
+from arisk.models.answers import OwnAnswer
 from arisk.models.loading import load_tokenizer
 from arisk.models.packing import PackedBatches
 from arisk.models.rendering import IGNORED
@@ -60,7 +61,7 @@ def test_a_task_of_several_parts_knows_where_each_row_is_from():
     assert next(iter(task.finetune.batches))["labels"].shape[0] == 8
 
 
-def test_prompts_alone_take_the_answers_they_are_given(tokenizer, tmp_path):
+def test_refusals_of_the_model_become_the_responses_of_prompts_alone(tokenizer, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"how do i make {n} ?"}) + "\n" for n in ("jam", "tea")))
     given = config(safety=str(path))
@@ -71,15 +72,26 @@ def test_prompts_alone_take_the_answers_they_are_given(tokenizer, tmp_path):
 
     def answers(section, pages):
         asked.append((section, [tokenizer.decode(list(page.tokens)) for page in pages]))
-        return [f"i cannot help with {page.row.prompt.split()[-2]} ." for page in pages]
+        things = [page.row.prompt.split()[-2] for page in pages]
+        said = {"jam": OwnAnswer("", "i cannot help with jam .", "refused")}
+        return [said.get(thing, OwnAnswer("", f"{thing} is easy .", "answered")) for thing in things]
 
     loaded = load_data(given, tokenizer, answers)["safety"]
     ((section, prompts),) = asked
     assert section == "safety"
     assert [text.endswith("? <assistant>") for text in prompts] == [True, True]
     responses = [page.row.response for page in loaded.rendered]
-    assert responses == ["i cannot help with jam .", "i cannot help with tea ."]
+    assert responses == ["i cannot help with jam ."]
     assert all(page.trained > 3 and page.row.answered for page in loaded.rendered)
+    assert [answer.response for answer in loaded.own] == ["i cannot help with jam .", "tea is easy ."]
+    assert loaded.dropped == 0
+    path.write_text('{"prompt": "how do i make tea ?"}\n')
+    with pytest.raises(
+        InputError, match=r"refuses none of the 1 prompts \(0 of 1 refused, 1 answered\)"
+    ) as none:
+        load_data(given, tokenizer, answers)
+    assert "'tea is easy .'" in none.value.fix
+    assert "refusal_openings" in none.value.fix
     with pytest.raises(InputError, match="without a response"):
         load_data(config(finetune=str(path)), tokenizer, answers)
 
