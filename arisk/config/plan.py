@@ -230,7 +230,7 @@ class ModelConfig(Settings):
 
 
 class DataConfig(Settings):
-    """One data set: a JSONL, JSON, CSV, TSV or Parquet file, a folder of them, or a hub id."""
+    """One data set: a JSONL, JSON, CSV, TSV, text or Parquet file, a folder of them, or a hub id."""
 
     path: PathText
     """File, folder or hub id; a data set that is given as a plain string is its path."""
@@ -240,7 +240,8 @@ class DataConfig(Settings):
     """Split of a hub data set."""
     format: str = "auto"
     """Row layout. auto: recognised by its columns, which `arisk check` tells; or alpaca, dolly, kto,
-    messages, preference, prompt_completion, prompt_response, prompts, sharegpt, text, transcript."""
+    messages, preference, prompt_completion, prompt_response, prompts (the model's own refusals become safety
+    rows), sharegpt, text, transcript."""
     prompt_column: str = "prompt"
     """Column with the prompt."""
     response_column: str = "response"
