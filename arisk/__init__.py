@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "AlignGuardConfig": "arisk.guard.settings",
+    "AlignGuardConfig": "arisk.guard.mitigator",
     "AlignmentRiskPipeline": "arisk.api",
     "AriskError": "arisk.base.errors",
     "Comparison": "arisk.verification.truth",

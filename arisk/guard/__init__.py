@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arisk.guard.directions import FisherMass, SafetyDirections, fisher_mass, safety_directions
     from arisk.guard.mitigator import (
+        AlignGuardConfig,
         LoRAMitigator,
         PenaltyTerms,
         RegularizedLoss,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         relax,
         without_conflict,
     )
-    from arisk.guard.settings import AlignGuardConfig
     from arisk.guard.sites import Site, adapter_sites, weight_sites
     from arisk.guard.terms import Factored
 

@@ -1,25 +1,30 @@
 """The AlignGuard regulariser over a model that trains: the penalty, its gradient, its reference.
 
 From a model and its safety data to a mitigator.
+
+The settings stand here, and the state of a mitigator goes to and from a folder: safetensors and JSON with a
+format version.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from arisk.base.errors import ConfigError, NumericsError
+from arisk.base.artifacts import FORMAT_VERSION, read_json, read_tensors, write_tensors, write_text
+from arisk.base.errors import ArtifactError, ConfigError, NewerFormatError, NumericsError
 from arisk.base.task import SampleSet
+from arisk.config.python import PythonSettings
+from arisk.config.sections import NonNegativeFloat, PositiveInt
 from arisk.guard.directions import FisherMass, SafetyDirections, fisher_mass, safety_directions
-from arisk.guard.settings import AlignGuardConfig
 from arisk.guard.sites import Site, adapter_sites, drift_of, require_sound
-from arisk.guard.state import read_state, write_state
 from arisk.guard.terms import (
     Factored,
     SplitDrift,
@@ -30,7 +35,181 @@ from arisk.guard.terms import (
     subspace_split,
 )
 
-__all__ = ["LoRAMitigator", "PenaltyTerms", "RegularizedLoss", "build_mitigator", "matched_sites"]
+__all__ = [
+    "AlignGuardConfig",
+    "GuardState",
+    "LoRAMitigator",
+    "PenaltyTerms",
+    "RegularizedLoss",
+    "build_mitigator",
+    "matched_sites",
+    "read_state",
+    "write_state",
+]
+
+
+class AlignGuardConfig(PythonSettings):
+    """Weights and form of the penalty; the defaults of the weights are those of the peer package."""
+
+    lambda_a: NonNegativeFloat = 0.25
+    """λ_A of the Fisher term ‖F^½ΔW_A‖²: drift that safety is sensitive to."""
+    lambda_t: NonNegativeFloat = 0.5
+    """λ_T of the task term ‖H^½ΔW_T‖²: the rest of the drift."""
+    lambda_nc: NonNegativeFloat = 0.1
+    """λ_NC of the two collision terms, overlap and geodesic."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of λ_NC that the overlap term has; 0 skips this, the one costly term."""
+    beta: NonNegativeFloat = 4.0
+    """β in η_j = 1 + βσ(|ΔW_j| − τ), the extra weight of large entries in the overlap term."""
+    tau: NonNegativeFloat = 0.01
+    """τ in η_j, in units of a weight."""
+    overlap_rows: PositiveInt | None = None
+    """Output rows per matrix on which the overlap term is estimated, other ones at every call: unbiased,
+    and cheap. null: all of them, exactly."""
+    task_metric: Literal["identity", "fisher_diagonal"] | Callable[..., Any] = "identity"
+    """H. identity: plain ‖ΔW_T‖²; fisher_diagonal: of the fine-tuning loss, rank one per matrix, mean 1;
+    or `(weight name, ΔW_T as arisk.guard.Factored) -> scalar tensor` in its place."""
+    split: Literal["subspace", "blocks"] = "subspace"
+    """ΔW_A. subspace: PΔW with the projector on the safety subspace; blocks: output rows by Fisher mass."""
+    rank: PositiveInt | None = None
+    """Directions of the safety subspace in ΔW space; default that of the report's subspace, else 32."""
+    width: PositiveInt = 32
+    """Rows and columns of the core into which each matrix's safety gradients are compressed."""
+    metric_batches: PositiveInt = 8
+    """Fine-tuning batches that `fisher_diagonal` is measured on."""
+    chunk_size: PositiveInt = 8
+    """Samples per backward pass while the directions are measured; memory grows with it."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the random compression; the global random state is not used."""
+
+
+TENSORS, RECORD = "tensors.safetensors", "record.json"
+KIND = "LoRAMitigator"
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What a mitigator is made of, without the model.
+
+    Attributes:
+        sites: guarded weights.
+        config: its settings.
+        reason: why it is skipped, or None.
+        directions: the safety subspace, or None.
+        metric: Fisher mass of the fine-tuning loss, or None.
+        reference: by site, the trained parameters at the reference.
+    """
+
+    sites: Sequence[Site]
+    config: AlignGuardConfig
+    reason: str | None
+    directions: SafetyDirections | None
+    metric: FisherMass | None
+    reference: Sequence[Sequence[Tensor]]
+
+
+def write_state(
+    folder: Path,
+    *,
+    sites: Sequence[Site],
+    config: Mapping[str, Any],
+    reason: str | None,
+    directions: SafetyDirections | None,
+    metric: FisherMass | None,
+    reference: Sequence[Sequence[Tensor]],
+) -> None:
+    """Write the parts of a `GuardState`; `config` is JSON, a custom metric being null.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
+    for i, group in enumerate(reference):
+        tensors.update({f"reference.{i}.{j}": kept for j, kept in enumerate(group)})
+    if directions is not None:
+        tensors.update({"basis": directions.basis, "eigenvalues": directions.eigenvalues})
+        for i, (u, v) in enumerate(directions.frames):
+            tensors.update({f"frame.{i}.u": u, f"frame.{i}.v": v})
+        tensors.update(_mass_tensors("mass", directions.mass))
+        shares = {"captured": directions.captured, "explained": directions.explained}
+    if metric is not None:
+        tensors.update(_mass_tensors("metric", metric))
+    body = {
+        "format_version": FORMAT_VERSION,
+        "type": KIND,
+        "sites": [asdict(site) for site in sites],
+        "config": config,
+        "reason": reason,
+        "shares": shares,
+    }
+    write_tensors(folder / TENSORS, tensors)
+    write_text(folder / RECORD, json.dumps(body, indent=1, allow_nan=False) + "\n")
+
+
+def read_state(folder: Path, task_metric: Callable[..., Any] | None) -> GuardState:
+    """Read what `write_state` wrote.
+
+    Raises:
+        ArtifactError: a file is missing, damaged, or of a newer format.
+        ConfigError: there was a custom metric and none is given.
+    """
+    try:
+        body, tensors = read_json(folder / RECORD), read_tensors(folder / TENSORS)
+        if body.get("type") != KIND:
+            raise _damaged(folder, f"it holds {body.get('type')!r}")
+        sites = [Site(**site) for site in body["sites"]]
+        reference = [
+            [tensors[f"reference.{i}.{j}"] for j in range(len(site.trained))] for i, site in enumerate(sites)
+        ]
+        directions = None if "basis" not in tensors else _directions(tensors, len(sites), body["shares"])
+        metric = None if "metric.0.rows" not in tensors else _mass("metric", tensors, len(sites))
+        settings = dict(body["config"])
+    except NewerFormatError:
+        raise
+    except (ArtifactError, KeyError, TypeError) as err:
+        raise _damaged(folder, str(err).splitlines()[0]) from err
+    if settings["task_metric"] is None:
+        settings["task_metric"] = task_metric
+        if task_metric is None:
+            raise ConfigError(
+                "this mitigator had a custom task metric, which cannot be saved",
+                where=str(folder),
+                fix="give the same function as `task_metric=` to `load`",
+            )
+    config = AlignGuardConfig(**settings)
+    return GuardState(sites, config, body["reason"], directions, metric, reference)
+
+
+def _damaged(folder: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"a saved mitigator cannot be read: {why}",
+        where=str(folder),
+        fix="give the folder that `save` wrote, or build the mitigator again",
+    )
+
+
+def _mass_tensors(name: str, mass: FisherMass) -> dict[str, Tensor]:
+    found = {f"{name}.{i}.rows": rows for i, rows in enumerate(mass.rows)}
+    return found | {f"{name}.{i}.columns": columns for i, columns in enumerate(mass.columns)}
+
+
+def _mass(name: str, tensors: Mapping[str, Tensor], sites: int) -> FisherMass:
+    return FisherMass(
+        [tensors[f"{name}.{i}.rows"] for i in range(sites)],
+        [tensors[f"{name}.{i}.columns"] for i in range(sites)],
+    )
+
+
+def _directions(tensors: Mapping[str, Tensor], sites: int, shares: Mapping[str, float]) -> SafetyDirections:
+    return SafetyDirections(
+        frames=[(tensors[f"frame.{i}.u"], tensors[f"frame.{i}.v"]) for i in range(sites)],
+        basis=tensors["basis"],
+        eigenvalues=tensors["eigenvalues"],
+        mass=_mass("mass", tensors, sites),
+        captured=shares["captured"],
+        explained=shares["explained"],
+    )
 
 
 @dataclass(frozen=True)
