@@ -9,7 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arisk.guard.directions import FisherMass, SafetyDirections, fisher_mass, safety_directions
+    from arisk.guard.directions import (
+        FisherMass,
+        SafetyDirections,
+        Site,
+        adapter_sites,
+        fisher_mass,
+        safety_directions,
+        weight_sites,
+    )
     from arisk.guard.mitigator import (
         AlignGuardConfig,
         LoRAMitigator,
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
         relax,
         without_conflict,
     )
-    from arisk.guard.sites import Site, adapter_sites, weight_sites
     from arisk.guard.terms import Factored
 
 __all__ = [
@@ -67,8 +74,8 @@ _HOME = {
     "relax": "rivals",
     "SafetyBatches": "rivals",
     **dict.fromkeys(("ewc_penalty", "fisher_diagonals", "per_sample_rows"), "rivals"),
-    "AlignGuardConfig": "settings",
-    **dict.fromkeys(("Site", "adapter_sites", "weight_sites"), "sites"),
+    "AlignGuardConfig": "mitigator",
+    **dict.fromkeys(("Site", "adapter_sites", "weight_sites"), "directions"),
     "mean_loss": "rivals",
 }
 

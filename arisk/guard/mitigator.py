@@ -23,8 +23,16 @@ from arisk.base.errors import ArtifactError, ConfigError, NewerFormatError, Nume
 from arisk.base.task import SampleSet
 from arisk.config.python import PythonSettings
 from arisk.config.sections import NonNegativeFloat, PositiveInt
-from arisk.guard.directions import FisherMass, SafetyDirections, fisher_mass, safety_directions
-from arisk.guard.sites import Site, adapter_sites, drift_of, require_sound
+from arisk.guard.directions import (
+    FisherMass,
+    SafetyDirections,
+    Site,
+    adapter_sites,
+    drift_of,
+    fisher_mass,
+    require_sound,
+    safety_directions,
+)
 from arisk.guard.terms import (
     Factored,
     SplitDrift,
