@@ -1,27 +1,31 @@
-"""Stage guard: the planned fine-tune really carried out, plain and with every protection.
+"""Stage guard: the planned fine-tune really carried out, plain and with every protection, and its cost.
 
-All arms start from the same model and see the same batches in the same order; the model is put back
-to the bit after each. A finished arm is kept on disk, and an unfinished one goes on where it was saved.
+All arms start from the same model and see the same batches in the same order; the model is put back to the
+bit after each. A finished arm is kept on disk, and an unfinished one goes on where it was saved. Counted
+beforehand is everything but what a penalty costs beside a step.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from arisk.anatomy.cost import numel, samples_in
 from arisk.base.artifacts import read_record, write_record
 from arisk.base.processes import from_first, is_first
 from arisk.base.task import Progress, Task, silent
-from arisk.config.plan import TrainingConfig
+from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import GuardSettings
+from arisk.engine.stage import Cost, CostScene
 from arisk.gradients import layout_of, measuring
 from arisk.guard.arm import ArmRun, TaskRows, task_rows
-from arisk.guard.methods import ArmPlan, arm_names
+from arisk.guard.methods import METHODS, ArmPlan, arm_names
 from arisk.guard.record import Arm, GuardResult
 from arisk.training.loop import PlannedRun, draws_noise, keeping_parameters
 from arisk.training.recipe import recipe_of
+from arisk.verification.cost import COPIES_OF_A_RUN, looked, per_step
 from arisk.verification.run import Writer, measured_steps, writer
 
-__all__ = ["guard"]
+__all__ = ["guard", "guard_cost"]
 
 
 def guard(
@@ -156,3 +160,47 @@ def _shared_prompts(task: Task) -> int:
         return 0
     used = {row.get("prompt") for row in task.safety.rows} - {None, ""}
     return sum(row.get("prompt") in used for row in task.heldout.rows)
+
+
+#: Copies of the selected parameters beside the model: a run, the reference and a Fisher diagonal.
+COPIES = 6
+
+
+def guard_cost(scene: CostScene) -> Cost:
+    """Every arm's real run, measured as verify measures, and what its protection needs beforehand."""
+    vector, on_device = numel(scene.task) * 4 / 1e9, scene.device.get("gradients")
+    return Cost(
+        passes=_passes(scene),
+        seconds=scene.loading,
+        memory_gb=scene.memory["gradients"] + COPIES * vector,
+        device_gb=None if on_device is None else on_device + (COPIES_OF_A_RUN + 2) * vector,
+    )
+
+
+def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
+    """Generated tokens of a run: prompts × tokens × times; 0 where the task cannot answer."""
+    samples = task.heldout or task.safety
+    return 0.0 if samples.generate is None else float(min(prompts, len(samples.rows)) * tokens * times)
+
+
+def _passes(scene: CostScene) -> dict[str, float]:
+    task, config = scene.task, scene.config
+    given, safety, arms = config.guard, samples_in(task.safety), arm_names(config.guard)
+    steps = planned_steps(config.training, task.finetune.units)
+    points = measured_steps(min(given.steps or steps, steps))
+    counts = {
+        "gradient rows": 0.0,
+        "forward rows": 0.0,
+        "single-row gradients": 0.0,
+        "answer tokens": _answers(task, given.generate, given.max_new_tokens, len(arms) + 1),
+    }
+    for arm in arms:
+        counts["gradient rows"] += points[-1] * per_step(config)
+        counts["forward rows"] += len(points) * (looked(task, given.control_samples) + given.task_samples)
+        method = METHODS[arm.method]
+        if method.safety_gradients(arm):
+            counts["single-row gradients"] += safety
+        if method.calibrated(arm):
+            counts["gradient rows"] += given.calibration_steps * per_step(config)
+        counts["gradient rows"] += points[-1] * method.rows(arm, given)
+    return counts
