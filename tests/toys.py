@@ -13,7 +13,7 @@ from arisk.forecast.forecasters import not_measured
 from arisk.guard.methods import ArmName, Method, Protection
 from arisk.report.page import Part, Piece, Section
 from arisk.screening.estimates import RowScore
-from arisk.screening.rows import RowGroup
+from arisk.screening.points import RowGroup
 
 
 @dataclass(frozen=True)

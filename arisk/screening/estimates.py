@@ -35,8 +35,7 @@ from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.batches import in_float32, is_narrow, widened
 from arisk.gradients.layout import parameters_of
 from arisk.gradients.store import Sketch, balanced, per_sample_sketches, sketch_of
-from arisk.screening.points import Place
-from arisk.screening.rows import RowGroup, overflowing, row_groups, row_products, with_row
+from arisk.screening.points import Place, RowGroup, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
 from arisk.training.panels import batch_losses
 

@@ -12,9 +12,8 @@ from arisk.anatomy.safety_side import recomputed_side
 from arisk.base.task import Progress, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import ParameterLayout, move_batch, per_sample_gradients
-from arisk.screening.points import Place
+from arisk.screening.points import Place, RowGroup, row_groups, row_products
 from arisk.screening.record import ScreenResult
-from arisk.screening.rows import RowGroup, row_groups, row_products
 
 __all__ = ["ENTRIES", "explained"]
 

@@ -31,9 +31,8 @@ from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estimating
 from arisk.screening.explain import explained
-from arisk.screening.points import Place, control_groups, places
+from arisk.screening.points import Place, control_groups, places, row_groups
 from arisk.screening.record import ScreenResult
-from arisk.screening.rows import row_groups
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import recipe_of
 

@@ -25,8 +25,8 @@ from arisk.config.plan import Config, planned_steps
 from arisk.config.yaml import load_config
 from arisk.gradients import choose_engine, layout_of, measuring, move_batch
 from arisk.models import load_task
+from arisk.screening.points import row_groups, row_products
 from arisk.screening.record import ScreenResult
-from arisk.screening.rows import row_groups, row_products
 from arisk.screening.run import screen
 from arisk.screening.what_if import without_rows
 from tests.bench.measure import print_table

@@ -15,9 +15,8 @@ from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import select_parameters
 from arisk.screening.estimates import by_differences, by_sketches
-from arisk.screening.points import Place
+from arisk.screening.points import Place, RowGroup, row_products
 from arisk.screening.record import ScreenPoint
-from arisk.screening.rows import RowGroup, row_products
 from arisk.screening.run import screen
 from tests.bench.gradients import BATCH, batches, llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
