@@ -1,15 +1,16 @@
-"""Stage screen: the harm that every fine-tuning row is predicted to push, and which rows to flag.
+"""Stage screen: the harm that every fine-tuning row is predicted to push, which rows to flag, and the cost.
 
-    s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩
+    s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩   *
 
-is, to first order, the rise of the safety loss less that of the control loss when the planned
-optimizer steps on row j alone, per unit learning rate, at points θ_c of the planned run. Tracing
-influence along a run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the
-rise of the safety loss, and that harm is contrasted with control data, is this project's.
+is, to first order, the rise of the safety loss less that of the control loss when the planned optimizer
+steps on row j alone, per unit learning rate, at points θ_c of the planned run. Tracing influence along a
+run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the rise of the safety loss, and
+that harm is contrasted with control data, is this project's.
 
-Which of the scored rows are flagged: those that leave harmless rows behind, or a share as asked for.
-
-Ranking rows by an estimate, and scoring exactly the head of that ranking, from which rows are flagged.
+Rows are ranked by an estimate, and the head of that ranking, from which rows are flagged, is scored
+exactly. Flagged are those that leave harmless rows behind, or a share as asked for. What screen meets on
+its way is not known beforehand (when safety has risen, whether a row is flagged), so its cost is that of a
+run that takes all steps it may and drops rows.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from arisk.anatomy.cost import numel, samples_in
 from arisk.base.errors import InputError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
-from arisk.config.plan import ScreenConfig, TrainingConfig
+from arisk.config.plan import ScreenConfig, TrainingConfig, planned_steps
+from arisk.engine.stage import Cost, CostScene
+from arisk.forecast.cost import rollout_passes
 from arisk.geometry.statistics import discoveries, positive_share, rank_correlation, tail_probabilities
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
 from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estimating
-from arisk.screening.explain import explained
-from arisk.screening.points import Place, control_groups, places, row_groups
+from arisk.screening.explain import ENTRIES, explained
+from arisk.screening.points import COLUMNS, EVERY, Place, control_groups, places, row_groups
 from arisk.screening.record import ScreenResult
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import recipe_of
+from arisk.verification.cost import COPIES_OF_A_RUN, per_step
 
 __all__ = [
     "CHECKED",
@@ -45,6 +50,7 @@ __all__ = [
     "by_estimates",
     "flagged_anew",
     "screen",
+    "screen_cost",
 ]
 
 
@@ -384,3 +390,54 @@ def _said(estimates: Estimates, agreement: float, checked: int) -> str:
     if agreement < TELLING:
         told += " That is little, and harmful rows may lie further down: use `screen.method: exact`."
     return told
+
+
+#: Passes over all safety rows that give the directions of one point.
+SAFETY_PASSES = 3
+#: Copies of the selected parameters beside the model: θ, the directions, D, θ* and the moments.
+COPIES = 10
+
+
+def screen_cost(scene: CostScene) -> Cost:
+    """A walk to the point where safety has risen, the rows scored there, and the what-if of dropping."""
+    count = numel(scene.task)
+    vector, explained = count * 4 / 1e9, min(ENTRIES, scene.config.screen.examples * count) * 4 / 1e9
+    device = None
+    if scene.device:
+        moving = scene.device["gradients"] + COPIES_OF_A_RUN * vector
+        device = max(moving, scene.device["per sample"] + vector)
+    return Cost(
+        passes=_passes(scene),
+        seconds=scene.loading,
+        memory_gb=scene.memory["per sample"] + COPIES * vector + explained,
+        device_gb=device,
+    )
+
+
+def _passes(scene: CostScene) -> dict[str, float]:
+    task, config, rollout = scene.task, scene.config, rollout_passes(scene)
+    given, rows = config.screen, samples_in(task.finetune)
+    safety, layout = samples_in(task.safety), layout_of(task.model, task.parameter_names)
+    control = min(samples_in(task.control), given.control_samples)
+    points = 2 if given.points == "both" else 1
+    steps = planned_steps(config.training, task.finetune.units)
+    walked = 0 if given.points == "start" else min(given.max_steps, steps)
+    examples = min(given.examples, rows)
+    exact, looked = rows, 0
+    estimates = given.method
+    if estimates == "auto":
+        estimates = "differences" if worth_estimating(task.model, layout, rows) else "exact"
+    if estimates != "exact":
+        exact = min(rows, CHECKED + max(HEAD, round(HEAD_SHARE * rows)))
+        looked = rows * ROW_SCORES[estimates].forwards
+    counts: dict[str, float] = {
+        "gradient rows": walked * per_step(config)
+        + points * (given.batches * config.training.batch_size + control),
+        "forward rows": math.ceil(walked / EVERY) * safety + points * (safety + control + looked),
+        "single-row gradients": points * (SAFETY_PASSES * safety + exact + control) + 2 * examples + safety,
+        "products": points * (exact + control),
+        "product columns": points * len(COLUMNS) * (exact + control),
+    }
+    if given.what_if and config.rollout.enabled:
+        counts = {k: counts.get(k, 0.0) + 2 * rollout.get(k, 0.0) for k in {*counts, *rollout}}
+    return counts
