@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from arisk import cli
 from arisk.base.errors import InputError
 from arisk.config.plan import DataConfig
-from arisk.screening.files import split_rows
+from arisk.screening.stage import split_rows
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
