@@ -22,8 +22,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from arisk.base.errors import ConfigError
-from arisk.config.aliases import canonical
-from arisk.config.names import OPTIMIZERS, SCHEDULES, known_optimizer, known_schedule
+from arisk.config.names import OPTIMIZERS, SCHEDULES, canonical, known_optimizer, known_schedule
 from arisk.config.sections import (
     LARGEST,
     BehaviourConfig,

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from arisk.base.errors import ConfigError
-from arisk.config.aliases import ALIASES, same_setting
+from arisk.config.names import ALIASES, same_setting
 from arisk.config.plan import Config
 from arisk.config.reading import read_text, read_yaml, shortened
 from arisk.config.sections import path_fault
