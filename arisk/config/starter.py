@@ -15,8 +15,7 @@ from pydantic_core import PydanticUndefined
 from arisk.base.errors import ConfigError
 from arisk.config.imports import Import, Line, nested
 from arisk.config.plan import AdapterConfig, Config, Settings, TrainingConfig
-from arisk.config.reading import shortened
-from arisk.config.yaml import models_in, validate_mapping
+from arisk.config.yaml import models_in, shortened, validate_mapping
 
 __all__ = ["account_text", "full_config", "imported_config", "short_config"]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import AdapterConfig
-from arisk.config.reading import shortened
+from arisk.config.yaml import shortened
 from arisk.models.loading import hf_module, require_files
 from arisk.models.soundness import require_finite, require_whole_adapter
 

@@ -16,7 +16,7 @@ import torch
 
 from arisk.base.errors import ArtifactError, ConfigError, InputError, MissingExtraError
 from arisk.config.plan import ModelConfig
-from arisk.config.reading import shortened
+from arisk.config.yaml import shortened
 from arisk.models.soundness import require_finite, require_whole
 
 __all__ = [

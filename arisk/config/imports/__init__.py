@@ -21,7 +21,7 @@ from arisk.config.imports.llama_factory import read_llama_factory, recognise_lla
 from arisk.config.imports.peft import read_adapter, recognise_adapter
 from arisk.config.imports.torchtune import read_torchtune, recognise_torchtune
 from arisk.config.imports.trainer import read_trainer, recognise_trainer
-from arisk.config.reading import read_text, read_yaml, shortened
+from arisk.config.yaml import read_text, read_yaml, shortened
 
 __all__ = ["FAMILIES", "Family", "Import", "Line", "import_files", "nested"]
 

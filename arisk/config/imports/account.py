@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from arisk.base.errors import ConfigError
-from arisk.config.reading import shortened
+from arisk.config.yaml import shortened
 
 __all__ = [
     "Account",

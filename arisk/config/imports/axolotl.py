@@ -9,7 +9,7 @@ from typing import Any
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, text, truth, whole
 from arisk.config.imports.trainer import TRAINER, packing
-from arisk.config.reading import shortened
+from arisk.config.yaml import shortened
 
 __all__ = ["read_axolotl", "recognise_axolotl"]
 

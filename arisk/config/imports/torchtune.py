@@ -8,7 +8,7 @@ from typing import Any
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, truth, whole
 from arisk.config.imports.trainer import PACKED
-from arisk.config.reading import shortened
+from arisk.config.yaml import shortened
 
 __all__ = ["read_torchtune", "recognise_torchtune"]
 
