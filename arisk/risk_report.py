@@ -115,7 +115,7 @@ class RiskReport:
 
         NaN (not measured) is None.
         """
-        from arisk.report.summary import summary_json
+        from arisk.report.page import summary_json
 
         found = summary_json("arisk", self._sections(show_text=True))
         return _plain({"status": self.status, "reason": self.reason, "warning": self.warning, **found})

@@ -41,8 +41,7 @@ def sections_of(job: Job) -> list[Section]:
 
 def _report(job: Job, workspace: Path) -> None:
     from arisk.report.images import report_images
-    from arisk.report.page import figures_of, render
-    from arisk.report.summary import summary_json, summary_markdown
+    from arisk.report.page import figures_of, render, summary_json, summary_markdown
 
     shown, sections = job.config.report, sections_of(job)
     title, provenance = shown.title or job.rundir.path.resolve().name, _provenance(job, sections)

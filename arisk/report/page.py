@@ -2,6 +2,8 @@
 
 Three seams: records → sections of words, numbers and figures (each capability's own `page`) → HTML (here).
 Nothing is fetched: plotly.js, style and data are inside the page, and a content policy forbids the network.
+
+Beside the page: what each stage cost on its machine, and the verdict for machines and for pull requests.
 """
 
 from __future__ import annotations
@@ -13,10 +15,9 @@ from enum import IntEnum
 from importlib import resources
 from typing import Any, Literal
 
-from arisk.report.costs import stage_costs
-from arisk.report.figure import Figure
+from arisk.report.figure import Figure, axes
 from arisk.report.section import esc, folded, provenance_section, quality_section, script_json, table
-from arisk.report.text import NOT_MEASURED
+from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
 
 __all__ = [
     "Answer",
@@ -28,8 +29,64 @@ __all__ = [
     "findings_of",
     "page",
     "render",
+    "stage_costs",
+    "summary_json",
+    "summary_markdown",
     "warnings_of",
 ]
+
+TITLE = "Cost of the stages"
+
+
+def stage_costs(provenance: Mapping[str, Any]) -> Figure:
+    """Wall-clock seconds of every stage, as its manifest keeps them."""
+    reading = (
+        "Wall-clock seconds of each stage on the machine that ran it. A fresh stage is not run again, so a "
+        "changed threshold or learning rate costs only what depends on it (`arisk status` says which)."
+    )
+    equation = "seconds from the start of a stage to its commit, reading its inputs included"
+    header = ["stage", "seconds", "share", "MB on disk"]
+    stages: Mapping[str, Mapping[str, Any]] = provenance.get("stages") or {}
+    known = {name: float(s["seconds"]) for name, s in stages.items() if s.get("seconds") is not None}
+    total = sum(known.values())
+    if not known or total <= 0:
+        missing = "no stage times were kept (the Python API writes none)"
+        return Figure("costs", TITLE, [], {}, reading, equation, header, [], missing)
+    names = list(known)[::-1]
+    bars = {
+        "type": "bar",
+        "orientation": "h",
+        "y": names,
+        "x": [known[name] for name in names],
+        "text": [_duration(known[name]) for name in names],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "marker": {"color": "#0072B2"},
+        "hovertemplate": "%{y}: %{x:.3g} s<extra></extra>",
+    }
+    layout = axes("seconds", "")
+    layout["xaxis"]["range"] = [0, 1.18 * max(known.values())]
+    worst = max(known, key=lambda name: known[name])
+    rows = [
+        [
+            name,
+            number(s.get("seconds")),
+            percent(known[name] / total) if name in known else number(None),
+            f"{s['bytes'] / 1e6:.1f}",
+        ]
+        for name, s in stages.items()
+    ]
+    says = f"{_duration(total)} in all; {worst} took {percent(known[worst] / total)} of it."
+    return Figure("costs", TITLE, [bars], layout, reading, equation, header, rows, says=says)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds with three digits up to two minutes, then minutes, then hours and minutes."""
+    if seconds < 120:
+        return f"{number(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 #: Sections with a heading, as the table of contents takes them from the body.
@@ -297,3 +354,42 @@ def _figure_section(figure: Figure, piece: Piece) -> str:
         f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}<dl class="notes">{told}</dl>'
         f"{numbers}{piece.html}</section>"
     )
+
+
+#: Name of the page beside the summaries.
+PAGE = "report.html"
+#: Findings in the Markdown text; all of them are in the JSON and on the page.
+MOST_FINDINGS = 6
+
+
+def summary_json(title: str, sections: Sequence[Section]) -> dict[str, Any]:
+    """Plain values of every section at the top level, findings and warnings. None: not measured.
+
+    Raises:
+        ValueError: two sections use one key.
+    """
+    body: dict[str, Any] = {
+        "title": title,
+        "findings": [finding.sentence for finding in findings_of(sections)],
+        "report": PAGE,
+        "warnings": warnings_of(sections),
+    }
+    for section in sections:
+        if twice := body.keys() & section.summary.keys():
+            raise ValueError(f"section {section.name}: {', '.join(sorted(twice))} is in the summary already")
+        body |= section.summary
+    return body
+
+
+def summary_markdown(title: str, sections: Sequence[Section]) -> str:
+    """A short Markdown text, fit for a pull-request comment: the answer, findings, then each section's."""
+    answers = [section.answer for section in sections if section.answer]
+    findings = findings_of(sections)[:MOST_FINDINGS]
+    lines = [
+        f"### arisk: {''.join(f'{answer.level} – ' for answer in answers)}{literal(title)}",
+        "",
+        *(line for answer in answers for line in answer.markdown),
+        *[f"- {literal(finding.sentence)}" for finding in findings],
+        *(line for section in sections for line in section.markdown),
+    ]
+    return bounded(lines, f"Everything else is in `{PAGE}`, beside this text in the run directory.")

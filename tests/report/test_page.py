@@ -3,10 +3,19 @@
 import json
 import re
 
-from arisk.report.costs import stage_costs
 from arisk.report.figure import Figure, step_lines
-from arisk.report.page import Answer, Finding, Piece, Section, figures_of, findings_of, render
-from arisk.report.summary import summary_json, summary_markdown
+from arisk.report.page import (
+    Answer,
+    Finding,
+    Piece,
+    Section,
+    figures_of,
+    findings_of,
+    render,
+    stage_costs,
+    summary_json,
+    summary_markdown,
+)
 from arisk.report.text import number, percent
 from tests.report import records as made
 from tests.report.reading import figure, parsed

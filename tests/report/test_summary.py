@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from arisk.base.artifacts import finite
 from arisk.compare.text import compare_markdown
-from arisk.report.page import Section
-from arisk.report.summary import summary_json, summary_markdown
+from arisk.report.page import Section, summary_json, summary_markdown
 from arisk.report.text import LIMIT, bounded, literal
 from tests.compare import plans
 from tests.report import records

@@ -2,7 +2,7 @@
 
 import json
 
-from arisk.report.summary import summary_json, summary_markdown
+from arisk.report.page import summary_json, summary_markdown
 from tests.report import records as made
 from tests.report.reading import parsed, section_text, traces
 
