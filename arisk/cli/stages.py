@@ -358,7 +358,7 @@ def demo(
 
 def _drawn(run_dir: Path) -> str:
     """Which figures lie beside the page, or why none do."""
-    from arisk.report.images import drawable
+    from arisk.report.figure import drawable
 
     files = sorted((run_dir / "report").glob("*.png"))
     if files:

@@ -40,7 +40,7 @@ def sections_of(job: Job) -> list[Section]:
 
 
 def _report(job: Job, workspace: Path) -> None:
-    from arisk.report.images import report_images
+    from arisk.report.figure import report_images
     from arisk.report.page import figures_of, render, summary_json, summary_markdown
 
     shown, sections = job.config.report, sections_of(job)
@@ -82,7 +82,7 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
 def _drawable(config: Config) -> None:
     """Refuse figures that were asked for and cannot be drawn before hours are spent, not after."""
     if config.report.figures in ("png", "svg"):
-        from arisk.report.images import require_drawable
+        from arisk.report.figure import require_drawable
 
         require_drawable()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from arisk.base.errors import MissingExtraError
-from arisk.report import images
+from arisk.report import figure as images
 from arisk.report.page import figures_of
 from tests.report import records as made
 
