@@ -1,4 +1,4 @@
-"""Names a plan may use: of optimizers and schedules, and those of transformers, TRL and peft for its settings.
+"""Names in a plan: of optimizers and schedules, and those of transformers, TRL and peft for its settings.
 
 What an optimizer or a schedule is stands in the tables of `arisk.training`, which hold these names and add
 to them; the names alone are here so that a misspelt one is told with all other mistakes of a config, before

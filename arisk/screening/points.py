@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 #: Entries of a row's gradient multiplied at a time.
-COLUMNS = 1 << 15
+CHUNK = 1 << 15
 #: The same of factors, per position: more positions pay for a larger product, that needs no cache.
 PER_POSITION = 1 << 11
 
@@ -205,8 +205,8 @@ def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, Tensor]]:
             yield start * width, piece.flatten(1).cpu()
         return
     whole = sum((block_of(part) for part in parts[1:]), block_of(parts[0])).flatten(1).cpu()
-    for start in range(0, whole.shape[1], COLUMNS):
-        yield start, whole[:, start : start + COLUMNS]
+    for start in range(0, whole.shape[1], CHUNK):
+        yield start, whole[:, start : start + CHUNK]
 
 
 def overflowing(group: RowGroup, finite: Tensor) -> NumericsError:
@@ -238,7 +238,7 @@ def with_row(err: NumericsError, group: RowGroup) -> NumericsError:
 #: The safety loss is measured every so many steps.
 EVERY = 5
 #: Directions of a place, in column order: −D ∇L_s, and −D ∇L_c where there is control data.
-POINTS_COLUMNS = ("safety", "control")
+COLUMNS = ("safety", "control")
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Place:
     Attributes:
         point: step, rises and weight.
         theta: (P,) the selected parameters there.
-        directions: (P, 1 or 2), see `POINTS_COLUMNS`.
+        directions: (P, 1 or 2), see `COLUMNS`.
         metric: (P,) D.
     """
 

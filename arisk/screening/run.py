@@ -1,6 +1,6 @@
 """Stage screen: the harm that every fine-tuning row is predicted to push, which rows to flag, and the cost.
 
-    s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩   *
+    s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩
 
 is, to first order, the rise of the safety loss less that of the control loss when the planned optimizer
 steps on row j alone, per unit learning rate, at points θ_c of the planned run. Tracing influence along a
