@@ -231,7 +231,7 @@ def reusable(given: list[Path] | None, *, again: bool) -> list[Path]:
         ArtifactError: one is no run directory.
         ConfigError: stages are to be run again and to be taken over.
     """
-    from arisk.engine.reuse import check_run_dir
+    from arisk.engine.freshness import check_run_dir
 
     if given and again:
         raise ConfigError(

@@ -216,7 +216,7 @@ def status(
     """
     from arisk.base.terminal import columns
     from arisk.config.yaml import load_config, run_directory
-    from arisk.engine.status import describe, status_rows
+    from arisk.engine.freshness import describe, status_rows
 
     loaded = load_config(config, overrides or [])
     rows = status_rows(catalogue(), loaded, run_directory(loaded, config, run_dir))

@@ -20,9 +20,8 @@ from arisk.compare.record import RankedRun
 from arisk.config.plan import Config, parts_of
 from arisk.config.yaml import load_config, run_directory
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
-from arisk.engine.freshness import StageState, differences, plan, stage_key
+from arisk.engine.freshness import CONFIG_FILE, StageState, check_run_dir, differences, plan, stage_key
 from arisk.engine.job import REPORT_FILE
-from arisk.engine.reuse import CONFIG_FILE, check_run_dir
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue
 from arisk.forecast.record import Curve, ForecastResult

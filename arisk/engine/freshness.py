@@ -1,26 +1,49 @@
 """Which stages are fresh, which are stale, and why: reasons as data, for `run` and `status` alike.
 
-A stage's key is the sha256 of its ingredients: stage and format version, its slice of the config,
-the seed, fingerprints of the files it reads, and the keys of the stages before it. A stage is fresh
-when its manifest has that key and its files are what the manifest says. No torch, no timestamps.
+A stage's key is the sha256 of its ingredients: stage and format version, its slice of the config, the seed,
+fingerprints of the files it reads, and the keys of the stages before it. A stage is fresh when its manifest
+has that key and its files are what the manifest says. No torch, no timestamps.
+
+A committed stage may be taken from another run directory instead of being computed again: keys are made of
+contents, so equal keys mean equal inputs, settings and version, wherever the run lives. The source is only
+read, and needs no lock: commits are atomic, and every file is checked against the source's manifest after
+it was brought over, so a source that is damaged, or changes meanwhile, is not taken. Files are hard links
+where the file system has them (nothing in a run directory is ever written in place), else copies.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arisk.base.artifacts import FORMAT_VERSION
+from arisk.base.artifacts import FORMAT_VERSION, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
-from arisk.engine.fingerprints import stage_key
-from arisk.engine.rundir import RunDir
+from arisk.base.tables import table
+from arisk.config.plan import Config
+from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
+from arisk.engine.rundir import RunDir, remove_tree
 from arisk.engine.stage import Catalogue, Stage
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
 
-__all__ = ["Reason", "StageState", "differences", "ingredients_of", "plan", "stage_key"]
+__all__ = [
+    "CONFIG_FILE",
+    "Reason",
+    "StageState",
+    "check_run_dir",
+    "describe",
+    "differences",
+    "ingredients_of",
+    "plan",
+    "stage_key",
+    "status_rows",
+    "take",
+]
 
 
 @dataclass(frozen=True)
@@ -220,3 +243,184 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+#: The config of a run as it was resolved; what has none is no run directory.
+CONFIG_FILE = "config.yaml"
+
+
+def check_run_dir(path: Path) -> None:
+    """Refuse what is no run directory.
+
+    Raises:
+        ArtifactError: it does not exist, is a file, a stage's folder, or holds no run.
+    """
+    fix = "give the folder that `arisk run CONFIG --run-dir FOLDER` wrote, or a YAML config"
+    if not path.exists():
+        raise ArtifactError("there is no such run directory or config", where=str(path), fix=fix)
+    if (path / CONFIG_FILE).exists():
+        return
+    if (path / "manifest.json").exists():
+        what, fix = f"this is the stage {path.name} of a run, not a run", f"give {path.parent}"
+    else:
+        what = "this is not a run directory: it has no config.yaml"
+    raise ArtifactError(what, where=str(path), fix=fix)
+
+
+def take(rundir: RunDir, state: StageState, sources: Sequence[Path]) -> Path | None:
+    """Commit the stage from the first source that has it with the same key, whole and undamaged.
+
+    Args:
+        rundir: the run directory that takes, locked by the caller.
+        state: the stage, with the key and ingredients it must have.
+        sources: run directories to look in, in order.
+
+    Returns:
+        The source, or None where none has it; nothing is changed then.
+
+    Raises:
+        ArtifactError: this run directory cannot be written, or its disk is full.
+    """
+    for source in sources:
+        if source.resolve() != rundir.path.resolve() and _take(rundir, state, source):
+            return source
+    return None
+
+
+def _take(rundir: RunDir, state: StageState, source: Path) -> bool:
+    other = RunDir(source)
+    try:
+        manifest = other.manifest(state.stage)
+    except ArtifactError:
+        return False
+    if manifest is None or manifest.get("key") != state.key:
+        return False
+    staging = rundir.path / ".partial" / f"taken-{state.stage}"
+    if not _bring(manifest.get("outputs", {}), other.stage_dir(state.stage), staging):
+        remove_tree(staging)
+        return False
+    # What a killed run left of this stage is not needed any more.
+    for left in staging.parent.glob(f"{state.stage}-*"):
+        remove_tree(left)
+    rundir.commit(
+        state.stage,
+        key=state.key,
+        ingredients=state.ingredients,
+        workspace=staging,
+        seconds=float(manifest.get("seconds", 0.0)),
+        taken_from=str(manifest.get("taken_from") or source),
+    )
+    return True
+
+
+def _bring(outputs: Mapping[str, Mapping[str, Any]], source: Path, staging: Path) -> bool:
+    """Link or copy the files of a stage; False where one is missing or not what its manifest says.
+
+    Raises:
+        ArtifactError: the target cannot be written.
+    """
+    try:
+        remove_tree(staging)
+        staging.mkdir(parents=True)
+        for name, expected in outputs.items():
+            file, placed = source / name, staging / name
+            if not _inside(name) or not file.is_file():
+                return False
+            placed.parent.mkdir(parents=True, exist_ok=True)
+            _place(file, placed)
+            if placed.stat().st_size != expected["bytes"] or file_digest(placed) != expected["sha256"]:
+                return False
+    except FileNotFoundError:
+        return False
+    except OSError as err:
+        raise disk_error(err, staging) from err
+    return bool(outputs)
+
+
+def _inside(name: str) -> bool:
+    """A manifest from elsewhere may not name files outside its stage."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _place(file: Path, placed: Path) -> None:
+    """A hard link, or a copy where links are not possible."""
+    try:
+        os.link(file.resolve(), placed)
+    except OSError:
+        shutil.copyfile(file, placed)
+
+
+def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dict[str, Any]]:
+    """One mapping per stage: name, fresh, optional, state, reasons, seconds, bytes, whether it can resume.
+
+    `state` is fresh, stale, or "not run" for an optional stage, which makes nothing stale.
+    """
+    rundir = RunDir(run_dir)
+    cache = DigestCache(run_dir / ".digests.json")
+    states = plan(catalogue, config, input_fingerprints(config, cache), rundir)
+    cache.save()
+    optional = catalogue.optional
+    rows: list[dict[str, Any]] = []
+    for state in states:
+        damaged = any(reason.kind == "damaged" for reason in state.reasons)
+        manifest = None if damaged else rundir.manifest(state.stage)
+        outputs = manifest["outputs"].values() if manifest else []
+        partial = run_dir / ".partial" / f"{state.stage}-{state.key[:16]}"
+        rows.append(
+            {
+                "stage": state.stage,
+                "fresh": state.fresh,
+                "optional": state.stage in optional,
+                "state": _state(state, state.stage in optional),
+                "reasons": [reason.sentence() for reason in state.reasons],
+                "seconds": manifest["seconds"] if manifest else None,
+                "bytes": sum(output["bytes"] for output in outputs),
+                "partial": partial.is_dir(),
+            }
+        )
+    return rows
+
+
+def describe(rows: Sequence[dict[str, Any]], *, width: int | None = None, command: str = "") -> str:
+    """The rows as a table of reasons, with the total size and the command to type next.
+
+    Args:
+        rows: of `status_rows`.
+        width: columns of the terminal; None: no wrapping.
+        command: the command that brings the stages up to date; empty: not said.
+    """
+    cells = [
+        [
+            row["stage"],
+            row["state"],
+            "–" if row["seconds"] is None else f"{row['seconds']:.1f} s",
+            _size(row["bytes"]),
+            _why(row) + (" (resumes what a killed run left)" if row["partial"] else ""),
+        ]
+        for row in rows
+    ]
+    total = sum(row["bytes"] for row in rows)
+    lines = [table(cells, ["stage", "state", "time", "size", "why"], width=width), ""]
+    lines.append(f"total size: {_size(total)}")
+    if command:
+        stale = any(row["state"] == "stale" for row in rows)
+        lines.append(f"next: {command}" if stale else "next: nothing to do, all is fresh")
+    return "\n".join(lines)
+
+
+def _state(state: StageState, optional: bool) -> str:
+    if state.fresh:
+        return "fresh"
+    missing = any(reason.kind == "missing" for reason in state.reasons)
+    return "not run" if optional and missing else "stale"
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    if row["state"] == "not run":
+        return f"optional; `arisk {row['stage']}` runs it"
+    return "; ".join(row["reasons"])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count else "–"

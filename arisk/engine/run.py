@@ -20,10 +20,9 @@ from arisk.base.errors import AriskError, ArtifactError
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
-from arisk.engine.freshness import StageState, plan
+from arisk.engine.freshness import StageState, plan, take
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Display, Job
 from arisk.engine.report import REPORT
-from arisk.engine.reuse import take
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, Stage, named
 

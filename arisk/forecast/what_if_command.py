@@ -16,7 +16,7 @@ from arisk.base.errors import ArtifactError, ConfigError
 from arisk.base.tables import table
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.config.yaml import validate_mapping
-from arisk.engine.reuse import CONFIG_FILE
+from arisk.engine.freshness import CONFIG_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Stage
 from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow

@@ -3,8 +3,8 @@ from pathlib import Path
 from arisk.base.tables import table
 from arisk.base.terminal import StageDisplay
 from arisk.cost.check import check_text, shortened
+from arisk.engine.freshness import describe
 from arisk.engine.run import Outcome
-from arisk.engine.status import describe
 from arisk.forecast.text import outcome_text
 
 

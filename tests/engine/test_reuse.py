@@ -10,8 +10,7 @@ from arisk.base.errors import ArtifactError
 from arisk.base.terminal import StageDisplay
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config
-from arisk.engine.freshness import StageState, stage_key
-from arisk.engine.reuse import check_run_dir, take
+from arisk.engine.freshness import StageState, check_run_dir, stage_key, take
 from arisk.engine.run import run_stages
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue, Stage
