@@ -14,8 +14,7 @@ from torch import nn
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.config.plan import AdapterConfig
 from arisk.config.yaml import shortened
-from arisk.models.loading import hf_module, require_files
-from arisk.models.soundness import require_finite, require_whole_adapter
+from arisk.models.loading import hf_module, require_files, require_finite, require_whole_adapter
 
 __all__ = ["attach_adapter", "out_of_reach", "target_modules"]
 
