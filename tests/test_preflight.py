@@ -20,7 +20,7 @@ from arisk.catalogue import catalogue
 from arisk.config.plan import AdapterConfig, Config
 from arisk.engine.run import run_stages
 from arisk.forecast.record import ForecastResult
-from arisk.models.adapters import attach_adapter
+from arisk.models.selection import attach_adapter
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

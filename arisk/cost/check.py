@@ -19,13 +19,12 @@ from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, wrapped
 from arisk.config.plan import Config, TrainingConfig, planned_steps
 from arisk.forecast.leap import rollout_cost
-from arisk.models.adapters import out_of_reach
 from arisk.models.answers import Shelf
 from arisk.models.formats import SAFETY_SETS
 from arisk.models.judge import OUTCOMES, Exchange, RefusalRule, learnt_openings
 from arisk.models.loading import load_tokenizer
 from arisk.models.rendering import TRAINED, token_rows
-from arisk.models.selection import select_parameters
+from arisk.models.selection import out_of_reach, select_parameters
 from arisk.models.tasks import (
     LoadedData,
     load_data,

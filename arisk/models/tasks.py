@@ -22,8 +22,7 @@ import torch
 from arisk.base.errors import AriskError, ConfigError, InputError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import Config, DataConfig, data_sets
-from arisk.config.reading import shortened
-from arisk.models.adapters import attach_adapter
+from arisk.config.yaml import shortened
 from arisk.models.answers import GreedyAnswers, OwnAnswer, OwnAnswers, Shelf, outcomes_said
 from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.formats import SAFETY_SETS, Row, with_answer
@@ -32,7 +31,7 @@ from arisk.models.losses import TOKENS, per_sample_nll
 from arisk.models.packing import PackedBatches, packs, wrapped
 from arisk.models.rendering import TRAINED, Rendered, keep_start, render_rows, whole_rows
 from arisk.models.rows import read_data
-from arisk.models.selection import lora_pairs, select_parameters
+from arisk.models.selection import attach_adapter, lora_pairs, select_parameters
 
 __all__ = [
     "Answers",

@@ -14,9 +14,8 @@ from arisk.anatomy.subspace import subspace
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, CollectConfig, SubspaceConfig
 from arisk.gradients import layout_of, mean_gradient, measuring, per_sample_gradients
-from arisk.models.adapters import attach_adapter
 from arisk.models.losses import KEEP, per_sample_nll
-from arisk.models.selection import select_parameters
+from arisk.models.selection import attach_adapter, select_parameters
 from tests.bench.measure import cpu_seconds, in_own_process, print_table
 
 SAMPLES, BATCH, VOCABULARY = 128, 8, 8192

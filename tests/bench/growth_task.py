@@ -10,10 +10,9 @@ import torch
 
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, ModelConfig
-from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model
 from arisk.models.losses import per_sample_nll
-from arisk.models.selection import lora_pairs, select_parameters
+from arisk.models.selection import attach_adapter, lora_pairs, select_parameters
 from tests.bench.gradients import batches
 
 #: Name → vocabulary, width, inner width, layers; about 0.5M, 5M and 50M parameters.

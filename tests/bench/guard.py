@@ -11,8 +11,8 @@ import torch
 from arisk.base.task import SampleSet
 from arisk.config.plan import AdapterConfig
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator
-from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
+from arisk.models.selection import attach_adapter
 from tests.bench.gradients import batches, llama
 from tests.bench.measure import print_table
 

@@ -11,9 +11,8 @@ from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, ScreenConfig, TrainingConfig
 from arisk.gradients import layout_of, mean_gradient, measuring
 from arisk.gradients.layout import parameters_of
-from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
-from arisk.models.selection import select_parameters
+from arisk.models.selection import attach_adapter, select_parameters
 from arisk.screening.estimates import by_differences, by_sketches
 from arisk.screening.points import Place, RowGroup, row_products
 from arisk.screening.record import ScreenPoint

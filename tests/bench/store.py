@@ -22,9 +22,8 @@ from arisk.config.plan import AdapterConfig, CollectConfig
 from arisk.geometry.spectrum import eigenpairs
 from arisk.gradients import GradientStore, layout_of
 from arisk.gradients import factors as products
-from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
-from arisk.models.selection import select_parameters
+from arisk.models.selection import attach_adapter, select_parameters
 from tests.bench.gradients import batches
 from tests.bench.growth_task import model as llama
 from tests.bench.measure import cpu_seconds, in_own_process, print_table

@@ -23,8 +23,8 @@ from transformers import (
 from arisk.base.errors import InputError, NumericsError
 from arisk.config.plan import AdapterConfig, Config, ModelConfig
 from arisk.models import load_task
-from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model, require_causal
+from arisk.models.selection import attach_adapter
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 CPU = torch.device("cpu")

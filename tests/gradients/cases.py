@@ -106,7 +106,7 @@ def gpt2():
 
 def lora():
     from arisk.config.plan import AdapterConfig
-    from arisk.models.adapters import attach_adapter
+    from arisk.models.selection import attach_adapter
 
     model, batch, loss_fn = llama()
     model = attach_adapter(model, AdapterConfig(r=3, alpha=6), seed=0).double()

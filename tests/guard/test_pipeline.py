@@ -14,8 +14,8 @@ from arisk.base.task import SampleSet
 from arisk.config.plan import AdapterConfig, Config
 from arisk.guard import adapter_sites
 from arisk.models import load_task
-from arisk.models.adapters import attach_adapter
 from arisk.models.losses import per_sample_nll
+from arisk.models.selection import attach_adapter
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 FAST = {

@@ -9,9 +9,8 @@ import torch
 
 from arisk.base.errors import ConfigError, MissingExtraError
 from arisk.config.plan import AdapterConfig, ModelConfig
-from arisk.models.adapters import attach_adapter, out_of_reach
 from arisk.models.loading import load_model
-from arisk.models.selection import lora_pairs, select_parameters
+from arisk.models.selection import attach_adapter, lora_pairs, out_of_reach, select_parameters
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 

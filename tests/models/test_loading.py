@@ -9,9 +9,8 @@ from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import AdapterConfig, CollectConfig, Config, ModelConfig, ParameterGlobs
 from arisk.gradients import choose_engine, layout_of, mean_gradient, measuring
 from arisk.models import load_task
-from arisk.models.adapters import attach_adapter
 from arisk.models.loading import load_model, mark_recomputed
-from arisk.models.selection import lora_pairs, select_parameters
+from arisk.models.selection import attach_adapter, lora_pairs, select_parameters
 from arisk.models.tasks import task_from_entry
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"

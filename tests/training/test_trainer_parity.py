@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, TrainingConfig, planned_steps
 from arisk.gradients import layout_of, measuring
-from arisk.models.adapters import attach_adapter
 from arisk.models.batching import PlannedBatches
 from arisk.models.formats import Row
 from arisk.models.losses import TOKENS, per_sample_nll
 from arisk.models.rendering import Rendered
+from arisk.models.selection import attach_adapter
 from arisk.training.loop import PlannedRun, follow, keeping_parameters
 from arisk.training.recipe import recipe_of
 
