@@ -56,7 +56,7 @@ NO_TORCH = (
     "engine.rundir",
     "engine.stage",
     "engine.freshness",
-    "forecast.grid",
+    "forecast.record",
     "models.judge",
     "forecast.text",
     "report.text",

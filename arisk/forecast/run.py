@@ -19,10 +19,9 @@ from torch import Tensor
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.forecasters import bound_curve, local_curve, ray_curve
-from arisk.forecast.grid import WhatIfGrid
 from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
-from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict, WhatIfGrid
 from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import skipped_rollout
 from arisk.forecast.verdict import decide

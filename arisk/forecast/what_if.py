@@ -25,8 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.known import Known, curve_at_rate, local_run
+from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.geometry.dynamics import interpolated_crossing
 
 __all__ = ["what_if"]

@@ -19,7 +19,7 @@ from arisk.config.yaml import validate_mapping
 from arisk.engine.freshness import CONFIG_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Stage
-from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.stage import FORECAST
 
 __all__ = ["grid_json", "grid_text", "number_list", "reforecast"]

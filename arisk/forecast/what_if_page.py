@@ -7,7 +7,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.worth import validity, worth_line
 from arisk.report.figure import Figure, axes
 from arisk.report.text import number

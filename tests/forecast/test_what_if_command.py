@@ -6,7 +6,7 @@ import math
 import pytest
 
 from arisk.base.errors import ConfigError
-from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.what_if_command import grid_json, grid_text, number_list
 
 

@@ -6,8 +6,15 @@ import math
 import torch
 
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
-from arisk.forecast.grid import WhatIfCell, WhatIfGrid, WhatIfRow
-from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict
+from arisk.forecast.record import (
+    Curve,
+    ForecastResult,
+    RolloutResult,
+    Verdict,
+    WhatIfCell,
+    WhatIfGrid,
+    WhatIfRow,
+)
 from arisk.models.judge import RefusalRule
 from arisk.training.behaviour import AnsweredPrompts, BehaviourResult, FollowedPrompts
 from arisk.verification.record import VerifyResult
