@@ -19,13 +19,12 @@ from torch import Tensor
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.forecasters import bound_curve, local_curve, ray_curve
-from arisk.forecast.known import known
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict, WhatIfGrid
 from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import skipped_rollout
 from arisk.forecast.verdict import decide
-from arisk.forecast.what_if import what_if
+from arisk.forecast.what_if import known, what_if
 from arisk.geometry.dynamics import diffusion
 from arisk.models.judge import Judge, RefusalRule
 from arisk.training.recipe import Recipe, recipe_of

@@ -77,9 +77,8 @@ def reforecast(
             not the one the forecast was made from.
     """
     from arisk.anatomy.record import ScoreResult
-    from arisk.forecast.known import known
     from arisk.forecast.record import ForecastResult
-    from arisk.forecast.what_if import what_if
+    from arisk.forecast.what_if import known, what_if
 
     rundir = RunDir(run)
     made = _ingredients(rundir, FORECAST)

@@ -7,11 +7,10 @@ import torch
 
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast.forecasters import not_measured
-from arisk.forecast.known import Known, Local, curve_at_rate, known, over_flow_time
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
-from arisk.forecast.what_if import ROUGH_FACTOR, what_if
+from arisk.forecast.what_if import ROUGH_FACTOR, Known, Local, curve_at_rate, known, over_flow_time, what_if
 from arisk.training.recipe import recipe_of
 from tests.forecast import test_rollout as cases
 

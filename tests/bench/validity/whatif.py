@@ -9,9 +9,9 @@ from typing import Any
 
 from arisk.base.artifacts import read_record
 from arisk.config.plan import ForecastConfig, TrainingConfig
-from arisk.forecast.known import curve_at_rate, over_flow_time
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import RolloutResult
+from arisk.forecast.what_if import curve_at_rate, over_flow_time
 from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job
 
