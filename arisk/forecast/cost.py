@@ -6,8 +6,8 @@ from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, samples_in, 
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS
+from arisk.forecast.leap import SCORED_SHARE
 from arisk.forecast.leap import rollout_cost as counted
-from arisk.forecast.rare import SCORED_SHARE
 from arisk.forecast.rollout import SCALES
 from arisk.training.recipe import recipe_of
 

@@ -19,8 +19,7 @@ from arisk.base.processes import barrier, gathered, share, world
 from arisk.base.task import Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
-from arisk.forecast.leap import Block, Leaper, block_from, kept_block, planned_points
-from arisk.forecast.rare import RareRows
+from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block, planned_points
 from arisk.forecast.record import RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of

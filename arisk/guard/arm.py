@@ -26,7 +26,7 @@ from torch import Tensor
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier
 from arisk.base.task import Batch, LossFn, Progress, RowBatches, SampleSet, Task
-from arisk.forecast.rare import LARGEST_SHARE, outliers
+from arisk.forecast.leap import LARGEST_SHARE, outliers
 from arisk.gradients import batch_size, move_batch
 from arisk.guard.methods import ArmName, ArmPlan, Protection, protection
 from arisk.guard.record import NEVER_BEGUN, Arm

@@ -9,8 +9,7 @@ from torch import nn
 
 from arisk.base.task import RowBatches, SampleSet, Task
 from arisk.config.plan import RolloutConfig, TrainingConfig
-from arisk.forecast.leap import Leaper
-from arisk.forecast.rare import RareRows, outliers
+from arisk.forecast.leap import Leaper, RareRows, outliers
 from arisk.forecast.rollout import rollout
 from arisk.gradients import layout_of, measuring
 from arisk.training import state as run_state
