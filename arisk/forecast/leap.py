@@ -21,7 +21,7 @@ model finds far outside the rest form a stratum of share w, or, where they are m
 rows, an even pick among them of that share. The real steps between leaps leave them out, and after every
 leap the stratum is brought in,
 
-    * δ ← δ − (Σ η) D w (ḡ_rare − ḡ),
+    δ ← δ − (Σ η) D w (ḡ_rare − ḡ),
 
 with D the optimizer's step per unit gradient and ḡ_rare from one batch of the stratum: to first order in
 the learning rate the mean update of all rows, whatever rows the stratum holds. It saves variance where rare

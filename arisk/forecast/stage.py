@@ -89,7 +89,7 @@ ROLLOUT = Stage(
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),
     record="arisk.forecast.record:RolloutResult",
-    cost="arisk.forecast.cost:rollout_cost",
+    cost="arisk.forecast.run:rollout_cost",
 )
 
 
@@ -103,6 +103,6 @@ FORECAST = Stage(
     shown=JUDGE_KEYS,
     parallel=True,
     record="arisk.forecast.record:ForecastResult",
-    cost="arisk.forecast.cost:forecast_cost",
+    cost="arisk.forecast.run:forecast_cost",
     section=_section,
 )

@@ -29,7 +29,7 @@ from arisk.base.errors import InputError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import ScreenConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene
-from arisk.forecast.cost import rollout_passes
+from arisk.forecast.run import rollout_passes
 from arisk.geometry.statistics import discoveries, positive_share, rank_correlation, tail_probabilities
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of

@@ -6,7 +6,7 @@ from arisk.anatomy.cost import numel, samples_in
 from arisk.base.task import Task
 from arisk.config.plan import Config, planned_steps
 from arisk.engine.stage import Cost, CostScene
-from arisk.forecast.cost import answer_tokens, followed_rows
+from arisk.forecast.run import answer_tokens, followed_rows
 from arisk.verification.run import measured_steps, writing_steps
 
 __all__ = ["COPIES_OF_A_RUN", "looked", "per_step", "verify_cost"]
