@@ -22,8 +22,7 @@ from arisk.guard.methods import METHODS, ArmPlan, arm_names
 from arisk.guard.record import Arm, GuardResult
 from arisk.training.loop import PlannedRun, draws_noise, keeping_parameters
 from arisk.training.recipe import recipe_of
-from arisk.verification.cost import COPIES_OF_A_RUN, looked, per_step
-from arisk.verification.run import Writer, measured_steps, writer
+from arisk.verification.run import COPIES_OF_A_RUN, Writer, looked, measured_steps, per_step, writer
 
 __all__ = ["guard", "guard_cost"]
 

@@ -39,7 +39,7 @@ from arisk.screening.points import COLUMNS, EVERY, Place, control_groups, places
 from arisk.screening.record import ScreenResult
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import recipe_of
-from arisk.verification.cost import COPIES_OF_A_RUN, per_step
+from arisk.verification.run import COPIES_OF_A_RUN, per_step
 
 __all__ = [
     "CHECKED",

@@ -1,10 +1,8 @@
-"""Stage verify: the planned fine-tune, really carried out, with safety measured along it.
+"""Stage verify: the planned fine-tune, really carried out, with safety measured along it, and its cost.
 
-The same batches, optimizer, schedule, clipping and accumulation as the forecast assumes, on the
-model in place; its parameters are put back to the bit afterwards. Losses are taken in evaluation
-mode, as everywhere.
-
-Which prompts are answered in text along a real fine-tune, when, and why none are.
+The same batches, optimizer, schedule, clipping and accumulation as the forecast assumes, on the model in
+place; its parameters are put back to the bit afterwards. Losses are taken in evaluation mode, as
+everywhere. Also here: which prompts are answered in text along a real fine-tune, when, and why none are.
 """
 
 from __future__ import annotations
@@ -16,12 +14,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from arisk.anatomy.cost import numel, samples_in
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, is_first
 from arisk.base.task import Generate, Progress, SampleSet, Task, silent
-from arisk.config.plan import TrainingConfig, VerifyConfig
+from arisk.config.plan import Config, TrainingConfig, VerifyConfig, planned_steps
 from arisk.config.sections import BehaviourConfig
+from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.rollout import OPENING, watched
+from arisk.forecast.run import answer_tokens, followed_rows
 from arisk.geometry.dynamics import recorded_steps
 from arisk.gradients import layout_of, measuring
 from arisk.training.behaviour import losses_and_openings
@@ -31,7 +32,17 @@ from arisk.training.recipe import recipe_of
 from arisk.training.state import Pauses, Track, load_state
 from arisk.verification.record import VerifyResult
 
-__all__ = ["Writer", "measured_steps", "verify", "writer", "writing_steps"]
+__all__ = [
+    "COPIES_OF_A_RUN",
+    "Writer",
+    "looked",
+    "measured_steps",
+    "per_step",
+    "verify",
+    "verify_cost",
+    "writer",
+    "writing_steps",
+]
 
 #: Losses are measured at about this many steps: every one at the start, then geometrically fewer.
 POINTS = 40
@@ -280,3 +291,37 @@ def writing_steps(points: Sequence[int]) -> list[int]:
     """
     wanted = [share * points[-1] for share in SHARES]
     return sorted({min(points, key=lambda point: abs(point - want)) for want in wanted})
+
+
+#: Copies of the selected parameters beside the model in a plain run.
+COPIES_OF_A_RUN = 4
+
+
+def per_step(config: Config) -> int:
+    """Rows of one optimizer step."""
+    return config.training.batch_size * config.training.gradient_accumulation
+
+
+def looked(task: Task, control: int) -> int:
+    """Rows whose loss is measured at every point of a real run."""
+    held = samples_in(task.heldout or task.safety)
+    return held + (min(samples_in(task.control), control))
+
+
+def verify_cost(scene: CostScene) -> Cost:
+    """The planned steps, and the losses and answers along them."""
+    task, config, given = scene.task, scene.config, scene.config.verify
+    steps = planned_steps(config.training, task.finetune.units)
+    points = measured_steps(min(given.steps or steps, steps))
+    moving = COPIES_OF_A_RUN * numel(task) * 4 / 1e9
+    on_device = scene.device.get("gradients")
+    return Cost(
+        passes={
+            "gradient rows": points[-1] * per_step(config),
+            "forward rows": len(points) * (looked(task, given.control_samples) + followed_rows(scene)),
+            "answer tokens": answer_tokens(scene, len(writing_steps(points))),
+        },
+        seconds=scene.loading,
+        memory_gb=scene.memory["gradients"] + moving,
+        device_gb=None if on_device is None else on_device + moving,
+    )
