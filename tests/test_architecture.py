@@ -44,7 +44,7 @@ RANKS = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 NO_TORCH = (
     "base.errors",
     "base.processes",
-    "base.tables",
+    "base.terminal",
     "base.terminal",
     "cli",
     "config.plan",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arisk.base.tables import table
+from arisk.base.terminal import table
 from arisk.compare.record import RULE, Ranked, RankedRun
 from arisk.forecast.text import GENERAL, NO_RISE, collapse_text
 from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent

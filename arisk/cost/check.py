@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.base.tables import table
 from arisk.base.task import Task
-from arisk.base.terminal import clock, columns, wrapped
+from arisk.base.terminal import clock, columns, table, wrapped
 from arisk.config.plan import Config, TrainingConfig, planned_steps
 from arisk.forecast.leap import rollout_cost
 from arisk.models.answers import Shelf

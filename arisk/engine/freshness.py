@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from arisk.base.artifacts import FORMAT_VERSION, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
-from arisk.base.tables import table
+from arisk.base.terminal import table
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
 from arisk.engine.rundir import RunDir, remove_tree

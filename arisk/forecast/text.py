@@ -11,8 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from arisk.base.tables import fitted, said
-from arisk.base.terminal import fancy
+from arisk.base.terminal import fancy, fitted, said
 from arisk.report.text import NOT_MEASURED, percent
 
 if TYPE_CHECKING:

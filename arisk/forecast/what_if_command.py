@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ArtifactError, ConfigError
-from arisk.base.tables import table
+from arisk.base.terminal import table
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.config.yaml import validate_mapping
 from arisk.engine.freshness import CONFIG_FILE

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.base.tables import table as text_table
+from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
 from arisk.models.judge import judge_for, learnt_openings

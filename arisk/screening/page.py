@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from arisk.base.tables import table as text_table
+from arisk.base.terminal import table as text_table
 from arisk.report.figure import Figure, axes, reference_line, thin
 from arisk.report.page import Finding, Part, Piece, Section
 from arisk.report.section import Column, esc, listed, rows_table, table

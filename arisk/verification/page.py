@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.base.tables import fitted, said
+from arisk.base.terminal import fitted, said
 from arisk.forecast.page import real_trace
 from arisk.forecast.record import ForecastResult, RealRun
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin

@@ -1,7 +1,6 @@
 from pathlib import Path
 
-from arisk.base.tables import table
-from arisk.base.terminal import StageDisplay
+from arisk.base.terminal import StageDisplay, table
 from arisk.cost.check import check_text, shortened
 from arisk.engine.freshness import describe
 from arisk.engine.run import Outcome
