@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from arisk.anatomy.collect import Held, SafetyPass, StorePlan, held, store_for
-from arisk.anatomy.overlaps import PERMUTATION_CHUNK
 from arisk.anatomy.score import DIRECTIONS_BYTES
+from arisk.anatomy.update import PERMUTATION_CHUNK
 from arisk.base.errors import ConfigError, ShapeError
 from arisk.base.task import SampleSet, Task, silent
 from arisk.config.plan import Config

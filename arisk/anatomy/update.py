@@ -1,4 +1,8 @@
-"""The direction in which the planned optimizer starts, and how noisy it is."""
+"""The planned update: where the optimizer starts, how noisy that is, and its overlap with safety.
+
+The overlap with the safety subspace stands beside everything it must be compared with; for LoRA adapters it
+is also taken in ΔW space.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,36 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from arisk.anatomy.record import CollectResult, OverlapNulls, SubspaceResult
+from arisk.anatomy.safety_side import SafetySide
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.processes import gathered, share, world
-from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task
-from arisk.config.plan import TrainingConfig
-from arisk.geometry.vectors import VectorStack
+from arisk.base.task import Batch, LoraPair, LossFn, Progress, SampleSet, Task
+from arisk.config.plan import ScoreConfig, TrainingConfig
+from arisk.geometry.lora import displacement_coordinates, gradient_coordinates, tangent_frame
+from arisk.geometry.spectrum import (
+    dual_coefficients,
+    eigenpairs,
+    permutation_p_value,
+    projection_ratio,
+    random_overlap,
+)
+from arisk.geometry.vectors import VectorStack, gram
 from arisk.gradients import ParameterLayout, mean_gradient, move_batch
 from arisk.training.loop import training_loss
 from arisk.training.optimizers import optimizer_named
 from arisk.training.recipe import start_ratios
 
-__all__ = ["Update", "first_batches", "measure_update", "preconditioner", "step_loss"]
+__all__ = [
+    "Scene",
+    "Update",
+    "delta_w_overlap",
+    "first_batches",
+    "measure_overlap",
+    "measure_update",
+    "preconditioner",
+    "step_loss",
+]
 
 
 @dataclass(frozen=True)
@@ -179,3 +202,174 @@ def _gradients(
             loss, gradient = mean_gradient(task.model, batches[start + index], loss_fn, layout)
             own.append((loss, gradient.cpu() if gradient.dtype == torch.float64 else gradient.float().cpu()))
         yield from gathered(own, count)
+
+
+#: Permuted directions multiplied at a time.
+PERMUTATION_CHUNK = 33
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """m copies of a vector u (P,), each with its entries permuted inside every parameter tensor.
+
+    Every column of a parameter comes from a generator of its own, so that a block is the same however V
+    is cut, and only what is asked for is made. `first` is the number of the first column.
+    """
+
+    vector: Tensor
+    layout: ParameterLayout
+    count: int
+    seed: int
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, m)."""
+        return len(self.vector), self.count
+
+    def block(self, where: slice, columns: slice) -> Tensor:
+        """Permuted entries of the parameters in `where`."""
+        which = range(*columns.indices(self.count))
+        out = torch.empty(where.stop - where.start, len(which), dtype=self.vector.dtype)
+        for position in range(len(self.layout.names)):
+            own = slice(self.layout.offsets[position], self.layout.offsets[position + 1])
+            if own.start >= where.start and own.stop <= where.stop:
+                values, place = self.vector[own], slice(own.start - where.start, own.stop - where.start)
+                for i, j in enumerate(which):
+                    out[place, i] = values[self._order(position, j)]
+        return out
+
+    def at(self, coordinates: Tensor) -> Tensor:
+        """Entries (k, m) at k coordinates of θ, the same as in the blocks."""
+        out = torch.empty(len(coordinates), self.count, dtype=self.vector.dtype)
+        for position in range(len(self.layout.names)):
+            start, stop = self.layout.offsets[position : position + 2]
+            inside = (coordinates >= start) & (coordinates < stop)
+            if bool(inside.any()):
+                for j in range(self.count):
+                    order = self._order(position, j)
+                    out[inside, j] = self.vector[start:stop][order[coordinates[inside] - start]]
+        return out
+
+    def _order(self, position: int, j: int) -> Tensor:
+        start, stop = self.layout.offsets[position : position + 2]
+        mixed = ((self.seed * 1_000_003 + position) * 1_000_003 + self.first + j) % (1 << 63)
+        return torch.randperm(stop - start, generator=torch.Generator().manual_seed(mixed))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every part of stage score looks at: the task, the safety side and its subspace."""
+
+    task: Task
+    layout: ParameterLayout
+    collected: CollectResult
+    space: SubspaceResult
+    side: SafetySide
+    progress: Progress
+
+    def coefficients(self, c: Tensor, directions: Tensor) -> Tensor:
+        """Coordinates in the safety basis, of directions (P,) or (P, m) with c-vectors c."""
+        if self.space.method == "diag_topk":
+            return directions[self.space.coordinates].to(torch.float64)
+        return dual_coefficients(c, self.space.eigenvalues, self.space.dual_vectors)
+
+
+def measure_overlap(
+    scene: Scene, update: Update, c_update: Tensor, config: ScoreConfig, training: TrainingConfig, seed: int
+) -> OverlapNulls:
+    """‖Pu‖/‖u‖ with its random, permutation, control and ΔW companions."""
+    u = update.direction
+    norm = float(u.to(torch.float64).norm())
+    ratio = projection_ratio(scene.coefficients(c_update, u), norm)
+    random = random_overlap(scene.space.rank, scene.layout.numel)
+    permuted = _permuted_overlaps(scene, u, norm, config.nulls, seed)
+    delta_w, dimension = delta_w_overlap(scene.task, scene.layout, scene.side, scene.space.rank, u)
+    mean = scene.collected.mean_gradient
+    length = float(mean.norm()) * norm
+    return OverlapNulls(
+        ratio=ratio,
+        random=random,
+        ratio_to_random=ratio / random,
+        control=_control_overlap(scene, config, training),
+        permutations=len(permuted),
+        permuted_mean=float(permuted.mean()) if len(permuted) else None,
+        permuted_max=float(permuted.max()) if len(permuted) else None,
+        p_value=permutation_p_value(ratio, permuted),
+        delta_w=delta_w,
+        delta_w_random=random_overlap(scene.space.rank, dimension) if dimension else None,
+        conflict_cosine=float(mean @ u.to(mean)) / length if length > 0 else None,
+    )
+
+
+def _permuted_overlaps(scene: Scene, u: Tensor, norm: float, count: int, seed: int) -> Tensor:
+    """Overlaps of u with its entries permuted inside each parameter tensor."""
+    overlaps: list[float] = []
+    while len(overlaps) < count:
+        scene.progress("overlap null", len(overlaps), count)
+        width = min(PERMUTATION_CHUNK, count - len(overlaps))
+        shuffled = Permuted(u, scene.layout, width, seed, first=len(overlaps))
+        if scene.space.method == "diag_topk":
+            coefficients = shuffled.at(scene.space.coordinates).to(torch.float64)
+        else:
+            coefficients = scene.coefficients(scene.side.dots(shuffled), u)
+        overlaps += [projection_ratio(coefficients[:, j], norm) for j in range(width)]
+    scene.progress("overlap null", count, count)
+    return torch.tensor(overlaps, dtype=torch.float64)
+
+
+def _control_overlap(scene: Scene, config: ScoreConfig, training: TrainingConfig) -> float | None:
+    """The overlap an ordinary data set's update has; None without control data."""
+    control = scene.task.control
+    if control is None:
+        return None
+    device = next(scene.task.model.parameters()).device
+    batches = first_batches(control, config.batches, device)
+    update = measure_update(scene.task, control, scene.layout, training, batches, scene.progress)
+    c = scene.side.dots(update.direction[:, None])[:, 0]
+    return projection_ratio(scene.coefficients(c, update.direction), float(update.direction.norm()))
+
+
+def delta_w_overlap(
+    task: Task, layout: ParameterLayout, side: SafetySide, rank: int, direction: Tensor
+) -> tuple[float | None, int]:
+    """‖P u‖/‖u‖ with gradients and update taken as first-order changes of ΔW = (α/r) B A.
+
+    Args:
+        task: names the adapters; their current A and B are read from the model.
+        layout: the selected parameters.
+        side: columns of the per-sample safety gradients.
+        rank: rank of the subspace.
+        direction: (P,) u in raw (A, B) coordinates.
+
+    Returns:
+        The ratio in [0, 1] and the dimension of the tangent space; (None, 0) unless every selected
+        parameter belongs to an adapter.
+    """
+    pairs = [p for p in task.lora_pairs if p.name_a in layout.names and p.name_b in layout.names]
+    if not pairs or 2 * len(pairs) != len(layout.names):
+        return None, 0
+    parts = [_pair_products(task, layout, side, pair, direction) for pair in pairs]
+    total = torch.stack([part[0] for part in parts]).sum(0)
+    c = torch.stack([part[1] for part in parts]).sum(0)
+    norm = sum(part[2] for part in parts) ** 0.5
+    values, vectors = eigenpairs(total)
+    values, vectors = values[:rank], vectors[:, :rank]
+    ratio = projection_ratio(dual_coefficients(c, values, vectors), norm)
+    return ratio, sum(part[3] for part in parts)
+
+
+def _pair_products(
+    task: Task, layout: ParameterLayout, side: SafetySide, pair: LoraPair, direction: Tensor
+) -> tuple[Tensor, Tensor, float, int]:
+    """One adapter's Gram (N, N), c-vector (N,), squared displacement and tangent dimension."""
+    parameters = dict(task.model.named_parameters(remove_duplicate=False))
+    a, b = parameters[pair.name_a].cpu(), parameters[pair.name_b].cpu()
+    frame = tangent_frame(a, b, pair.scaling)
+    grad_a = side.columns(pair.name_a).reshape(-1, *a.shape)
+    grad_b = side.columns(pair.name_b).reshape(-1, *b.shape)
+    rows = gradient_coordinates(frame, grad_a, grad_b)
+    step_a = direction[layout.slice_of(pair.name_a)].reshape(a.shape)
+    step_b = direction[layout.slice_of(pair.name_b)].reshape(b.shape)
+    step = displacement_coordinates(frame, step_a, step_b)
+    return gram(rows), rows @ step, float(step.square().sum()), frame.dimension

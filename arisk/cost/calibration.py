@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from arisk.anatomy.overlaps import Permuted
-from arisk.anatomy.update import first_batches
+from arisk.anatomy.update import Permuted, first_batches
 from arisk.base.errors import InputError
 from arisk.base.task import Batch, Task
 from arisk.base.terminal import peak_memory
