@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
-from arisk.anatomy.safety_side import SafetySide
+from arisk.anatomy.subspace import SafetySide
 from arisk.anatomy.update import Scene, Update, first_batches, measure_overlap, measure_update, step_loss
 from arisk.base.processes import gathered, share
 from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task, silent

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
-    from arisk.anatomy.safety_side import SafetySide
+    from arisk.anatomy.subspace import SafetySide
     from arisk.base.task import Task
     from arisk.gradients import ParameterLayout
     from arisk.report.page import Section
@@ -110,7 +110,7 @@ def safety_side(job: Job) -> SafetySide:
     import torch
 
     from arisk.anatomy.collect import GRADIENTS_FOLDER
-    from arisk.anatomy.safety_side import recomputed_side, stored_side
+    from arisk.anatomy.subspace import recomputed_side, stored_side
     from arisk.gradients import GradientStore
 
     collected: CollectResult = job.record("collect")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.anatomy.record import CollectResult, OverlapNulls, SubspaceResult
-from arisk.anatomy.safety_side import SafetySide
+from arisk.anatomy.subspace import SafetySide
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.processes import gathered, share, world
 from arisk.base.task import Batch, LoraPair, LossFn, Progress, SampleSet, Task

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.anatomy.safety_side import recomputed_side
+from arisk.anatomy.subspace import recomputed_side
 from arisk.base.task import Progress, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import ParameterLayout, move_batch, per_sample_gradients

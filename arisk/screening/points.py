@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from arisk.anatomy.safety_side import recomputed_side
+from arisk.anatomy.subspace import recomputed_side
 from arisk.anatomy.update import first_batches, measure_update
 from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import InputError, NumericsError

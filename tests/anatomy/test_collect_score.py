@@ -8,9 +8,8 @@ import torch
 
 from arisk import AlignmentRiskPipeline, PipelineConfig, assess
 from arisk.anatomy.collect import GRADIENTS_FOLDER, collect
-from arisk.anatomy.safety_side import recomputed_side, stored_side
 from arisk.anatomy.score import score
-from arisk.anatomy.subspace import subspace
+from arisk.anatomy.subspace import recomputed_side, stored_side, subspace
 from arisk.anatomy.update import Permuted
 from arisk.base.errors import ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet

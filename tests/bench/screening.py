@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.anatomy.safety_side import recomputed_side
+from arisk.anatomy.subspace import recomputed_side
 from arisk.base.task import Task
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import Config, planned_steps

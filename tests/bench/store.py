@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from arisk.anatomy.collect import GRADIENTS_FOLDER, collect
-from arisk.anatomy.safety_side import recomputed_side, stored_side
+from arisk.anatomy.subspace import recomputed_side, stored_side
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import AdapterConfig, CollectConfig
 from arisk.geometry.spectrum import eigenpairs
