@@ -36,7 +36,7 @@ class Cost:
     """What a stage takes, by count.
 
     Attributes:
-        passes: passes of the model by kind, as `arisk.cost.calibration` times them.
+        passes: passes of the model by kind, as `arisk.cost.estimate` times them.
         seconds: what else it takes, as a rule of thumb.
         memory_gb: peak resident memory of the process in this stage.
         device_gb: peak memory on the model's device; None on the CPU or where the stage runs no model.
