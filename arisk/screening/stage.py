@@ -19,7 +19,6 @@ from arisk.config.plan import DataConfig, parts_of
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
 from arisk.engine.stage import Stage, StageOption
-from arisk.models.rows import raw_rows
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
@@ -61,6 +60,8 @@ def split_rows(
         InputError: the source no longer has a screened row.
         ArtifactError: the disk is full or the folder is read-only.
     """
+    from arisk.models.rows import raw_rows
+
     numbers: dict[tuple[str, int], list[int]] = {}
     for j, place in enumerate(places):
         numbers.setdefault(place, []).append(j)
