@@ -188,6 +188,10 @@ def _count_steps(found: Import) -> None:
     epochs = plan.get("training.epochs")
     if not epochs or path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > COUNTED:
         return
+    if plan.get("training.packing", "off") != "off":
+        said = "optimizer steps follow from the packed sequences: `arisk check` counts them"
+        found.lines.append(Line(str(path), None, "", "", "computed", said))
+        return
     with path.open("rb") as file:
         rows = sum(1 for line in file if line.strip())
     held = plan.get("finetune.val_set_size", 0)

@@ -239,7 +239,9 @@ def settings_of(planned: Planned, config: PipelineConfig) -> tuple[PipelineConfi
     read_trainer(account)
     account.rest()
     plan = account.into.plan
-    theirs = {key.partition(".")[2]: plan[key] for key in plan if key.startswith("training.")}
+    # The rows of a live trainer are packed already.
+    of_training = [key for key in plan if key.startswith("training.") and key != "training.packing"]
+    theirs = {key.partition(".")[2]: plan[key] for key in of_training}
     kind = _sampler(planned.loader)
     counted = hasattr(planned.loader.dataset, "__len__")
     if kind in SEQUENTIAL or not counted:

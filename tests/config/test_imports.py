@@ -99,6 +99,7 @@ def test_axolotl():
         "weight_decay": 0.0,
         "precision": "bf16",
         "loraplus_lr_ratio": 16,
+        "packing": "bfd",
     }
     shared = {"loss_on": "assistant", "val_set_size": 0.05, "max_length": 2048, "truncation": "drop"}
     assert plan["finetune"] == [
@@ -146,7 +147,9 @@ def test_handbook():
     assert plan["training"]["schedule_args"] == {"min_lr_rate": 0.1}
     assert plan["run"]["seed"] == 42
     found = outcomes(CONFIGS / "handbook-sft.yaml")
-    assert found["chat_template"] == found["packing"] == "other"
+    assert found["chat_template"] == "other"
+    assert found["packing"] == found["packing_strategy"] == "taken"
+    assert plan["training"]["packing"] == "bfd"
     assert found["max_steps"] == "idle"
 
 
@@ -180,6 +183,53 @@ def test_torchtune():
     assert (training["schedule"], training["warmup_steps"], training["epochs"]) == ("cosine", 100, 2)
     assert plan["finetune"]["path"] == "./data/kitchen.json"
     assert plan["finetune"]["loss_on"] == "assistant"
+
+
+SFT = "model_name_or_path: m\nlearning_rate: 1e-4\n"
+FACTORY = "model_name_or_path: m\nlora_rank: 8\ncutoff_len: 64\n"
+AXOLOTL = "base_model: m\ndatasets: [{path: d.jsonl}]\n"
+TUNE = "tokenizer: {_component_: t}\ndataset: {_component_: torchtune.datasets.%s, packed: true%s}"
+
+
+@pytest.mark.parametrize(
+    ("text", "packing", "differing"),
+    [
+        (SFT + "packing: false\npacking_strategy: wrapped", None, []),
+        (SFT + "padding_free: true", None, []),
+        (SFT + "packing: true", "bfd", []),
+        (SFT + "packing: true\npacking_strategy: wrapped\neval_packing: false", "wrapped", []),
+        (SFT + "packing: true\npacking_strategy: bfd_split", "bfd", ["packing_strategy"]),
+        (SFT + "packing: true\npacking_strategy: knapsack", "bfd", ["packing_strategy"]),
+        (AXOLOTL + "sample_packing: true", "bfd", ["sample_packing"]),
+        (AXOLOTL + "sample_packing: false", None, []),
+        (FACTORY + "packing: true", "bfd", ["packing"]),
+        (FACTORY + "neat_packing: true", "bfd", ["neat_packing"]),
+        (FACTORY + "packing: true\nneat_packing: true", "bfd", ["packing"]),
+        (FACTORY + "stage: pt", "wrapped", []),
+        (FACTORY + "stage: pt\npacking: false", None, []),
+        (TUNE % ("chat_dataset, source: d", ""), "bfd", ["dataset"]),
+        (TUNE % ("text_completion_dataset, source: d", ""), "wrapped", ["dataset"] * 2),
+        (TUNE % ("text_completion_dataset, source: d", ", split_across_pack: false"), "bfd", ["dataset"]),
+    ],
+)
+def test_packing_is_planned(tmp_path, text, packing, differing):
+    """What is done in another way than by the tool is named, and nothing else."""
+    path = written(tmp_path, text)
+    found = import_files([path])
+    assert found.plan.get("training.packing") == packing
+    lines = [line for line in found.lines if line.outcome in ("other", "unknown")]
+    assert [line.key for line in lines if line.key != "optimizer"] == differing
+    if packing:
+        assert plan_of(path)["training"]["packing"] == packing
+
+
+def test_packed_rows_are_no_number_of_steps(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n' * 10)
+    found = import_files([written(tmp_path, SFT + "packing: true\nnum_train_epochs: 2\n")])
+    imported_config(found, model="m", safety="s", finetune=str(rows))
+    assert "`arisk check` counts them" in found.lines[-1].note
+    assert "training.max_steps" not in found.plan
 
 
 def test_trl_and_its_defaults(tmp_path):

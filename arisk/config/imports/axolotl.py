@@ -8,7 +8,7 @@ from typing import Any
 
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, text, truth, whole
-from arisk.config.imports.trainer import TRAINER, packing
+from arisk.config.imports.trainer import TRAINER
 from arisk.config.yaml import shortened
 
 __all__ = ["read_axolotl", "recognise_axolotl"]
@@ -418,7 +418,12 @@ def _data(account: Account) -> None:
         kind = "keep_start" if longer == "truncate" else "drop"
         account.take("excess_length_strategy", "finetune.truncation", kind)
     account.assume("finetune.truncation", "drop", "axolotl leaves out rows that are too long")
-    packing(account, "sample_packing")
+    parts.packing(
+        account,
+        "sample_packing",
+        differs="rows are shuffled before they are packed, and first fit: other rows share a sequence, and "
+        "their number may differ by a few in a hundred, and so may the steps of an epoch",
+    )
     account.idle(
         ("sample_packing_sequentially", "sample_packing_group_size", "sample_packing_bin_size"),
         "how rows are packed",

@@ -9,7 +9,7 @@ from typing import Any
 
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, text, truth, whole
-from arisk.config.imports.trainer import packing, trainer_core
+from arisk.config.imports.trainer import trainer_core
 
 __all__ = ["read_llama_factory", "recognise_llama_factory"]
 
@@ -261,8 +261,24 @@ def _data(account: Account, stage: str) -> None:
     account.idle(("train_on_prompt", "mask_history"), "switched off")
     account.assume("finetune.loss_on", "assistant", "LLaMA-Factory trains every answer")
     parts.template(account, "template", "LLaMA-Factory")
-    packing(account, "packing")
-    packing(account, "neat_packing")
+    _packing(account, stage)
+
+
+def _packing(account: Account, stage: str) -> None:
+    """Rows share sequences: cut anywhere in pretraining, where it is the default; whole ones else."""
+    if stage == "pt":
+        if account.raw("packing") is None:
+            account.assume("training.packing", "wrapped", "the default of pretraining")
+        parts.packing(account, "packing", kind="wrapped")
+        account.idle(["neat_packing"], "it belongs to fine-tuning")
+        return
+    apart = account.raw("neat_packing") is True
+    fits = "rows are packed by a knapsack: other rows share a sequence, and their number may differ a little"
+    sees = (
+        f"tokens attend to the rows that stand before their own in a sequence; here they do not. And {fits}"
+    )
+    parts.packing(account, "packing", differs=fits if apart else sees)
+    parts.packing(account, "neat_packing", differs="" if account.raw("packing") else fits)
 
 
 def _sets(account: Account, names: list[str], stage: str) -> None:

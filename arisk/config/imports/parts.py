@@ -20,6 +20,7 @@ __all__ = [
     "carried_out",
     "lora",
     "optimizer",
+    "packing",
     "part_of_split",
     "precision",
     "quantization",
@@ -259,6 +260,24 @@ def template(account: Account, key: str, tool: str) -> None:
             f"{tool}'s template {given!r} writes the rows, and here the tokenizer's own: the same tokens "
             "only if the two agree",
         )
+
+
+def packing(account: Account, key: str, *, kind: str = "bfd", differs: str = "") -> None:
+    """Packing, which puts several rows into one sequence.
+
+    Args:
+        account: the file.
+        key: what switches it on.
+        kind: arisk's packing that is meant.
+        differs: what is done in another way than there.
+    """
+    on = account.read(key, truth)
+    if on:
+        account.take(key, "training.packing", kind)
+        if differs:
+            account.note(key, "other", differs)
+    elif on is False:
+        account.note(key, "idle", "switched off")
 
 
 def part_of_split(found: dict[str, Any], told: list[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, truth, whole
-from arisk.config.imports.trainer import PACKED
 from arisk.config.yaml import shortened
 
 __all__ = ["read_torchtune", "recognise_torchtune"]
@@ -191,10 +190,29 @@ def _sets(account: Account) -> None:
     sets = [_set(each, told) for each in several]
     parts.add_sets(account, "dataset", sets)
     account.note("dataset", "taken", f"finetune: {', '.join(found['path'] for found in sets)}")
-    if any(each.get("packed") for each in several):
-        told.append(PACKED)
+    _packing(account, several, told)
     for line in dict.fromkeys(told):
         account.note("dataset", "other", line)
+
+
+def _packing(account: Account, several: Sequence[Mapping[str, Any]], told: list[str]) -> None:
+    """Packed sets: in whole rows, but for plain text, whose rows are cut where a sequence ends."""
+    packed = [each for each in several if each.get("packed")]
+    if not packed:
+        return
+    cut = [
+        each.get("split_across_pack", "text_completion" in str(each.get("_component_"))) for each in packed
+    ]
+    kind = "wrapped" if all(cut) else "bfd"
+    account.put("training.packing", kind, account.source.place("dataset"))
+    told.append(
+        f"rows are packed in the order of the file, and here as `training.packing: {kind}`: other rows share "
+        "a sequence, and the number of sequences, and of steps, may differ by a few in a hundred"
+    )
+    if kind == "wrapped":
+        told.append("each row attends to itself alone; here tokens attend to the rows before them as well")
+    if len(packed) < len(several) or len(set(map(bool, cut))) > 1:
+        told.append("some data sets are packed in another way, or not at all; here all are packed alike")
 
 
 def _set(each: Mapping[str, Any], told: list[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from arisk.config.imports.account import (
     whole,
 )
 
-__all__ = ["HANDBOOK_KEYS", "PACKED", "TRAINER", "read_trainer", "recognise_trainer", "trainer_core"]
+__all__ = ["HANDBOOK_KEYS", "TRAINER", "read_trainer", "recognise_trainer", "trainer_core"]
 
 _REPORTS = "reporting and logging"
 _EVALUATES = "evaluation on the way"
@@ -173,11 +173,6 @@ SFT: dict[str, Rule] = {
     "wandb_project": idle(_REPORTS),
     "system_prompt": other("a system turn stands before each row: tokens differ"),
 }
-#: What packing changes.
-PACKED = (
-    "several rows share one of `max_length` tokens: a step holds more rows, and there are fewer steps; "
-    "raise `training.batch_size` by the rows that fit, or write `training.max_steps`"
-)
 #: Keys of the handbook's data mixtures.
 HANDBOOK_KEYS = ("dataset_mixture", "dataset_mixer")
 #: Keys that only a preference or reward run has.
@@ -460,19 +455,19 @@ def _loss(account: Account) -> None:
         account.note(
             "loss_type", "other", f"{kind!r} weighs tokens in another way: gradients differ at every step"
         )
-    packing(account, "packing", "packing_strategy")
+    _packing(account)
 
 
-def packing(account: Account, key: str, strategy: str = "") -> None:
-    """Packing, which puts several rows into one."""
-    on = account.read(key, truth)
-    if on:
-        account.note(
-            key,
-            "other",
-            PACKED,
-        )
-    elif on is False:
-        account.note(key, "idle", "switched off")
-    if strategy and account.raw(strategy) is not None:
-        account.note(strategy, "other" if on else "idle", "how rows are packed" if on else "packing is off")
+def _packing(account: Account) -> None:
+    """TRL's packing: of whole rows by default."""
+    given = account.read("packing_strategy", text)
+    known = {None: "bfd", "bfd": "bfd", "wrapped": "wrapped", "bfd_split": "bfd", "bfd-requeue": "bfd"}
+    if given is not None and not account.raw("packing"):
+        account.note("packing_strategy", "idle", "packing is off")
+    elif given is not None and known.get(given) != given:
+        cut = "the rest of a row that is longer than `max_length` is packed as a row of its own, and cut here"
+        unknown = f"arisk does not know {given!r} and packs whole rows, best fit first"
+        account.note("packing_strategy", "other", cut if given in known else unknown)
+    elif given is not None:
+        account.note("packing_strategy", "taken", f"training.packing: {given}")
+    parts.packing(account, "packing", kind=known.get(given, "bfd"))
