@@ -226,7 +226,7 @@ class AlignmentRiskPipeline:
 
 
 def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:
-    """Run every stage up to the forecast on a task, in a temporary run directory.
+    """Forecast what a task's plan does to safety, and say why, in a temporary run directory.
 
     Args:
         task: the model with its data.
@@ -236,11 +236,17 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
     Raises:
         AriskError: what is wrong, where, and how to fix it.
     """
-    stages = catalogue()
-    wanted = stages.ordinary[: stages.ordinary.index("forecast") + 1]
-    with _carried_out(task, config, wanted, progress) as job:
-        records = [job.record(name) for name in ("collect", "subspace", "score", "rollout", "forecast")]
-        return RiskReport(*records, basis=_basis(job))
+    why = ("collect", "subspace", "score") if config.why != "off" else ()
+    with _carried_out(task, config, ["rollout", "forecast", *why], progress) as job:
+        collected, space, scored = [job.record(name) for name in why] if why else [None] * 3
+        return RiskReport(
+            collected,
+            space,
+            scored,
+            job.record("rollout"),
+            job.record("forecast"),
+            basis=_basis(job) if why else None,
+        )
 
 
 def verify(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> VerifyResult:
@@ -320,7 +326,9 @@ def _resolved(config: PipelineConfig) -> Config:
         "subspace": config.subspace_settings.model_dump(),
     }
     model = {"source": "python", "entry": "arisk:Task"}
-    return Config.model_validate({"model": model, "run": {"seed": config.seed}, **settings})
+    return Config.model_validate(
+        {"model": model, "why": config.why, "run": {"seed": config.seed}, **settings}
+    )
 
 
 class _Listening(StageDisplay):

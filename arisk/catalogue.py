@@ -16,8 +16,8 @@ from arisk.verification.stage import VERIFY
 
 __all__ = ["catalogue", "register"]
 
-#: In the order in which they run. The rollout alone depends on the whole planned training.
-_STAGES: list[Stage] = [COLLECT, SUBSPACE, SCORE, ROLLOUT, FORECAST, VERIFY, SCREEN, GUARD]
+#: In the order in which they run: what decides, what says why, what only its own verb runs.
+_STAGES: list[Stage] = [ROLLOUT, FORECAST, COLLECT, SUBSPACE, SCORE, VERIFY, SCREEN, GUARD]
 
 
 def catalogue() -> Catalogue:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from arisk.base.artifacts import (
     write_tensors,
     write_text,
 )
-from arisk.base.errors import ArtifactError
+from arisk.base.errors import ArtifactError, ConfigError
 from arisk.engine.fingerprints import file_digest, stage_key
 from arisk.forecast.record import ForecastResult, RolloutResult, Verdict
 from arisk.models.judge import Judge
@@ -50,6 +50,8 @@ RECORDS: Mapping[str, type] = {
 }
 
 
+#: Those that say why; a report without them is whole.
+WHY = ("collected", "space", "scored")
 #: Rows of tables of examples.
 EXAMPLES = 25
 
@@ -59,7 +61,8 @@ class RiskReport:
     """What was found: the records of every stage, with the peer package's names beside them.
 
     Attributes:
-        collected: per-sample safety gradients through their inner products.
+        collected: per-sample safety gradients through their inner products; with `space` and `scored` None
+            where `why` is off.
         space: the safety subspace.
         scored: how the planned update meets it.
         rollout: losses measured along the virtual run.
@@ -69,9 +72,9 @@ class RiskReport:
         basis: (P, k) orthonormal basis of the subspace, None where it was not kept.
     """
 
-    collected: CollectResult
-    space: SubspaceResult
-    scored: ScoreResult
+    collected: CollectResult | None
+    space: SubspaceResult | None
+    scored: ScoreResult | None
     rollout: RolloutResult
     forecasted: ForecastResult
     status: Literal["measured", "skipped"] = "measured"
@@ -92,18 +95,19 @@ class RiskReport:
     @property
     def subspace(self) -> SensitivitySubspace:
         """The safety subspace, under both packages' names."""
-        return SensitivitySubspace(self.space, self.collected, self.basis)
+        return SensitivitySubspace(_known(self.space), _known(self.collected), self.basis)
 
     @property
     def initial_risk(self) -> InitialRiskScore:
         """Overlap of the update with the safety subspace, with its nulls."""
         rate = float(self.forecasted.training["learning_rate"])
-        return InitialRiskScore(self.scored.overlap, rate * self.scored.update_norm)
+        scored = _known(self.scored)
+        return InitialRiskScore(scored.overlap, rate * scored.update_norm)
 
     @property
     def curvature(self) -> CurvatureCouplingResult:
         """γ̂ and ε̂ of the Alignment Instability Condition."""
-        return curvature_of(self.scored, self.space)
+        return curvature_of(_known(self.scored), _known(self.space))
 
     @property
     def forecast(self) -> SafetyForecast:
@@ -127,7 +131,7 @@ class RiskReport:
             ArtifactError: the disk is full or the folder cannot be written.
         """
         folder = Path(folder)
-        for name in RECORDS:
+        for name in self._kept():
             write_record(folder / name, getattr(self, name))
         write_tensors(folder / "basis.safetensors", {} if self.basis is None else {"basis": self.basis})
         head = {
@@ -137,7 +141,7 @@ class RiskReport:
             "reason": self.reason,
             "warning": self.warning,
         }
-        digests = {name: file_digest(folder / name) for name in _files()}
+        digests = {name: file_digest(folder / name) for name in _files(self._kept())}
         body = {**head, "files": digests, "digest": stage_key({**head, "files": digests})}
         write_text(folder / "report.json", json.dumps(body, indent=1) + "\n")
 
@@ -160,10 +164,12 @@ class RiskReport:
             )
         if digest != stage_key(head):
             raise _changed(folder / "report.json")
-        for name in _files():
+        there = [name for name in RECORDS if f"{name}/record.json" in head["files"] or name not in WHY]
+        for name in _files(there):
             if not (folder / name).is_file() or file_digest(folder / name) != head["files"].get(name):
                 raise _changed(folder / name)
-        records: dict[str, Any] = {name: read_record(folder / name, kind) for name, kind in RECORDS.items()}
+        records: dict[str, Any] = dict.fromkeys(WHY)
+        records |= {name: read_record(folder / name, RECORDS[name]) for name in there}
         basis = read_tensors(folder / "basis.safetensors").get("basis")
         return cls(**records, status=head["status"], reason=head.get("reason"), basis=basis)
 
@@ -175,21 +181,25 @@ class RiskReport:
         """The report as one self-contained HTML page, with the real run where `check` has one."""
         from arisk.report.page import render
 
-        provenance = {"source": "Python API", "task": self.collected.task}
+        provenance = {"source": "Python API", "task": self.rollout.task}
         return render(title, self._sections(show_text=show_text, check=check), provenance)
 
     def _sections(self, *, show_text: bool, check: Comparison | None = None) -> list[Section]:
         records = (self.collected, self.space, self.scored, self.forecasted, self.rollout)
         return sections_of(*records, show_text=show_text, max_examples=EXAMPLES, check=check)
 
+    def _kept(self) -> list[str]:
+        """Names of the records there are."""
+        return [name for name in RECORDS if getattr(self, name) is not None]
+
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"
 
 
 def sections_of(
-    collected: CollectResult,
-    space: SubspaceResult,
-    scored: ScoreResult,
+    collected: CollectResult | None,
+    space: SubspaceResult | None,
+    scored: ScoreResult | None,
     forecast: ForecastResult,
     measured: RolloutResult,
     *,
@@ -200,7 +210,7 @@ def sections_of(
     """What the report stage composes of a run directory, composed of records alone.
 
     Args:
-        collected: safety side.
+        collected: safety side; with the next two None where it was not measured.
         space: safety subspace.
         scored: how the first update meets it.
         forecast: curves and verdict.
@@ -217,12 +227,12 @@ def sections_of(
     answer = forecast_page.section(
         forecast,
         measured,
-        task=collected.task,
-        collected=collected,
         real=truth.shared.get("real_run"),
         show_text=show_text,
         max_examples=max_examples,
     )
+    if collected is None or space is None or scored is None:
+        return [answer, anatomy_page.left_out("the setting `why` was off"), truth]
     why = anatomy_page.section(
         collected,
         space,
@@ -236,10 +246,26 @@ def sections_of(
     return [why, answer, truth]
 
 
-def _files() -> list[str]:
+R = TypeVar("R")
+
+
+def _known(record: R | None) -> R:
+    """A record that says why.
+
+    Raises:
+        ConfigError: it was not measured.
+    """
+    if record is None:
+        raise ConfigError(
+            "what lies behind the verdict was not measured", where="RiskReport", fix='set `why="full"`'
+        )
+    return record
+
+
+def _files(names: Iterable[str]) -> list[str]:
     """Files of a saved report beside `report.json`."""
     parts = ("record.json", "tensors.safetensors")
-    return [*(f"{name}/{part}" for name in RECORDS for part in parts), "basis.safetensors"]
+    return [*(f"{name}/{part}" for name in names for part in parts), "basis.safetensors"]
 
 
 def _changed(path: Path) -> ArtifactError:

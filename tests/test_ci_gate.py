@@ -153,4 +153,4 @@ def test_the_documented_keys_hold_for_a_real_run(workflow_run, work):
     assert told | {"today", "at_end", "at_end_interval"} <= set(summary["refusals"])
     assert (work / "runs/my/report" / summary["report"]).exists()
     unsaid = set(summary) - {key.split(".")[0] for key in documented()}
-    assert unsaid <= {"training", "gamma_hat", "epsilon_hat", "subspace", "what_if"}
+    assert unsaid <= {"training", "gamma_hat", "epsilon_hat", "subspace", "what_if", "why"}

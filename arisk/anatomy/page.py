@@ -25,6 +25,7 @@ __all__ = [
     "examples",
     "fisher_map",
     "harm_map",
+    "left_out",
     "overlap",
     "section",
     "spectrum",
@@ -80,17 +81,32 @@ def section(
         Piece(Part.CAUSE + 30, figure=spectrum(space), shape="half"),
         Piece(Part.CAUSE + 40, figure=overlap(scored, worth("overlap |Pg|/|g|", None)), shape="half"),
     )
+    findings = _findings(collected, space, scored, specificity_told)
     rows = examples(
         scored, show_text, max_examples, worth=worth("second order", "This ranking of single rows")
     )
     return Section(
         "anatomy",
         pieces=[*figures, Piece(Part.CAUSE, rows), Piece(Part.CAUSE + 50, conditions(scored))],
-        summary=_summary(collected, space, scored),
-        findings=_findings(collected, space, scored, specificity_told),
+        summary={
+            **_summary(collected, space, scored),
+            "why": {"findings": [finding.sentence for finding in findings], "missing": None},
+        },
+        findings=findings,
         quality=_quality(collected, space, scored),
         warnings=[*collected.warnings, *space.warnings, *scored.warnings],
     )
+
+
+def left_out(how: str) -> Section:
+    """What stands in its place where none of it was measured.
+
+    Args:
+        how: what adds it, as the end of a sentence.
+    """
+    said = f"Where safety lives, and which layers and rows carry the harm, was not measured: {how}."
+    html = f'<section id="why"><h2>Why</h2><p class="missing">{esc(said)}</p></section>'
+    return Section("anatomy", [Piece(Part.CAUSE, html)], summary={"why": {"findings": [], "missing": said}})
 
 
 def _summary(collected: CollectResult, space: SubspaceResult, scored: ScoreResult) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.base.artifacts import FORMAT_VERSION, finite, read_json, write_tensors, write_text
+from arisk.base.artifacts import write_tensors
 from arisk.base.processes import is_first, rank
 from arisk.engine.job import Job
 from arisk.engine.stage import Stage
@@ -19,13 +18,12 @@ if TYPE_CHECKING:
     from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
     from arisk.anatomy.subspace import SafetySide
     from arisk.base.task import Task
+    from arisk.config.plan import Config
     from arisk.gradients import ParameterLayout
     from arisk.report.page import Section
 
-__all__ = ["COLLECT", "DATA_FILE", "SCORE", "SUBSPACE", "safety_side"]
+__all__ = ["COLLECT", "SCORE", "SUBSPACE", "safety_side"]
 
-#: Counts of the fine-tuning and control rows, beside the scores.
-DATA_FILE = "data.json"
 #: Settings of collect that change its numbers or files; its budgets do not.
 COLLECT_KEYS = ("engine", "fisher", "store", "store_dtype", "chunk_size")
 
@@ -44,7 +42,7 @@ def _collect(job: Job, workspace: Path) -> CollectResult:
     from arisk.anatomy.collect import collect
 
     made = collect(_fisher_task(job), job.config.collect, workspace, progress=job.show.progress)
-    # The stage may serve other plans: it tells of the safety rows alone, `score` of the plan's data.
+    # The stage may serve other plans: it tells of the safety rows alone, `rollout` of the plan's data.
     data = {"safety": made.task.get("data", {}).get("safety", {})}
     return replace(made, task={**made.task, "data": data} if "data" in made.task else made.task)
 
@@ -86,10 +84,6 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         )
     if is_first():
         write_tensors(workspace / "directions.safetensors", made.directions)
-        sets = {"finetune": job.task.finetune, "control": job.task.control}
-        told = {name: dict(samples.statistics) for name, samples in sets.items() if samples is not None}
-        body = {"format_version": FORMAT_VERSION, "data": told}
-        write_text(workspace / DATA_FILE, json.dumps(finite(body), indent=1) + "\n")
     return made.record
 
 
@@ -127,10 +121,11 @@ def safety_side(job: Job) -> SafetySide:
 def _section(job: Job, later: Mapping[str, Any]) -> Section:
     from arisk.anatomy import page
 
+    if not job.states["score"].fresh:
+        return page.left_out(f"`{job.command} --why full` adds it")
     shown = job.config.report
-    collected: CollectResult = job.record("collect")
-    section = page.section(
-        collected,
+    return page.section(
+        job.record("collect"),
         job.record("subspace"),
         job.record("score"),
         threshold=later["threshold"],
@@ -139,18 +134,18 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
         show_text=shown.show_text,
         max_examples=shown.max_examples,
     )
-    path = job.rundir.stage_dir("score") / DATA_FILE
-    data = read_json(path)["data"] if path.exists() else {}
-    task = dict(collected.task)
-    if task.get("data") and data:
-        task["data"] = {**task["data"], **data}
-    return replace(section, shared={**section.shared, "task": task})
+
+
+def _explains(config: Config) -> bool:
+    """The verdict rests on the rollout; without one it rests on what is measured here."""
+    return config.rollout.enabled
 
 
 COLLECT = Stage(
     name="collect",
     version=4,
     help="Per-sample gradients of the safety data and their inner products",
+    explains=_explains,
     run=_collect,
     config=(*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
     inputs=("model", "adapter", "safety"),
@@ -165,6 +160,7 @@ SUBSPACE = Stage(
     name="subspace",
     version=2,
     help="The safety subspace: eigenvectors of the safety Fisher matrix",
+    explains=_explains,
     run=_subspace,
     upstream=("collect",),
     config=("subspace",),
@@ -177,6 +173,7 @@ SCORE = Stage(
     name="score",
     version=4,
     help="How the planned first update meets the subspace, by layer and row",
+    explains=_explains,
     run=_score,
     upstream=("collect", "subspace"),
     config=(

@@ -27,17 +27,19 @@ __all__ = [
     "RunDirOption",
     "SetOption",
     "StageName",
+    "Told",
+    "WhyOption",
     "complete_config",
     "complete_run",
     "complete_run_or_config",
     "complete_setting",
     "gate",
-    "print_outcome",
     "refuse_gate_without_verdict",
     "reproducing",
     "reusable",
     "show",
     "usable_path",
+    "with_why",
 ]
 
 #: Levels that are opened while a folder is the only match: the shell would put a space after its name.
@@ -150,6 +152,12 @@ SetOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+WhyOption = Annotated[
+    Literal["full", "off"] | None,
+    typer.Option(
+        "--why", help="What is measured once the verdict stands, to say why; default: the config's."
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Run the stages even where they are fresh.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -161,14 +169,33 @@ def show(quiet: bool) -> Any:
     return StageDisplay(quiet=quiet or not is_first(), resume=shlex.join(["arisk", *sys.argv[1:]]))
 
 
-def print_outcome(outcome: Any, as_json: bool) -> None:
-    """The result of a run on stdout: the verdict table, or JSON."""
-    from arisk.forecast.text import outcome_text
+class Told:
+    """The result of a run on stdout: the verdict once it stands, what lies behind it at the end; or JSON."""
 
-    if not is_first():
-        return
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.shown = False
 
-    say(json.dumps(outcome.as_json(), indent=2) if as_json else outcome_text(outcome))
+    def decided(self, outcome: Any) -> None:
+        """The verdict stands, and work is still to come."""
+        from arisk.forecast.text import outcome_text
+
+        if is_first() and not self.as_json:
+            say(outcome_text(outcome, why=False) + "\n")
+            self.shown = True
+
+    def end(self, outcome: Any) -> None:
+        """All is done."""
+        from arisk.forecast.text import outcome_text
+
+        if is_first():
+            text = outcome_text(outcome, verdict=not self.shown)
+            say(json.dumps(outcome.as_json(), indent=2) if self.as_json else text)
+
+
+def with_why(overrides: list[str] | None, why: str | None) -> list[str]:
+    """The overrides, with `--why` as one of them."""
+    return [*(overrides or []), *([] if why is None else [f"why={why}"])]
 
 
 def gate(level: str, fail_on: str, why: str) -> None:

@@ -23,14 +23,16 @@ from arisk.cli.options import (
     RunDirOption,
     SetOption,
     StageName,
+    Told,
+    WhyOption,
     complete_run,
     gate,
-    print_outcome,
     refuse_gate_without_verdict,
     reproducing,
     reusable,
     show,
     usable_path,
+    with_why,
 )
 from arisk.engine.stage import Stage, StageOption
 
@@ -43,9 +45,10 @@ def run(
     run_dir: RunDirOption = None,
     overrides: SetOption = None,
     first: Annotated[
-        StageName | None, typer.Option("--from", help="Re-run this stage and all after it.")
+        StageName | None, typer.Option("--from", help="Re-run this stage and all that read it.")
     ] = None,
     last: Annotated[StageName | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    why: WhyOption = None,
     force: ForceOption = False,
     reuse: Annotated[
         list[Path] | None,
@@ -64,7 +67,7 @@ def run(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run all stages, skipping the fresh ones; ends with the verdict and the report's path.
+    """Run all stages, skipping the fresh ones: the verdict, then why; ends with the report's path.
 
     Example: arisk run configs/demo.yaml --set training.learning_rate=1e-4
     """
@@ -72,7 +75,9 @@ def run(
     from arisk.engine.run import run_stages
 
     refuse_gate_without_verdict(fail_on, last)
-    loaded = load_config(config, overrides or [])
+    overrides = with_why(overrides, why)
+    loaded = load_config(config, overrides)
+    told = Told(as_json)
     outcome = run_stages(
         catalogue(),
         loaded,
@@ -83,8 +88,9 @@ def run(
         reuse=reusable(reuse, again=force or first is not None),
         show=show(quiet),
         command=reproducing(config, run_dir, overrides),
+        decided=told.decided,
     )
-    print_outcome(outcome, as_json)
+    told.end(outcome)
     if fail_on and outcome.summary:
         verdict = outcome.summary["verdict"]
         gate(verdict["level"], fail_on, verdict["sentence"])
@@ -99,7 +105,7 @@ def _ordinary_verb(stage: Stage) -> None:
         overrides: SetOption = None,
         force: ForceOption = False,
         with_upstream: Annotated[
-            bool, typer.Option("--with-upstream", help="Also run the stages before it that are not fresh.")
+            bool, typer.Option("--with-upstream", help="Also run the stages it reads that are not fresh.")
         ] = False,
         as_json: JsonOption = False,
         quiet: QuietOption = False,
@@ -112,16 +118,16 @@ def _ordinary_verb(stage: Stage) -> None:
             catalogue(),
             loaded,
             run_dir=run_directory(loaded, config, run_dir),
-            only=None if with_upstream else stage.name,
-            last=stage.name,
+            only=stage.name,
+            upstream=with_upstream,
             force=force,
             show=show(quiet),
             command=reproducing(config, run_dir, overrides),
         )
-        print_outcome(outcome, as_json)
+        Told(as_json).end(outcome)
 
     command.__doc__ = (
-        f"{stage.help}.\n\nThis stage alone; those before it must be fresh. "
+        f"{stage.help}.\n\nThis stage alone; those that it reads must be fresh. "
         f"Example: arisk {stage.name} my.yaml --with-upstream"
     )
     app.command(stage.name)(command)
@@ -332,6 +338,7 @@ def demo(
     output_dir: Annotated[
         Path, typer.Option("--output-dir", metavar="<path>", help="Run directory.", parser=usable_path)
     ] = Path("runs/demo"),
+    why: WhyOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -343,17 +350,19 @@ def demo(
     from arisk.cli.demo import demo_config
     from arisk.engine.run import run_stages
 
+    told, chosen = Told(as_json), {} if why is None else {"why": why}
     outcome = run_stages(
         catalogue(),
-        demo_config(mode),
+        demo_config(mode).model_copy(update=chosen),
         run_dir=output_dir,
         force=force,
         show=show(quiet),
         command=f"arisk demo --mode {mode} --output-dir {output_dir}",
+        decided=told.decided,
     )
     if not quiet:
         say(_drawn(output_dir), err=True)
-    print_outcome(outcome, as_json)
+    told.end(outcome)
 
 
 def _drawn(run_dir: Path) -> str:

@@ -24,7 +24,7 @@ from arisk.engine.freshness import CONFIG_FILE, StageState, check_run_dir, diffe
 from arisk.engine.job import REPORT_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue
-from arisk.forecast.record import Curve, ForecastResult
+from arisk.forecast.record import Curve, ForecastResult, RolloutResult
 
 __all__ = [
     "FinishedRun",
@@ -136,12 +136,15 @@ def _changed(config: Config, stored: Mapping[str, Any], rundir: RunDir) -> tuple
 
 def _planned(run: FinishedRun, name: str) -> RankedRun:
     rundir = RunDir(run.run_dir)
-    for stage in ("forecast", "score"):
+    known = [stage for stage in ("rollout", "forecast", "score") if run.states[stage].fresh]
+    for stage in known:
         rundir.verify(stage, deep=True)
     forecast = read_record(rundir.stage_dir("forecast"), ForecastResult)
-    scored = read_record(rundir.stage_dir("score"), ScoreResult)
+    rolled_out = read_record(rundir.stage_dir("rollout"), RolloutResult)
+    scored = read_record(rundir.stage_dir("score"), ScoreResult) if "score" in known else None
     verdict, rolled = forecast.verdict, forecast.forecasters.get("rollout")
-    seconds, shared = _seconds(run.needed, rundir)
+    why = [name for name in ("collect", "subspace", "score") if run.states[name].fresh]
+    seconds, shared = _seconds([*run.needed, *why], rundir)
     basis = forecast.forecasters.get(verdict.basis)
     measured = basis is not None and basis.status == "measured" and basis.kind == "forecast"
     page = rundir.stage_dir("report") / REPORT_FILE
@@ -160,13 +163,13 @@ def _planned(run: FinishedRun, name: str) -> RankedRun:
         curve=basis if measured else None,
         safety_change=_last(rolled),
         control_change=_known(forecast.control_change[-1]) if forecast.control_change else None,
-        overlap_to_random=_known(scored.overlap.ratio_to_random),
+        overlap_to_random=None if scored is None else _known(scored.overlap.ratio_to_random),
         gradient_evaluations=forecast.gradient_evaluations,
         planned_evaluations=forecast.planned_evaluations,
         seconds=seconds,
         shared_seconds=shared,
         finetune=_data_name(run.config),
-        finetune_rows=scored.finetune_rows,
+        finetune_rows=(rolled_out.task.get("data") or {}).get("finetune", {}).get("rows", 0),
         training=dict(forecast.training),
         report=str(page) if run.states["report"].fresh and page.exists() else None,
         notes=[f"The {section} files changed since this run." for section in run.changed],

@@ -437,6 +437,8 @@ class Config(Settings):
 
     run: RunConfig = RunConfig()
     """Where the run lives and how it computes."""
+    why: Literal["full", "off"] = "full"
+    """What is measured once the verdict stands, to say where it comes from: everything, or nothing."""
     model: ModelConfig
     """The aligned model."""
     safety: DataSet | None = None
@@ -477,6 +479,8 @@ class Config(Settings):
             raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
         if self.model.source == "python" and self.training.packing != "off":
             raise ValueError("source: python packs its rows itself; leave `training.packing` out")
+        if self.why == "off" and not self.rollout.enabled:
+            raise ValueError("`why: off` with `rollout.enabled: false` leaves nothing that could be measured")
         if self.model.source == "python" and self.guard.task is not None:
             raise ValueError("source: python gives clean task rows as `Task.clean`, not `guard.task`")
         return self

@@ -153,10 +153,10 @@ def plan(
     Raises:
         NewerFormatError: a stage was written by a newer arisk.
     """
-    states: list[StageState] = []
+    states: dict[str, StageState] = {}
     keys: dict[str, str] = {}
     fresh: dict[str, bool] = {}
-    for spec in catalogue:
+    for spec in map(catalogue.get, catalogue.ordered(catalogue.names)):
         shown = [name for name in spec.shows if fresh[name]]
         ingredients = ingredients_of(spec, config, inputs, keys, shown)
         if not (force and spec.name == asked):
@@ -164,8 +164,8 @@ def plan(
         key = stage_key(ingredients)
         reasons = tuple(_reasons(spec, key, ingredients, rundir, fresh))
         keys[spec.name], fresh[spec.name] = key, not reasons
-        states.append(StageState(spec.name, not reasons, reasons, key, ingredients))
-    return states
+        states[spec.name] = StageState(spec.name, not reasons, reasons, key, ingredients)
+    return [states[name] for name in catalogue.names]
 
 
 def _as_far_as_stored(
@@ -360,7 +360,7 @@ def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dic
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(catalogue, config, input_fingerprints(config, cache), rundir)
     cache.save()
-    optional = catalogue.optional
+    optional, left_out = catalogue.optional, catalogue.explaining(config) if config.why == "off" else ()
     rows: list[dict[str, Any]] = []
     for state in states:
         damaged = any(reason.kind == "damaged" for reason in state.reasons)
@@ -372,7 +372,8 @@ def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dic
                 "stage": state.stage,
                 "fresh": state.fresh,
                 "optional": state.stage in optional,
-                "state": _state(state, state.stage in optional),
+                "state": _state(state, state.stage in (*optional, *left_out)),
+                "left_out": state.stage in left_out,
                 "reasons": [reason.sentence() for reason in state.reasons],
                 "seconds": manifest["seconds"] if manifest else None,
                 "bytes": sum(output["bytes"] for output in outputs),
@@ -418,7 +419,8 @@ def _state(state: StageState, optional: bool) -> str:
 
 def _why(row: Mapping[str, Any]) -> str:
     if row["state"] == "not run":
-        return f"optional; `arisk {row['stage']}` runs it"
+        what = "left out by `why: off`" if row.get("left_out") else "optional"
+        return f"{what}; `arisk {row['stage']}` runs it"
     return "; ".join(row["reasons"])
 
 

@@ -25,13 +25,13 @@ DRAWING = 2.5
 
 
 def sections_of(job: Job) -> list[Section]:
-    """What every stage shows, in the order of the stages.
+    """What every stage shows, in the order in which they run.
 
     They are made in reverse: each may use what those of later stages share.
     """
     made: list[Section] = []
     shared: dict[str, Any] = {}
-    for stage in reversed(job.catalogue):
+    for stage in map(job.catalogue.get, reversed(job.catalogue.ordered(job.catalogue.names))):
         section = stage.section(job, shared) if stage.section is not None else None
         if section is not None:
             made.append(section)
@@ -58,7 +58,7 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
 
     stages = {}
     for stage in job.catalogue:
-        if stage.name == REPORT or (stage.optional and not job.states[stage.name].fresh):
+        if stage.name == REPORT or not job.states[stage.name].fresh:
             continue
         manifest = job.rundir.manifest(stage.name) or {}
         size = sum(output["bytes"] for output in manifest.get("outputs", {}).values())
@@ -92,20 +92,21 @@ def _cost(scene: CostScene) -> Cost:
 
 
 def report_stage(stages: Sequence[Stage]) -> Stage:
-    """The last stage, which shows all others: ordinary ones in any case, optional ones where they are fresh.
+    """The last stage, which shows all others: those that decide in any case, the rest where they are fresh.
 
     Args:
         stages: all others, in order.
     """
     shown = [key for stage in stages for key in stage.shown]
+    aside = tuple(stage.name for stage in stages if stage.optional or stage.explains is not None)
     return Stage(
         name=REPORT,
-        version=10,
+        version=11,
         help="The HTML page and the summaries, from the artifacts",
         run=_report,
-        upstream=tuple(stage.name for stage in stages if not stage.optional),
+        upstream=tuple(stage.name for stage in stages if stage.name not in aside),
         config=("report", *dict.fromkeys(shown)),
-        shows=tuple(stage.name for stage in stages if stage.optional),
+        shows=aside,
         reusable=False,  # The page names its run, so each run makes its own.
         before=_drawable,
         cost=_cost,

@@ -8,7 +8,7 @@ by `run_asked`, which also brings the report that shows them up to date.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,11 +68,13 @@ def run_stages(
     first: str | None = None,
     last: str | None = None,
     only: str | None = None,
+    upstream: bool = False,
     force: bool = False,
     reuse: Sequence[Path] = (),
     models: dict[str, Any] | None = None,
+    decided: Callable[[Outcome], None] | None = None,
 ) -> Outcome:
-    """Bring stages up to date.
+    """Bring stages up to date: those that decide with their report, then those that say why with theirs.
 
     Args:
         catalogue: the stages.
@@ -80,55 +82,166 @@ def run_stages(
         run_dir: where the run lives.
         show: told what happens.
         command: the command that reproduces this run, for the report and the lock.
-        first: run this stage and all after it even where they are fresh.
+        first: run this stage and all that read it even where they are fresh.
         last: stop after this stage.
-        only: run this stage alone; the stages before it must be fresh.
+        only: run this stage alone; the stages it reads must be fresh.
+        upstream: with `only`, run those as well where they are not fresh.
         force: run every considered stage even where it is fresh.
         reuse: run directories from which a stage with the same key is taken instead of being run.
         models: models that runs before this one have loaded; those after it find its own here.
+        decided: told when the report shows what was decided and work that says why is still to come.
 
     Raises:
         AriskError: what went wrong; stages finished before are committed.
     """
     rundir = RunDir(run_dir)
-    taken: dict[str, str] = {}
-    considered = catalogue.names[: catalogue.names.index(last) + 1] if last else catalogue.names
-    wanted = tuple(name for name in considered if name in catalogue.ordinary)
-    if only in catalogue.optional:
-        wanted = (only,)
+    aim = _Aim(catalogue, config, only, catalogue.after([first]) | {first} if first else set(), force)
+    wanted = aim.wanted(last, upstream=upstream)
     processes.join()
 
-    def planned() -> tuple[list[StageState], list[str]]:
+    def prepared() -> tuple[dict[str, Any], list[StageState]]:
         cache = DigestCache(run_dir / ".digests.json")
-        states = plan(catalogue, config, input_fingerprints(config, cache), rundir, asked=only, force=force)
+        inputs = input_fingerprints(config, cache)
         cache.save()
+        states = plan(catalogue, config, inputs, rundir, asked=only, force=force)
         rundir.write("config.yaml", dump_config(config))
-        due = _due(catalogue, states, wanted, first, only, force)
-        for name in due:
+        for name in aim.due(states, wanted, upstream=upstream):
             if (refuse := catalogue.get(name).before) is not None:
                 refuse(config)
-        return states, due
+        return inputs, states
 
     with rundir.lock(command) if processes.is_first() else nullcontext():
-        states, due = processes.from_first(planned)
+        inputs, states = processes.from_first(prepared)
         job = Job(catalogue, config, rundir, command, show, {state.stage: state for state in states})
         job.models = {} if models is None else models
-        show.planned(due)
+        run = _Rounds(job, inputs, aim, reuse)
+        due = aim.due(states, wanted, upstream=upstream)
+        why = [name for name in due if name in aim.aside and only is None]
+        later = catalogue.after(why).intersection(wanted)
         with _telling(show):
+            run.round(
+                [name for name in wanted if name not in why], due, without={*aim.aside, *later} if why else ()
+            )
+            if why:
+                if decided is not None and run.shows(REPORT, wanted):
+                    decided(run.outcome(wanted))
+                show.note("the verdict stands; what follows says why")
+                run.round(catalogue.ordered([*why, *later]), [*why, *later])
+    return run.outcome(wanted)
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What a call of `run_stages` asks for; `again` holds the stages that run even where they are fresh."""
+
+    catalogue: Catalogue
+    config: Config
+    only: str | None
+    again: set[str]
+    force: bool
+
+    @property
+    def aside(self) -> tuple[str, ...]:
+        """Stages that only say why."""
+        return self.catalogue.explaining(self.config)
+
+    def wanted(self, last: str | None, *, upstream: bool) -> list[str]:
+        """Stages considered, in the order in which they run."""
+        names = self.catalogue.names
+        if self.only is not None:
+            wanted = {self.only, *(self._before(self.only) if upstream else ())}
+        else:
+            wanted = set(names[: names.index(last) + 1] if last else names) - set(self.catalogue.optional)
+            if self.config.why == "off":
+                wanted -= {*self.aside} - {last}
+            wanted = wanted.union(*map(self._before, wanted))
+        return self.catalogue.ordered(list(wanted))
+
+    def _before(self, name: str) -> set[str]:
+        found = set(self.catalogue.before(name, self.config))
+        return found.union(*(self._before(earlier) for earlier in found))
+
+    def due(self, states: Sequence[StageState], wanted: Sequence[str], *, upstream: bool) -> list[str]:
+        """Stages to run, in order."""
+        stale = {state.stage for state in states if not state.fresh}
+        if self.only and not upstream:
+            needed = self.catalogue.before(self.only, self.config)
             for state in states:
-                if state.stage in due:
-                    source = _taken(job, state, reuse)
-                    if source is None:
-                        _execute(job, state)
-                    else:
-                        taken[state.stage] = str(source)
-                elif state.stage in wanted and state.fresh:
-                    show.skip(state.stage)
-    fresh = tuple(s.stage for s in states if s.fresh and s.stage in wanted and s.stage not in due)
-    report = rundir.stage_dir(REPORT) / REPORT_FILE if REPORT in wanted else None
-    summary = read_json(rundir.stage_dir(REPORT) / SUMMARY_FILE) if report else None
-    ran = tuple(stage for stage in due if stage not in taken)
-    return Outcome(run_dir, ran, fresh, report, summary, taken)
+                if state.stage in needed and state.stage in stale:
+                    why = "; ".join(reason.sentence() for reason in state.reasons)
+                    raise ArtifactError(
+                        f"the stage {state.stage} before it is not fresh: {why}",
+                        where=f"stage {self.only}",
+                        fix=f"run `arisk {state.stage} CONFIG` first, or add --with-upstream",
+                    )
+        return [name for name in wanted if self.force or name in stale or name in self.again]
+
+
+class _Rounds:
+    """Carries out stages; each is planned anew before it runs, as stages that it includes may have come."""
+
+    def __init__(self, job: Job, inputs: Mapping[str, Any], aim: _Aim, reuse: Sequence[Path]) -> None:
+        self.job = job
+        self.inputs = inputs
+        self.aim = aim
+        self.reuse = reuse
+        self.ran: list[str] = []
+        self.fresh: list[str] = []
+        self.taken: dict[str, str] = {}
+
+    def round(self, considered: Sequence[str], due: Sequence[str], without: Collection[str] = ()) -> None:
+        """Run what is due of the stages considered.
+
+        Args:
+            considered: names, in the order in which they run.
+            due: those to run, as far as was known before.
+            without: stages of the next round. What waits for nothing else is left to that round.
+        """
+        due = [name for name in considered if name in due and not self._waits(name, without)]
+        self.job.show.planned(due)
+        for name in considered:
+            if name in due:
+                self._run(self._planned(name))
+            elif self.job.states[name].fresh:
+                self.fresh.append(name)
+                self.job.show.skip(name)
+
+    def _waits(self, name: str, without: Collection[str]) -> bool:
+        """Whether only stages of the next round make it stale."""
+        reasons = self.job.states[name].reasons
+        return bool(reasons) and all(r.kind == "upstream" and r.path in without for r in reasons)
+
+    def _planned(self, name: str) -> StageState:
+        """The stage's state now."""
+        job, aim = self.job, self.aim
+
+        def states() -> list[StageState]:
+            return plan(job.catalogue, job.config, self.inputs, job.rundir, asked=aim.only, force=aim.force)
+
+        job.states = {state.stage: state for state in processes.from_first(states)}
+        return job.states[name]
+
+    def _run(self, state: StageState) -> None:
+        source = _taken(self.job, state, self.reuse)
+        if source is None:
+            _execute(self.job, state)
+            self.ran.append(state.stage)
+        else:
+            self.taken[state.stage] = str(source)
+            self.job.states[state.stage] = replace(state, fresh=True, reasons=())
+
+    def shows(self, stage: str, wanted: Sequence[str]) -> bool:
+        """Whether a stage is wanted and up to date."""
+        return stage in wanted and self._planned(stage).fresh
+
+    def outcome(self, wanted: Sequence[str]) -> Outcome:
+        """What was done so far."""
+        rundir = self.job.rundir
+        report = rundir.stage_dir(REPORT) / REPORT_FILE if REPORT in wanted else None
+        summary = read_json(rundir.stage_dir(REPORT) / SUMMARY_FILE) if report else None
+        fresh = tuple(name for name in dict.fromkeys(self.fresh) if name not in self.ran)
+        ran = tuple(name for name in dict.fromkeys(self.ran) if name not in self.taken)
+        return Outcome(rundir.path, ran, fresh, report, summary, self.taken)
 
 
 def run_task(
@@ -146,7 +259,7 @@ def run_task(
         catalogue: the stages.
         task: the model with its data.
         config: settings of every stage; its model and data sections are not read.
-        stages: names, in the order of the catalogue; those they read must be among them.
+        stages: names; those they read must be among them.
         run_dir: a folder of this run alone. Nothing says whether what lies in it belongs to this task.
         show: told what happens.
 
@@ -160,8 +273,9 @@ def run_task(
     states = {state.stage: state for state in plan(catalogue, config, {}, rundir)}
     job = Job(catalogue, config, rundir, "", show, states, given=task)
     with rundir.lock("arisk from Python"), _telling(show):
-        for name in stages:
-            _execute(job, states[name])
+        for name in catalogue.ordered(stages):
+            job.states = {state.stage: state for state in plan(catalogue, config, {}, rundir)}
+            _execute(job, job.states[name])
     return job
 
 
@@ -176,31 +290,6 @@ def _telling(show: Display) -> Generator[None]:
     except AriskError:
         show.failed()
         raise
-
-
-def _due(
-    catalogue: Catalogue,
-    states: list[StageState],
-    wanted: tuple[str, ...],
-    first: str | None,
-    only: str | None,
-    force: bool,
-) -> list[str]:
-    """Stages to run, in order."""
-    stale = {state.stage for state in states if not state.fresh}
-    if only:
-        needed = catalogue.get(only).upstream
-        for state in states:
-            if state.stage in needed and state.stage in stale:
-                why = "; ".join(reason.sentence() for reason in state.reasons)
-                raise ArtifactError(
-                    f"the stage {state.stage} before it is not fresh: {why}",
-                    where=f"stage {only}",
-                    fix=f"run `arisk {state.stage} CONFIG` first, or add --with-upstream",
-                )
-        return [only] if force or only in stale else []
-    after = catalogue.names[catalogue.names.index(first) :] if first else ()
-    return [name for name in wanted if force or name in stale or name in after]
 
 
 def _taken(job: Job, state: StageState, reuse: Sequence[Path]) -> Path | None:
@@ -361,7 +450,7 @@ def asked_text(catalogue: Catalogue, outcome: AskedOutcome) -> str:
 
 def _stale_before(catalogue: Catalogue, stage: str, config: Config, run_dir: Path) -> str | None:
     """The first stage it reads that is not fresh."""
-    needed = catalogue.get(stage).upstream
+    needed = catalogue.before(stage, config)
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(catalogue, config, input_fingerprints(config, cache), RunDir(run_dir))
     return next((state.stage for state in states if state.stage in needed and not state.fresh), None)

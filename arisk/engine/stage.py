@@ -122,8 +122,10 @@ class Stage:
         config: dotted config values it depends on. Device and threads are none: numbers do not depend on
             them beyond rounding.
         inputs: fingerprints it depends on.
-        shows: optional stages whose outputs it includes where they are fresh.
+        shows: stages whose outputs it includes where they are fresh; they may come later in the order.
         optional: run only when asked for by name.
+        explains: whether under this config it only says why: it comes after the report has told what was
+            decided, and `why: off` leaves it out. None: never.
         reach: dotted config value that says how far the stage goes. A stored stage belongs to the plan
             whatever its reach; only who asks for the stage by name insists on one.
         parallel: all processes of a run take part; else the first one alone.
@@ -151,6 +153,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     shows: tuple[str, ...] = ()
     optional: bool = False
+    explains: Callable[[Config], bool] | None = None
     reach: str | None = None
     parallel: bool = False
     reusable: bool = True
@@ -211,6 +214,45 @@ class Catalogue(tuple[Stage, ...]):
     def optional(self) -> tuple[str, ...]:
         """Names of the stages that only their own verb runs."""
         return tuple(stage.name for stage in self if stage.optional)
+
+    def explaining(self, config: Config) -> tuple[str, ...]:
+        """Names of the ordinary stages that only say why."""
+        return tuple(stage.name for stage in self if stage.explains is not None and stage.explains(config))
+
+    def before(self, name: str, config: Config) -> tuple[str, ...]:
+        """Stages without which this one may not run: those it reads, and those it includes that decide."""
+        stage, aside = self.get(name), {*self.optional, *self.explaining(config)}
+        return (*stage.upstream, *(shown for shown in stage.shows if shown not in aside))
+
+    def ordered(self, names: Sequence[str]) -> list[str]:
+        """These names, each behind those of them that it reads or includes; else in the order of the stages.
+
+        >>> Catalogue([Stage("a", 1, "", print, shows=("b",)), Stage("b", 1, "", print)]).ordered(["a", "b"])
+        ['b', 'a']
+        """
+        placed: list[str] = []
+        met: set[str] = set()
+
+        def place(name: str) -> None:
+            if name in met:
+                return
+            met.add(name)
+            for earlier in (*self.get(name).upstream, *self.get(name).shows):
+                place(earlier)
+            placed.append(name)
+
+        for name in self.names:
+            place(name)
+        return [name for name in placed if name in names]
+
+    def after(self, names: Sequence[str]) -> set[str]:
+        """All stages that read or include one of these, directly or through others."""
+        found: set[str] = set()
+        for name in self.ordered(self.names):
+            stage = self.get(name)
+            if {*names, *found}.intersection((*stage.upstream, *stage.shows)):
+                found.add(name)
+        return found
 
     def get(self, name: str) -> Stage:
         """A stage by name.

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arisk.anatomy.record import CollectResult
 from arisk.forecast.first_screen import verdict_section
 from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
@@ -58,8 +57,6 @@ def section(
     forecast: ForecastResult,
     measured: RolloutResult,
     *,
-    task: Mapping[str, Any],
-    collected: CollectResult | None,
     real: RealRun | None,
     show_text: bool,
     max_examples: int,
@@ -69,8 +66,6 @@ def section(
     Args:
         forecast: curves and verdict.
         measured: the rollout behind them.
-        task: provenance of model and data.
-        collected: safety side, whose rows are those of the rollout; None where it is not known.
         real: what the same plan really did, where it was carried out.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table of safety rows.
@@ -82,7 +77,7 @@ def section(
         ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 10),
         ("What if", forecast.what_if.rate_sentence(), "what-if", 20),
     ]
-    rows = sample_table(measured, forecast, collected, show_text, max_examples)
+    rows = sample_table(measured, forecast, show_text, max_examples)
     return Section(
         "forecast",
         pieces=[
@@ -95,7 +90,7 @@ def section(
             ),
             Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
             Piece(Part.DRIFT, figure=drift_map(forecast), shape="half"),
-            Piece(Part.DRIFT + 20, rows, sample_drift(measured, forecast, collected)),
+            Piece(Part.DRIFT + 20, rows, sample_drift(measured, forecast)),
             Piece(Part.METHOD, rollout_section(measured, forecast)),
             Piece(Part.METHOD + 10, method()),
             Piece(Part.METHOD + 20, worth()),
@@ -115,10 +110,11 @@ def section(
             "threshold": forecast.threshold,
             "specificity_told": specificity is not None,
             "worth": worth_line,
+            "task": measured.task,
         },
         answer=Answer(
             forecast.verdict.level,
-            lambda advice: verdict_section(forecast, task, real, advice),
+            lambda advice: verdict_section(forecast, measured.task, real, advice),
             _answer_markdown(forecast),
         ),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -186,6 +186,9 @@ class RolloutResult:
         opening_loss: (N, M) loss of the first tokens of each safety response (nats per token); None for a
             loss that does not show tokens.
         behaviour: what the model said along the run.
+        start_losses: (N,) loss of each measured sample at the aligned point; None where not measured.
+        rows: what the loader knows of each of the N samples: `prompt`, `response`, `tokens`, `line`.
+        task: provenance of model and data as the loader described it.
     """
 
     status: Literal["measured", "skipped"]
@@ -208,6 +211,9 @@ class RolloutResult:
     start: float | None = None
     opening_loss: Tensor | None = None
     behaviour: BehaviourResult | None = None
+    start_losses: Tensor | None = None
+    rows: Sequence[Mapping[str, Any]] = ()
+    task: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

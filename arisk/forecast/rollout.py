@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,19 @@ SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0
 OPENING = "opening"
 
 
-def skipped_rollout(reason: str) -> RolloutResult:
-    """The record of a rollout that was not asked for."""
+def skipped_rollout(reason: str, task: Task | None = None, steps: int = 0) -> RolloutResult:
+    """The record of a rollout that was not asked for.
+
+    Args:
+        reason: why there is none.
+        task: what it would have been of; None where that is not known.
+        steps: planned optimizer steps.
+    """
     empty = torch.zeros(0, 0, dtype=torch.float64)
     return RolloutResult(
         status="skipped",
         reason=reason,
-        horizon=0,
+        horizon=steps,
         pilot_steps=0,
         steps=[],
         safety=empty,
@@ -58,7 +65,13 @@ def skipped_rollout(reason: str) -> RolloutResult:
         safety_passes=0,
         safety_rows=[],
         warnings=[],
+        task={} if task is None else _provenance(task),
     )
+
+
+def _provenance(task: Task) -> dict[str, Any]:
+    """How the loader described model and data; its warnings have a place of their own."""
+    return {key: value for key, value in task.description.items() if key != "data_warnings"}
 
 
 def rollout(
@@ -260,6 +273,9 @@ class _Walk:
             start=float(safety[:, 0].mean()),
             opening_loss=None if openings is None else torch.stack(openings, dim=1),
             behaviour=self.behaviour.result(),
+            start_losses=safety[:, 0],
+            rows=[dict(self.task.safety.rows[i]) for i in self.safety.rows if self.task.safety.rows],
+            task=_provenance(self.task),
         )
 
     def warnings(self) -> list[str]:

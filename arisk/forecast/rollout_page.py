@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.anatomy.record import CollectResult
 from arisk.forecast.record import ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
 from arisk.forecast.worth import worth_line
@@ -163,9 +162,7 @@ COLUMNS = (
 )
 
 
-def sample_drift(
-    measured: RolloutResult, forecast: ForecastResult, collected: CollectResult | None
-) -> Figure:
+def sample_drift(measured: RolloutResult, forecast: ForecastResult) -> Figure:
     """Every safety sample's change at the last finite point of the rollout, in ascending order."""
     reading = (
         "One dot per safety row, sorted: how much its loss has changed at the end of the virtual run. A line "
@@ -180,7 +177,7 @@ def sample_drift(
         return Figure("samples", "Drift row by row", [], {}, reading, equation, header, [], missing)
     step, values = drift
     ranked = sorted(enumerate(values), key=lambda pair: pair[1])
-    lines = _lines(measured, collected)
+    lines = [row.get("line", index + 1) for index, row in enumerate(_known_rows(measured))]
     data = [
         _dots("below the threshold", KEPT, ranked, lines, lambda v: v < forecast.threshold),
         _dots("lost", LOST, ranked, lines, lambda v: v >= forecast.threshold),
@@ -214,7 +211,7 @@ def sample_drift(
 
 
 def _dots(
-    name: str, colour: str, ranked: Sequence[tuple[int, float]], lines: Sequence[Any] | None, keep: Any
+    name: str, colour: str, ranked: Sequence[tuple[int, float]], lines: Sequence[Any], keep: Any
 ) -> dict[str, Any]:
     last = max(1, len(ranked) - 1)
     kept = [(100 * rank / last, index, value) for rank, (index, value) in enumerate(ranked) if keep(value)]
@@ -224,64 +221,42 @@ def _dots(
         "mode": "markers",
         "x": [round(share, 3) for share, _, _ in kept],
         "y": [value for _, _, value in kept],
-        "customdata": [index + 1 if lines is None else lines[index] for _, index, _ in kept],
+        "customdata": [lines[index] for _, index, _ in kept],
         "marker": {"color": colour, "size": 6, "symbol": "circle" if name != "lost" else "diamond"},
         "hovertemplate": "row %{customdata}: %{y:+.3g}<extra></extra>",
     }
 
 
-def _lines(measured: RolloutResult, collected: CollectResult | None) -> list[Any] | None:
-    """The data file's line of each measured sample; None where rows cannot be matched."""
-    rows = _matched(measured, collected)
-    return None if rows is None else [row.get("line", index + 1) for index, row in enumerate(rows)]
+def _known_rows(measured: RolloutResult) -> Sequence[Mapping[str, Any]]:
+    """What is known of each measured sample; nothing where the rows are those of a Python loader."""
+    return measured.rows or [{}] * len(measured.safety)
 
 
-def _matched(measured: RolloutResult, collected: CollectResult | None) -> Sequence[Mapping[str, Any]] | None:
-    """Rows of collect in the order of the rollout: both read the same data, collect drops duplicates."""
-    if collected is None or collected.dropped_duplicates:
-        return None
-    if len(collected.rows) <= max(measured.safety_rows, default=-1):
-        return None
-    return [collected.rows[i] for i in measured.safety_rows]
-
-
-def sample_table(
-    measured: RolloutResult,
-    forecast: ForecastResult,
-    collected: CollectResult | None,
-    show_text: bool,
-    limit: int,
-) -> str:
+def sample_table(measured: RolloutResult, forecast: ForecastResult, show_text: bool, limit: int) -> str:
     """The safety rows that lose most, sortable, their text folded away."""
     drift = last_drift(measured)
     if drift is None:
         return ""
     step, values = drift
-    rows = _matched(measured, collected) or [{}] * len(values)
+    rows, start = _known_rows(measured), measured.start_losses
     worst = sorted(range(len(values)), key=lambda i: -values[i])[:limit]
     told = [
         (
             [
                 rows[i].get("line", i + 1),
                 values[i],
-                float(collected.losses[measured.safety_rows[i]]) if collected and rows[i] else None,
+                None if start is None else float(start[i]),
                 _lost_at(measured, i, forecast.threshold),
             ],
             rows[i],
         )
         for i in worst
     ]
-    note = (
-        ""
-        if rows[0]
-        else '<p class="note">Texts are not shown: duplicates were dropped from the gradients, so rows '
-        "cannot be matched by place.</p>"
-    )
     return (
         f"<h3>Safety rows that lose most by step {step}</h3>"
         '<p class="note">Changes and losses in nats per token. Lost at step: first measured step at which '
         f"the row has lost {forecast.threshold:g} or more; – where it has not.</p>"
-        f"{note}{rows_table(COLUMNS, told, show_text, 'safety rows that lose most')}"
+        f"{rows_table(COLUMNS, told, show_text, 'safety rows that lose most')}"
     )
 
 

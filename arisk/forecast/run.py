@@ -21,7 +21,14 @@ from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, samples_in, 
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
 from arisk.config.plan import ForecastConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene
-from arisk.forecast.forecasters import PATH_BUDGET, PATH_POINTS, bound_curve, local_curve, ray_curve
+from arisk.forecast.forecasters import (
+    PATH_BUDGET,
+    PATH_POINTS,
+    bound_curve,
+    local_curve,
+    not_measured,
+    ray_curve,
+)
 from arisk.forecast.leap import SCORED_SHARE
 from arisk.forecast.leap import rollout_cost as counted
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
@@ -46,13 +53,17 @@ __all__ = [
     "skipped_records",
 ]
 
+#: Why forecasters that start from the aligned point have no curve.
+UNSCORED = "stage score has not been run"
+
 
 @dataclass(frozen=True)
 class Sources:
     """What a forecaster may read.
 
     Attributes:
-        scored: what was measured at the aligned point; `measured` is the rollout.
+        measured: the rollout.
+        scored: what was measured at the aligned point; None where that has not been done.
         plan: rates and flow times of the planned run.
         config: threshold, confidence, bootstrap.
         directions: P-sized vectors of the local model; may be empty.
@@ -60,8 +71,8 @@ class Sources:
         generator: of the bootstrap, shared in the order of the table; `seed` for one of its own.
     """
 
-    scored: ScoreResult
     measured: RolloutResult
+    scored: ScoreResult | None
     plan: Recipe
     config: ForecastConfig
     directions: Mapping[str, Tensor]
@@ -70,11 +81,19 @@ class Sources:
     seed: int
 
 
+def _unscored(name: str, sources: Sources) -> Curve:
+    return not_measured(name, UNSCORED, sources.plan.horizon)
+
+
 def _bound(sources: Sources) -> Curve:
+    if sources.scored is None:
+        return _unscored("bound", sources)
     return bound_curve(sources.scored, sources.plan, sources.config)
 
 
 def _local(sources: Sources) -> Curve:
+    if sources.scored is None:
+        return _unscored("local", sources)
     return local_curve(
         sources.scored,
         sources.plan,
@@ -86,6 +105,8 @@ def _local(sources: Sources) -> Curve:
 
 
 def _ray(sources: Sources) -> Curve:
+    if sources.scored is None:
+        return _unscored("ray", sources)
     return ray_curve(sources.scored, sources.plan, sources.config, sources.generator)
 
 
@@ -114,8 +135,8 @@ FORECASTERS: dict[str, Callable[[Sources], Curve]] = {
 
 
 def forecast(
-    scored: ScoreResult,
     measured: RolloutResult,
+    scored: ScoreResult | None,
     *,
     config: ForecastConfig,
     training: TrainingConfig,
@@ -127,9 +148,12 @@ def forecast(
 ) -> ForecastResult:
     """Curves, verdict and what-if grid for the planned run.
 
+    Where there is a rollout, the verdict rests on it alone and is the same with and without `scored`, which
+    adds three more curves, the diffusion, and cells of the grid that the rollout does not reach.
+
     Args:
-        scored: what was measured at the aligned point.
         measured: the rollout.
+        scored: what was measured at the aligned point; None where that has not been done.
         config: threshold, confidence, risk levels.
         training: the planned run.
         steps: planned optimizer steps T.
@@ -140,13 +164,15 @@ def forecast(
     """
     plan = recipe_of(training, steps)
     generator = torch.Generator().manual_seed(seed)
-    sources = Sources(scored, measured, plan, config, directions, dots, generator, seed)
+    sources = Sources(measured, scored, plan, config, directions, dots, generator, seed)
     curves = {name: forecaster(sources) for name, forecaster in FORECASTERS.items()}
     control = control_change(measured)
     learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
     refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)
     verdict = decide(curves, config, steps, control, refusals)
-    noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
+    noise = None
+    if scored is not None:
+        noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
     source = known(scored, curves, config=config, training=training, steps=steps, seed=seed)
     return ForecastResult(
         threshold=config.collapse_threshold,

@@ -12,7 +12,7 @@ from arisk.engine.job import Job
 from arisk.engine.stage import Stage
 
 if TYPE_CHECKING:
-    from arisk.anatomy.record import CollectResult, ScoreResult
+    from arisk.anatomy.record import ScoreResult
     from arisk.forecast.record import ForecastResult, RolloutResult
     from arisk.report.page import Section
 
@@ -30,7 +30,7 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
 
     config = job.config
     if not config.rollout.enabled:
-        return skipped_rollout("rollout.enabled is off")
+        return skipped_rollout("rollout.enabled is off", job.task, job.planned_steps())
     return rollout(
         job.task,
         config=config.rollout,
@@ -48,15 +48,19 @@ def _forecast(job: Job, workspace: Path) -> ForecastResult:
     from arisk.models.judge import judge_for
 
     del workspace
-    scored: ScoreResult = job.record("score")
+    scored: ScoreResult | None = None
+    directions = {}
+    if job.states["score"].fresh:
+        scored = job.record("score")
+        directions = read_tensors(job.rundir.stage_dir("score") / "directions.safetensors")
     measured: RolloutResult = job.record("rollout")
     return forecast(
-        scored,
         measured,
+        scored,
         config=job.config.forecast,
         training=job.config.training,
-        steps=job.planned_steps(scored.finetune_rows),
-        directions=read_tensors(job.rundir.stage_dir("score") / "directions.safetensors"),
+        steps=measured.horizon,
+        directions=directions,
         dots=lambda displacements: safety_side(job).dots(displacements),
         seed=job.config.run.seed,
         judge=judge_for(job.config.behaviour, measured.behaviour.learnt if measured.behaviour else ()),
@@ -67,12 +71,9 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     from arisk.forecast import page
 
     shown = job.config.report
-    collected: CollectResult = job.record("collect")
     return page.section(
         job.record("forecast"),
         job.record("rollout"),
-        task=collected.task,
-        collected=collected,
         real=later.get("real_run"),
         show_text=shown.show_text,
         max_examples=shown.max_examples,
@@ -81,7 +82,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
 
 ROLLOUT = Stage(
     name="rollout",
-    version=5,
+    version=6,
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
     config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
@@ -95,10 +96,11 @@ ROLLOUT = Stage(
 
 FORECAST = Stage(
     name="forecast",
-    version=7,
+    version=8,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
-    upstream=("collect", "score", "rollout"),
+    upstream=("rollout",),
+    shows=("score",),
     config=("training", "forecast", *JUDGE_KEYS),
     shown=JUDGE_KEYS,
     parallel=True,

@@ -111,14 +111,34 @@ def last_drift(measured: RolloutResult | None) -> tuple[int, list[float]] | None
     return None
 
 
-def outcome_text(outcome: Any) -> str:
-    """The verdict table at the end of a run, and the path of the report as the last line."""
+def outcome_text(outcome: Any, *, verdict: bool = True, why: bool = True) -> str:
+    """The verdict with its table, what lies behind it, and the path of the report as the last line.
+
+    Args:
+        outcome: of the run.
+        verdict: False where it has been told already.
+        why: False where that is still to come.
+    """
     if outcome.summary is None:
         done = ", ".join(outcome.ran) or "nothing (all fresh)"
         return f"ran {done}\nrun directory: {outcome.run_dir}"
-    verdict = outcome.summary["verdict"]
-    rows = [[name, *_cells(curve)] for name, curve in outcome.summary["forecasters"].items()]
-    lines = [
+    lines = _verdict_lines(outcome.summary) if verdict else []
+    lines += _why_lines(outcome.summary) if why else []
+    return "\n".join([*lines, f"report: {outcome.report}"])
+
+
+def _why_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What lies behind the verdict, or the command that measures it."""
+    why = summary.get("why")
+    if not why:
+        return []
+    return [said(f"why:     {sentence}", " " * 9) for sentence in why["findings"] or [why["missing"]]]
+
+
+def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    verdict = summary["verdict"]
+    rows = [[name, *_cells(curve)] for name, curve in summary["forecasters"].items()]
+    return [
         _coloured(f"verdict: {verdict['level']}", verdict["level"]),
         said(verdict["sentence"]),
         "",
@@ -130,9 +150,7 @@ def outcome_text(outcome: Any) -> str:
         ),
         *[said(f"because: {reason}", " " * 9) for reason in verdict["reasons"]],
         *[said(f"caveat:  {caveat}", " " * 9) for caveat in verdict["caveats"]],
-        f"report: {outcome.report}",
     ]
-    return "\n".join(lines)
 
 
 def _cells(curve: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ class Known:
 
 
 def known(
-    scored: ScoreResult,
+    scored: ScoreResult | None,
     curves: Mapping[str, Curve],
     *,
     config: ForecastConfig,
@@ -98,7 +98,7 @@ def known(
     """Collect what runs at other learning rates and lengths can be read from.
 
     Args:
-        scored: the local model and the probe that says how far to trust it.
+        scored: the local model and the probe that says how far to trust it; None where there is none.
         curves: the plan's forecasts; `combined` and `local` are used.
         config: threshold, confidence, draws.
         training: the planned recipe.
@@ -106,7 +106,7 @@ def known(
         seed: seeds the draws of local cells.
     """
     rolled = over_flow_time(curves["combined"], training, steps)
-    local = _local(scored, config, training)
+    local = None if scored is None else _local(scored, config, training)
     if rolled is not None and not _agree(curves, config.collapse_threshold):
         local = None
     return Known(training, steps, config, seed, rolled, local)

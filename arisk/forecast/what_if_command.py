@@ -82,19 +82,22 @@ def reforecast(
 
     rundir = RunDir(run)
     made = _ingredients(rundir, FORECAST)
-    score = rundir.manifest("score")
-    if score is None or score.get("key") != made["upstream"]["score"]:
-        raise ArtifactError(
-            "the stage score is missing" if score is None else "the stage score was run again since",
-            where=str(rundir.stage_dir("score")),
-            fix=f"run `arisk run CONFIG --run-dir {run}`: it brings score and forecast together",
-        )
-    for stage in ("forecast", "score"):
-        rundir.verify(stage, deep=False)
+    scored = None
+    if (key := made["upstream"].get("score")) is not None:
+        score = rundir.manifest("score")
+        if score is None or score.get("key") != key:
+            raise ArtifactError(
+                "the stage score is missing" if score is None else "the stage score was run again since",
+                where=str(rundir.stage_dir("score")),
+                fix=f"run `arisk run CONFIG --run-dir {run}`: it brings score and forecast together",
+            )
+        rundir.verify("score", deep=False)
+        scored = read_record(rundir.stage_dir("score"), ScoreResult)
+    rundir.verify("forecast", deep=False)
     forecast = read_record(rundir.stage_dir("forecast"), ForecastResult)
     where = str(rundir.stage_dir("forecast"))
     source = known(
-        read_record(rundir.stage_dir("score"), ScoreResult),
+        scored,
         forecast.forecasters,
         config=validate_mapping(ForecastConfig, made["config"]["forecast"], where),
         training=validate_mapping(TrainingConfig, made["config"]["training"], where),

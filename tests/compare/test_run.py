@@ -34,7 +34,7 @@ SETTINGS = {
 }
 SET = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
 NAMES = ("benign", "mixed", "risky")
-STAGES = ("collect", "subspace", "score", "rollout", "forecast", "report")
+STAGES = ("rollout", "forecast", "collect", "subspace", "score", "report")
 
 
 @pytest.fixture
@@ -166,8 +166,8 @@ def test_each_report_tells_of_its_own_data(made):
     """The shared stage must not carry the data of the plan that measured it."""
     record = json.loads((made.runs / "mixed" / "collect" / "record.json").read_text())
     assert set(record["values"]["task"]["data"]) == {"safety"}
-    data = json.loads((made.runs / "mixed" / "score" / "data.json").read_text())["data"]
-    assert data["finetune"]["rows"] == 400
+    record = json.loads((made.runs / "mixed" / "rollout" / "record.json").read_text())
+    assert record["values"]["task"]["data"]["finetune"]["rows"] == 400
     page = (made.runs / "mixed" / "report" / "report.html").read_text()
     assert "finetune: rows 400" in page
     assert f" s, taken from {made.runs / 'benign'}" in page

@@ -10,7 +10,7 @@ from arisk.base.errors import NewerFormatError
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
-from arisk.engine.freshness import Reason, plan
+from arisk.engine.freshness import plan
 from arisk.engine.rundir import RunDir
 
 ALL = list(catalogue().names)
@@ -29,7 +29,7 @@ def world(tmp_path):
         "verify": {"safety": {"path": str(tmp_path / "heldout.jsonl")}},
     }
     rundir = RunDir(tmp_path / "run")
-    for name in ALL:
+    for name in catalogue().ordered(ALL):
         commit(name, values, rundir)
     return tmp_path, values, rundir
 
@@ -50,7 +50,13 @@ def states(values, rundir, **asked):
 
 
 def stale(values, rundir):
-    return [state.stage for state in states(values, rundir) if not state.fresh]
+    return {state.stage for state in states(values, rundir) if not state.fresh}
+
+
+def first_stale(values, rundir):
+    """In the order in which stages are made."""
+    found = {state.stage: state for state in states(values, rundir)}
+    return next(found[name] for name in catalogue().ordered(ALL) if not found[name].fresh)
 
 
 def changed(values, dotted, value):
@@ -65,7 +71,7 @@ def changed(values, dotted, value):
 
 def test_nothing_changed_nothing_stale(world):
     _, values, rundir = world
-    assert stale(values, rundir) == []
+    assert not stale(values, rundir)
 
 
 AFTER_SCORE = ["score", "forecast", "report"]
@@ -127,9 +133,9 @@ BOTH = ["score", *AFTER_ROLLOUT]
 def test_a_changed_setting_makes_exactly_these_stale(world, dotted, value, expected):
     _, values, rundir = world
     found = changed(values, dotted, value)
-    assert stale(found, rundir) == expected
+    assert stale(found, rundir) == set(expected)
     if expected:
-        first = next(state for state in states(found, rundir) if not state.fresh)
+        first = first_stale(found, rundir)
         assert any(dotted.split(".")[0] in reason.path or reason.kind == "seed" for reason in first.reasons)
 
 
@@ -146,21 +152,21 @@ def test_a_changed_setting_makes_exactly_these_stale(world, dotted, value, expec
 def test_a_changed_file_makes_exactly_these_stale(world, file, expected, kind):
     folder, values, rundir = world
     (folder / file).write_text("other")
-    assert stale(values, rundir) == expected
-    first = next(state for state in states(values, rundir) if not state.fresh)
+    assert stale(values, rundir) == set(expected)
+    first = first_stale(values, rundir)
     assert {reason.kind for reason in first.reasons} == {kind}
 
 
 def test_moving_a_file_changes_nothing(world):
     folder, values, rundir = world
     (folder / "moved.jsonl").write_text("safety")
-    assert stale(changed(values, "safety.path", str(folder / "moved.jsonl")), rundir) == []
+    assert stale(changed(values, "safety.path", str(folder / "moved.jsonl")), rundir) == set()
 
 
 def test_same_content_written_again_changes_nothing(world):
     folder, values, rundir = world
     (folder / "safety.jsonl").write_text("safety")
-    assert stale(values, rundir) == []
+    assert not stale(values, rundir)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +181,10 @@ def test_damage_is_stale_with_its_file(world, damage):
     _, values, rundir = world
     damage(rundir.stage_dir("score"))
     found = {state.stage: state for state in states(values, rundir)}
-    assert [name for name in ALL if not found[name].fresh] == AFTER_SCORE
+    assert {name for name in ALL if not found[name].fresh} == set(AFTER_SCORE)
     assert found["score"].reasons[0].kind == "damaged"
-    assert found["forecast"].reasons == (Reason("upstream", "score"),)
+    assert [reason.kind for reason in found["forecast"].reasons] == ["upstream"]
+    assert sentences(found.values(), "forecast") == ["score is not fresh"]
 
 
 def test_a_newer_manifest_is_not_overwritten_silently(world):
@@ -220,13 +227,13 @@ def test_an_optional_stage_makes_stale_only_what_shows_it(world):
     assert sentences(found, "verify") == ["not run yet"]
     assert sentences(found, "report") == ["verify is not fresh"]
     commit("report", values, rundir)
-    assert stale(values, rundir) == ["verify"]
+    assert stale(values, rundir) == {"verify"}
     commit("verify", values, rundir)
     found = states(values, rundir)
     assert [state.stage for state in found if not state.fresh] == ["report"]
     assert sentences(found, "report") == ["verify has been run"]
     commit("report", values, rundir)
-    assert stale(values, rundir) == []
+    assert not stale(values, rundir)
 
 
 def test_a_truth_belongs_to_its_plan_again_when_the_plan_comes_back(world):
@@ -234,10 +241,10 @@ def test_a_truth_belongs_to_its_plan_again_when_the_plan_comes_back(world):
     other = changed(values, "training.learning_rate", 0.5)
     for name in ("rollout", "forecast", "report"):
         commit(name, other, rundir)
-    assert stale(other, rundir) == ["verify", "screen", "guard"]
+    assert stale(other, rundir) == {"verify", "screen", "guard"}
     for name in ("rollout", "forecast"):
         commit(name, values, rundir)
-    assert stale(values, rundir) == ["report"]
+    assert stale(values, rundir) == {"report"}
 
 
 @pytest.mark.parametrize(
@@ -257,7 +264,7 @@ def test_only_who_asks_for_a_stage_insists_on_its_reach(world, stored, wanted, f
     was, now = changed(values, "verify.steps", stored), changed(values, "verify.steps", wanted)
     commit("verify", was, rundir, asked="verify", force=True)
     commit("report", was, rundir)
-    assert stale(was, rundir) == stale(now, rundir) == []
+    assert stale(was, rundir) == stale(now, rundir) == set()
     asked = {state.stage: state for state in states(now, rundir, asked="verify")}
     assert asked["verify"].fresh is fresh
     if not fresh:

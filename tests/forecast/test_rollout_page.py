@@ -78,24 +78,22 @@ def test_the_drift_of_samples_in_words():
 def test_the_last_finite_point_is_the_one_shown():
     diverged = rolled([0.2, 0.0], [math.inf, 0.1])
     assert "by step 50" in sample_sentence(diverged, 0.1)
-    figure = sample_drift(diverged, made.records()[3], made.records()[0])
+    figure = sample_drift(diverged, made.records()[3])
     assert "at step 50" in figure.layout["yaxis"]["title"]["text"]
-    assert sample_drift(rolled([math.nan]), made.records()[3], made.records()[0]).missing
+    assert sample_drift(rolled([math.nan]), made.records()[3]).missing
 
 
 def test_the_samples_that_lose_most_come_first_with_their_text():
-    collected = made.replaced(
-        made.records()[0],
-        losses=torch.tensor([0.01, 0.02, 0.03]),
+    forecast, bare = made.records()[3], rolled([0.0, 0.3, 0.05], [0.05, 0.4, 0.2])
+    measured = made.replaced(
+        bare,
+        start_losses=torch.tensor([0.01, 0.02, 0.03]),
         rows=[{"line": 7 + i, "prompt": f"ask {i} <b>", "response": "no"} for i in range(3)],
     )
-    forecast, measured = made.records()[3], rolled([0.0, 0.3, 0.05], [0.05, 0.4, 0.2])
-    table = sample_table(measured, forecast, collected, True, 2)
+    table = sample_table(measured, forecast, True, 2)
     cells = re.findall(r'<td [^>]*data-value="(.*?)">(.*?)</td>', table)
     assert [text for _, text in cells] == ["8", "0.4", "0.02", "50", "9", "0.2", "0.03", "100"]
     assert "ask 1 &lt;b&gt;" in table
     assert "ask 0" not in table
-    assert "ask 1" not in sample_table(measured, forecast, collected, False, 2)
-    dropped = made.replaced(collected, dropped_duplicates=1)
-    assert "cannot be matched" in sample_table(measured, forecast, dropped, True, 2)
-    assert "ask 1" not in sample_table(measured, forecast, dropped, True, 2)
+    assert "ask 1" not in sample_table(measured, forecast, False, 2)
+    assert "not measured" in sample_table(bare, forecast, True, 2)

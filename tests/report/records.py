@@ -307,7 +307,8 @@ def sections(check=None, show_text=True, max_examples=25, **settings):
     """What the capabilities show of the records."""
     from arisk.risk_report import sections_of
 
-    made, measured = records(**settings), rolled(settings.get("holes", False))
+    made = records(**settings)
+    measured = replaced(rolled(settings.get("holes", False)), task=made[0].task)
     return sections_of(*made, measured, show_text=show_text, max_examples=max_examples, check=check)
 
 
