@@ -3,13 +3,10 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-from arisk import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,21 +28,6 @@ SMALL = {
 SET = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
 RISKY = ["--set", f"finetune.path={ROOT / 'fixtures' / 'data' / 'risky.jsonl'}"]
 DEMO = str(ROOT / "configs" / "demo.yaml")
-
-
-@pytest.fixture
-def arisk(monkeypatch, capsys):
-    """Call the command in this process; gives exit code, stdout, stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 def steps():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from arisk import cli
 from arisk.engine.freshness import stage_key
 
 ROOT = Path(__file__).parents[2]
@@ -34,21 +33,6 @@ DEMO = str(ROOT / "configs" / "demo.yaml")
 
 def arguments(*extra):
     return [part for item in (*SMALL, *extra) for part in ("--set", item)]
-
-
-@pytest.fixture
-def arisk(monkeypatch, capsys):
-    """Call the command in this process; gives exit code, stdout, stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

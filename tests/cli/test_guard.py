@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from arisk import cli
 from arisk.base.artifacts import read_record
 from arisk.guard.record import GuardResult
 from tests.cli.test_verify import TASK, environment
@@ -35,17 +34,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture
-def arisk(monkeypatch, capsys, config):
-    """Call the command in this process; gives exit code, stdout, stderr."""
+def arisk(arisk, config):
+    """The command on these settings."""
 
     def call(verb, folder, *extra, settings=()):
-        given = [verb, config, "--run-dir", folder, *extra, *arguments(*settings)]
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, given)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
+        return arisk(verb, config, "--run-dir", folder, *extra, *arguments(*settings))
 
     return call
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arisk import cli
 from arisk.base.errors import InputError
 from arisk.config.plan import DataConfig
 from arisk.screening.stage import split_rows
@@ -51,17 +50,11 @@ def settings(path):
 
 
 @pytest.fixture
-def arisk(monkeypatch, capsys, data):
-    """Call the command in this process; gives exit code, stdout, stderr."""
+def arisk(arisk, data):
+    """The command on these settings."""
 
     def call(verb, folder, *extra):
-        given = [verb, DEMO, "--run-dir", folder, *settings(data[0]), *extra]
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, given)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
+        return arisk(verb, DEMO, "--run-dir", folder, *settings(data[0]), *extra)
 
     return call
 

@@ -44,17 +44,11 @@ def environment():
 
 
 @pytest.fixture
-def arisk(monkeypatch, capsys):
-    """Call the command in this process; gives exit code, stdout, stderr."""
+def arisk(arisk):
+    """The command on these settings."""
 
     def call(verb, folder, *extra, settings=()):
-        given = [verb, DEMO, "--run-dir", folder, *extra, *arguments(*settings)]
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, given)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
+        return arisk(verb, DEMO, "--run-dir", folder, *extra, *arguments(*settings))
 
     return call
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arisk import cli
 from arisk.engine.freshness import stage_key
 from arisk.engine.rundir import RunDir
 
@@ -35,21 +34,6 @@ SETTINGS = {
 SET = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
 NAMES = ("benign", "mixed", "risky")
 STAGES = ("rollout", "forecast", "collect", "subspace", "score", "report")
-
-
-@pytest.fixture
-def arisk(monkeypatch, capsys):
-    """Call the command in this process; gives exit code, stdout, stderr."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["arisk", *map(str, args)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-            raise SystemExit(0)
-        out, err = capsys.readouterr()
-        return caught.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture
