@@ -244,7 +244,10 @@ def test_trl_and_its_defaults(tmp_path):
     assert plan["finetune"]["loss_on"] == "assistant"
     assert plan["training"]["learning_rate"] == 1e-4
     assert outcomes(CONFIGS / "trl-sft.yaml")["favourite_colour"] == "unknown"
+    bare = plan_of(written(tmp_path, "model_name_or_path: m\ndataset_name: d\nmax_length: null\n"))
+    assert bare["finetune"]["max_length"] == 131_072
     bare = plan_of(written(tmp_path, "model_name_or_path: m\ndataset_name: d\n"))
+    assert bare["finetune"]["max_length"] == 1024
     assert "adapter" not in bare["model"]
     assert bare["training"]["learning_rate"] == 2e-5
     assert bare["training"]["precision"] == "bf16"

@@ -26,6 +26,7 @@ from arisk.training.loop import PlannedRun, follow, keeping_parameters
 from arisk.training.recipe import recipe_of
 
 transformers = pytest.importorskip("transformers")
+peft_optimizers = pytest.importorskip("peft.optimizers")
 
 VOCABULARY, SEED = 61, 5
 STEPS = 10
@@ -103,8 +104,10 @@ def loss_in_float64(outputs: Any, labels: Tensor, num_items_in_batch: Any = None
     return nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
 
 
-def trained_by_trainer(model: Any, data: list[Rendered], folder: Path, **arguments: Any) -> dict[str, Tensor]:
-    """Parameters after `transformers.Trainer`."""
+def trained_by_trainer(
+    model: Any, data: list[Rendered], folder: Path, optimizer: Any = None, **arguments: Any
+) -> dict[str, Tensor]:
+    """Parameters after `transformers.Trainer`, with an optimizer made for the model where one is given."""
     double = next(model.parameters()).dtype == torch.float64
     args = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -130,6 +133,7 @@ def trained_by_trainer(model: Any, data: list[Rendered], folder: Path, **argumen
         train_dataset=dataset,
         data_collator=collated,
         compute_loss_func=loss_in_float64 if double else None,
+        optimizers=(None if optimizer is None else optimizer(model), None),
     ).train()
     return parameters_of(model)
 
@@ -268,6 +272,64 @@ def test_kinds_of_models_in_float64(case: str, tmp_path: Path) -> None:
     named = {NAMES.get(name, name): value for name, value in TYPICAL.items()}
     named |= {"optim": "adamw_torch"}
     assert difference(MODELS[case][0]().double(), rows(22), tmp_path, TYPICAL, **named) <= 1e-6
+
+
+class Signs(torch.optim.Optimizer):
+    """Lion as its authors' pseudocode writes it: decay, step along the sign, then the momentum."""
+
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            rate, decay, (first, second) = group["lr"], group["weight_decay"], group["betas"]
+            for p in group["params"]:
+                held = self.state[p].get("m", torch.zeros_like(p))
+                update = torch.sign(first * held + (1 - first) * p.grad) + decay * p.data
+                p.data = p.data - rate * update
+                self.state[p]["m"] = second * held + (1 - second) * p.grad
+
+
+def lion(model: Any) -> Any:
+    """Only matrices decay, as the trainer groups them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {
+            "params": [p for name, p in named if ("norm" in name) is plain],
+            "weight_decay": 0.0 if plain else 0.1,
+        }
+        for plain in (False, True)
+    ]
+    return Signs(groups, {"lr": TYPICAL["learning_rate"], "betas": (0.9, 0.99)})
+
+
+def loraplus(model: Any) -> Any:
+    """peft's own optimizer."""
+    return peft_optimizers.create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=TYPICAL["learning_rate"],
+        loraplus_lr_ratio=16.0,
+        loraplus_weight_decay=0.1,
+        eps=1e-8,
+    )
+
+
+#: An optimizer that is handed to the trainer, how the model is made, and what the plan says of it.
+OPTIMIZERS = {
+    "lion": (lion, llama, {"optimizer": "lion", "betas": (0.9, 0.99)}),
+    "lora+": (loraplus, lambda: lora(llama()), {"loraplus_lr_ratio": 16.0, "eps": 1e-8}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_optimizers_that_no_argument_of_the_trainer_names(
+    case: str, dtype: torch.dtype, limit: float, tmp_path: Path
+) -> None:
+    optimizer, make, settings = OPTIMIZERS[case]
+    model = make().to(dtype)
+    ours = {name: value for name, value in TYPICAL.items() if name != "eps"} | settings
+    named = {NAMES.get(name, name): value for name, value in TYPICAL.items()}
+    assert difference(model, rows(22), tmp_path, ours, optimizer=optimizer, **named) <= limit
 
 
 def test_means_of_rows_are_another_run(tmp_path: Path) -> None:

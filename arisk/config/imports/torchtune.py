@@ -7,6 +7,7 @@ from typing import Any
 
 from arisk.config.imports import parts
 from arisk.config.imports.account import Account, Rule, idle, number, other, taken, truth, whole
+from arisk.config.imports.trainer import UNLIMITED
 from arisk.config.yaml import shortened
 
 __all__ = ["read_torchtune", "recognise_torchtune"]
@@ -28,8 +29,6 @@ BUILDERS: dict[str, tuple[str | None, str | None, str]] = {
     "cnn_dailymail_articles_dataset": ("text", "ccdv/cnn_dailymail", "all"),
     "wikitext_dataset": ("text", "EleutherAI/wikitext_document_level", "all"),
 }
-#: Longest row where torchtune sets no limit.
-UNLIMITED = 131_072
 TABLE: dict[str, Rule] = {
     "seed": taken("run.seed", whole),
     "clip_grad_norm": taken("training.max_grad_norm", number),

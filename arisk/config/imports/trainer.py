@@ -23,7 +23,7 @@ from arisk.config.imports.account import (
     whole,
 )
 
-__all__ = ["HANDBOOK_KEYS", "TRAINER", "read_trainer", "recognise_trainer", "trainer_core"]
+__all__ = ["HANDBOOK_KEYS", "TRAINER", "UNLIMITED", "read_trainer", "recognise_trainer", "trainer_core"]
 
 _REPORTS = "reporting and logging"
 _EVALUATES = "evaluation on the way"
@@ -173,6 +173,8 @@ SFT: dict[str, Rule] = {
     "wandb_project": idle(_REPORTS),
     "system_prompt": other("a system turn stands before each row: tokens differ"),
 }
+#: Longest row where no limit is set.
+UNLIMITED = 131_072
 #: Keys of the handbook's data mixtures.
 HANDBOOK_KEYS = ("dataset_mixture", "dataset_mixer")
 #: Keys that only a preference or reward run has.
@@ -440,9 +442,7 @@ def _loss(account: Account) -> None:
             account.take(key, "finetune.loss_on", "all")
         elif given is False:
             account.note(key, "idle", "switched off")
-    for key in ("max_length", "max_seq_length"):
-        if account.raw(key) is not None:
-            account.take(key, "finetune.max_length", account.read(key, whole))
+    _length(account)
     column = account.read("dataset_text_field", text)
     if column not in (None, "text"):
         account.take("dataset_text_field", "finetune.text_column", column)
@@ -456,6 +456,15 @@ def _loss(account: Account) -> None:
             "loss_type", "other", f"{kind!r} weighs tokens in another way: gradients differ at every step"
         )
     _packing(account)
+
+
+def _length(account: Account) -> None:
+    """The longest row; null is no limit."""
+    for key in ("max_length", "max_seq_length"):
+        if account.raw(key) is not None:
+            account.take(key, "finetune.max_length", account.read(key, whole))
+        elif key == "max_length" and key in account.source.mapping:
+            account.take(key, "finetune.max_length", UNLIMITED, note="no limit", computed=True)
 
 
 def _packing(account: Account) -> None:
