@@ -33,7 +33,7 @@ from arisk.models.tasks import (
     statistics_of,
     task_from_entry,
 )
-from arisk.training.recipe import parameter_groups, recipe_of
+from arisk.training.recipe import parameter_groups, recipe_of, require_recipe
 
 __all__ = ["check_task", "check_text", "shortened"]
 
@@ -71,8 +71,9 @@ def check_task(
     Raises:
         AriskError: the first thing that would stop the run.
     """
+    approximations = require_recipe(config.training)
     if config.model.source == "python":
-        return _check_python(task_from_entry(str(config.model.entry)), config)
+        return _check_python(task_from_entry(str(config.model.entry)), config, approximations)
     tokenizer = load_tokenizer(config.model)
     kept, device = {} if kept is None else kept, device or torch.device("cpu")
     data = load_data(config, tokenizer, own_answers(config, tokenizer, device, kept, shelf))
@@ -100,7 +101,7 @@ def check_task(
             **(_reach(model, wrapped_modules) if wrapped_modules else {}),
         },
         "data": shown,
-        "warnings": [*getattr(model, "load_notes", ()), *notes, *_warnings(data)],
+        "warnings": [*approximations, *getattr(model, "load_notes", ()), *notes, *_warnings(data)],
         "work": _work(config, {name: d.units for name, d in data.items()}, selected),
         **_training(model, names, config.training, data[TRAINED].units),
     }
@@ -183,7 +184,7 @@ def _unsaid(section: str, loaded: LoadedData, facts: Mapping[str, Any]) -> list[
     return found
 
 
-def _check_python(task: Task, config: Config) -> dict[str, Any]:
+def _check_python(task: Task, config: Config, approximations: Sequence[str]) -> dict[str, Any]:
     """The same for a task from local code, whose rows arisk does not know."""
     parameters = dict(task.model.named_parameters(remove_duplicate=False))
     selected = sum(parameters[name].numel() for name in task.parameter_names)
@@ -191,6 +192,7 @@ def _check_python(task: Task, config: Config) -> dict[str, Any]:
     return {
         "model": {"entry": config.model.entry, "selected parameters": f"{selected:,}"},
         "data": rows,
+        "warnings": list(approximations),
         "work": _work(config, rows, selected),
         **_training(task.model, task.parameter_names, config.training, rows["finetune"]),
     }

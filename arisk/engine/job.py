@@ -79,7 +79,9 @@ class Job:
         import torch
 
         from arisk.models.tasks import load_task
+        from arisk.training.recipe import require_recipe
 
+        require_recipe(self.config.training)
         if self.config.run.threads:
             torch.set_num_threads(max(1, self.config.run.threads // processes.local_world()))
         self.show.progress("loading model", 0, 1)

@@ -24,6 +24,7 @@ __all__ = [
     "decaying_names",
     "parameter_groups",
     "recipe_of",
+    "require_recipe",
     "start_ratios",
     "step_batches",
     "warmup_steps",
@@ -111,6 +112,35 @@ def recipe_of(training: TrainingConfig, steps: int, *, scale: float = 1.0) -> Re
         arguments=training.schedule_args,
     )
     return Recipe(training, kind, peak, rates, tuple(_notes(training, kind, warmup)))
+
+
+def require_recipe(training: TrainingConfig) -> tuple[str, ...]:
+    """Refuse a recipe that cannot be carried out, before any model is loaded.
+
+    Returns:
+        What is carried out otherwise than its name says, one sentence each.
+
+    Raises:
+        ConfigError: a name is not known, or a setting is none that its optimizer or schedule takes.
+        MissingExtraError: the optimizer needs a package that is not installed.
+    """
+    steps = training.max_steps or 200
+    recipe = recipe_of(training, steps)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.ones(2, 2)
+    group = {"params": [weight], "names": ["weight"], "weight_decay": training.weight_decay, "ratio": 1.0}
+    try:
+        for part in recipe.kind.build([group], training):
+            # Some settings are read in the second step alone.
+            part.optimizer.step()
+            part.optimizer.step()
+    except (ValueError, TypeError) as err:
+        raise ConfigError(
+            f"{training.optimizer} cannot be built with these settings: {str(err).splitlines()[0]}",
+            where="training.optimizer_args",
+            fix=f"correct them, or `training.{'`, `training.'.join(recipe.kind.reads) or 'optimizer'}`",
+        ) from err
+    return recipe.notes
 
 
 def warmup_steps(training: TrainingConfig, steps: int) -> int:

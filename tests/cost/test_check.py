@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from arisk.base.errors import ConfigError
 from arisk.config.yaml import load_config
-from arisk.cost.check import check_task
+from arisk.cost.check import check_task, check_text
 
 transformers = pytest.importorskip("transformers")
 DEMO = Path(__file__).parent.parent.parent / "configs" / "demo.yaml"
@@ -54,3 +55,19 @@ def test_steps_rates_and_decay_are_the_trainers(adapter: list[str], tmp_path: Pa
     assert found["weight_decay"] == decay
     assert found["trained_parameters"] == [name for name, p in model.named_parameters() if p.requires_grad]
     assert (set(decay.values()) == {0.1}) == (not adapter)
+
+
+def test_a_bad_recipe_is_told_before_a_model_is_read(tmp_path: Path) -> None:
+    wrong = ["training.optimizer=sgd", "training.optimizer_args={nesterov: true}", f"model.path={tmp_path}"]
+    with pytest.raises(ConfigError, match="Nesterov") as caught:
+        check_task(load_config(DEMO, wrong))
+    assert caught.value.where == "training.optimizer_args"
+
+
+def test_what_is_carried_out_as_something_else_is_said() -> None:
+    found = check_task(load_config(DEMO, [*SMALL, "training.optimizer=paged_adamw_8bit"]))
+    (said,) = [warning for warning in found["warnings"] if "full precision" in warning]
+    assert f"warning: {said}" in " ".join(check_text(found).split())
+    assert not any(
+        "full precision" in warning for warning in check_task(load_config(DEMO, SMALL))["warnings"]
+    )

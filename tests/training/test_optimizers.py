@@ -15,7 +15,7 @@ from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.forecast.rollout import rollout
 from arisk.gradients import layout_of
 from arisk.training.optimizers import OPTIMIZERS, Ageing, Lion, optimizer_named
-from arisk.training.recipe import decaying_names, parameter_groups, recipe_of
+from arisk.training.recipe import decaying_names, parameter_groups, recipe_of, require_recipe
 
 KINDS = ["adamw", "sgd", "adafactor", "lion", "muon", "rmsprop"]
 SETTINGS = {"sgd": {"momentum": 0.9}, "rmsprop": {"momentum": 0.5}}
@@ -214,3 +214,29 @@ def test_decay_is_the_trainers():
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
     assert decaying_names(gpt2) == set(get_parameter_names(gpt2, [nn.LayerNorm], patterns))
     assert decaying_names(Net()) == {"inner.weight"}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_may_be_planned(name):
+    notes = require_recipe(TrainingConfig(optimizer=name, weight_decay=0.1))
+    kept = any(part in name for part in ("8bit", "4bit", "galore", "paged"))
+    assert any("full precision" in note or "GaLore" in note for note in notes) == kept
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": "sgd", "optimizer_args": {"nesterov": True}}, "Nesterov"),
+        ({"optimizer": "sgd", "momentum": 0.9, "optimizer_args": {"dampening": "much"}}, "str"),
+        ({"optimizer": "rmsprop", "optimizer_args": {"alpha": -1}}, "Invalid alpha value: -1"),
+        ({"optimizer": "muon", "optimizer_args": {"momentum": "much"}}, "str"),
+        ({"optimizer": "lion", "optimizer_args": {"rho": 1}}, "no setting 'rho'"),
+        ({"optimizer": "sgd", "eps": 1e-3}, "none of the settings of sgd"),
+        ({"schedule": "cosine_with_min_lr"}, "needs `min_lr` or `min_lr_rate`"),
+        ({"schedule": "linear", "schedule_args": {"power": 2}}, "no argument 'power'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_built_is_an_error_of_the_config(settings, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        require_recipe(TrainingConfig(**settings))
+    assert caught.value.where.startswith("training.")
