@@ -6,7 +6,7 @@ Other Fisher matrices than the empirical one: labels drawn from the model, losse
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -18,7 +18,18 @@ from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, TokenLoss
 from arisk.models.rendering import IGNORED
 
-__all__ = ["KEEP", "TOKENS", "per_sample_nll", "sample_labels", "summed_nll", "tempered", "trained_tokens"]
+__all__ = [
+    "KEEP",
+    "TOKENS",
+    "per_sample_nll",
+    "response_logits",
+    "sample_labels",
+    "summed_nll",
+    "tempered",
+    "token_nll",
+    "trained_sums",
+    "trained_tokens",
+]
 
 #: Argument of Hugging Face models: how many of the last positions get logits.
 KEEP = "logits_to_keep"
@@ -74,8 +85,127 @@ def summed_nll(model: nn.Module, batch: Mapping[str, Any], temperature: float = 
     return (losses * (labels != IGNORED)).sum(1)
 
 
+def trained_sums(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The same sums as `summed_nll`, with logits at the trained tokens alone and no copy of them in float32.
+
+    For a training step and for losses without a gradient: it cannot be differentiated twice.
+
+    Args:
+        model: a causal LM whose output has `logits`.
+        batch: as for `response_logits`.
+
+    Returns:
+        (B,) in at least float32 (nats).
+    """
+    logits, wanted = response_logits(model, batch)
+    losses = token_nll(logits, batch["labels"][:, 1:][wanted[:, :-1]].to(logits.device))
+    where = wanted.to(losses.device)
+    each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
+    return each.sum(1)
+
+
+def response_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Logits at the n positions of a batch from which a label is predicted, row by row.
+
+    The output head gets the hidden states of those positions alone (by a hook before it, so whatever
+    the model does to logits afterwards, soft caps or scales, is done as always). A model whose head is
+    not a module of its own computes all logits, and those are selected.
+
+    Args:
+        model: a causal LM whose output has `logits`.
+        batch: `input_ids`, `attention_mask`, `position_ids` and `labels` (−100 = no label), (B, S).
+
+    Returns:
+        logits (n, V) as the model gives them, and where they lie: (B, S) bool, true at position s where
+        token s + 1 is a label.
+    """
+    wanted = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1), value=False)
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", KEEP)}
+    selected = False
+
+    def select(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal selected
+        hidden = given[0] if given else None
+        if selected or not isinstance(hidden, Tensor) or hidden.shape[:2] != wanted.shape:
+            return None
+        selected = True
+        return (hidden[wanted.to(hidden.device)][None], *given[1:])
+
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    handle = head.register_forward_pre_hook(select) if isinstance(head, nn.Module) else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    return (logits[0] if selected else logits[wanted.to(logits.device)]), wanted
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log softmax(z_i)[y_i] for every row, a few rows at a time; differentiable once.
+
+    Logits narrower than float32 are widened piece by piece, and the gradient is written in their own dtype:
+    no table in float32 is ever there as a whole.
+
+    Args:
+        logits: (n, V).
+        labels: (n,) below V.
+
+    Returns:
+        (n,) in at least float32 (nats).
+    """
+    found: Tensor = _TokenNll.apply(logits, labels)
+    return found
+
+
+#: Logits that are widened at once.
+PIECE = 4_000_000
+
+
+class _TokenNll(torch.autograd.Function):
+    """Cross entropy whose forward keeps logits and log-partitions, and whose backward softmax is made in pieces."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """Losses of all rows."""
+        none = logits.new_zeros(0, dtype=_wide(logits.dtype))
+        normalisers, losses = [none], [none]
+        for piece, own in _pieces(logits, labels):
+            normaliser = torch.logsumexp(piece, 1)
+            normalisers.append(normaliser)
+            losses.append(normaliser - piece.gather(1, own[:, None])[:, 0])
+        ctx.save_for_backward(logits, labels, torch.cat(normalisers))
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        """slope_i (softmax(z_i) − e_y)."""
+        logits, labels, normalisers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        start = 0
+        for piece, own in _pieces(logits, labels):
+            rows = slice(start, start + len(own))
+            soft = piece.sub(normalisers[rows, None]).exp_()
+            soft[torch.arange(len(own), device=soft.device), own] -= 1
+            gradient[rows] = soft.mul_(slopes[rows, None])
+            start += len(own)
+        return gradient, None
+
+
+def _pieces(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of logits in at least float32 with their labels, as many at a time as `PIECE` allows."""
+    size = max(1, PIECE // max(1, logits.shape[1]))
+    for start in range(0, len(labels), size):
+        yield logits[start : start + size].to(_wide(logits.dtype)), labels[start : start + size]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 #: The loss of a training step.
-TOKENS = TokenLoss(summed_nll, trained_tokens)
+TOKENS = TokenLoss(trained_sums, trained_tokens)
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.models.losses import KEEP
+from arisk.models.losses import response_logits, token_nll
 from arisk.models.rendering import IGNORED
 
-__all__ = ["OpeningScores", "followed", "response_logits", "response_losses"]
+__all__ = ["OpeningScores", "followed", "response_losses"]
 
 #: Prompts followed at once.
 BATCH = 16
@@ -42,44 +42,6 @@ class OpeningScores:
     kept: Tensor
 
 
-def response_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Logits at the n positions of a batch from which a label is predicted, row by row.
-
-    The output head gets the hidden states of those positions alone (by a hook before it, so whatever
-    the model does to logits afterwards, soft caps or scales, is done as always). A model whose head is
-    not a module of its own computes all logits, and those are selected.
-
-    Args:
-        model: a causal LM whose output has `logits`.
-        batch: `input_ids`, `attention_mask`, `position_ids` and `labels` (−100 = no label), (B, S).
-
-    Returns:
-        logits (n, V) in at least float32, and where they lie: (B, S) bool, true at position s where
-        token s + 1 is a label.
-    """
-    wanted = torch.nn.functional.pad(batch["labels"][:, 1:] != IGNORED, (0, 1), value=False)
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", KEEP)}
-    selected = False
-
-    def select(_module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal selected
-        hidden = given[0] if given else None
-        if selected or not isinstance(hidden, Tensor) or hidden.shape[:2] != wanted.shape:
-            return None
-        selected = True
-        return (hidden[wanted.to(hidden.device)][None], *given[1:])
-
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    handle = head.register_forward_pre_hook(select) if isinstance(head, nn.Module) else None
-    try:
-        logits = model(**inputs).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    chosen = logits[0] if selected else logits[wanted.to(logits.device)]
-    return (chosen if chosen.dtype == torch.float64 else chosen.float()), wanted
-
-
 def response_losses(model: nn.Module, batch: Mapping[str, Any], first: int) -> tuple[Tensor, Tensor]:
     """Mean NLL of all response tokens and of the first `first` of them, from one forward pass.
 
@@ -93,8 +55,7 @@ def response_losses(model: nn.Module, batch: Mapping[str, Any], first: int) -> t
         and −(1/k) Σ_{s≤k} log p(y_is | y_i,<s).
     """
     logits, wanted = response_logits(model, batch)
-    labels = batch["labels"][:, 1:][wanted[:, :-1]]
-    losses = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+    losses = token_nll(logits, batch["labels"][:, 1:][wanted[:, :-1]].to(logits.device))
     where = wanted.to(losses.device)
     each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
     early = where & (where.cumsum(1) <= first)
@@ -131,7 +92,8 @@ def followed(
         rows = order[start : start + BATCH]
         batch = _right_padded([prompts[i] for i in rows], [openings[i] for i in rows], pad, device)
         with torch.no_grad():
-            logits, _ = response_logits(model, batch)
+            logits = response_logits(model, batch)[0]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         tokens = torch.tensor([token for i in rows for token in openings[i]], device=logits.device)
         # A token that ties with another is kept: nothing has overtaken it.
         best = logits.gather(1, tokens[:, None])[:, 0] >= logits.max(1).values

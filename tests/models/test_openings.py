@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from arisk.models.losses import per_sample_nll
-from arisk.models.openings import followed, response_logits, response_losses
+from arisk.models.losses import per_sample_nll, response_logits
+from arisk.models.openings import followed, response_losses
 from arisk.models.rendering import IGNORED
 
 transformers = pytest.importorskip("transformers")
