@@ -24,7 +24,7 @@ from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block,
 from arisk.forecast.record import RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
-from arisk.training.behaviour import Behaviour, losses_and_openings
+from arisk.training.behaviour import Behaviour
 from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.panels import panel_of
 from arisk.training.recipe import Recipe, recipe_of
@@ -211,8 +211,8 @@ class _Walk:
         track.steps.append(step)
         track.finetune_loss.append(finetune_loss)
         track.kept_share.append(share)
-        model, samples = self.task.model, self.task.safety
-        losses, openings = losses_and_openings(model, self.safety.batches, samples, self.opening_tokens)
+        model = self.task.model
+        losses, openings = self.safety.losses_and_openings(model, self.opening_tokens)
         track.safety.append(losses)
         if openings is not None:
             track.others.setdefault(OPENING, []).append(openings)

@@ -137,6 +137,10 @@ class ArmRun:
 
     def measure(self, step: int) -> bool:
         """Record every loss here; False where the safety loss is not finite, which ends the arm."""
+        with self.run.reading():
+            return self._measure(step)
+
+    def _measure(self, step: int) -> bool:
         track, model = self.track, self.plan.task.model
         safety = self.safety.losses(model)
         if step and not bool(torch.isfinite(safety).all()):

@@ -163,7 +163,7 @@ PIECE = 4_000_000
 
 
 class _TokenNll(torch.autograd.Function):
-    """Cross entropy whose forward keeps logits and log-partitions, and whose backward softmax is made in pieces."""
+    """Cross entropy that keeps logits and their log-partitions; softmax is made in pieces, going backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -179,8 +179,9 @@ class _TokenNll(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] - torch calls it so
         """slope_i (softmax(z_i) − e_y)."""
+        (slopes,) = grad_outputs
         logits, labels, normalisers = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         start = 0

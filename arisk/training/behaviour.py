@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import InputError
-from arisk.base.processes import gathered, share
-from arisk.base.task import Batch, Generate, SampleSet
-from arisk.gradients import batch_size, slice_batch
+from arisk.base.task import Generate, SampleSet
 from arisk.models.judge import learnt_openings
-from arisk.models.losses import per_sample_nll
-from arisk.models.openings import OpeningScores, response_losses
+from arisk.models.openings import OpeningScores
 
 __all__ = [
     "DECIDING",
@@ -29,7 +26,6 @@ __all__ = [
     "Behaviour",
     "BehaviourResult",
     "FollowedPrompts",
-    "losses_and_openings",
     "prompts_of",
     "spread_rows",
 ]
@@ -337,43 +333,3 @@ def prompts_of(row: Mapping[str, object]) -> dict[str, str | int | None]:
         "response": str(row.get("response") or ""),
         "line": line if isinstance(line, int) else None,
     }
-
-
-def losses_and_openings(
-    model: nn.Module, batches: Sequence[Batch], samples: SampleSet, first: int
-) -> tuple[Tensor, Tensor | None]:
-    """ℓ_i of every sample and the loss of its first tokens, from the same forward passes. No gradient.
-
-    Args:
-        model: in evaluation mode.
-        batches: of `samples`.
-        samples: with their loss; a scalar loss is asked one sample at a time.
-        first: k, tokens of an opening.
-
-    Returns:
-        Two (N,) float64 tensors (nats per token), shared over ranks; the second is None for a loss that is
-        not the one over response tokens.
-    """
-    own = samples.loss_fn is per_sample_nll
-    parts = [
-        _both(model, batches[number], first) if own else _plain_losses(model, batches[number], samples)
-        for number in share(len(batches))
-    ]
-    found = gathered(parts, len(batches))
-    losses = torch.cat([part[0] for part in found])
-    return losses, torch.cat([part[1] for part in found]) if own else None
-
-
-def _both(model: nn.Module, batch: Batch, first: int) -> Tensor:
-    with torch.no_grad():
-        mean, opening = response_losses(model, batch, first)
-    return torch.stack([mean, opening]).to("cpu", torch.float64)
-
-
-def _plain_losses(model: nn.Module, batch: Batch, samples: SampleSet) -> Tensor:
-    with torch.no_grad():
-        loss, size = samples.loss_fn(model, batch), batch_size(batch)
-        if loss.ndim == 0 and size > 1:
-            single = [samples.loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(size)]
-            loss = torch.stack(single)
-        return loss.reshape(1, -1).to("cpu", torch.float64)

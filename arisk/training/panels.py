@@ -2,11 +2,12 @@
 
 Sets come sorted by length, and data orders are endless, so the first batches of a set would be its shortest
 rows, or some rows several times. Which rows are chosen depends on the set and the number alone, not on how
-it is cut into batches.
+it is cut into batches. Rows of like length are measured together, as many as a budget of tokens allows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,22 @@ from arisk.base.errors import InputError
 from arisk.base.processes import gathered, share
 from arisk.base.task import Batch, LossFn, RowBatches, SampleSet
 from arisk.gradients import batch_size, map_tensors, move_batch, slice_batch
+from arisk.models.losses import per_sample_nll
+from arisk.models.openings import response_losses
 
-__all__ = ["Panel", "batch_losses", "panel_of", "sample_losses", "spread"]
+__all__ = [
+    "Panel",
+    "SplitPanel",
+    "batch_losses",
+    "filled",
+    "panel_of",
+    "sample_losses",
+    "split_panel",
+    "spread",
+]
+
+#: Tokens of the rows that are measured at once: without a graph they take less memory than a training step.
+TOKENS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -28,22 +43,55 @@ class Panel:
 
     Attributes:
         name: of the data set.
-        batches: the rows, in the order of their losses.
-        rows: their places in the data set.
+        batches: the rows, in an order that is quick to measure.
+        rows: their places in the data set, ascending.
         loss_fn: their loss.
+        order: for each sample of the batches, which of `rows` it is.
     """
 
     name: str
     batches: Sequence[Batch]
     rows: Sequence[int]
     loss_fn: LossFn
+    order: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def losses(self, model: nn.Module) -> Tensor:
-        """ℓ_i of every row, (N,) float64 (nats). Shared over ranks."""
-        return sample_losses(model, self.batches, self.loss_fn)
+        """ℓ_i of every row in the order of `rows`, (N,) float64 (nats). Shared over ranks."""
+        if self.loss_fn is per_sample_nll:
+            return self.losses_and_openings(model, 1)[0]
+        return self.in_order(sample_losses(model, self.batches, self.loss_fn))
+
+    def losses_and_openings(self, model: nn.Module, first: int) -> tuple[Tensor, Tensor | None]:
+        """ℓ_i of every row and the loss of its first tokens, from the same forward passes. No gradient.
+
+        Args:
+            model: in evaluation mode.
+            first: k, tokens of an opening.
+
+        Returns:
+            Two (N,) float64 tensors (nats per token), shared over ranks; the second is None for a loss that
+            is not the one over response tokens.
+        """
+        if self.loss_fn is not per_sample_nll:
+            return self.losses(model), None
+        parts = [_both(model, self.batches[number], first) for number in share(len(self.batches))]
+        found = torch.cat(gathered(parts, len(self.batches)), 1)
+        return self.in_order(found[0]), self.in_order(found[1])
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Values (N, …) of the batches' samples, one after the other, in the order of `rows`."""
+        sorted_values = torch.empty_like(values)
+        sorted_values[torch.tensor(self.order)] = values
+        return sorted_values
+
+
+def _both(model: nn.Module, batch: Batch, first: int) -> Tensor:
+    with torch.no_grad():
+        mean, opening = response_losses(model, batch, first)
+    return torch.stack([mean, opening]).to("cpu", torch.float64)
 
 
 def spread(count: int, limit: int | None) -> list[int]:
@@ -67,29 +115,169 @@ def panel_of(samples: SampleSet, limit: int | None, device: torch.device) -> Pan
     Raises:
         InputError: the data set gives no row.
     """
+    rows, batches = _chosen(samples, limit)
+    return _panel(samples, rows, batches, device)
+
+
+def _chosen(samples: SampleSet, limit: int | None) -> tuple[list[int], RowBatches | list[Batch]]:
+    """Places of the rows that are measured, and what they are cut from."""
     batches: Any = samples.batches
     if isinstance(batches, RowBatches):
-        rows = spread(batches.row_count, limit)
-        size = batches.size
-        cut = [batches.of(rows[i : i + size]) for i in range(0, len(rows), size)]
+        rows, source = spread(batches.row_count, limit), batches
     elif hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
-        rows, cut = _of_list([batches[i] for i in range(len(batches))], limit)
+        source = [batches[i] for i in range(len(batches))]
+        rows = spread(sum(batch_size(batch) for batch in source), limit)
     else:
-        cut = list(_first(batches, limit))
-        rows = list(range(sum(batch_size(batch) for batch in cut)))
+        source = list(_first(batches, limit))
+        rows = list(range(sum(batch_size(batch) for batch in source)))
     if not rows:
         raise InputError(
             "the data set gives no batch",
             where=f"data set {samples.name!r}",
             fix="give at least one row",
         )
-    return Panel(samples.name, [move_batch(batch, device) for batch in cut], rows, samples.loss_fn)
+    return rows, source
 
 
-def _of_list(batches: Sequence[Batch], limit: int | None) -> tuple[list[int], list[Batch]]:
-    """Evenly spread rows of a list of batches; a batch that is wanted whole stays as it is."""
+def _panel(
+    samples: SampleSet, rows: Sequence[int], source: RowBatches | list[Batch], device: torch.device
+) -> Panel:
+    """These rows, ascending."""
+    groups = [list(range(len(rows)))]
+    if isinstance(source, RowBatches):
+        groups = _by_length(source, rows)
+        cut = [source.of([rows[i] for i in group]) for group in groups]
+    else:
+        cut = _of_list(source, rows)
+    moved = [move_batch(batch, device) for batch in cut]
+    return Panel(samples.name, moved, list(rows), samples.loss_fn, [i for group in groups for i in group])
+
+
+@dataclass(frozen=True)
+class SplitPanel:
+    """Rows of one data set, a few of which lead: those alone are measured at most points of a run.
+
+    Attributes:
+        rows: places of all of them in the data set, ascending.
+        lead: some of them, spread evenly; all where the others are too few to be worth it.
+        rest: the others; None where all lead.
+    """
+
+    rows: Sequence[int]
+    lead: Panel
+    rest: Panel | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def places(self) -> list[int]:
+        """Where the leading rows stand in `rows`."""
+        known = {row: place for place, row in enumerate(self.rows)}
+        return [known[row] for row in self.lead.rows]
+
+    def leading(self, model: nn.Module, first: int) -> tuple[Tensor, Tensor | None]:
+        """`Panel.losses_and_openings` of the leading rows in the place of each, NaN for the others."""
+        return self._placed(self.lead, model, first)
+
+    def others(self, model: nn.Module, first: int) -> tuple[Tensor, Tensor | None]:
+        """The same for the rows that do not lead."""
+        if self.rest is None:
+            nothing = torch.full((len(self),), math.nan, dtype=torch.float64)
+            return nothing, nothing if self.lead.loss_fn is per_sample_nll else None
+        return self._placed(self.rest, model, first)
+
+    def _placed(self, panel: Panel, model: nn.Module, first: int) -> tuple[Tensor, Tensor | None]:
+        losses, openings = panel.losses_and_openings(model, first)
+        known = {row: place for place, row in enumerate(self.rows)}
+        at = torch.tensor([known[row] for row in panel.rows])
+
+        def put(values: Tensor) -> Tensor:
+            wide = torch.full((len(self),), math.nan, dtype=torch.float64)
+            wide[at] = values
+            return wide
+
+        return put(losses), None if openings is None else put(openings)
+
+
+#: Rows are split where at most this share of them would lead.
+LEAD_SHARE = 0.5
+
+
+def split_panel(samples: SampleSet, limit: int | None, lead: int, device: torch.device) -> SplitPanel:
+    """The rows of a set that are measured, as of `panel_of`, and `lead` of them that are measured everywhere.
+
+    Raises:
+        InputError: the data set gives no row.
+    """
+    rows, source = _chosen(samples, limit)
+    if lead >= LEAD_SHARE * len(rows):
+        return SplitPanel(rows, _panel(samples, rows, source, device), None)
+    leading = {rows[i] for i in spread(len(rows), lead)}
+    parts = [[row for row in rows if (row in leading) == wanted] for wanted in (True, False)]
+    first, rest = (_panel(samples, part, source, device) for part in parts)
+    return SplitPanel(rows, first, rest)
+
+
+def filled(
+    values: Tensor, whole: Sequence[bool], lead: Sequence[int], steps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Values of all rows from points where only the leading ones were measured: a control variate.
+
+    Between two whole points a and b every row i has the straight line ℓ̂_i(t) through its own values. The
+    leading rows tell how far the truth is from theirs, r_i = ℓ_i − ℓ̂_i, and their mean is added to the
+    others: the mean over all rows is then the leading rows' mean, corrected by the difference full − leading
+    interpolated between whole measurements. Its error is the sampling error of the mean of r alone.
+
+    Args:
+        values: (N, M), NaN where a row was not measured.
+        whole: M times, whether every row was; true at the first point.
+        lead: places of the n leading rows.
+        steps: the points, ascending.
+
+    Returns:
+        (N, M) without gaps, and (M,) standard error of the mean over the rows: s(r) √(1/n − 1/N), 0 at whole
+        points. After the last whole point lines are level.
+    """
+    count, error = len(values), torch.zeros(len(steps), dtype=torch.float64)
+    known = [i for i, every in enumerate(whole) if every]
+    complete = values.clone()
+    leading = torch.zeros(count, dtype=torch.bool)
+    leading[torch.tensor(lead)] = True
+    for i, every in enumerate(whole):
+        if every:
+            continue
+        a = max(j for j in known if j < i)
+        b = next((j for j in known if j > i), a)
+        share = (steps[i] - steps[a]) / (steps[b] - steps[a]) if b > a else 0.0
+        line = torch.lerp(values[:, a], values[:, b], share)
+        gone = values[leading, i] - line[leading]
+        complete[~leading, i] = line[~leading] + gone.mean()
+        if len(gone) > 1:
+            error[i] = float(gone.std()) * math.sqrt(1 / len(gone) - 1 / count)
+    return complete, error
+
+
+def _by_length(batches: RowBatches, rows: Sequence[int]) -> list[list[int]]:
+    """Indices of `rows` that are measured together: of like length, within `TOKENS_AT_ONCE` with padding.
+
+    Rows that do not tell their length keep their order and the size of their batches.
+    """
+    every: Any = batches.of(rows) if rows else None
+    if not isinstance(every, dict) or "attention_mask" not in every:
+        return [list(range(len(rows)))[i : i + batches.size] for i in range(0, len(rows), batches.size)]
+    lengths: list[int] = every["attention_mask"].sum(1).tolist()
+    groups: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * lengths[i] > TOKENS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _of_list(batches: Sequence[Batch], rows: Sequence[int]) -> list[Batch]:
+    """Rows of a list of batches, ascending; a batch that is wanted whole stays as it is."""
     sizes = [batch_size(batch) for batch in batches]
-    rows = spread(sum(sizes), limit)
     cut: list[Batch] = []
     start, place = 0, 0
     for batch, size in zip(batches, sizes, strict=True):
@@ -100,7 +288,7 @@ def _of_list(batches: Sequence[Batch], limit: int | None) -> tuple[list[int], li
         if inside:
             cut.append(batch if len(inside) == size else _picked(batch, inside))
         start += size
-    return rows, cut
+    return cut
 
 
 def _picked(batch: Batch, inside: Sequence[int]) -> Batch:

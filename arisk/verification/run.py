@@ -25,7 +25,6 @@ from arisk.forecast.rollout import OPENING, watched
 from arisk.forecast.run import answer_tokens, followed_rows
 from arisk.geometry.dynamics import recorded_steps
 from arisk.gradients import layout_of, measuring
-from arisk.training.behaviour import losses_and_openings
 from arisk.training.loop import PlannedRun, StepDone, follow, keeping_parameters
 from arisk.training.panels import panel_of
 from arisk.training.recipe import recipe_of
@@ -169,13 +168,14 @@ class _RealRun:
         track.finetune_loss.append(sum(losses) / len(losses) if losses else float("nan"))
         track.kept_share.append(1.0)
         track.pending = []
-        safety, openings = losses_and_openings(model, self.safety.batches, self.samples, self.opening_tokens)
-        track.safety.append(safety)
-        if openings is not None:
-            track.others.setdefault(OPENING, []).append(openings)
-        if self.control is not None:
-            track.control.append(self.control.losses(model))
-        self.behaviour.measure(model, step, answer=step in self.writing)
+        with self.planned.reading():
+            safety, openings = self.safety.losses_and_openings(model, self.opening_tokens)
+            track.safety.append(safety)
+            if openings is not None:
+                track.others.setdefault(OPENING, []).append(openings)
+            if self.control is not None:
+                track.control.append(self.control.losses(model))
+            self.behaviour.measure(model, step, answer=step in self.writing)
         track.behaviour = self.behaviour.state()
 
     def result(self) -> VerifyResult:

@@ -13,7 +13,8 @@ from arisk.base.task import SampleSet
 from arisk.config.plan import Config
 from arisk.models import load_task
 from arisk.models.losses import per_sample_nll
-from arisk.training.behaviour import Behaviour, losses_and_openings, spread_rows
+from arisk.training.behaviour import Behaviour, spread_rows
+from arisk.training.panels import panel_of
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 SETTINGS = {"prompts": 8, "ordinary_prompts": 4, "tokens": 10, "opening_tokens": 4}
@@ -160,14 +161,15 @@ def test_plain_answers_without_tokens_are_kept():
 
 def test_losses_and_the_loss_of_openings(task):
     batches = list(task.safety.batches)
-    losses, openings = losses_and_openings(task.model.eval(), batches, task.safety, 3)
+    panel = panel_of(task.safety, None, torch.device("cpu"))
+    losses, openings = panel.losses_and_openings(task.model.eval(), 3)
     with torch.no_grad():
         plain = torch.cat([per_sample_nll(task.model, batch) for batch in batches])
     torch.testing.assert_close(losses, plain, rtol=1e-10, atol=1e-12)
     assert openings.shape == losses.shape
     assert not torch.allclose(openings, losses)
     scalar = replace(task.safety, loss_fn=lambda m, b: per_sample_nll(m, b).mean())
-    alone, none = losses_and_openings(task.model, batches, scalar, 3)
+    alone, none = panel_of(scalar, None, torch.device("cpu")).losses_and_openings(task.model, 3)
     assert none is None
     torch.testing.assert_close(alone, plain, rtol=1e-10, atol=1e-12)
 
