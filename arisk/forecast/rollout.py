@@ -17,13 +17,15 @@ from torch import Tensor
 
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, gathered, share, world
-from arisk.base.task import Progress, RowBatches, Task, silent
+from arisk.base.task import Batch, Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
 from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block, planned_points
 from arisk.forecast.record import RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
+from arisk.models.losses import per_sample_nll, response_logits
+from arisk.models.openings import losses_at_scales
 from arisk.training.behaviour import Behaviour
 from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.panels import panel_of
@@ -212,30 +214,41 @@ class _Walk:
         track.finetune_loss.append(finetune_loss)
         track.kept_share.append(share)
         model = self.task.model
-        losses, openings = self.safety.losses_and_openings(model, self.opening_tokens)
-        track.safety.append(losses)
-        if openings is not None:
-            track.others.setdefault(OPENING, []).append(openings)
-        if self.control is not None:
-            track.control.append(self.control.losses(model))
-        self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
+        with self.planned.reading():
+            losses, openings = self.safety.losses_and_openings(model, self.opening_tokens)
+            track.safety.append(losses)
+            if openings is not None:
+                track.others.setdefault(OPENING, []).append(openings)
+            if self.control is not None:
+                track.control.append(self.control.losses(model))
+            self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
         track.behaviour = self.behaviour.state()
 
     def extrapolate(self) -> Tensor | None:
         """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
-        loss_fn, model = self.task.safety.loss_fn, self.task.model
         parts: list[Tensor | None] = []
         for number in share(len(self.safety.batches)):
-            batch = self.safety.batches[number]
-            last = outputs_of(model, batch, loss_fn)
-            with self.at_start():
-                first = outputs_of(model, batch, loss_fn)
-            known = first is not None and last is not None
-            parts.append(losses_between(model, batch, loss_fn, first, last, SCALES) if known else None)
+            with self.planned.reading():
+                parts.append(self._extrapolated(self.safety.batches[number]))
             if parts[-1] is None and world() == 1:
                 return None
         found = [part for part in gathered(parts, len(self.safety.batches)) if part is not None]
-        return torch.cat(found) if len(found) == len(self.safety.batches) else None
+        whole = len(found) == len(self.safety.batches)
+        return self.safety.in_order(torch.cat(found)) if whole else None
+
+    def _extrapolated(self, batch: Batch) -> Tensor | None:
+        """(B, S) of one batch; response logits alone where the loss is the one over response tokens."""
+        loss_fn, model = self.task.safety.loss_fn, self.task.model
+        if loss_fn is per_sample_nll:
+            last, where = response_logits(model, batch)
+            with self.at_start():
+                first, _ = response_logits(model, batch)
+            return losses_at_scales(first, last, where, batch, SCALES)
+        last = outputs_of(model, batch, loss_fn)
+        with self.at_start():
+            first = outputs_of(model, batch, loss_fn)
+        known = first is not None and last is not None
+        return losses_between(model, batch, loss_fn, first, last, SCALES) if known else None
 
     @contextmanager
     def at_start(self) -> Generator[None]:
@@ -243,8 +256,10 @@ class _Walk:
         parameters = self.planned.parameters
         here = [p.detach().clone() for p in parameters]
         put(parameters, self.start)
+        torch.clear_autocast_cache()
         yield
         put(parameters, here)
+        torch.clear_autocast_cache()
 
     def result(self) -> RolloutResult:
         """The record: changes against the start."""

@@ -159,7 +159,7 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 #: Logits that are widened at once.
-PIECE = 4_000_000
+PIECE = 1_000_000
 
 
 class _TokenNll(torch.autograd.Function):

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.models.losses import response_logits, token_nll
+from arisk.models.losses import PIECE, response_logits, token_nll
 from arisk.models.rendering import IGNORED
 
-__all__ = ["OpeningScores", "followed", "response_losses"]
+__all__ = ["OpeningScores", "followed", "losses_at_scales", "response_losses"]
 
 #: Prompts followed at once.
 BATCH = 16
@@ -60,6 +60,36 @@ def response_losses(model: nn.Module, batch: Mapping[str, Any], first: int) -> t
     each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
     early = where & (where.cumsum(1) <= first)
     return _row_means(each, where), _row_means(each, early)
+
+
+def losses_at_scales(
+    first: Tensor, last: Tensor, wanted: Tensor, batch: Mapping[str, Any], scales: Sequence[float]
+) -> Tensor:
+    """Mean NLL of all response tokens at logits z₀ + (z_k − z₀) s, a few positions at a time.
+
+    Args:
+        first: (n, V) z₀, from `response_logits`.
+        last: z_k in the same way.
+        wanted: (B, S) where they lie.
+        batch: the batch, with `labels`.
+        scales: s, 0 at the start and 1 at the end.
+
+    Returns:
+        (B, len(scales)) float64 on the CPU (nats per token).
+    """
+    labels = batch["labels"][:, 1:][wanted[:, :-1]].to(first.device)
+    size = max(1, PIECE // first.shape[1])
+    columns: list[Tensor] = []
+    with torch.no_grad():
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
+            a, b = (z[rows] if z.dtype == torch.float64 else z[rows].float() for z in (first, last))
+            step = b - a
+            columns.append(torch.stack([token_nll(a.add(step, alpha=s), labels[rows]) for s in scales], 1))
+    losses = torch.cat(columns).to("cpu", torch.float64)
+    rows = wanted.nonzero()[:, 0].to("cpu")
+    sums = torch.zeros(len(wanted), len(scales), dtype=torch.float64).index_add_(0, rows, losses)
+    return sums / torch.bincount(rows, minlength=len(wanted)).clamp(min=1)[:, None]
 
 
 def _row_means(values: Tensor, counted: Tensor) -> Tensor:

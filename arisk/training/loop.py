@@ -333,22 +333,10 @@ class PlannedRun:
     def reading(self) -> Generator[None]:
         """Inside: passes without a gradient, in the precision of the plan's own forward passes.
 
-        Autocast keeps the narrow copy of a weight until the context ends only where the weight asks for a
-        gradient, so all of them do for as long; without, a frozen base would be cast anew at every pass.
         Weights that move inside need `torch.clear_autocast_cache`.
         """
-        frozen: list[nn.Parameter] = []
-        if self.autocast is not None:
-            every = self.task.model.parameters()
-            frozen = [p for p in every if p.dtype == torch.float32 and not p.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with torch.no_grad(), self._autocast():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with torch.no_grad(), self._autocast():
+            yield
 
     def clear(self) -> None:
         """Drop all gradients."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.losses import per_sample_nll, response_logits
-from arisk.models.openings import followed, response_losses
+from arisk.models.openings import followed, losses_at_scales, response_losses
 from arisk.models.rendering import IGNORED
 
 transformers = pytest.importorskip("transformers")
@@ -137,3 +138,18 @@ def test_followed_openings():
 
 def test_no_prompts():
     assert followed(small(), [], [], 0).log_p.shape == (0, 0)
+
+
+@pytest.mark.parametrize("piece", [20, 1_000_000])
+@torch.no_grad()
+def test_losses_at_scales_are_those_of_whole_logits(piece, monkeypatch):
+    monkeypatch.setattr("arisk.models.openings.PIECE", piece)
+    first, last, batch, scales = small(), small(), batch_of(ROWS), (0.0, 0.3, 1.0, 4.0)
+    for parameter in last.parameters():
+        parameter.mul_(1.1)
+    (z, where), (moved, _) = response_logits(first, batch), response_logits(last, batch)
+    ends = [outputs_of(model, batch, per_sample_nll) for model in (first, last)]
+    wanted = losses_between(first, batch, per_sample_nll, *ends, scales)
+    torch.testing.assert_close(
+        losses_at_scales(z, moved, where, batch, scales), wanted, rtol=1e-12, atol=1e-12
+    )
