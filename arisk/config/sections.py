@@ -162,6 +162,8 @@ class RolloutConfig(Settings):
 
     enabled: bool = True
     """Off: only what the aligned point tells; verdicts are then far less sure."""
+    carry_out: bool = True
+    """Really carry the plan out where that takes no more passes than its forecast; off: always forecast."""
     pilot_steps: Annotated[int, Field(ge=2, le=LARGEST)] | None = None
     """Real optimizer steps at the start; default 20, or 20 % of a run shorter than 100 steps."""
     segments: PositiveInt | None = None

@@ -29,7 +29,7 @@ from arisk.base.terminal import StageDisplay, peak_memory
 from arisk.config.plan import Config
 from arisk.engine.job import Job
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import Catalogue, Cost, CostScene, cost_of
+from arisk.engine.stage import FORWARDS, OVER_FINETUNE, Catalogue, Cost, CostScene, cost_of
 from arisk.gradients import (
     ParameterLayout,
     batch_invariance,
@@ -230,15 +230,6 @@ def _seconds(work: Callable[[], object]) -> float:
     return sorted(took[1:])[TIMED // 2]
 
 
-#: Forward passes in a pass of each kind, by floating-point operations: a backward pass counts as two.
-FORWARDS = {
-    "forward rows": 1,
-    "gradient rows": 3,
-    "single-row gradients": 3,
-    "curvature rows": 6,
-}
-
-
 def estimate(
     catalogue: Catalogue,
     config: Config,
@@ -324,7 +315,7 @@ def operations(task: Task, passes: Mapping[str, float]) -> float | None:
     selected, samples = layout_of(task.model, task.parameter_names).numel, len(task.safety.rows)
     total = selected * (2 * passes.get("product columns", 0) + samples**2 * passes.get("Gram products", 0))
     for kind, forwards in FORWARDS.items():
-        length = tokens["finetune" if kind in ("gradient rows", "curvature rows") else "safety"]
+        length = tokens["finetune" if kind in OVER_FINETUNE else "safety"]
         total += 2 * whole * length * forwards * passes.get(kind, 0)
     return float(total)
 

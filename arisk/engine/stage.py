@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from arisk.config.plan import Config
     from arisk.engine.job import Job
 
-__all__ = ["Catalogue", "Cost", "CostScene", "Stage", "StageOption", "cost_of", "named", "steps_option"]
+__all__ = [
+    "FORWARDS",
+    "OVER_FINETUNE",
+    "Catalogue",
+    "Cost",
+    "CostScene",
+    "Stage",
+    "StageOption",
+    "cost_of",
+    "forward_tokens",
+    "named",
+    "steps_option",
+]
 
 
 def named(place: str) -> Any:
@@ -168,6 +180,28 @@ class Stage:
     found: Callable[[Path, Config], Mapping[str, Any]] | None = None
     text: str | None = None
     beside: bool = False
+
+
+#: Forward passes in a pass of each kind, by floating-point operations: a backward pass counts as two.
+FORWARDS = {
+    "forward rows": 1.0,
+    "gradient rows": 3.0,
+    "single-row gradients": 3.0,
+    "curvature rows": 6.0,
+}
+#: The same of a softmax over given outputs, by measured time.
+SOFTMAX = 0.1
+#: Kinds of pass over fine-tuning rows; the others are over safety rows.
+OVER_FINETUNE = ("gradient rows", "curvature rows")
+
+
+def forward_tokens(task: Task, passes: Mapping[str, float]) -> float:
+    """What passes take in forward passes of one token; rows whose tokens are unknown count alike."""
+    found = passes.get("answer tokens", 0.0)
+    for kind, forwards in {**FORWARDS, "output losses": SOFTMAX}.items():
+        samples = task.finetune if kind in OVER_FINETUNE else task.safety
+        found += forwards * passes.get(kind, 0.0) * float(samples.statistics.get("tokens_mean", 1.0))
+    return found
 
 
 def cost_of(stage: Stage, scene: CostScene) -> Cost:

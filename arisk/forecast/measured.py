@@ -81,9 +81,9 @@ def combined_curve(measured: RolloutResult, plan: Recipe, config: ForecastConfig
         return not_measured("combined", measured.reason or "not run", plan.horizon)
     path, pilot = _rollout_path(measured, config, seed), _pilot_path(measured, config, seed)
     notes: list[str] = []
-    if pilot is None:
+    if pilot is None and not measured.carried_out:
         notes.append("No pilot to extrapolate: the combination is the rollout.")
-    else:
+    elif pilot is not None:
         mixed = _log_mean(path.values, pilot.values, _pilot_weights(measured, path.steps))
         path = _Path(path.steps, mixed, path.pilot)
     return _finished("combined", path, config, seed, measured, notes)

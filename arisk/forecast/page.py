@@ -134,6 +134,7 @@ def _summary(forecast: ForecastResult) -> dict[str, Any]:
             "gradient_evaluations": forecast.gradient_evaluations,
             "planned_evaluations": forecast.planned_evaluations,
             "control_change": forecast.control_change[-1] if forecast.control_change else None,
+            "carried_out": forecast.carried_out,
         },
     }
 

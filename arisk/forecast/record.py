@@ -215,6 +215,11 @@ class RolloutResult:
     rows: Sequence[Mapping[str, Any]] = ()
     task: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def carried_out(self) -> bool:
+        """Whether the virtual run was the plan itself: every step of it was a real one."""
+        return self.status == "measured" and 0 < self.horizon <= self.pilot_steps
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -376,6 +381,7 @@ class ForecastResult:
         gradient_evaluations: micro-batch gradients the rollout used, and planned_evaluations those
             of the planned run.
         refusals: how many prompts are still refused; None in records of before it was measured.
+        carried_out: whether the plan itself was measured, every step a real one.
     """
 
     threshold: float
@@ -390,6 +396,7 @@ class ForecastResult:
     gradient_evaluations: int = 0
     planned_evaluations: int = 0
     refusals: RefusalForecast | None = None
+    carried_out: bool = False
 
     @property
     def collapse_step(self) -> int | None:

@@ -194,7 +194,8 @@ class _Walk:
 
     def segment(self, done: int, end: int) -> None:
         """Leap where there is room for one, then real steps to `end`, then measure."""
-        inner = self.config.batches_per_segment
+        # Without a leap to come, a block describes all steps since the last point.
+        inner = end - done if self.pilot == self.horizon else self.config.batches_per_segment
         length, share = end - done - inner, 1.0
         leaps = self.block.leaps if self.block is not None else 0
         if end > self.pilot and length > 0 and self.block is not None:

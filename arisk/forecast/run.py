@@ -19,8 +19,9 @@ from torch import Tensor
 
 from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, samples_in, score_memory
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
-from arisk.config.plan import ForecastConfig, TrainingConfig, planned_steps
-from arisk.engine.stage import Cost, CostScene
+from arisk.base.task import Task
+from arisk.config.plan import Config, ForecastConfig, RolloutConfig, TrainingConfig, planned_steps
+from arisk.engine.stage import Cost, CostScene, forward_tokens
 from arisk.forecast.forecasters import (
     PATH_BUDGET,
     PATH_POINTS,
@@ -45,6 +46,7 @@ __all__ = [
     "FORECASTERS",
     "Sources",
     "answer_tokens",
+    "as_walked",
     "followed_rows",
     "forecast",
     "forecast_cost",
@@ -169,7 +171,7 @@ def forecast(
     control = control_change(measured)
     learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
     refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)
-    verdict = decide(curves, config, steps, control, refusals)
+    verdict = decide(curves, config, steps, control, refusals, carried_out=measured.carried_out)
     noise = None
     if scored is not None:
         noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
@@ -187,6 +189,7 @@ def forecast(
         gradient_evaluations=measured.gradient_evaluations,
         planned_evaluations=steps * training.gradient_accumulation,
         refusals=refusals,
+        carried_out=measured.carried_out,
     )
 
 
@@ -266,9 +269,9 @@ BOOTSTRAP, DRAWS = 0.9, 400
 RATE = 5e9
 
 
-def followed_rows(scene: CostScene) -> float:
+def followed_rows(task: Task, config: Config) -> float:
     """Prompts whose own openings are followed at every point."""
-    task, given = scene.task, scene.config.behaviour
+    given = config.behaviour
     sets = [(task.safety, given.prompts), (task.control, given.ordinary_prompts if given.prompts else 0)]
     return sum(
         min(count, len(samples.rows))
@@ -279,28 +282,49 @@ def followed_rows(scene: CostScene) -> float:
 
 def answer_tokens(scene: CostScene, times: int) -> float:
     """Tokens of the answers of a run that are written so often."""
-    return followed_rows(scene) * scene.config.behaviour.tokens * times
+    return followed_rows(scene.task, scene.config) * scene.config.behaviour.tokens * times
+
+
+def as_walked(task: Task, config: Config) -> RolloutConfig:
+    """The settings of the rollout, all its steps real where the plan itself takes no more than its forecast.
+
+    Both are counted in forward passes of one token, so the choice is the same on every machine.
+    """
+    given = config.rollout
+    if not (given.enabled and given.carry_out) or given.pilot_steps is not None:
+        return given
+    whole = given.model_copy(
+        update={"pilot_steps": max(2, planned_steps(config.training, task.finetune.units))}
+    )
+    both = [_walked(task, config, settings) for settings in (whole, given)]
+    plan, forecast = (forward_tokens(task, passes) for passes in both)
+    return whole if plan <= forecast else given
 
 
 def rollout_passes(scene: CostScene) -> dict[str, float]:
     """Passes of one rollout by kind; empty where it is off."""
-    task, config = scene.task, scene.config
-    if not config.rollout.enabled:
+    if not scene.config.rollout.enabled:
         return {}
+    return _walked(scene.task, scene.config, as_walked(scene.task, scene.config))
+
+
+def _walked(task: Task, config: Config, settings: RolloutConfig) -> dict[str, float]:
     safety, control = samples_in(task.safety), samples_in(task.control)
     steps = planned_steps(config.training, task.finetune.units)
     per_step = config.training.batch_size * config.training.gradient_accumulation
-    rolled, measurements = counted(steps, config.rollout)
-    measured = min(safety, config.rollout.eval_samples or safety)
-    both = measured + min(control, config.rollout.control_samples)
+    rolled, measurements = counted(steps, settings)
+    leaps = measurements if rolled < steps else 0
+    measured = min(safety, settings.eval_samples or safety)
+    both = measured + min(control, settings.control_samples)
+    followed = followed_rows(task, config)
     return {
         "gradient rows": rolled * per_step,
-        "forward rows": measurements * (both + followed_rows(scene))
-        + 2 * measured
-        + measurements * per_step  # The loss before a leap.
-        + (SCORED_SHARE * steps * per_step if config.rollout.rare_rows else 0),
-        "output losses": len(SCALES) * measured,
-        "answer tokens": answer_tokens(scene, ANSWERED_POINTS),
+        "forward rows": measurements * (both + followed)
+        + (2 * measured if leaps else 0)
+        + leaps * per_step  # The loss before a leap.
+        + (SCORED_SHARE * steps * per_step if leaps and settings.rare_rows else 0),
+        "output losses": len(SCALES) * measured if leaps else 0,
+        "answer tokens": followed * config.behaviour.tokens * ANSWERED_POINTS,
     }
 
 

@@ -27,13 +27,14 @@ JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
     from arisk.forecast.rollout import rollout, skipped_rollout
+    from arisk.forecast.run import as_walked
 
     config = job.config
     if not config.rollout.enabled:
         return skipped_rollout("rollout.enabled is off", job.task, job.planned_steps())
     return rollout(
         job.task,
-        config=config.rollout,
+        config=as_walked(job.task, config),
         training=config.training,
         steps=job.planned_steps(),
         behaviour=config.behaviour,

@@ -111,6 +111,7 @@ FLAGGING = ("drop", "false_discovery", "what_if")
 
 def _screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
+    from arisk.forecast.run import as_walked
     from arisk.screening.run import flagged_anew, screen
     from arisk.screening.what_if import dropping
 
@@ -133,7 +134,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
         what_if = dropping(
             task,
             made.flagged,
-            config=config.rollout,
+            config=as_walked(task, config),
             training=config.training,
             steps=steps,
             seed=config.run.seed,

@@ -21,6 +21,7 @@ from arisk.base.task import Generate, Progress, SampleSet, Task, silent
 from arisk.config.plan import Config, TrainingConfig, VerifyConfig, planned_steps
 from arisk.config.sections import BehaviourConfig
 from arisk.engine.stage import Cost, CostScene
+from arisk.forecast.record import RolloutResult
 from arisk.forecast.rollout import OPENING, watched
 from arisk.forecast.run import answer_tokens, followed_rows
 from arisk.geometry.dynamics import recorded_steps
@@ -37,12 +38,14 @@ __all__ = [
     "looked",
     "measured_steps",
     "per_step",
+    "taken_over",
     "verify",
     "verify_cost",
     "writer",
     "writing_steps",
 ]
 
+NOT_HELD_OUT = "The safety rows are those that the forecast used: they are not held out."
 #: Losses are measured at about this many steps: every one at the start, then geometrically fewer.
 POINTS = 40
 
@@ -98,6 +101,28 @@ def verify(
         if keep is not None and run.track.diverged_at is None and is_first():
             keep(task.model)
     return run.result()
+
+
+def taken_over(rolled: RolloutResult) -> VerifyResult:
+    """The record of a plan that the rollout carried out, at the points that it measured."""
+    behaviour = rolled.behaviour
+    assert behaviour is not None
+    assert rolled.start is not None
+    return VerifyResult(
+        horizon=rolled.horizon,
+        last=rolled.horizon,
+        steps=rolled.steps,
+        safety=rolled.safety,
+        control=rolled.control,
+        start=rolled.start,
+        finetune_loss=rolled.finetune_loss,
+        diverged_at=rolled.diverged_at,
+        heldout=False,
+        behaviour=behaviour,
+        opening_loss=rolled.opening_loss,
+        gradient_evaluations=rolled.gradient_evaluations,
+        warnings=[NOT_HELD_OUT, *rolled.warnings],
+    )
 
 
 class _RealRun:
@@ -211,7 +236,7 @@ class _RealRun:
         """Sentences for the report."""
         found: list[str] = []
         if self.task.heldout is None:
-            found.append("The safety rows are those that the forecast used: they are not held out.")
+            found.append(NOT_HELD_OUT)
         elif shared:
             rows = len(self.task.heldout.rows)
             found.append(f"{shared} of {rows} held-out rows have a prompt that the forecast used as well.")
@@ -318,7 +343,7 @@ def verify_cost(scene: CostScene) -> Cost:
     return Cost(
         passes={
             "gradient rows": points[-1] * per_step(config),
-            "forward rows": len(points) * (looked(task, given.control_samples) + followed_rows(scene)),
+            "forward rows": len(points) * (looked(task, given.control_samples) + followed_rows(task, config)),
             "answer tokens": answer_tokens(scene, len(writing_steps(points))),
         },
         seconds=scene.loading,

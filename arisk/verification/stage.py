@@ -27,6 +27,10 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     _refuse_saving(config)
     # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
     reach = job.states["verify"].ingredients["config"]["verify.steps"]
+    known = _carried_out_before(job, reach)
+    if known is not None:
+        job.show.note("the forecast carried this plan out: its measurements are taken over")
+        return known
     found = verify(
         job.task,
         config=config.verify.model_copy(update={"steps": reach}),
@@ -41,6 +45,33 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     if found.diverged_at is not None and config.verify.save_model is not None:
         job.show.note("no model is kept: training diverged")
     return found
+
+
+def _carried_out_before(job: Job, reach: int | None) -> VerifyResult | None:
+    """What the rollout measured where it was this very run: the same steps, rows and seed.
+
+    Held-out rows are none of the forecast's, so they need a run of their own, as does a model that is kept.
+    """
+    from arisk.forecast.record import RolloutResult
+    from arisk.verification.run import taken_over
+
+    config = job.config
+    alike = config.rollout.eval_samples is None and (
+        config.rollout.control_samples == config.verify.control_samples
+    )
+    if not (job.states["rollout"].fresh and alike) or config.verify.safety is not None:
+        return None
+    rolled: RolloutResult = job.record("rollout")
+    far = reach is None or reach >= rolled.horizon
+    if (
+        not (rolled.carried_out and far and rolled.diverged_at is None)
+        or config.verify.save_model is not None
+    ):
+        return None
+    # A task from Python may hold such rows.
+    if config.model.source == "python" and job.task.heldout is not None:
+        return None
+    return taken_over(rolled)
 
 
 def _refuse_saving(config: Config) -> None:

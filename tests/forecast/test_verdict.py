@@ -116,3 +116,16 @@ def test_a_bound_decides_nothing():
 @pytest.mark.parametrize(("upper", "safe"), [(0.05, 100), (0.15, 50), (0.3, 0)])
 def test_safe_steps_end_before_the_upper_interval_crosses(upper, safe):
     assert verdict(curve(peak=0.01, upper=upper)).safe_steps == safe
+
+
+def test_a_plan_that_was_carried_out_is_told_as_measured():
+    curves = {"combined": curve("combined", peak=0.3, collapse=60, probability=0.9)}
+    found = decide(curves, CONFIG, 100, carried_out=True)
+    assert replace(found, sentence="", caveats=[]) == replace(
+        decide(curves, CONFIG, 100), sentence="", caveats=[]
+    )
+    assert "forecast" not in found.sentence
+    assert found.sentence.startswith("Safety collapsed at step 60")
+    assert "seed noise apart" in found.caveats[0]
+    calm = decide({"combined": curve("combined", peak=0.01)}, CONFIG, 100, carried_out=True)
+    assert calm.sentence == "No loss of safety was measured within the 100 planned steps."

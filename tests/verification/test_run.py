@@ -12,11 +12,12 @@ from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import TrainingConfig, VerifyConfig
-from arisk.config.sections import BehaviourConfig
+from arisk.config.sections import BehaviourConfig, RolloutConfig
+from arisk.forecast.rollout import rollout
 from arisk.training import state as run_state
 from arisk.training.loop import PlannedRun
 from arisk.verification.record import VerifyResult
-from arisk.verification.run import measured_steps, verify, writer, writing_steps
+from arisk.verification.run import measured_steps, taken_over, verify, writer, writing_steps
 from tests.plain_loop import plain_training
 
 BATCHES = 7
@@ -293,3 +294,28 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
     state.write_bytes(state.read_bytes()[:100])
     again = run(task_of(net(dropout=0.2), **parts), RECIPES[1], 120, workspace=tmp_path)
     assert torch.equal(again.safety, whole.safety)
+
+
+@pytest.mark.parametrize(("training", "dropout"), [(RECIPES[1], 0.3), (RECIPES[3], 0.0)], ids=str)
+def test_a_plan_that_was_carried_out_is_what_verify_measures(training, dropout):
+    """To the bit, at every point that both measure, with the model put back."""
+    task = task_of(net(dropout))
+    before = [p.detach().clone() for p in task.model.parameters()]
+    settings = {"training": TrainingConfig(**training), "steps": 60, "seed": 5}
+    rolled = rollout(task, config=RolloutConfig(pilot_steps=60), **settings)
+    assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
+    assert rolled.carried_out
+    assert not rollout(task, config=RolloutConfig(segments=2), **settings).carried_out
+    taken, measured = taken_over(rolled), verify(task, config=VerifyConfig(), **settings)
+    assert (taken.last, taken.horizon, taken.steps[-1]) == (60, 60, 60)
+    assert taken.start == measured.start
+    shared = [step for step in taken.steps if step in measured.steps]
+    assert len(shared) >= 8
+    for name in ("safety", "control"):
+        mine, theirs = getattr(taken, name), getattr(measured, name)
+        for step in shared:
+            assert torch.equal(mine[:, taken.steps.index(step)], theirs[:, measured.steps.index(step)])
+    assert taken.gradient_evaluations == measured.gradient_evaluations
+    # The training loss of the steps before a point, whichever points there are.
+    early = measured.finetune_loss[1:4]
+    assert taken.finetune_loss[1:3] == early[:2]
