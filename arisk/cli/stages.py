@@ -239,6 +239,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
 
     Example: arisk check my.yaml
     """
+    from arisk.config.starter import not_modelled
     from arisk.config.yaml import load_config, run_directory
     from arisk.cost.check import check_task, check_text
     from arisk.cost.estimate import estimate
@@ -251,6 +252,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     run_dir = run_directory(loaded, config, None)
     shelf = shelf_of(loaded, RunDir(run_dir)) if loaded.model.source == "hf" else None
     report = check_task(loaded, device=device_of(loaded.run.device), kept=kept, shelf=shelf)
+    report["warnings"] += [f"not modelled: {line}" for line in not_modelled(config)]
     loading = time.perf_counter() - started
     report["plan"] = estimate(catalogue(), loaded, run_dir, kept, loading=loading)
     say(json.dumps(report, indent=2, default=str) if as_json else check_text(report))

@@ -17,7 +17,7 @@ from arisk.config.imports import Import, Line, nested
 from arisk.config.plan import AdapterConfig, Config, Settings, TrainingConfig
 from arisk.config.yaml import models_in, shortened, validate_mapping
 
-__all__ = ["account_text", "full_config", "imported_config", "short_config"]
+__all__ = ["account_text", "full_config", "imported_config", "not_modelled", "short_config"]
 
 #: Sections of a written config in the order a user decides on them; the others follow.
 FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
@@ -41,6 +41,8 @@ OUTCOMES = {
 COUNTED = 1_000_000_000
 #: Settings that are written only where they are not arisk's default.
 MINOR = {"betas", "eps", "drop_last", "use_rslora", "use_dora", "init_lora_weights", "bias", "momentum"}
+#: What begins a comment about a line of an imported file that the plan leaves out.
+NOT_MODELLED = "# Not modelled: "
 #: Layout of safety rows without responses.
 ALONE = "prompts"
 #: A plan that people run, to be changed.
@@ -172,12 +174,18 @@ def imported_config(
     lines += [f"# To be filled in: {', '.join(open_keys)}."] if open_keys else []
     for line in found.lines:
         if line.outcome in ("other", "unknown"):
-            lines.append(f"# Not modelled: {_shown(line, value=False)}: {shortened(line.note, 300)}")
+            lines.append(f"{NOT_MODELLED}{_shown(line, value=False)}: {shortened(line.note, 300)}")
     _drop_defaults(plan)
     for name in sorted(plan, key=lambda each: (*FIRST, each).index(each)):
         lines.append(f"{name}:")
         lines += _block(_ordered(plan[name], Config.model_fields[name].annotation), "  ")
     return "\n".join(lines) + "\n"
+
+
+def not_modelled(path: Path) -> list[str]:
+    """What a config that was imported says, in its comments, of lines that it could not take."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.removeprefix(NOT_MODELLED) for line in lines if line.startswith(NOT_MODELLED)]
 
 
 def _count_steps(found: Import) -> None:

@@ -12,7 +12,7 @@ import yaml
 from arisk.base.errors import ConfigError
 from arisk.config.imports import FAMILIES, import_files, nested
 from arisk.config.plan import Config
-from arisk.config.starter import account_text, imported_config
+from arisk.config.starter import account_text, imported_config, not_modelled
 from arisk.config.yaml import load_config
 
 CONFIGS = Path(__file__).parent.parent.parent / "fixtures" / "configs"
@@ -454,6 +454,11 @@ def test_init_writes_a_config_that_loads_and_tells_all(tmp_path):
     assert config.safety is not None
     assert config.safety.path == "refusals.jsonl"
     assert config.training.max_grad_norm == 0.3
+    told = [line.partition(":")[0] for line in not_modelled(out)]
+    lines = import_files([CONFIGS / "training_args.json", CONFIGS / "adapter_config.json"]).lines
+    left = [line.key for line in lines if line.outcome in ("other", "unknown")]
+    assert [key.partition(" (line")[0] for key in told] == left
+    assert left
     again = subprocess.run(command, check=False, capture_output=True, text=True)
     assert again.returncode == 2
     command[4] = str(tmp_path / "no-such-folder" / "plan.yaml")
