@@ -1,17 +1,23 @@
 """A forecast inside a training script: `preflight(trainer)`, and a callback that watches afterwards.
 
+`AxolotlPlugin` puts that callback into axolotl's trainer: `plugins: [arisk.in_trainer.AxolotlPlugin]` and
+`arisk: {safety: refusals.jsonl}` in its YAML. A run with `sample_packing` is refused, as rows are packed in
+the sampler there.
+
 The trainer is left as found: parameters, optimizer, random state and the order of rows. What is trained
 afterwards equals a training without a preflight, to the bit.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 from arisk.api import assess
 from arisk.base.errors import ConfigError, GateError, InconclusiveError
@@ -38,7 +44,7 @@ from arisk.risk_report import RiskReport
 from arisk.training.behaviour import spread_rows
 from arisk.training.panels import Panel, panel_of
 
-__all__ = ["PreflightCallback", "preflight"]
+__all__ = ["AxolotlArgs", "PreflightCallback", "axolotl_plugin", "preflight"]
 
 LEVELS = ("low", "elevated", "high")
 #: Safety rows whose loss is measured on the way, and prompts that are answered.
@@ -311,3 +317,70 @@ class _Watch:
         prompts = [str(self.samples.rows[i].get("prompt") or "") for i in self.rows]
         outcomes = self.judge([Exchange(p, str(t)) for p, t in zip(prompts, texts, strict=True)])
         return loss, outcomes.count("refused") / len(outcomes)
+
+
+class AxolotlArgs(BaseModel):
+    """What the plugin adds to axolotl's config."""
+
+    arisk: dict[str, Any] | None = None
+    """Arguments of `PreflightCallback`: `{safety: refusals.jsonl, fail_on: high, watch_every: 25}`."""
+
+
+def axolotl_plugin() -> type[Any]:
+    """The class that axolotl loads as `arisk.in_trainer.AxolotlPlugin`.
+
+    It derives from axolotl's `BasePlugin`, so it is made where axolotl is installed.
+
+    Source: axolotl, docs/custom_integrations.qmd and `axolotl.integrations.base`.
+    """
+    base: Any = importlib.import_module("axolotl.integrations.base").BasePlugin
+
+    class AxolotlPlugin(base):  # pyright: ignore[reportUntypedBaseClass] - axolotl is not installed here
+        """Adds a preflight to axolotl's trainer."""
+
+        def get_input_args(self) -> str:
+            """The class of the plugin's settings, by name."""
+            return "arisk.in_trainer.AxolotlArgs"
+
+        def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[PreflightCallback]:
+            """The callback, which finds the trainer itself.
+
+            Raises:
+                ConfigError: the settings are missing or wrong.
+            """
+            del trainer
+            return [_callback(cfg.get("arisk"))]
+
+    return AxolotlPlugin
+
+
+def _callback(given: Any) -> PreflightCallback:
+    """A callback of settings from a YAML file.
+
+    Raises:
+        ConfigError: there are none, or the callback has no such argument.
+    """
+    known = list(inspect.signature(PreflightCallback).parameters)
+    settings = _plain(given) if isinstance(given, Mapping) else {}
+    unknown = sorted(set(settings) - set(known))
+    if unknown or "safety" not in settings:
+        what = f"it has no setting {unknown[0]!r}" if unknown else "it names no safety rows"
+        raise ConfigError(
+            f"the plugin's section cannot be used: {what}",
+            where="arisk: (of axolotl's config)",
+            fix=f"give `arisk: {{safety: refusals.jsonl}}`; settings are {', '.join(known)}",
+        )
+    return PreflightCallback(**settings)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind as dictionaries: axolotl's answer None for what they lack."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AxolotlPlugin":
+        return axolotl_plugin()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import random
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import torch
 
@@ -334,3 +338,83 @@ def test_other_losses_than_of_the_next_token_are_one_error(
         arisk.preflight(trainer, safety=safety, config=SMALL)
     with pytest.raises(ConfigError, match="no transformers Trainer"):
         arisk.preflight(object(), safety=safety)
+
+
+class BasePlugin:
+    """The hooks that axolotl documents for plugins; each does nothing."""
+
+    def register(self, cfg: Any) -> None: ...
+    def get_input_args(self) -> str | None: ...
+    def pre_model_load(self, cfg: Any) -> None: ...
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None: ...
+    def create_optimizer(self, cfg: Any, trainer: Any) -> None: ...
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        return []
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        return []
+
+
+class Answering(dict[str, Any]):
+    """A mapping that answers None for what it lacks, at any depth, as axolotl's config does."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__({k: Answering(**v) if isinstance(v, dict) else v for k, v in values.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+
+def loaded_plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The plugin as axolotl loads it: the module by name, the class in it, and an instance of that."""
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = BasePlugin  # type: ignore[attr-defined]
+    for name in ("axolotl", "axolotl.integrations"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    module, _, kind = "arisk.in_trainer.AxolotlPlugin".rpartition(".")
+    return getattr(importlib.import_module(module), kind)()
+
+
+def test_axolotl_loads_the_plugin_and_trains_with_its_callback(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, safety: Path, tmp_path: Path
+) -> None:
+    plugin = loaded_plugin(monkeypatch)
+    assert isinstance(plugin, BasePlugin)
+    module, _, kind = plugin.get_input_args().rpartition(".")
+    added = getattr(importlib.import_module(module), kind)
+    settings = {"safety": str(safety), "watch_every": 4, "config": SMALL}
+    whole = pydantic.create_model("Config", __base__=(added,), base_model=(str, ...))
+    cfg = Answering(**whole(base_model="m", arisk=settings).model_dump())
+    trainer = sft(tokenizer, tmp_path)
+    plugin.register(cfg)
+    assert plugin.add_callbacks_pre_trainer(cfg, trainer.model) == []
+    (callback,) = plugin.add_callbacks_post_trainer(cfg, trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.report is not None
+    assert [step for step, *_ in callback.history] == [0, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "given", [None, {}, {"safety": "s.jsonl", "harm": 1}, {"safety": "s", "fail_on": "no"}]
+)
+def test_a_wrong_section_of_the_plugin_is_one_error(monkeypatch: pytest.MonkeyPatch, given: Any) -> None:
+    with pytest.raises(ConfigError):
+        loaded_plugin(monkeypatch).add_callbacks_post_trainer(Answering(arisk=given), None)
+
+
+def test_rows_that_something_else_puts_together_are_refused(
+    tokenizer: Any, safety: Path, tmp_path: Path
+) -> None:
+    class Multipack(torch.utils.data.BatchSampler):
+        """Batches of its own making."""
+
+    trainer = plain(tmp_path, tokenizer)
+    sampler = Multipack(torch.utils.data.SequentialSampler(trainer.train_dataset), 2, drop_last=False)
+    loader = torch.utils.data.DataLoader(trainer.train_dataset, batch_sampler=sampler)
+    trainer.get_train_dataloader = lambda: loader
+    with pytest.raises(ConfigError, match="Multipack decides which rows share a micro-batch") as told:
+        arisk.preflight(trainer, safety=safety, config=SMALL)
+    assert "arisk init --from" in told.value.fix

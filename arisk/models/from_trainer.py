@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.base.task import Task
@@ -263,10 +264,20 @@ def settings_of(planned: Planned, config: PipelineConfig) -> tuple[PipelineConfi
 
 
 def _sampler(loader: Any) -> str:
-    """Kind of the sampler of a data loader."""
+    """Kind of the sampler of a data loader.
+
+    Raises:
+        ConfigError: something else than torch puts rows together to micro-batches.
+    """
     batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        raise ConfigError(
+            f"a {type(batches).__name__} decides which rows share a micro-batch; no preflight can follow it",
+            where="trainer.get_train_dataloader()",
+            fix="give the config of the run to `arisk init --from`, which plans packing; or train without it",
+        )
     return type(getattr(batches, "sampler", None) or getattr(loader, "sampler", None)).__name__
 
 

@@ -62,6 +62,7 @@ TABLE: dict[str, Rule] = {
     "xformers_attention": idle(_FAST),
     "s2_attention": other("shifted sparse attention (LongLoRA) is another model while it trains", False),
     "torchdistx_path": idle(_FAST),
+    "arisk": idle("arisk's own plugin; give its safety rows as `--safety`"),
     **_each(
         _FAST,
         *("flash_attention", "flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_mlp"),
@@ -229,6 +230,8 @@ FURTHER = {
     "peft_trainable_token_indices": "trainable_token_indices",
     "peft_ensure_weight_tying": "ensure_weight_tying",
 }
+#: Plugins that change no number: kernels, and arisk's own.
+HARMLESS = ("LigerPlugin", "CutCrossEntropyPlugin", "arisk.in_trainer.AxolotlPlugin")
 #: Prompt styles of `datasets[].type` → layouts of rows. Each writes its rows in words of its own.
 LAYOUTS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
 
@@ -389,7 +392,7 @@ def _names(account: Account) -> None:
     """Keys whose value says whether they matter."""
     plugins = account.several("plugins")
     if plugins:
-        fast = all(str(name).endswith(("LigerPlugin", "CutCrossEntropyPlugin")) for name in plugins)
+        fast = all(str(name).endswith(HARMLESS) for name in plugins)
         account.note("plugins", "idle" if fast else "other", _FAST if fast else "a plugin may change the run")
     special = account.raw("special_tokens")
     if isinstance(special, Mapping) and set(special) <= {"pad_token"}:
