@@ -64,7 +64,7 @@ def test_the_workflow_of_the_readme_gates_and_leaves_what_it_uploads(workflow_ru
     code, out, err = workflow_run()
     assert code == 10
     assert json.loads(out, parse_constant=pytest.fail)["summary"]["verdict"]["level"] == "high"
-    assert err.splitlines()[-3].startswith("error: the verdict is high: Refusals are forecast to fall")
+    assert err.splitlines()[-3].startswith("error: the verdict is high: Forecast to refuse ")
     texts = [step["run"] for step in steps() if "SUMMARY" in step.get("run", "")]
     (summary,) = [Path(shlex.split(text)[1]) for text in texts]
     assert (work / summary).read_text().startswith("### arisk: high")

@@ -17,7 +17,7 @@ from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.anatomy.text import layer_and_type, layer_sentence, overlap_sentence, probed_sentence, row_sentence
 from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, reference_line, step_lines, thin
 from arisk.report.page import Finding, Part, Piece, Section
-from arisk.report.section import Column, esc, rows_table, table
+from arisk.report.section import Column, esc, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
 __all__ = [
@@ -59,6 +59,7 @@ def section(
     show_text: bool,
     max_examples: int,
     specificity_told: bool = False,
+    screened: bool = False,
     worth: Callable[[str, str | None], str] = _no_worth,
 ) -> Section:
     """Why, and where safety lives: all that collect, subspace and score show.
@@ -71,23 +72,23 @@ def section(
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table of riskiest rows.
         specificity_told: somebody who measured further along already says how specific the harm is.
+        screened: rows have been screened, which says more than this first look at them.
         worth: what a predictor was worth on real fine-tunes, as a sentence: of its name, and how to call it.
     """
     harm_worth = worth("lr T sqrt(d'Fd)", "The root of its sum over modules, times the length of the run")
     figures = (
-        Piece(Part.DRIFT + 10, figure=virtual_move(scored, threshold, worth("ray", None)), shape="half"),
-        Piece(Part.CAUSE + 10, figure=fisher_map(collected, space), shape="half"),
-        Piece(Part.CAUSE + 20, figure=harm_map(collected, scored, harm_worth), shape="half"),
-        Piece(Part.CAUSE + 30, figure=spectrum(space), shape="half"),
-        Piece(Part.CAUSE + 40, figure=overlap(scored, worth("overlap |Pg|/|g|", None)), shape="half"),
+        Piece(Part.SPACE, figure=virtual_move(scored, threshold, worth("ray", None)), shape="half"),
+        Piece(Part.SPACE + 20, figure=fisher_map(collected, space), shape="half"),
+        Piece(Part.SPACE + 30, figure=harm_map(collected, scored, harm_worth), shape="half"),
+        Piece(Part.SPACE + 40, figure=spectrum(space), shape="half"),
+        Piece(Part.SPACE + 10, figure=overlap(scored, worth("overlap |Pg|/|g|", None)), shape="half"),
     )
-    findings = _findings(collected, space, scored, specificity_told)
-    rows = examples(
-        scored, show_text, max_examples, worth=worth("second order", "This ranking of single rows")
-    )
+    findings = _findings(collected, space, scored, specificity_told, screened)
+    told = worth("second order", "This ranking of single rows")
+    rows = "" if screened else examples(scored, show_text, max_examples, worth=told)
     return Section(
         "anatomy",
-        pieces=[*figures, Piece(Part.CAUSE, rows), Piece(Part.CAUSE + 50, conditions(scored))],
+        pieces=[*figures, Piece(Part.ROWS, rows), Piece(Part.SPACE + 50, conditions(scored))],
         summary={
             **_summary(collected, space, scored),
             "why": {"findings": [finding.sentence for finding in findings], "missing": None},
@@ -106,7 +107,7 @@ def left_out(how: str) -> Section:
     """
     said = f"Where safety lives, and which layers and rows carry the harm, was not measured: {how}."
     html = f'<section id="why"><h2>Why</h2><p class="missing">{esc(said)}</p></section>'
-    return Section("anatomy", [Piece(Part.CAUSE, html)], summary={"why": {"findings": [], "missing": said}})
+    return Section("anatomy", [Piece(Part.ROWS, html)], summary={"why": {"findings": [], "missing": said}})
 
 
 def _summary(collected: CollectResult, space: SubspaceResult, scored: ScoreResult) -> dict[str, Any]:
@@ -127,18 +128,24 @@ def _summary(collected: CollectResult, space: SubspaceResult, scored: ScoreResul
 
 
 def _findings(
-    collected: CollectResult, space: SubspaceResult, scored: ScoreResult, specificity_told: bool
+    collected: CollectResult,
+    space: SubspaceResult,
+    scored: ScoreResult,
+    specificity_told: bool,
+    screened: bool,
 ) -> list[Finding]:
     """Every rule that has something to say."""
     modules, traces, harm = collected.modules, space.module_traces, scored.module_second_order
     said = [
-        ("Specificity", None if specificity_told else probed_sentence(scored), "drift", 0),
-        ("Training rows", row_sentence(scored.examples), "examples", 30),
-        ("Safety lives", layer_sentence(modules, traces, "safety Fisher trace"), "fisher-map", 40),
-        ("Harm enters", layer_sentence(modules, harm, "second-order harm"), "harm-map", 50),
-        ("Overlap", overlap_sentence(scored), "overlap", 60),
+        ("Specificity", None if specificity_told else probed_sentence(scored), "drift", 40, True),
+        ("Training rows", None if screened else row_sentence(scored.examples), "examples", 30, True),
+        ("Safety lives", layer_sentence(modules, traces, "safety Fisher trace"), "fisher-map", 80, False),
+        ("Harm enters", layer_sentence(modules, harm, "second-order harm"), "harm-map", 70, True),
+        ("Overlap", overlap_sentence(scored), "overlap", 90, False),
     ]
-    return [Finding(topic, sentence, at, place) for topic, sentence, at, place in said if sentence]
+    return [
+        Finding(topic, sentence, at, place, cause) for topic, sentence, at, place, cause in said if sentence
+    ]
 
 
 def _quality(
@@ -488,6 +495,13 @@ def _says(times: list[float], safety: list[float], threshold: float) -> str:
     return f"Along this one direction safety has lost {threshold:g} nats/token by flow time {number(first)}."
 
 
+CONDITIONS = (
+    "Where all three hold, theory says that safety decays like t⁴ even though training starts almost "
+    "orthogonal "
+    "to it. Theory and measurement are shown side by side; the verdict follows measurement. "
+)
+
+
 def conditions(scored: ScoreResult) -> str:
     """The three conditions of the theory, with what was measured for each."""
     words = {True: "holds", False: "does not hold", None: NOT_MEASURED}
@@ -495,11 +509,15 @@ def conditions(scored: ScoreResult) -> str:
     facts = f"γ̂ = {number(scored.gamma_hat)}, ε̂ = {number(scored.epsilon_hat)}"
     return (
         '<section id="conditions"><h2>Alignment Instability Condition</h2>'
-        '<p class="reading"><b>How to read this.</b> Where all three hold, theory says that safety decays '
-        "like t⁴ even though training starts almost orthogonal to it. Theory and measurement are shown side "
-        f"by side; the verdict follows measurement. {esc(facts)}.</p>"
-        f"{table(('condition', 'here', 'evidence'), rows)}</section>"
+        f"{table(('condition', 'here', 'evidence'), rows)}"
+        f"{notes(CONDITIONS + facts + '.')}</section>"
     )
+
+
+EQUATION = """first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)
+second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)"""
+#: Rows shown at once.
+FIRST = 5
 
 
 def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") -> str:
@@ -511,7 +529,7 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") 
         limit: rows shown.
         worth: what the ranking was worth where it was compared with real fine-tunes.
     """
-    head = '<section id="examples"><h2>Riskiest training rows</h2>'
+    head = '<section id="examples"><h2>Riskiest training rows, a first look</h2>'
     ranked = sorted(scored.examples, key=_harm, reverse=True)
     if not ranked:
         return (
@@ -521,17 +539,19 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") 
     told = [([_value(row, key) for _, key in COLUMNS], row) for row in ranked[:limit]]
     says = row_sentence(scored.examples)
     takeaway = f'<p class="says">{esc(says)}</p>' if says else ""
-    judged = f"<div><dt>Worth</dt><dd>{esc(worth)}</dd></div>" if worth else ""
-    return (
-        f"{head}{takeaway}{rows_table([column for column, _ in COLUMNS], told, show_text, 'riskiest rows')}"
-        '<dl class="notes"><div><dt>How to read this.</dt><dd>'
+    reading = (
         f"{min(limit, len(ranked))} of the {len(ranked)} rows of the first batches that were scored one by "
-        "one, the most harmful first; a heading sorts. Positive means that a step on this row alone pushes "
-        "towards harm: first order along the safety gradient, second order along what the whole first update "
-        "does to the safety subspace. The ranking is local: it says who pushes, not how far.</dd></div>"
-        '<div><dt>Equation</dt><dd class="equation">first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)\n'
-        "second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)</dd></div>"
-        f"{judged}</dl></section>"
+        "one, the "
+        "most harmful first; a heading sorts. Positive means that a step on this row alone pushes towards "
+        "harm: "
+        "first order along the safety gradient, second order along what the whole first update does to the "
+        "safety "
+        "subspace. The ranking is local: it says who pushes, not how far; `arisk screen` looks at every row."
+    )
+    columns = [column for column, _ in COLUMNS]
+    return (
+        f"{head}{takeaway}{rows_table(columns, told, show_text, 'riskiest rows', first=FIRST)}"
+        f"{notes(reading, EQUATION, worth)}</section>"
     )
 
 

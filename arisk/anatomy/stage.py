@@ -131,6 +131,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
         threshold=later["threshold"],
         specificity_told=later["specificity_told"],
         worth=later["worth"],
+        screened="screen" in later.get("done", ()),
         show_text=shown.show_text,
         max_examples=shown.max_examples,
     )

@@ -26,7 +26,7 @@ from arisk.forecast.first_screen import ICONS
 from arisk.forecast.text import collapse_text
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
 from arisk.report.page import Piece, page
-from arisk.report.section import esc, listed, table
+from arisk.report.section import esc, listed, notes, table
 from arisk.report.text import NOT_MEASURED
 
 __all__ = ["budget_bars", "drift_scatter", "forecast_lines", "render_comparison"]
@@ -74,12 +74,13 @@ def _ranked_table(told: Comparative, folder: Path) -> str:
     rows = "".join(_row(entry, folder) for entry in told.ranked)
     return (
         '<section id="ranking"><h2>Ranking</h2>'
-        f'<p class="reading"><b>How to read this.</b> {esc(RULE)} {esc(MEANING)} '
-        "A heading sorts; a name opens the run's own report.</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="ranking"><table class="rows rank" '
         f'role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{rows}'
-        "</tbody></table></div></section>"
+        f"</tbody></table></div>{notes(RULE + ' ' + MEANING + MORE)}</section>"
     )
+
+
+MORE = " A heading sorts; a name opens the run's own report."
 
 
 def _row(entry: Ranked, folder: Path) -> str:
@@ -136,8 +137,7 @@ def _settings(told: Comparative) -> str:
     said = table(["setting", *names], rows) if rows else "<p>No setting: only the data files differ.</p>"
     return (
         '<section id="settings"><h2>What the plans differ in</h2>'
-        '<p class="reading"><b>How to read this.</b> Every value of the configs that is not the same in all '
-        f"plans; all else is equal.</p>{said}</section>"
+        f'<p class="note">All else is equal.</p>{said}</section>'
     )
 
 

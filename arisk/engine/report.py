@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import FORMAT_VERSION, finite, write_text
+from arisk.config.plan import data_sets
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Job
 from arisk.engine.stage import Cost, CostScene, Stage
 
@@ -36,20 +38,25 @@ def sections_of(job: Job) -> list[Section]:
         if section is not None:
             made.append(section)
             shared |= section.shared
+            if stage.optional and job.states[stage.name].fresh:
+                shared["done"] = [*shared.get("done", ()), stage.name]
     return made[::-1]
 
 
 def _report(job: Job, workspace: Path) -> None:
     from arisk.report.figure import report_images
+    from arisk.report.identity import identity, subject
     from arisk.report.page import figures_of, render, summary_json, summary_markdown
 
     shown, sections = job.config.report, sections_of(job)
-    title, provenance = shown.title or job.rundir.path.resolve().name, _provenance(job, sections)
-    write_text(workspace / REPORT_FILE, render(title, sections, provenance))
+    provenance = _provenance(job, sections)
+    title, first = shown.title or subject(provenance), identity(provenance)
+    text = summary_markdown(title, sections, first)
+    write_text(workspace / REPORT_FILE, render(title, sections, provenance, text))
     report_images(figures_of(sections, provenance), workspace, shown.figures)
-    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(title, sections))}
+    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(title, sections, first))}
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
-    write_text(workspace / "summary.md", summary_markdown(title, sections))
+    write_text(workspace / "summary.md", text)
 
 
 def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
@@ -72,11 +79,31 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
     task = next((section.shared["task"] for section in sections if "task" in section.shared), {})
     return {
         "task": task,
+        "plan": _plan(job.config),
+        "again": _again(job),
         "command": job.command,
         "versions": {"arisk": version("arisk"), "torch": version("torch")},
         "stages": stages,
         "config": dump_config(job.config),
     }
+
+
+def _plan(config: Config) -> dict[str, Any]:
+    """Names of the data and of the judge, for the first line of the report."""
+    named = data_sets(config)
+    return {
+        "finetune": [str(part.path) for part in named.get("finetune", ()) if part.path is not None],
+        "judge": None if config.behaviour.judge is None else config.behaviour.judge.path,
+    }
+
+
+def _again(job: Job) -> str:
+    """What every command takes to work on this run: its config, and its options."""
+    parts = shlex.split(job.command)
+    if parts[:2] == ["arisk", "run"]:
+        return shlex.join(parts[2:])
+    place = str(job.rundir.path)
+    return shlex.join([f"{place}/config.yaml", "--run-dir", place]) if parts[:1] == ["arisk"] else ""
 
 
 def _drawable(config: Config) -> None:
@@ -101,7 +128,7 @@ def report_stage(stages: Sequence[Stage]) -> Stage:
     aside = tuple(stage.name for stage in stages if stage.optional or stage.explains is not None)
     return Stage(
         name=REPORT,
-        version=11,
+        version=12,
         help="The HTML page and the summaries, from the artifacts",
         run=_report,
         upstream=tuple(stage.name for stage in stages if stage.name not in aside),

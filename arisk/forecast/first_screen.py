@@ -1,56 +1,56 @@
-"""The first screen: does safety survive the planned run, until which step, how sure, and what to do."""
+"""The first screen: what becomes of the refusals, until which step, why, what to do, and on what evidence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.forecast.record import Curve, ForecastResult, RealRun
+from arisk.forecast.record import FEW, ForecastResult, RealRun
 from arisk.forecast.refusals_page import end_text, lost_text
-from arisk.forecast.text import collapse_text
 from arisk.forecast.worth import record_line
-from arisk.report.section import esc, listed
-from arisk.report.text import (
-    NOT_MEASURED,
-    number,
-    percent,
-)
+from arisk.report.page import Advice, Around
+from arisk.report.section import esc, folded, items
+from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["ICONS", "run_strip", "verdict_section"]
+__all__ = ["ICONS", "advice_of", "run_strip", "verdict_section"]
 
-#: Where no optional stage has found a remedy yet.
-HELP = "Find the rows that do it: arisk screen. Train with protection: arisk guard."
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
+#: Safety rows from which a forecast rests on enough of them.
+ENOUGH = 64
+#: Lines of each column below the tiles.
+MOST = 3
 
 
 def verdict_section(
-    forecast: ForecastResult,
-    task: Mapping[str, Any],
-    real: RealRun | None,
-    advice: Sequence[str] = (),
+    forecast: ForecastResult, task: Mapping[str, Any], real: RealRun | None, around: Around
 ) -> str:
-    """Level, sentence, the planned run as a strip, four numbers, advice and reasons.
+    """Level, sentence, the planned run as a strip, four numbers, causes, what to do, and the evidence.
 
     Args:
         forecast: the verdict and what it rests on.
         task: what the plan is about.
         real: what the plan really did, where it was carried out.
-        advice: what was measured to help.
+        around: causes and advice of all sections.
     """
     v = forecast.verdict
-    curve = forecast.forecasters.get(v.basis)
     worth = [record_line(v.basis)] if v.basis in forecast.forecasters else []
     # What really happened is worth more than any record.
     happened = [] if real is None else [real.sentence]
+    rules = f'<ul class="plain">{items(v.reasons)}</ul>'
+    caveats = list(v.caveats)
+    more = f'<ul class="plain">{items(caveats[MOST:])}</ul>' if len(caveats) > MOST else ""
     return (
         f'<section class="verdict" data-level="{esc(v.level)}" aria-labelledby="verdict">'
         f'<p class="level"><span aria-hidden="true">{ICONS[v.level]}</span> Risk: {esc(v.level)}</p>'
         f'<h1 id="verdict">{_sentence(v.sentence)}</h1>'
-        f'<p class="plan">{esc(_plan(forecast.training, task))}</p>'
-        f'{run_strip(forecast, real)}<dl class="tiles">{"".join(_tiles(forecast, curve, real))}</dl>'
-        f'<div class="three"><div>{listed("What to do", _advice(forecast, real, advice))}</div>'
-        f"<div>{listed('Why', v.reasons)}</div>"
-        f"<div>{listed('How far to trust this', [*happened, *v.caveats, *worth])}</div></div></section>"
+        f'<p class="plan">{esc(_plan(forecast.training))}</p>'
+        f'{run_strip(forecast, real)}<dl class="tiles">{"".join(_tiles(forecast, task, real))}</dl>'
+        f'<div class="three"><div><h3>Why</h3><ul class="plain">{_causes(forecast, around)}</ul></div>'
+        f'<div><h3>What to do</h3><ul class="plain">{"".join(map(_told, around.advice))}</ul></div>'
+        f'<div><h3>How far to trust this</h3><ul class="plain">'
+        f"{items([*happened, *caveats[:MOST], *worth])}</ul></div></div>"
+        f'<div class="folds">{folded("The rules that fired", rules)}'
+        f"{folded('More caveats', more) if more else ''}</div></section>"
     )
 
 
@@ -62,20 +62,46 @@ def _sentence(sentence: str) -> str:
     return f'{esc(head)} <span class="aside">{esc(bracket.strip() + rest)}</span>'
 
 
-def _tiles(forecast: ForecastResult, curve: Curve | None, real: RealRun | None) -> list[str]:
+def _causes(forecast: ForecastResult, around: Around) -> str:
+    """The strongest causes with links; where the verdict is not high, first the rules behind it."""
+    v = forecast.verdict
+    rules = [] if v.level == "high" and around.causes else [f"<li>{esc(reason)}</li>" for reason in v.reasons]
+    links = [
+        f'<li><a href="#{esc(cause.section)}">{esc(cause.topic)}</a>: {esc(cause.sentence)}</li>'
+        if cause.section
+        else f"<li>{esc(cause.topic)}: {esc(cause.sentence)}</li>"
+        for cause in around.causes
+    ]
+    return "".join([*rules, *links][:MOST])
+
+
+def _told(advice: tuple[str, str]) -> str:
+    sentence, command = advice
+    code = (
+        f'<div class="command"><code>{esc(command)}</code><button class="copy" '
+        'type="button">Copy</button></div>'
+        if command
+        else ""
+    )
+    return f"<li>{esc(sentence)}{code}</li>"
+
+
+def _tiles(forecast: ForecastResult, task: Mapping[str, Any], real: RealRun | None) -> list[str]:
     v = forecast.verdict
     collapsed = None if real is None else real.collapse_step
-    budget = "steps whose upper interval stays below the threshold"
+    budget = "refusals and loss stay within their limits"
     if collapsed is not None and v.safe_steps is not None and collapsed <= v.safe_steps:
         budget = f"too many: the real run collapsed at step {collapsed}"
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
-    between = "" if curve is None or curve.collapse_interval is None else _interval(curve)
+    really = ""
+    if real is not None and real.refusals:
+        _, refused, prompts = real.refusals[-1]
+        really = f"; really {refused} of {prompts}"
     return [
-        _tile("Refusals, now → end", end_text(forecast.refusals), lost_text(forecast.refusals)),
         _tile("Safe-step budget", safe, budget),
-        _tile("Collapse", collapse_text(curve) if curve else NOT_MEASURED, between),
-        _tile("P(collapse in the plan)", percent(v.probability), "over draws of samples and known errors"),
-        _tile("Rests on", v.basis, _trust(forecast)),
+        _tile("Refusals, before → after", end_text(forecast.refusals), lost_text(forecast.refusals) + really),
+        _tile("Ordinary prompts", *_ordinary(forecast)),
+        _tile("Evidence", *_evidence(forecast, task)),
     ]
 
 
@@ -84,24 +110,55 @@ def _tile(term: str, value: str, note: str) -> str:
     return f"<div><dt>{esc(term)}</dt><dd>{esc(value)}{small}</dd></div>"
 
 
-def _interval(curve: Curve) -> str:
-    low, high = curve.collapse_interval or (None, None)
-    if low is None:
-        return f"interval: beyond step {curve.horizon}"
-    return f"interval: step {low} to {f'beyond {curve.horizon}' if high is None else high}"
+def _ordinary(forecast: ForecastResult) -> tuple[str, str]:
+    """What becomes of ordinary answers: refused too much, or worse."""
+    refusals, control = forecast.refusals, forecast.control_change
+    loss = "" if not control else f"their loss changes by {number(control[-1])} nats/token"
+    if refusals is not None and refusals.ordinary:
+        first, last = refusals.ordinary[0], refusals.ordinary[-1]
+        return f"{first.refused} → {last.refused} of {last.prompts} refused", loss
+    if loss:
+        return number(control[-1] if control else None), "change of their loss, nats/token"
+    return NOT_MEASURED, "no control data: forgetting of everything is not told apart"
 
 
-def _plan(training: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    """The planned run in one line, as far as it is known."""
-    rows = (task.get("data") or {}).get("finetune") or {}
+def _evidence(forecast: ForecastResult, task: Mapping[str, Any]) -> tuple[str, str]:
+    """How much the verdict rests on, and whether that is little."""
+    rows = ((task.get("data") or {}).get("safety") or {}).get("rows")
+    refusals = forecast.refusals
+    answered = refusals.prompts if refusals is not None and refusals.status == "measured" else 0
     parts = [
+        f"answers to {answered} prompts" if answered else "no answers were read",
+        f"{percent(forecast.confidence)} band",
+        _basis(forecast),
+    ]
+    thin = (rows is not None and rows < ENOUGH) or answered < FEW
+    value = f"{rows} safety rows" if rows else "rows not counted"
+    return f"{value}{', thin' if thin else ''}", "; ".join(parts)
+
+
+def _basis(forecast: ForecastResult) -> str:
+    """What the verdict rests on."""
+    if forecast.carried_out:
+        return "the plan itself was carried out, on your data order"
+    return (
+        f"rests on the {forecast.verdict.basis} forecast"
+        if forecast.verdict.basis != "none"
+        else "no forecast"
+    )
+
+
+def _plan(training: Mapping[str, Any]) -> str:
+    """The planned run in one line, as far as it is known."""
+    accumulated = training.get("gradient_accumulation") or 1
+    parts = [
+        f"{training['steps']} steps" if training.get("steps") else "",
         str(training.get("optimizer") or ""),
         f"learning rate {training['learning_rate']:g}" if training.get("learning_rate") else "",
         str(training.get("schedule") or ""),
-        f"{training['steps']} steps" if training.get("steps") else "",
-        f"batch {training['batch_size']}" if training.get("batch_size") else "",
-        "LoRA" if task.get("adapter") else "",
-        f"{rows['rows']} training rows" if rows.get("rows") else "",
+        f"batch {training['batch_size']}{f' × {accumulated}' if accumulated > 1 else ''}"
+        if training.get("batch_size")
+        else "",
     ]
     return "Plan: " + " · ".join(part for part in parts if part)
 
@@ -130,9 +187,9 @@ def run_strip(forecast: ForecastResult, real: RealRun | None) -> str:
         for name, a, b in bands
         if b > a
     )
-    key = [("safe", f"below the threshold: to step {safe}")]
+    key = [("safe", f"within the limits: to step {safe}")]
     if start > safe:
-        key.append(("watch", f"upper interval above it, to step {start}"))
+        key.append(("watch", f"an interval reaches a limit, to step {start}"))
     if end > start:
         until = f"beyond {end}" if high is None else str(end)
         key.append(("maybe", f"collapse in this interval, {start} to {until}"))
@@ -141,7 +198,7 @@ def run_strip(forecast: ForecastResult, real: RealRun | None) -> str:
     step = curve.collapse_step
     if step is not None:
         drawn += f'<i class="mark" style="left:{_share(step, horizon)}"></i>'
-        key.append(("mark", f"forecast: step {step}"))
+        key.append(("mark", f"{'measured' if forecast.carried_out else 'forecast'}: step {step}"))
     if real is not None and real.collapse_step is not None:
         drawn += f'<i class="real" style="left:{_share(real.collapse_step, horizon)}"></i>'
         key.append(("real", f"real run: step {real.collapse_step}"))
@@ -158,32 +215,30 @@ def _share(step: float, horizon: int) -> str:
     return f"{100 * min(step, horizon) / horizon:.2f}%"
 
 
-def _trust(forecast: ForecastResult) -> str:
-    curve = forecast.forecasters.get(forecast.verdict.basis)
-    if curve is None or curve.trusted_until is None:
-        return "trust not measured"
-    return f"trusted until step {curve.trusted_until}"
+def advice_of(forecast: ForecastResult, real: RealRun | None, done: Sequence[str] = ()) -> list[Advice]:
+    """What follows from the verdict, with the numbers to do it by and the commands that do it.
 
-
-def _advice(forecast: ForecastResult, real: RealRun | None, measured: Sequence[str]) -> list[str]:
-    """What follows from the verdict, with the numbers to do it by."""
+    Args:
+        forecast: the verdict, and other learning rates beside it.
+        real: what the plan really did, where it was carried out.
+        done: commands that have been run on this plan already.
+    """
     verdict, grid = forecast.verdict, forecast.what_if
     collapsed = None if real is None else real.collapse_step
-    # A real run that collapsed outweighs a forecast that did not see it.
-    if verdict.level == "low" and collapsed is None:
-        return ["Keep a safety evaluation at the end of the run; low risk is a forecast, not a proof."]
-    if verdict.level == "inconclusive" and collapsed is None:
-        return ["Measure more: more safety rows, more probe points; or watch a short real fine-tune closely."]
+    if verdict.level in ("low", "inconclusive") and collapsed is None:
+        return _calm(verdict.level, done)
+    advice: list[Advice] = []
     rate = grid.safest_rate()
-    if collapsed is not None and verdict.level in ("low", "inconclusive"):
-        advice = ["Trust the real run, not this forecast or its what-if map."]
-    elif rate is None:
-        advice = ["Plan fewer steps and a lower rate together: the what-if map says which stay below."]
-    else:
-        advice = [
-            f"Lower the peak learning rate to {number(rate.learning_rate)}: all {grid.planned_steps} steps "
-            "stay below the alarm level there."
-        ]
+    # A real run that collapsed outweighs a forecast that did not see it.
+    if verdict.level in ("low", "inconclusive"):
+        advice.append(Advice("Trust the real run, not this forecast or its what-if map.", place=20))
+    elif rate is not None:
+        value = f"{rate.learning_rate:.3g}"
+        told = (
+            f"Lower the peak learning rate to {value}: all {grid.planned_steps} steps stay below the alarm "
+            "level there."
+        )
+        advice.append(Advice(told, "run", f"--set training.learning_rate={value}", 20))
     known = [
         step
         for step in (verdict.safe_steps, None if collapsed is None else collapsed - 1)
@@ -191,5 +246,24 @@ def _advice(forecast: ForecastResult, real: RealRun | None, measured: Sequence[s
     ]
     last = min(known, default=0)
     if last:
-        advice.append(f"Stop or evaluate safety by step {number(last, 9)}.")
-    return [*measured, *advice] if measured else [*advice, HELP]
+        advice.append(
+            Advice(
+                f"Stop by step {last}: the safe-step budget.",
+                "run",
+                f"--set training.max_steps={last}",
+                30,
+            )
+        )
+    if "screen" not in done:
+        advice.append(Advice("Find the rows that do it, and drop them.", "screen", place=40))
+    if "guard" not in done:
+        advice.append(Advice("Try the plan under protection, and see what that costs.", "guard", place=50))
+    return advice
+
+
+def _calm(level: str, done: Sequence[str]) -> list[Advice]:
+    if level == "low":
+        told = "Keep a safety evaluation at the end of the run: low risk is a forecast, not a proof."
+        return [Advice(told, place=20)]
+    told = "Measure more safety rows, or carry the plan out in memory and measure the truth."
+    return [Advice(told, "" if "verify" in done else "verify", place=20)]

@@ -7,29 +7,36 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arisk.forecast.first_screen import verdict_section
+from arisk.forecast.first_screen import advice_of, verdict_section
 from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
+    EQUATION as REFUSAL_EQUATION,
+)
+from arisk.forecast.refusals_page import (
+    READING as REFUSAL_READING,
+)
+from arisk.forecast.refusals_page import (
     end_text,
+    lost_section,
     lost_text,
-    refusal_figure,
     refusal_notes,
     refusal_sentence,
     refusal_summary,
+    refusal_traces,
 )
 from arisk.forecast.rollout_page import method, rollout_section, sample_drift, sample_table
 from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
 from arisk.forecast.worth import worth, worth_line, worth_rows
-from arisk.report.figure import LEGEND, Figure, axes, clean, step_lines, thin, threshold_line
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, step_lines, thin, threshold_line
 from arisk.report.page import Answer, Finding, Part, Piece, Section
-from arisk.report.text import NOT_MEASURED, literal, number, percent
+from arisk.report.text import NOT_MEASURED, chance, literal, number, percent
 
-__all__ = ["STYLE", "drift_map", "forecast_fan", "real_trace", "section"]
+__all__ = ["STYLE", "drift_map", "forecast_figure", "real_trace", "section"]
 
 #: Colours that stay apart for the colour-blind (after Okabe and Ito 2008), and dashes beside them.
 STYLE = {
@@ -42,8 +49,8 @@ STYLE = {
 }
 #: Opacity of a line beyond its trust horizon.
 FADED = 0.35
-#: The axis ends at four thresholds, or where the line to read and the truth do, but at twelve at most.
-LEAST_TOP, MOST_TOP = 4, 12
+#: Shares of the height that the two panels take, refusals above loss.
+UPPER, LOWER = [0.56, 1.0], [0.0, 0.44]
 
 EQUATION = """rollout: measured L_s(θ_k) − L_s(θ*) along the virtual run
 pilot: outputs extrapolated, z₀ + (z_k − z₀)(τ/τ_k)^p
@@ -60,6 +67,7 @@ def section(
     real: RealRun | None,
     show_text: bool,
     max_examples: int,
+    done: Sequence[str] = (),
 ) -> Section:
     """Whether safety survives, and when it goes: all that rollout and forecast show.
 
@@ -69,35 +77,42 @@ def section(
         real: what the same plan really did, where it was carried out.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table of safety rows.
+        done: commands that have been run on this plan already.
     """
     specificity = drift_sentence(forecast)
+    lost = lost_section(forecast.refusals, measured, show_text)
     said = [
-        ("Refusals", refusal_sentence(forecast.refusals), "refusals", -10),
-        ("Specificity", specificity, "drift", 0),
-        ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 10),
-        ("What if", forecast.what_if.rate_sentence(), "what-if", 20),
+        ("Refusals", refusal_sentence(forecast.refusals), "lost" if lost else "forecast", -10, True),
+        ("Specificity", specificity, "drift", 40, True),
+        ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 50, False),
+        ("What if", forecast.what_if.rate_sentence(), "what-if", 60, False),
     ]
     rows = sample_table(measured, forecast, show_text, max_examples)
     return Section(
         "forecast",
         pieces=[
-            Piece(Part.ANSWER, figure=forecast_fan(forecast, measured, real), shape="tall"),
             Piece(
-                Part.ANSWER + 10,
+                Part.ANSWER,
                 refusal_notes(forecast.refusals),
-                refusal_figure(forecast.refusals, forecast.confidence, real),
+                forecast_figure(forecast, real),
                 "tall",
             ),
-            Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="tall"),
+            Piece(Part.CAUSE, lost),
+            Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="half"),
             Piece(Part.DRIFT, figure=drift_map(forecast), shape="half"),
-            Piece(Part.DRIFT + 20, rows, sample_drift(measured, forecast)),
+            Piece(Part.METHOD + 30, rows, sample_drift(measured, forecast)),
             Piece(Part.METHOD, rollout_section(measured, forecast)),
             Piece(Part.METHOD + 10, method()),
-            Piece(Part.METHOD + 20, worth()),
+            Piece(Part.QUALITY - 10, worth()),
         ],
         summary=_summary(forecast),
         markdown=_markdown(forecast),
-        findings=[Finding(topic, sentence, at, place) for topic, sentence, at, place in said if sentence],
+        findings=[
+            Finding(topic, sentence, at, place, cause)
+            for topic, sentence, at, place, cause in said
+            if sentence
+        ],
+        advice=advice_of(forecast, real, done),
         quality=[
             (
                 "mini-batch diffusion",
@@ -114,7 +129,7 @@ def section(
         },
         answer=Answer(
             forecast.verdict.level,
-            lambda advice: verdict_section(forecast, measured.task, real, advice),
+            lambda around: verdict_section(forecast, measured.task, real, around),
             _answer_markdown(forecast),
         ),
     )
@@ -148,7 +163,7 @@ def _answer_markdown(forecast: ForecastResult) -> list[str]:
         "",
         f"Refusals: **{end_text(forecast.refusals)}** ({lost_text(forecast.refusals)})",
         "",
-        f"Safe-step budget: **{safe}** · P(collapse): **{percent(v.probability)}** · basis: {v.basis}",
+        f"Safe-step budget: **{safe}** · P(collapse): **{chance(v.probability)}** · basis: {v.basis}",
         "",
         *[f"- why: {literal(sentence)}" for sentence in v.reasons],
     ]
@@ -170,9 +185,9 @@ def _markdown_row(curve: Curve) -> str:
     """Table row of one forecaster; a bound says that it is one."""
     bound = curve.kind == "bound"
     name = f"{literal(curve.name)}{' (lower bound)' if bound else ''}"
-    chance = "bound only" if bound else percent(curve.probability)
+    likely = "bound only" if bound else chance(curve.probability)
     rise = number(curve.median[-1] if curve.median else None)
-    return f"| {name} | {collapse_text(curve)} | {chance} | {rise} |"
+    return f"| {name} | {collapse_text(curve)} | {likely} | {rise} |"
 
 
 def real_trace(real: RealRun) -> dict[str, Any]:
@@ -188,32 +203,41 @@ def real_trace(real: RealRun) -> dict[str, Any]:
     }
 
 
-def forecast_fan(forecast: ForecastResult, measured: RolloutResult, real: RealRun | None = None) -> Figure:
-    """Every forecaster's curve, the interval of the one to read, threshold, trust horizons, and the truth."""
+def forecast_figure(forecast: ForecastResult, real: RealRun | None = None) -> Figure:
+    """Refusals above the loss of safe responses, on one step axis: forecast, band, limit, and the truth.
+
+    All forecasters but the one to read are off until somebody asks for them in the legend.
+    """
     shown = {name: curve for name, curve in forecast.forecasters.items() if curve.status == "measured"}
     leading = "combined" if "combined" in shown else forecast.verdict.basis
-    lead = shown.get(leading)
+    lead, refusals = shown.get(leading), forecast.refusals
+    counted = refusals is not None and refusals.status == "measured"
+    axis = "y2" if counted else "y"
     order = [*(name for name in STYLE if name in shown), *(name for name in shown if name not in STYLE)]
     data: list[dict[str, Any]] = []
     # The one to read is drawn last, above all others.
     for name in sorted(order, key=lambda name: name == leading):
-        data += _fan(name, shown[name], leads=name == leading)
+        data += [{**trace, "yaxis": axis} for trace in _fan(name, shown[name], leads=name == leading)]
     if real is not None:
-        data.append(real_trace(real))
+        data.append({**real_trace(real), "yaxis": axis, "legendgroup": "real"})
     if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
-        data.append(_collapse(lead, forecast))
-    truth = " The line with points is the real fine-tune." if real else ""
+        data.append({**_collapse(lead, forecast), "yaxis": axis})
+    if counted and refusals is not None and data:
+        data = [*refusal_traces(refusals, real, "y"), *data]
+    truth = " Lines with points in the text's colour are the real fine-tune." if real else ""
     return Figure(
         "forecast",
         "Forecast",
         data,
-        _layout(forecast, measured, shown, lead, real),
-        "Each line is one forecaster's mean safety loss along the planned run. Read the thick one; its band "
-        f"is the {forecast.confidence:.0%} interval over safety samples and what the method is known to get "
-        "wrong. Safety has collapsed where a line reaches the dotted threshold. A ring marks how far a "
-        "forecaster is trusted; beyond it its line is faded. The lower bound is no forecast."
+        _layout(forecast, lead, real, counted=counted),
+        f"{f'Above: {REFUSAL_READING} Below: m' if counted else 'M'}ean loss of the safe responses along the "
+        f"planned run, against the aligned model, with its {percent(forecast.confidence)} interval. Safety "
+        "has "
+        "collapsed where the line reaches the dotted threshold. The legend brings up the other "
+        "forecasters; a "
+        "ring marks how far one is trusted, beyond it its line is faded. The lower bound is no forecast."
         f"{truth}",
-        EQUATION,
+        f"{REFUSAL_EQUATION}\n{EQUATION}" if counted else EQUATION,
         ["forecaster", "collapse", "P", "rise at the end", "trusted until", *_WORTH, "note"],
         [_row(name, curve) for name, curve in forecast.forecasters.items()],
         None if data else "no forecaster has a curve",
@@ -230,7 +254,7 @@ def _row(name: str, curve: Curve) -> list[str]:
     return [
         name,
         collapse_text(curve),
-        percent(curve.probability) if curve.kind == "forecast" else "–",
+        chance(curve.probability) if curve.kind == "forecast" else "–",
         number(curve.median[-1] if curve.median else None),
         "–" if curve.kind == "bound" else number(curve.trusted_until, 6),
         *worth_rows().get(name, ("–",) * len(_WORTH)),
@@ -254,47 +278,61 @@ def _says(lead: Curve | None, forecast: ForecastResult) -> str:
 
 
 def _layout(
-    forecast: ForecastResult,
-    measured: RolloutResult,
-    shown: Mapping[str, Curve],
-    lead: Curve | None,
-    real: RealRun | None,
+    forecast: ForecastResult, lead: Curve | None, real: RealRun | None, *, counted: bool
 ) -> dict[str, Any]:
-    horizon, threshold = forecast.verdict.horizon, forecast.threshold
-    marks = [(horizon, f"planned end, {horizon}")]
+    """Two panels on one step axis, or the loss alone where no refusals were counted."""
+    horizon, threshold, refusals = forecast.verdict.horizon, forecast.threshold, forecast.refusals
+    line = threshold_line(threshold, lead.collapse_step if lead else None, horizon)
+    marks: list[tuple[int, str]] = []
     if lead is not None and lead.trusted_until is not None and 0 < lead.trusted_until < horizon:
         marks.append((lead.trusted_until, f"{lead.name} trusted until {lead.trusted_until}"))
-    if measured.status == "measured" and 0 < measured.pilot_steps < horizon:
-        marks.append((measured.pilot_steps, f"pilot ends at {measured.pilot_steps}"))
-    lines = [
-        threshold_line(threshold, lead.collapse_step if lead else None, horizon),
-        *step_lines(marks, horizon),
-    ]
-    layout = axes(
-        "optimizer step",
-        "change of safety loss (nats / response token)",
-        shapes=[line["shape"] for line in lines],
-        annotations=[line["annotation"] for line in lines],
-        hovermode="x unified",
-        legend=LEGEND,
-    )
+    lines = [line, *step_lines(marks, horizon)]
+    labels = [line["annotation"] for line in lines]
     if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
-        layout["annotations"].append(_collapse_label(lead.collapse_step, threshold, horizon))
+        labels.append(_collapse_label(lead.collapse_step, threshold, horizon))
+    loss: dict[str, Any] = {
+        "title": {"text": "rise of loss (nats/token)"},
+        "automargin": True,
+        "zeroline": False,
+    }
+    loss["range"] = _range(threshold, [lead] if lead else [], real)
+    shapes = [line["shape"] for line in lines]
+    layout = axes("optimizer step", "", hovermode="x unified", legend=LEGEND)
     layout["xaxis"].update(range=[-0.01 * horizon, 1.01 * horizon], zeroline=False)
-    layout["yaxis"]["range"] = _range(
-        threshold, shown, [lead.median if lead else [], real.changes if real else []]
-    )
-    return layout
+    if counted and refusals is not None:
+        for part in (shapes[0], labels[0], *labels[1 + len(marks) :]):
+            part["yref"] = "y2"
+        layout["xaxis"]["anchor"] = "y2"
+        layout["yaxis2"] = {**loss, "domain": LOWER}
+        layout["yaxis"] = {
+            "title": {"text": "prompts refused (%)"},
+            "automargin": True,
+            "domain": UPPER,
+            "range": [-4, 106],
+            "zeroline": False,
+        }
+        if refusals.today:
+            kept = 100 * (1 - refusals.threshold) * refusals.today / max(refusals.prompts, 1)
+            limit = reference_line(horizon=kept, text=f"{percent(refusals.threshold)} of refusals lost")
+            limit["annotation"].update(x=0.99, xanchor="right")
+            shapes.append(limit["shape"])
+            labels.append(limit["annotation"])
+    else:
+        layout["yaxis"] = loss
+    return {**layout, "shapes": shapes, "annotations": labels}
 
 
-def _range(threshold: float, shown: Mapping[str, Curve], whole: Sequence[Sequence[float]]) -> list[float]:
-    """Axis ends: `whole` curves are seen to their top if that leaves the threshold readable."""
-    every = [v for curve in shown.values() for v in curve.median if math.isfinite(v)]
-    highest = max((v for values in whole for v in values if math.isfinite(v)), default=0.0)
-    top = min(max(LEAST_TOP * threshold, 1.15 * highest), MOST_TOP * threshold)
-    top = min(top, 1.15 * max([threshold, highest, *every]))
-    lowest = max(min([0.0, *every]), -top)
-    return [1.1 * lowest - 0.05 * top, top]
+def _range(threshold: float, curves: Sequence[Curve], real: RealRun | None) -> list[float]:
+    """Axis ends: the line to read, its band, the threshold and the truth are seen whole."""
+    every = [0.0, 1.3 * threshold]
+    for curve in curves:
+        every += [
+            v for values in (curve.lower, curve.median, curve.upper) for v in values if math.isfinite(v)
+        ]
+    every += [v for v in (real.changes if real else []) if math.isfinite(v)]
+    low, high = min(every), max(every)
+    # Below is room for the label of the collapse step.
+    return [low - 0.2 * (high - low), high + 0.07 * (high - low)]
 
 
 def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
@@ -307,7 +345,9 @@ def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
         band = {"fill": "tonexty", "fillcolor": f"{colour}30"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
-    label = "lower bound" if curve.kind == "bound" else name
+    label = "lower bound" if curve.kind == "bound" else f"{name}, loss"
+    if not leads:
+        label = "lower bound" if curve.kind == "bound" else name
     line = {"color": colour, "dash": dash, "width": 4 if leads else 1.8}
     base = {
         "type": "scatter",
@@ -315,6 +355,7 @@ def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
         "line": line,
         "legendgroup": name,
         "hovertemplate": "%{y:.3g}",
+        **({} if leads else {"visible": "legendonly"}),
     }
     until = curve.horizon if curve.trusted_until is None else curve.trusted_until
     near, far = _split(steps, list(curve.median), until)
@@ -339,7 +380,7 @@ def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
             "marker": ring,
             "hoverinfo": "skip",
         }
-        traces.append({"type": "scatter", "name": f"{label}, end of trust", **aside, **end})
+        traces.append({**base, "name": f"{label}, end of trust", **aside, **end})
     return traces
 
 

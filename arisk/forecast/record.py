@@ -297,6 +297,8 @@ class RefusalForecast:
         safe_loss, own_loss: loss per token of the first tokens of the safe responses today, and of what
             the model itself says first (nats); None where not measured.
         notes: sentences on how it was computed.
+        outcomes: what each of the N prompts' answers does at the first and at the last step that was
+            answered: refused, deflected, answered or broken.
     """
 
     status: Literal["measured", "not_measured"]
@@ -320,6 +322,7 @@ class RefusalForecast:
     safe_loss: float | None
     own_loss: float | None
     notes: Sequence[str]
+    outcomes: Sequence[Sequence[str]] = ()
 
     @property
     def today(self) -> int:

@@ -172,6 +172,7 @@ def refusal_forecast(
         safe_loss=None if measured.opening_loss is None else float(measured.opening_loss[:, 0].mean()),
         own_loss=said.own_loss,
         notes=_notes(said, labels),
+        outcomes=[list(labels[step]) for step in (min(labels), max(labels))],
     )
 
 

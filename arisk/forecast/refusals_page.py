@@ -1,23 +1,41 @@
-"""Refusals on the page: how many safety prompts are still refused, step by step, and what answers do."""
+"""Refusals on the page: how many safety prompts are still refused, step by step, and which are lost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arisk.forecast.record import AnswerCount, RealRun, RefusalForecast
+from arisk.forecast.record import AnswerCount, RealRun, RefusalForecast, RolloutResult
 from arisk.models.judge import OUTCOMES
-from arisk.report.figure import LEGEND, Figure, axes, reference_line
-from arisk.report.section import esc, listed
-from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.report.section import esc, folded, listed, table
+from arisk.report.text import NOT_MEASURED, chance, number, percent
 
-__all__ = ["end_text", "lost_text", "refusal_figure", "refusal_notes", "refusal_sentence", "refusal_summary"]
+__all__ = [
+    "EQUATION",
+    "READING",
+    "end_text",
+    "lost_section",
+    "lost_text",
+    "refusal_notes",
+    "refusal_sentence",
+    "refusal_summary",
+    "refusal_traces",
+]
 
-BLUE, GREY = "#0072B2", "#8a8a8a"
-EQUATION = """P(prompt i is refused) = σ(u_i)
-u_i = w₀ + w₁ log p(own opening) + w₂ [opening still the likeliest] + c
-own opening: what the aligned model itself says first; c: from the answers written along the virtual run"""
+BLUE = "#0072B2"
+#: Prompts that lose their refusal and are shown at once, and characters of an answer.
+AT_ONCE, LONGEST = 3, 280
+READING = (
+    "Share of safety prompts that the model still refuses; the band holds the luck of the prompts and what "
+    "the "
+    "method is known to get wrong. Diamonds are answers really written along the virtual run: an answer "
+    "refuses "
+    "when it begins with a refusal, or as the judge model says. Between them the model's own openings are "
+    "followed. At the dotted line so many refusals are lost that it counts as a loss of safety."
+)
+EQUATION = """refusals: P(prompt i is refused) = σ(u_i)
+u_i = w₀ + w₁ log p(own opening) + w₂ [opening still the likeliest] + c"""
 
 
 def end_text(refusals: RefusalForecast | None) -> str:
@@ -38,86 +56,78 @@ def lost_text(refusals: RefusalForecast | None) -> str:
 
 
 def refusal_sentence(refusals: RefusalForecast | None) -> str | None:
-    """What the refusals do, for the list of findings; None where they were not measured."""
+    """What the answers that were written do; None where they were not, or nothing can be lost."""
     if refusals is None or refusals.status != "measured" or not refusals.today:
         return None
-    end, fewest, most = refusals.at_end
     last = refusals.counts[-1]
     others = [(name, getattr(last, name)) for name in OUTCOMES if name != "refused" and getattr(last, name)]
-    rest = ", ".join(f"{count} {name}" for name, count in others)
-    told = f" Of the last answers that were written (step {last.step}), {last.refused} refuse" + (
-        f"; {rest}." if rest else "."
-    )
+    rest = "".join(f", {count} {_verb(name, count)}" for name, count in others)
     return (
-        f"{refusals.today} of {refusals.prompts} safety prompts are refused today, {end} ({fewest} to {most})"
-        f" at step {refusals.horizon}.{told}"
+        f"Of the answers really written at step {last.step} of the virtual run, {last.refused} of "
+        f"{last.prompts} refuse{rest} ({refusals.today} refused at step 0)."
     )
 
 
-def refusal_figure(refusals: RefusalForecast | None, confidence: float, real: RealRun | None) -> Figure:
-    """Share of safety prompts refused along the plan, with its band, the answers behind it, and the truth.
+def _verb(outcome: str, count: int) -> str:
+    """An outcome as a verb of so many answers."""
+    one, many = {
+        "deflected": ("deflects", "deflect"),
+        "answered": ("does what was asked", "do what was asked"),
+        "broken": ("is broken", "are broken"),
+    }[outcome]
+    return one if count == 1 else many
+
+
+def refusal_traces(refusals: RefusalForecast, real: RealRun | None, axis: str) -> list[dict[str, Any]]:
+    """Band, forecast, answers along the virtual run, and the truth, in percent of the prompts.
 
     Args:
-        refusals: the forecast; None or not measured gives a figure that says so.
-        confidence: nominal coverage of the band.
+        refusals: a forecast that was measured.
         real: what the same plan really did, where it was carried out.
+        axis: plotly's name of the vertical axis.
     """
-    reading = (
-        "The line is the forecast share of safety prompts that the model still refuses; its band is the "
-        f"{confidence:.0%} interval over prompts and what the method is known to get wrong. Diamonds are "
-        "answers really written along the virtual run: an answer refuses when it begins with a refusal (or "
-        "as the judge model says). Between them the model's own openings are followed. The dotted line is "
-        "where the loss of refusals counts as a loss of safety; the grey line is ordinary prompts, which "
-        "should not be refused at all."
-    )
-    header = ["step", *OUTCOMES, "ordinary prompts refused"]
-    if refusals is None or refusals.status != "measured":
-        why = "the rollout has no record of it" if refusals is None else refusals.reason
-        return Figure("refusals", "Refusals", [], {}, reading, EQUATION, header, [], why)
-    data = _traces(refusals, real)
-    kept = 100 * (1 - refusals.threshold) * refusals.today / max(refusals.prompts, 1)
-    line = reference_line(horizon=kept, text=f"{refusals.threshold:.0%} of today's refusals lost")
-    layout = axes(
-        "optimizer step",
-        "prompts refused (%)",
-        shapes=[line["shape"]] if refusals.today else [],
-        annotations=[line["annotation"]] if refusals.today else [],
-        hovermode="x unified",
-        legend=LEGEND,
-    )
-    layout["yaxis"]["range"] = [-3, 105]
-    layout["xaxis"]["range"] = [-0.01 * refusals.horizon, 1.01 * refusals.horizon]
-    return Figure(
-        "refusals",
-        "Refusals",
-        data,
-        layout,
-        reading,
-        EQUATION,
-        header,
-        _rows(refusals),
-        says=refusal_sentence(refusals) or "No safety prompt is refused today: no refusal can be lost.",
-        file="refusal_forecast",
-    )
-
-
-def _traces(refusals: RefusalForecast, real: RealRun | None) -> list[dict[str, Any]]:
-    steps = list(refusals.steps)
+    steps, where = list(refusals.steps), {"type": "scatter", "yaxis": axis}
     hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-    band = {"fill": "tonexty", "fillcolor": f"{BLUE}30"}
+    shown = {"hovertemplate": "%{y:.0f} %"}
     data: list[dict[str, Any]] = [
-        {"type": "scatter", "x": steps, "y": _shares(refusals.lower), **hidden},
-        {"type": "scatter", "x": steps, "y": _shares(refusals.upper), **hidden, **band},
-        _line("forecast", steps, _shares(refusals.median), BLUE, "solid"),
-        _marks("answers along the virtual run", refusals.counts, BLUE, "diamond"),
+        {**where, "x": steps, "y": _shares(refusals.lower), **hidden},
+        {
+            **where,
+            "x": steps,
+            "y": _shares(refusals.upper),
+            **hidden,
+            "fill": "tonexty",
+            "fillcolor": f"{BLUE}30",
+        },
+        {
+            **where,
+            **shown,
+            "name": "refusals, forecast",
+            "mode": "lines",
+            "x": steps,
+            "y": _shares(refusals.median),
+            "line": {"color": BLUE, "width": 3},
+        },
+        {
+            **where,
+            **shown,
+            "name": "answers along the virtual run",
+            "mode": "markers",
+            "x": [count.step for count in refusals.counts],
+            "y": [100 * count.refused / max(count.prompts, 1) for count in refusals.counts],
+            "marker": {"color": BLUE, "size": 9, "symbol": "diamond"},
+        },
     ]
-    if refusals.ordinary:
-        data.append(_marks("ordinary prompts", refusals.ordinary, GREY, "circle", lines=True))
     if real is not None and real.refusals:
         data.append(
             {
-                **_line("real fine-tune", [], [], "ink", "solid"),
+                **where,
+                **shown,
+                "name": "real fine-tune",
+                "legendgroup": "real",
+                "showlegend": False,
                 "mode": "lines+markers",
+                "line": {"color": "ink", "width": 2.5},
                 "x": [step for step, _, _ in real.refusals],
                 "y": [100 * refused / max(prompts, 1) for _, refused, prompts in real.refusals],
                 "marker": {"color": "ink", "size": 7},
@@ -130,74 +140,53 @@ def _shares(values: Sequence[float]) -> list[float]:
     return [round(100 * value, 2) for value in values]
 
 
-def _line(name: str, x: Sequence[int], y: Sequence[float], colour: str, dash: str) -> dict[str, Any]:
-    line = {"color": colour, "dash": dash, "width": 3}
-    return {
-        "type": "scatter",
-        "name": name,
-        "mode": "lines",
-        "x": list(x),
-        "y": list(y),
-        "line": line,
-        "hovertemplate": "%{y:.0f} %",
-    }
-
-
-def _marks(
-    name: str, counts: Sequence[AnswerCount], colour: str, symbol: str, *, lines: bool = False
-) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "name": name,
-        "mode": "lines+markers" if lines else "markers",
-        "x": [count.step for count in counts],
-        "y": [100 * count.refused / max(count.prompts, 1) for count in counts],
-        "line": {"color": colour, "dash": "dot", "width": 1.5},
-        "marker": {"color": colour, "size": 9, "symbol": symbol},
-        "hovertemplate": "%{y:.0f} %",
-    }
-
-
-def _rows(refusals: RefusalForecast) -> list[list[str]]:
-    """Answers by step, every outcome as a count."""
-    ordinary = {count.step: count for count in refusals.ordinary}
-    return [
-        [
-            str(count.step),
-            *(f"{getattr(count, name)} of {count.prompts}" for name in OUTCOMES),
-            f"{ordinary[count.step].refused} of {ordinary[count.step].prompts}"
-            if count.step in ordinary
-            else NOT_MEASURED,
-        ]
-        for count in refusals.counts
-    ]
-
-
 def refusal_notes(refusals: RefusalForecast | None) -> str:
-    """Steps at which shares of the refusals are lost, and whether the safety set is one, in words."""
+    """When shares of the refusals are lost, the answers counted, and whether the safety set is one."""
     if refusals is None or refusals.status != "measured":
         return ""
     lost = [
-        f"{float(share):.0%} of today's refusals lost: {_step(step, refusals.horizon)}"
+        f"{percent(float(share))} of the refusals before are lost: {_step(step, refusals.horizon)}"
         f"{_between(refusals.lost_intervals.get(share), refusals.horizon)}."
         for share, step in refusals.lost_steps.items()
     ]
-    chance = percent(refusals.probability)
+    told = [
+        f"P({percent(refusals.threshold)} of the refusals are lost in the plan): "
+        f"{chance(refusals.probability)}.",
+        *lost,
+    ]
     known = (
         f"Of {refusals.safe_responses} safe responses {refusals.refusing_responses} refuse, by the rule; the "
         f"model refuses {refusals.today} of {refusals.prompts} of their prompts today. Loss of the first "
         f"tokens today: safe responses {number(refusals.safe_loss)}, what the model itself says "
         f"{number(refusals.own_loss)} nats per token."
     )
-    told = [f"P({refusals.threshold:.0%} of the refusals are lost in the plan) = {chance}.", *lost]
-    return (
-        f"{listed('When refusals are lost', told) if lost else ''}"
-        f'<p class="note"><b>Is the safety set one?</b> {esc(known)} {esc(" ".join(refusals.notes))}</p>'
+    header = ["step", *OUTCOMES, "ordinary prompts refused"]
+    return folded(
+        "When refusals are lost, and what was counted",
+        f"{listed('When refusals are lost', told) if lost else ''}{table(header, _rows(refusals))}"
+        f'<p class="note"><b>Is the safety set one?</b> {esc(known)} {esc(" ".join(refusals.notes))}</p>',
     )
 
 
+def _rows(refusals: RefusalForecast) -> list[list[str]]:
+    """Answers by step, every outcome as a count."""
+    ordinary = {count.step: count for count in refusals.ordinary}
+    return [
+        [str(c.step), *(_of(c, name) for name in OUTCOMES), _ordinary(ordinary.get(c.step))]
+        for c in refusals.counts
+    ]
+
+
+def _of(count: AnswerCount, outcome: str) -> str:
+    return f"{getattr(count, outcome)} of {count.prompts}"
+
+
+def _ordinary(count: AnswerCount | None) -> str:
+    return NOT_MEASURED if count is None else _of(count, "refused")
+
+
 def _step(step: int | None, horizon: int) -> str:
-    return f"not within {horizon} steps" if step is None else f"step {step}"
+    return f"not within {horizon} steps" if step is None else f"by step {step}"
 
 
 def _between(ends: Sequence[int | None] | None, horizon: int) -> str:
@@ -206,11 +195,67 @@ def _between(ends: Sequence[int | None] | None, horizon: int) -> str:
     return f" ({ends[0]} to {f'beyond {horizon}' if ends[1] is None else ends[1]})"
 
 
+def lost_section(refusals: RefusalForecast | None, measured: RolloutResult, show_text: bool) -> str:
+    """Prompts that were refused and no longer are, each with the answer before and the last one written.
+
+    Args:
+        refusals: the forecast, with the outcomes of the answers.
+        measured: the rollout with their texts.
+        show_text: show prompts and answers, or only how many.
+    """
+    said = None if measured.behaviour is None else measured.behaviour.safety
+    if refusals is None or said is None or len(refusals.outcomes) < 2 or len(said.answers) < 2:
+        return ""
+    first, last = said.answers[0], said.answers[-1]
+    pairs = zip(*refusals.outcomes, strict=True)
+    lost = [i for i, (before, after) in enumerate(pairs) if before == "refused" and after != "refused"]
+    if not lost:
+        return ""
+    head = (
+        '<section id="lost"><h2>Refusals that are lost</h2>'
+        f'<p class="says">{len(lost)} of {refusals.today} prompts refused before are no longer refused at '
+        "step "
+        f"{last.step} of the virtual run.</p>"
+    )
+    if not show_text:
+        return f'{head}<p class="note">Texts are not shown (report.show_text is off).</p></section>'
+    rows = [_turned(said.prompts[i], first.texts[i], last.texts[i], refusals.outcomes[1][i]) for i in lost]
+    header = ("prompt", "before", f"after {last.step} steps")
+    rest = (
+        folded(f"The other {len(rows) - AT_ONCE}", _texts(header, rows[AT_ONCE:]))
+        if len(rows) > AT_ONCE
+        else ""
+    )
+    return f"{head}{_texts(header, rows[:AT_ONCE])}{rest}</section>"
+
+
+def _turned(row: Mapping[str, Any], before: str, after: str, outcome: str) -> str:
+    """One prompt, as a row of a table; a phone shows its cells one below the other."""
+    cells = [esc(_short(str(row.get("prompt") or "(no prompt)"))), esc(_short(before) or "(nothing)")]
+    cells.append(f"{esc(_short(after) or '(nothing)')} <small>[{esc(outcome)}]</small>")
+    return "<tr>" + "".join(f'<td class="text" dir="auto">{cell}</td>' for cell in cells) + "</tr>"
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= LONGEST else flat[: LONGEST - 1] + "…"
+
+
+def _texts(header: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{esc(name)}</th>' for name in header)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="answers before and after">'
+        f'<table class="turned"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def refusal_summary(refusals: RefusalForecast | None) -> dict[str, Any] | None:
     """Plain values for `summary.json`; None where no rollout recorded anything."""
     if refusals is None:
         return None
     body = asdict(refusals)
+    body.pop("outcomes")
     if refusals.status == "measured":
         end, fewest, most = refusals.at_end
         body |= {"today": refusals.today, "at_end": end, "at_end_interval": [fewest, most]}

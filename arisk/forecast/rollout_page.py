@@ -13,7 +13,7 @@ from arisk.forecast.record import ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
 from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
-from arisk.report.section import Column, esc, folded, rows_table, table
+from arisk.report.section import Column, esc, folded, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.training.behaviour import DECIDING
 
@@ -70,6 +70,19 @@ def cost_text(forecast: ForecastResult) -> str:
     )
 
 
+READING = (
+    "One line per point at which losses were measured, in optimizer steps of the planned run; losses in "
+    "nats per "
+    "token, safety and control as changes against the aligned model. First tokens is the same for the "
+    "first tokens "
+    "of the safe responses, which decide what an answer becomes; openings kept counts prompts whose own "
+    "first three "
+    "tokens are still the likeliest. Kept share is how much of the leap before the point speed control "
+    "kept (1 = "
+    "all of it, or real steps). The first {pilot} steps are real."
+)
+
+
 def rollout_section(measured: RolloutResult, forecast: ForecastResult) -> str:
     """Cost, and the measured points folded away; not measured says why."""
     head = '<section id="rollout"><h2>The rollout</h2>'
@@ -86,13 +99,8 @@ def rollout_section(measured: RolloutResult, forecast: ForecastResult) -> str:
     return (
         f"{head}<p><b>Cost:</b> {esc(cost_text(forecast))} (micro-batches), and "
         f"{measured.safety_passes} passes over the safety and control samples.{esc(ended)}</p>"
-        '<p class="reading"><b>How to read this.</b> One line per point at which losses were measured, in '
-        "optimizer steps of the planned run; losses in nats per token, safety and control as changes against "
-        "the aligned model. First tokens is the same for the first tokens of the safe responses, which "
-        "decide what an answer becomes; openings kept counts prompts whose own first three tokens are still "
-        "the likeliest. Kept share is how much of the leap before the point speed control kept (1 = all "
-        f"of it, or real steps). The first {measured.pilot_steps} steps are real.</p>"
-        f"{folded('The measured points as a table', table(_HEADER, _rows(measured)))}</section>"
+        f'<div class="folds">{notes(READING.format(pilot=measured.pilot_steps))}'
+        f"{folded('The measured points as a table', table(_HEADER, _rows(measured)))}</div></section>"
     )
 
 
@@ -146,10 +154,13 @@ def method() -> str:
     )
     return (
         '<section id="method"><h2>How the rollout forecasts</h2>'
-        '<p class="reading"><b>How to read this.</b> The planned fine-tune is walked through at a share of '
-        "its cost, and safety is measured along the way. Symbols: η learning rate, τ = Σ η flow time, θ "
-        "parameters, ḡ mean gradient and σ² its batch variance over q steps, L steps a leap stands for, z "
-        f"the model's outputs, ℓ losses in nats per token.</p>{parts}</section>"
+        '<p class="note">The planned fine-tune is walked through at a share of its cost, and safety is '
+        "measured "
+        "along the way. Symbols: η learning rate, τ = Σ η flow time, θ parameters, ḡ mean gradient and σ² "
+        "its batch "
+        "variance over q steps, L steps a leap stands for, z the model's outputs, ℓ losses in nats per "
+        "token.</p>"
+        f"{parts}</section>"
     )
 
 

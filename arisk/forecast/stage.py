@@ -78,6 +78,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
         real=later.get("real_run"),
         show_text=shown.show_text,
         max_examples=shown.max_examples,
+        done=later.get("done", ()),
     )
 
 
@@ -97,7 +98,7 @@ ROLLOUT = Stage(
 
 FORECAST = Stage(
     name="forecast",
-    version=8,
+    version=9,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("rollout",),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.terminal import fancy, fitted, said
-from arisk.report.text import NOT_MEASURED, percent
+from arisk.report.text import NOT_MEASURED, chance, percent
 
 if TYPE_CHECKING:
     from arisk.forecast.record import Curve, ForecastResult, RolloutResult
@@ -161,7 +161,7 @@ def _cells(curve: Mapping[str, Any]) -> list[str]:
     step = curve["collapse_step"]
     return [
         (f"{step}" if step is not None else f"none within {curve['horizon']}"),
-        label or (f"{curve['probability']:.0%}" if curve["probability"] is not None else "not measured"),
+        label or (chance(curve["probability"])),
         f"{curve['median'][-1]:+.3g}" if curve["median"] and isinstance(curve["median"][-1], float) else "–",
         label or _or(curve["trusted_until"], "not measured"),
     ]

@@ -39,6 +39,7 @@ from typing import Literal
 
 from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import FEW, Curve, RefusalForecast, Verdict
+from arisk.report.text import chance, percent
 
 __all__ = ["decide"]
 
@@ -186,7 +187,8 @@ def _told(refusals: RefusalForecast | None, said: Level | None) -> list[str]:
         f"{refusals.horizon}" + (f"; lost {', '.join(steps)}." if steps else ".")
     ]
     if refusals.probability is not None:
-        told.append(f"P({refusals.threshold:.0%} of the refusals are lost) = {refusals.probability:.0%}.")
+        share = percent(refusals.threshold)
+        told.append(f"P({share} of the refusals are lost) = {chance(refusals.probability)}.")
     return told
 
 
@@ -248,24 +250,15 @@ def _together_sentence(
     if said is None or refusals is None or (said == "inconclusive" and level == loss):
         return _sentence(level, basis, config, horizon, carried_out)
     end, fewest, most = refusals.at_end
-    today, prompts = refusals.today, refusals.prompts
-    band = f"({fewest} to {most}) of {prompts}"
-    if level == "high" and said == "high":
-        return (
-            f"Refusals {'fell' if carried_out else 'are forecast to fall'} from {today} to {end} {band} "
-            f"within the {horizon} planned steps."
-        )
-    if level == "low":
-        return (
-            f"{end} {band} safety prompts {'were' if carried_out else 'are forecast to be'} refused after "
-            f"the {horizon} planned steps, {today} today."
-        )
+    verb = "Measured, not forecast: refuses" if carried_out else "Forecast to refuse"
+    told = (
+        f"{verb} {end} of {refusals.prompts} safety prompts after the {horizon} planned steps "
+        f"({refusals.today} before; {fewest} to {most})."
+    )
     if level == "elevated":
-        return (
-            f"Safety may suffer within the {horizon} planned steps: refusals "
-            f"{'went' if carried_out else 'go'} from {today} to {end} {band}."
-        )
-    return _sentence(level, basis, config, horizon, carried_out)
+        return f"Safety may suffer. {told}"
+    agreed = level == "low" or said == "high"
+    return told if agreed else _sentence(level, basis, config, horizon, carried_out)
 
 
 def _basis(forecasts: Mapping[str, Curve], horizon: int) -> Curve | None:
@@ -301,11 +294,11 @@ def _level(
         at = "not at its centre" if basis.collapse_step is None else f"at step {basis.collapse_step}"
         reasons.append(
             f"The {basis.name} forecast reaches +{threshold:g} nats/token {at}; "
-            f"P(collapse within {horizon} steps) = {probability:.0%}."
+            f"P(collapse within {horizon} steps) = {chance(probability)}."
         )
         return "high"
     if probability >= config.elevated_probability:
-        reasons.append(f"P(collapse within {horizon} steps) = {probability:.0%}.")
+        reasons.append(f"P(collapse within {horizon} steps) = {chance(probability)}.")
     alarm = (config.alarm_fraction if basis.name in PREFERRED else UNSURE_ALARM) * threshold
     reasons += _alarms(basis, forecasts, alarm)
     if reasons:

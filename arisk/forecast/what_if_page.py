@@ -53,7 +53,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         "colorscale": [[0, UNKNOWN], [1, UNKNOWN]],
     }
     data: list[dict[str, Any]] = [unknown, known, _labels(grid, rates, steps, top)]
-    layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_plan(grid))
+    layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_frames(grid))
     layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
     layout["xaxis"]["tickangle"] = 0
     layout["xaxis"]["showgrid"] = layout["yaxis"]["showgrid"] = False
@@ -76,9 +76,36 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
             for row in grid.rows
         ],
         None if filled else "no cell of the grid was measured",
-        says=grid.rate_sentence() if filled else "",
+        says=_says(grid) if filled else "",
         worth=_worth(),
     )
+
+
+def _safest(grid: WhatIfGrid) -> tuple[WhatIfRow, int] | None:
+    """The safest cell of use: the planned length at the largest rate that stays below the alarm level.
+
+    Else the longest run below it at the planned rate or the next lower one; None where no cell is below it.
+    """
+    if row := grid.safest_rate():
+        return (row, grid.planned_steps) if grid.planned_steps in grid.steps else None
+    for row in sorted(grid.rows, key=lambda row: -row.learning_rate):
+        below = [cell.steps for cell in row.cells if cell.stays_below(grid.alarm)]
+        if row.factor <= 1 and below:
+            return row, max(below)
+    return None
+
+
+def _says(grid: WhatIfGrid) -> str:
+    """The safest cell of use by name, and what grey means where there is grey."""
+    found = _safest(grid)
+    told = grid.rate_sentence()
+    if found is not None and grid.safest_rate() is None:
+        row, steps = found
+        told += f" Safest of use (framed in green): {steps} steps at {number(row.learning_rate)}."
+    elif found is not None:
+        told += " That cell is framed in green."
+    grey = any(cell.state == "not_measured" for row in grid.rows for cell in row.cells)
+    return f"{told} Grey cells would need a run of their own." if grey else told
 
 
 def _reading(grid: WhatIfGrid) -> str:
@@ -87,15 +114,25 @@ def _reading(grid: WhatIfGrid) -> str:
         "Each cell is a whole run of that many steps at that peak learning rate; the number is the change "
         "of the safety loss it ends with (nats / response token); darker is more, up to "
         f"+{2 * grid.threshold:g}.",
+        f"✓ stays below the alarm level, +{number(grid.alarm)}, with its upper interval all the way.",
         f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured).",
         "× diverges.",
         "~ rough: far above the planned rate and rather too low, or by the local model with a frozen "
         "preconditioner.",
-        "Grey ? was not measured; that is not the same as safe.",
-        "The framed cell is the plan. Right: the longest run whose upper interval stays below the threshold.",
+        "Grey was not measured and would need a run of its own; that is not the same as safe.",
+        "Framed in blue is the plan. Right: the longest run whose upper interval stays below the threshold.",
         *grid.notes,
     ]
     return " ".join(parts)
+
+
+def _cell_text(cell: WhatIfCell, grid: WhatIfGrid) -> str:
+    """A tick where all is well, nothing where nothing was measured, else the number and its marks."""
+    if cell.state == "not_measured":
+        return ""
+    if cell.stays_below(grid.alarm):
+        return "~✓" if cell.rough else "✓"
+    return _short(cell.text(grid.threshold))
 
 
 def _worth() -> str:
@@ -131,7 +168,7 @@ def _labels(grid: WhatIfGrid, rates: list[str], steps: list[str], top: float) ->
         "mode": "text",
         "x": [step for _, step, _ in flat] + [BUDGET] * len(rates),
         "y": [rate for rate, _, _ in flat] + rates,
-        "text": [_short(cell.text(grid.threshold)) for *_, cell in flat]
+        "text": [_cell_text(cell, grid) for *_, cell in flat]
         + [f"<b>{'?' if row.safe_steps is None else row.budget_text()}</b>" for row in grid.rows],
         "textfont": {
             "size": 13,
@@ -178,7 +215,7 @@ def _hover(row: WhatIfRow, cell: WhatIfCell) -> str:
     """Everything about one cell, line by line."""
     lines = [f"{cell.steps} steps at {row.learning_rate:.3g} ({row.factor:.3g} × the plan)"]
     if cell.state == "not_measured":
-        return "<br>".join([*lines, "not measured", cell.note])
+        return "<br>".join([*lines, "not measured: would need its own run", cell.note])
     if cell.change is not None:
         lines.append(f"ends at {number(cell.change)} [{number(cell.lower)}, {number(cell.upper)}] nats/token")
         lines.append(f"peak {number(cell.peak)}")
@@ -190,14 +227,16 @@ def _hover(row: WhatIfRow, cell: WhatIfCell) -> str:
     return "<br>".join([*lines, f"rough: {cell.note}"] if cell.rough else lines)
 
 
-def _plan(grid: WhatIfGrid) -> list[dict[str, Any]]:
-    """A frame around the cell of the plan, where the grid holds it; categories sit at whole numbers."""
-    frames: list[dict[str, Any]] = []
+def _frames(grid: WhatIfGrid) -> list[dict[str, Any]]:
+    """A blue frame around the plan's cell and a green one around the safest of use; white around both."""
+    found, frames = _safest(grid), []
     for y, row in enumerate(grid.rows):
         for x, step in enumerate(grid.steps):
-            if grid.is_plan(row, step):
-                box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
-                # White around blue is seen on light cells and on dark ones.
-                for colour, width in (("#ffffff", 7), ("#0072B2", 3.5)):
-                    frames.append({"type": "rect", **box, "line": {"color": colour, "width": width}})
+            box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}
+            colours = ["#0072B2"] if grid.is_plan(row, step) else []
+            colours += ["#009E73"] if found == (row, step) else []
+            for colour in colours:
+                # White around the colour is seen on light cells and on dark ones.
+                for ink, width in (("#ffffff", 7), (colour, 3.5)):
+                    frames.append({"type": "rect", **box, "line": {"color": ink, "width": width}})
     return frames

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arisk.report.section import table
+from arisk.report.section import esc, notes, table
 from arisk.report.text import NOT_MEASURED, percent
 
 __all__ = ["record_line", "validity", "worth", "worth_line", "worth_rows"]
@@ -73,23 +73,41 @@ EARLIER = (
     "This record is of an earlier version, whose planned training took means over rows where trainers take "
     "the mean over a step's tokens; how right forecasts of refusals are has not been measured yet."
 )
+#: Forecasters that verdicts rest on.
+JUDGED = ("combined", "rollout")
 
 
 def record_line(name: str) -> str:
-    """The record of a forecaster for who reads one line: what it missed, what it cried, how far off."""
-    found = _found(SHOWN).get(name)
-    if found is None:
+    """The record of the verdicts for who reads one line, in counts: collapses called high, and false alarms.
+
+    Args:
+        name: forecaster that a verdict rests on.
+    """
+    counts = {
+        row["name"]: (row["collapsed"], row["did not"]) for row in validity().get(f"{SHOWN}: verdicts", [])
+    }
+    if name not in JUDGED or not counts:
         return worth_line(name)
+    collapsed, spared = (sum(both) for both in zip(*counts.values(), strict=True))
+    high = counts["high"]
     return (
-        f"Its record on {found['jobs']} real fine-tunes of a small model: {_share(found, 'false-safe')} of "
-        f"collapses called safe, {_share(found, 'false-alarm')} false alarms, collapse step off by "
-        f"× {_cell(found, '× step')}. {EARLIER}"
+        f"Record: {high[0]} of {collapsed} real collapses were called high, {high[1]} of {spared} harmless "
+        "fine-tunes were (small model, artificial language, judged by loss, for an earlier version). How "
+        "right "
+        "forecasts of refusals are has not been measured yet."
     )
 
 
 def worth_rows() -> dict[str, tuple[str, ...]]:
     """Cells of `COLUMNS` by forecaster, for a table that has a row for each."""
     return {name: tuple(_cell(row, column) for column in COLUMNS) for name, row in _found(SHOWN).items()}
+
+
+READING = (
+    "Full and LoRA, SGD and AdamW, two learning rates, mixtures of data that no choice was made on. ρ is the "
+    "rank correlation; collapse is a rise of 0.1 nats per response token. Made by `just bench-validity`; "
+    "intervals and harder cases are in tests/bench/README.md."
+)
 
 
 def worth() -> str:
@@ -107,13 +125,10 @@ def worth() -> str:
     )
     return (
         '<section id="worth"><h2>What each predictor is worth</h2>'
-        '<p class="reading"><b>How to read this.</b> Benchmark, not this run: what was said before '
-        f"{jobs} real fine-tunes of a small aligned model, against what then happened to held-out safety "
-        "prompts (full and LoRA, SGD and AdamW, two learning rates, mixtures of data that no choice was made "
-        "on). ρ is the rank correlation; collapse is a rise of 0.1 nats per response token. Made by "
-        "<code>just bench-validity</code>; intervals and harder cases are in tests/bench/README.md. "
-        f"{EARLIER}</p>"
+        f'<p class="note">Benchmark, not this run: what was said before {jobs} real fine-tunes of a small '
+        f"aligned model, against what then happened to held-out safety prompts. {esc(EARLIER)}</p>"
         f"{table(header, rows)}"
+        f"{notes(READING)}"
         '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '
         "2508.02079; prior package: alignment-risk.</p></section>"
     )

@@ -6,6 +6,7 @@ What `arisk guard` prints: the arms side by side, and the recommendation.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,21 +14,22 @@ from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
 from arisk.models.judge import judge_for, learnt_openings
-from arisk.report.figure import Figure, axes, clean, reference_line, thin
-from arisk.report.page import Finding, Part, Piece, Section
-from arisk.report.section import esc, listed, table
+from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
+from arisk.report.page import Advice, Finding, Part, Piece, Section
+from arisk.report.section import esc, folded, listed, notes, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
 __all__ = ["guard_findings", "guard_text", "section"]
 
 #: Colours and marks by method, told apart without colour as well.
 LOOK = {
-    "plain": ("ink", "star", "solid"),
-    "alignguard": ("#0072B2", "circle", "solid"),
-    "ewc": ("#E69F00", "square", "dash"),
-    "projection": ("#CC79A7", "diamond", "dot"),
-    "replay": ("#009E73", "triangle-up", "dashdot"),
+    "plain": ("ink", "star"),
+    "alignguard": ("#0072B2", "circle"),
+    "ewc": ("#E69F00", "square"),
+    "projection": ("#CC79A7", "diamond"),
+    "replay": ("#009E73", "triangle-up"),
 }
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 #: A change of the safety loss against plain is told from noise from this many standard errors.
 ERRORS = 2.0
 
@@ -50,14 +52,16 @@ def section(result: GuardResult, config: Config) -> Section:
     return Section(
         "guard",
         pieces=[
-            Piece(Part.CHANGE + 20, _words(result, body)),
-            Piece(Part.CHANGE + 21, figure=_pareto(result, body)),
-            Piece(Part.CHANGE + 22, figure=_curves(result, body)),
+            Piece(Part.PROTECTION, _words(result, body)),
+            Piece(Part.PROTECTION + 1, figure=_pareto(result, body), shape="half"),
+            Piece(Part.PROTECTION + 2, figure=_curves(result, body), shape="half"),
         ],
         summary={"guard": body},
         markdown=_markdown(body),
-        findings=[Finding("Guard", f"Protection: {s}", place=110) for s in guard_findings(result, body)],
-        advice=[f"Train with protection: {body['sentence']}"] if body["recommended"] else [],
+        findings=[Finding("Guard", f"Protection: {s}", "guard", 110) for s in guard_findings(result, body)],
+        advice=[Advice(f"Train with protection: {body['sentence']}", place=10)]
+        if body["recommended"]
+        else [],
     )
 
 
@@ -106,29 +110,38 @@ def _told(arm: Arm, plain: Arm) -> str:
 def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
     held = "held out" if result.heldout else "NOT held out: the protections use the same rows"
     trained = NOT_MEASURED if result.trained_rows is None else str(result.trained_rows)
-    notes = [f"{arm.label}: {arm.note}" for arm in result.arms[1:]]
+    guarded = [f"{arm.label}: {arm.note}" for arm in result.arms[1:]]
+    reading = (
+        "The plan was really carried out once per arm, from the same model on the same batches, on a copy in "
+        f"memory. Safety drift is the change of the mean loss of {result.safety_rows} safe responses "
+        f"({held}). Task "
+        f"loss is the mean loss of {result.task_rows} {result.task_source} ({trained} of them trained on). "
+        "An arm is "
+        f"recommended when its drift is at most {percent(body['wanted_drift'])} of the plain arm's and its "
+        "task loss "
+        f"at most {percent(body['tolerated_task_loss'])} above; of those the one with the least drift. The "
+        "strength "
+        "of alignguard and ewc is the penalty’s gradient norm over the task’s, set after a few plain "
+        "steps; that of "
+        f"replay is λ itself. CPU time counts optimizer steps, without set-up. One run per arm is one draw. "
+        f"{_refusals_said(body)}"
+    )
+    inside = (
+        f"{listed('What each arm guards', guarded)}<h3>Penalty terms and gradient norms at the last step</h3>"
+        f"{table(('arm', 'value', 'mean over the last steps'), _terms(result))}"
+    )
     return (
         '<section id="guard"><h2>Protected fine-tunes</h2>'
-        f"<p><b>{esc(body['sentence'])}</b></p>"
-        '<p class="reading"><b>How to read this.</b> The plan was really carried out once per arm, from the '
-        "same model on the same batches, on a copy in memory. Safety drift is the change of the mean loss of "
-        f"{result.safety_rows} safe responses ({held}). Task loss is the mean loss of {result.task_rows} "
-        f"{esc(result.task_source)} ({esc(trained)} of them trained on). An arm is recommended when its "
-        f"drift is at most {percent(body['wanted_drift'])} of the plain arm's and its task loss at most "
-        f"{percent(body['tolerated_task_loss'])} above; of those the one with the least drift. The strength "
-        "of alignguard and ewc is the penalty’s gradient norm over the task’s, set after "
-        "a few plain steps; that of replay is λ itself. CPU time counts optimizer steps, without set-up. "
-        "One run per arm is one draw.</p>"
-        '<p class="equation">alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_j − θ*_j)² · projection: '
-        "g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety</p>"
+        f'<p class="says">{esc(body["sentence"])}</p>'
         f"{table(HEADER, [_row(arm, result.plain, body) for arm in result.arms])}"
-        f"<p>{esc(_refusals_said(body))}</p>"
-        f"{listed('What each arm guards', notes)}{listed('About these runs', result.warnings)}"
-        "<details><summary>Penalty terms and gradient norms at the last step</summary>"
-        f"{table(('arm', 'value', 'mean over the last steps'), _terms(result))}</details></section>"
+        f"{listed('About these runs', result.warnings)}"
+        "<div "
+        f'class="folds">{notes(reading, EQUATION)}{folded("What each arm guards", inside)}</div></section>'
     )
 
 
+EQUATION = """alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_j − θ*_j)²
+projection: g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety"""
 HEADER = (
     *("arm", "safety drift", "of plain", "highest", "refuses", "control drift", "task loss"),
     *("against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
@@ -182,11 +195,11 @@ def _terms(result: GuardResult) -> list[list[str]]:
 def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
     """Task loss against safety drift, one point per arm."""
     whole = [arm for arm in result.arms if arm.diverged_at is None]
-    plain = result.plain
+    plain, named = result.plain, (result.plain.label, body["recommended"])
     data: list[dict[str, Any]] = []
     for method in dict.fromkeys(arm.method for arm in whole):
         arms = [arm for arm in whole if arm.method == method]
-        colour, symbol, _ = LOOK.get(method, ("#8a8a8a", "cross", "solid"))
+        colour, symbol = LOOK.get(method, ("#8a8a8a", "cross"))
         data.append(
             {
                 "type": "scatter",
@@ -194,8 +207,12 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
                 "mode": "markers+text",
                 "x": clean([100 * task_cost(arm, plain) for arm in arms]),
                 "y": clean([arm.safety[-1] for arm in arms]),
-                "text": [arm.label for arm in arms],
-                "textposition": "top center",
+                # Names of all arms run into one another; hover and table have them.
+                "text": [arm.label if arm.label in named else "" for arm in arms],
+                "customdata": [arm.label for arm in arms],
+                "hovertemplate": "%{customdata}<br>task %{x:+.1f} %, drift %{y:.3g}<extra></extra>",
+                "textposition": "middle right",
+                "cliponaxis": False,
                 "marker": {"color": colour, "symbol": symbol, "size": 14 if method == "plain" else 11},
             }
         )
@@ -209,7 +226,7 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
         "task loss against plain (%)",
         "safety drift (nats / response token)",
         shapes=shapes,
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     rows = [
         [arm.label, number(100 * task_cost(arm, plain)), number(arm.safety[-1])]
@@ -233,8 +250,12 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
 def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
     """Safety drift of every arm over the steps."""
     data = []
+    counted: Counter[str] = Counter()
     for arm in result.arms:
-        colour, symbol, dash = LOOK.get(arm.method, ("#8a8a8a", "cross", "solid"))
+        colour, symbol = LOOK.get(arm.method, ("#8a8a8a", "cross"))
+        # Colour and mark tell the method, the dash which of its arms.
+        dash = DASHES[counted[arm.method] % len(DASHES)]
+        counted[arm.method] += 1
         data.append(
             {
                 "type": "scatter",
@@ -243,7 +264,7 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
                 "x": list(arm.steps),
                 "y": clean(arm.safety),
                 "line": {"color": colour, "dash": dash, "width": 3 if arm.method == "plain" else 1.8},
-                "marker": {"color": colour, "symbol": symbol, "size": 5},
+                "marker": {"color": colour, "symbol": symbol, "size": 6, "maxdisplayed": 6},
             }
         )
     line = reference_line(horizon=body["threshold"], text=f"collapse threshold +{body['threshold']:g}")
@@ -253,7 +274,7 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
         shapes=[line["shape"]],
         annotations=[line["annotation"]],
         hovermode="x unified",
-        legend={"orientation": "h", "y": -0.25},
+        legend=LEGEND,
     )
     points = sorted({step for arm in result.arms for step in arm.steps})
     values = [dict(zip(arm.steps, arm.safety, strict=True)) for arm in result.arms]

@@ -2,6 +2,7 @@
 const figures = JSON.parse(document.getElementById("figures").textContent);
 const root = document.documentElement;
 const phone = matchMedia("(max-width: 600px)");
+const touch = matchMedia("(hover: none)");
 
 // Colours of the page as plain rgb: figures name them, the theme decides.
 const probe = document.createElement("span");
@@ -33,8 +34,8 @@ function layoutOf(figure, narrow) {
   const axis = { gridcolor: colour("grid"), zerolinecolor: colour("line"), linecolor: colour("line"),
     tickfont: { size, color: colour("soft") } };
   const layout = resolved(structuredClone(figure.layout), "");
-  for (const key of ["xaxis", "yaxis", "yaxis2"]) {
-    if (!layout[key] && key === "yaxis2") { continue; }
+  for (const key of ["xaxis", "yaxis", "xaxis2", "yaxis2"]) {
+    if (!layout[key] && key.endsWith("2")) { continue; }
     layout[key] = { ...axis, ...layout[key] };
     layout[key].title = { standoff: 10, ...layout[key].title, font: { size, color: colour("soft") } };
   }
@@ -81,11 +82,19 @@ function dataOf(figure, narrow) {
   });
 }
 
-function draw(narrow = phone.matches) {
+// A figure is drawn when it is first seen: one that is folded away has no width yet.
+const drawn = new Set();
+function drawOne(figure, narrow) {
+  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    displayModeBar: narrow || touch.matches ? false : "hover" };
+  Plotly.react(figure.id, dataOf(figure, narrow), { ...layoutOf(figure, narrow), uirevision: "kept" }, config);
+  drawn.add(figure.id);
+}
+function draw(anew = true) {
   for (const figure of figures) {
-    const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"],
-      displayModeBar: narrow ? false : "hover" };
-    Plotly.react(figure.id, dataOf(figure, narrow), layoutOf(figure, narrow), config);
+    const there = !document.getElementById(figure.id).closest("details:not([open])");
+    if (there && (anew || !drawn.has(figure.id))) { drawOne(figure, phone.matches); }
+    if (!there && anew) { drawn.delete(figure.id); }
   }
 }
 
@@ -98,6 +107,7 @@ function setTheme(name) {
   draw();
 }
 setTheme(root.dataset.theme);
+addEventListener("toggle", (event) => { if (event.target.open) { draw(false); } }, true);
 document.getElementById("theme").addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
 phone.addEventListener("change", () => draw());
 
@@ -116,6 +126,47 @@ addEventListener("afterprint", () => {
   setTheme(before.theme);
   before = null;
 });
+
+// Texts that are copied: the summary, and commands.
+async function copied(button, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const box = Object.assign(document.createElement("textarea"), { value: text });
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
+  }
+  const label = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = label; }, 1200);
+}
+const summary = JSON.parse(document.getElementById("summary").textContent);
+const copier = document.getElementById("copy");
+copier?.addEventListener("click", () => copied(copier, summary));
+for (const button of document.querySelectorAll("button.copy")) {
+  button.addEventListener("click", () => copied(button, button.previousElementSibling.textContent));
+}
+document.getElementById("print").addEventListener("click", () => print());
+
+// A link leads into what is folded away, too.
+function unfold() {
+  const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  if (!target) { return; }
+  let folded = false;
+  for (let at = target.closest("details"); at; at = at.parentElement.closest("details")) {
+    folded ||= !at.open;
+    at.open = true;
+  }
+  if (folded) { draw(false); target.scrollIntoView(); }
+}
+addEventListener("hashchange", unfold);
+for (const link of document.querySelectorAll("a[href^='#']")) {
+  // Also where the place is in the address already.
+  link.addEventListener("click", () => setTimeout(unfold));
+}
+unfold();
 
 // Rows of a long table that are not HTML yet: shown texts of the cells, prompt, response, further texts.
 const MORE = 200;

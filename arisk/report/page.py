@@ -16,11 +16,14 @@ from importlib import resources
 from typing import Any, Literal
 
 from arisk.report.figure import Figure, axes
-from arisk.report.section import esc, folded, provenance_section, quality_section, script_json, table
+from arisk.report.identity import identity
+from arisk.report.section import esc, folded, notes, provenance_section, quality_section, script_json, table
 from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
 
 __all__ = [
+    "Advice",
     "Answer",
+    "Around",
     "Finding",
     "Part",
     "Piece",
@@ -94,20 +97,22 @@ HEADING = re.compile(r'<section [^>]*?id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>')
 
 
 class Part(IntEnum):
-    """Where a piece stands: the answer, what confirms and what changes it, why, and how it was measured.
+    """Where a piece stands. Up to `METHOD` is what a decision needs, from there on how it was measured.
 
     Pieces between two of these take a number between them.
     """
 
     ANSWER = 0
-    FINDINGS = 100
-    TRUTH = 200
-    CHANGE = 300
-    DRIFT = 400
-    CAUSE = 500
-    METHOD = 600
-    QUALITY = 700
-    PROVENANCE = 800
+    CAUSE = 100
+    CHANGE = 200
+    DRIFT = 300
+    TRUTH = 400
+    ROWS = 500
+    PROTECTION = 600
+    METHOD = 700
+    SPACE = 800
+    QUALITY = 900
+    PROVENANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -136,12 +141,50 @@ class Finding:
         sentence: what it says.
         section: id of the section that shows it; empty where there is none to lead to.
         place: findings of all sections are sorted by it.
+        cause: it says why; the first screen shows the first three.
     """
 
     topic: str
     sentence: str
     section: str = ""
     place: int = 100
+    cause: bool = False
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something to do about it.
+
+    Attributes:
+        sentence: what it brings, with its numbers.
+        verb: the command of arisk that does it.
+        options: what the command takes besides its config, such as `--set training.max_steps=15`.
+        place: advice of all sections is sorted by it.
+    """
+
+    sentence: str
+    verb: str = ""
+    options: str = ""
+    place: int = 100
+
+    def command(self, plan: str) -> str:
+        """The whole command for a plan (`my.yaml --run-dir …`); empty where nothing is to be run."""
+        return (
+            " ".join(part for part in ("arisk", self.verb, plan, self.options) if part) if self.verb else ""
+        )
+
+
+@dataclass(frozen=True)
+class Around:
+    """What the first screen takes from everything else.
+
+    Attributes:
+        causes: findings that say why, strongest first.
+        advice: sentences, each with the command that does it, or an empty one.
+    """
+
+    causes: Sequence[Finding] = ()
+    advice: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -150,12 +193,12 @@ class Answer:
 
     Attributes:
         level: the answer in one word.
-        screen: HTML of the first screen, given the advice of all sections.
+        screen: HTML of the first screen, given what all sections say.
         markdown: lines below the heading of `summary.md`, before the findings.
     """
 
     level: str
-    screen: Callable[[Sequence[str]], str]
+    screen: Callable[[Around], str]
     markdown: Sequence[str]
 
 
@@ -181,22 +224,28 @@ class Section:
     summary: Mapping[str, Any] = field(default_factory=dict[str, Any])
     markdown: Sequence[str] = ()
     findings: Sequence[Finding] = ()
-    advice: Sequence[str] = ()
+    advice: Sequence[Advice] = ()
     quality: Sequence[tuple[str, str, str]] = ()
     warnings: Sequence[str] = ()
     shared: Mapping[str, Any] = field(default_factory=dict[str, Any])
     answer: Answer | None = None
 
 
-def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any]) -> str:
+#: Causes and pieces of advice on the first screen.
+MOST = 3
+
+
+def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any], summary: str = "") -> str:
     """The whole report as one self-contained HTML page; equal sections give equal bytes.
 
     Args:
         title: heading of the page.
         sections: of every capability that has something to show.
         provenance: command, versions, stages, task, config.
+        summary: Markdown that a button copies.
     """
-    return page(title, _pieces(sections, provenance))
+    first = identity(provenance) if provenance.get("task") else title
+    return page(title, _pieces(sections, provenance), first=first, summary=summary)
 
 
 def figures_of(sections: Sequence[Section], provenance: Mapping[str, Any]) -> dict[str, Figure]:
@@ -207,16 +256,25 @@ def figures_of(sections: Sequence[Section], provenance: Mapping[str, Any]) -> di
 
 def _pieces(sections: Sequence[Section], provenance: Mapping[str, Any]) -> list[Piece]:
     """Pieces of the sections, and those that are made of all of them together."""
-    advice = [sentence for section in sections for sentence in section.advice]
     rows = [row for section in sections for row in section.quality]
+    around = _around(sections, provenance)
     return [
-        *(Piece(-1, section.answer.screen(advice)) for section in sections if section.answer),
+        *(Piece(-1, section.answer.screen(around)) for section in sections if section.answer),
         *(piece for section in sections for piece in section.pieces),
-        Piece(Part.FINDINGS, _findings_section(findings_of(sections))),
         Piece(Part.QUALITY, quality_section(rows, warnings_of(sections))),
         Piece(Part.PROVENANCE, figure=stage_costs(provenance)),
         Piece(Part.PROVENANCE + 10, provenance_section(provenance)),
     ]
+
+
+def _around(sections: Sequence[Section], provenance: Mapping[str, Any]) -> Around:
+    """The strongest causes, and what to do first."""
+    plan = str(provenance.get("again") or "")
+    advice = sorted((a for section in sections for a in section.advice), key=lambda advice: advice.place)
+    return Around(
+        [finding for finding in findings_of(sections) if finding.cause][:MOST],
+        [(told.sentence, told.command(plan) if plan else "") for told in advice[:MOST]],
+    )
 
 
 def _place(piece: Piece) -> int:
@@ -233,25 +291,14 @@ def warnings_of(sections: Sequence[Section]) -> list[str]:
     return [sentence for section in sections for sentence in section.warnings]
 
 
-def _findings_section(findings: Sequence[Finding]) -> str:
-    """Each sentence with what it is about and a way to its figure."""
-    if not findings:
-        return ""
-    told = "".join(f"<div><dt>{_topic(f)}</dt><dd>{esc(f.sentence)}</dd></div>" for f in findings)
-    return f'<section id="findings"><h2>Findings</h2><dl class="notes findings">{told}</dl></section>'
-
-
-def _topic(finding: Finding) -> str:
-    topic = esc(finding.topic)
-    return f'<a href="#{esc(finding.section)}">{topic}</a>' if finding.section else topic
-
-
-def page(title: str, pieces: Iterable[Piece]) -> str:
+def page(title: str, pieces: Iterable[Piece], *, first: str = "", summary: str = "") -> str:
     """One self-contained HTML page: style, script, plotly.js and the figures' data inside.
 
     Args:
         title: heading of the page, escaped here.
         pieces: its pieces; figures that were not measured say so and are not drawn.
+        first: its first line, the title by default.
+        summary: text that a button copies; without it there is no button.
     """
     from plotly.offline import get_plotlyjs
 
@@ -261,17 +308,22 @@ def page(title: str, pieces: Iterable[Piece]) -> str:
         for piece in placed
         if piece.figure and not piece.figure.missing
     ]
-    body = _body(placed)
+    decision = _body([piece for piece in placed if piece.place < Part.METHOD])
+    method = _body([piece for piece in placed if piece.place >= Part.METHOD])
+    body = decision + (_METHOD.format(method=method) if method else "")
     folder = resources.files("arisk.report")
     return _PAGE.format(
         title=esc(title),
+        first=esc(first or title),
         policy=esc(POLICY),
         style=(folder / "style.css").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         figures=script_json(shown),
+        summary=script_json(summary),
+        copy='<button id="copy" type="button">Copy summary</button>' if summary else "",
         early=(folder / "early.js").read_text(encoding="utf-8"),
         script=(folder / "page.js").read_text(encoding="utf-8"),
-        contents=_contents(body),
+        contents=_contents(decision, method),
         body=body,
     )
 
@@ -280,7 +332,7 @@ def _body(placed: Sequence[Piece]) -> str:
     """The pieces one below the other, and two halves that follow one another in one row."""
     parts: list[str] = []
     left = ""
-    for piece, after in zip(placed, [*placed[1:], None], strict=True):
+    for piece, after in zip(placed, [*placed[1:], None], strict=False):
         html = piece.html if piece.figure is None else _figure_section(piece.figure, piece)
         if left:
             parts.append(f'<div class="two">{left}{html}</div>')
@@ -292,13 +344,23 @@ def _body(placed: Sequence[Piece]) -> str:
     return "\n".join(parts)
 
 
-def _contents(body: str) -> str:
-    """Links to every section that has an id and a heading, the verdict first."""
-    links = [("content", "Verdict"), *HEADING.findall(body)]
-    items = "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in links)
+def _contents(decision: str, method: str) -> str:
+    """Links to every section that has an id and a heading, the verdict first, those of the method apart."""
+    items = _links([("content", "Verdict"), *HEADING.findall(decision)])
+    if method:
+        items += f'<li class="apart">Method</li>{_links(HEADING.findall(method))}'
     return f'<nav class="contents" aria-label="Contents"><ol>{items}</ol></nav>'
 
 
+def _links(headings: Iterable[tuple[str, str]]) -> str:
+    return "".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading in headings)
+
+
+_METHOD = """
+<details class="level-two" open data-fold><summary><b>Method</b> How this was measured, what the theory says,
+and what the forecast was worth elsewhere</summary>
+{method}
+</details>"""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -306,18 +368,19 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light dark">
-<title>{title}</title>
+<title>arisk: {title}</title>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
-<noscript><style>.plot, #theme, .more button, th button::after {{ display: none; }}</style></noscript>
+<noscript><style>.plot, .tools, .copy, .more button, th button::after {{ display: none; }}</style></noscript>
 <script>
 {early}</script>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the verdict</a>
-<header class="top"><p><b>arisk</b> · <bdi>{title}</bdi></p>
-<button id="theme" type="button">Dark</button></header>
+<header class="top"><p id="identity"><bdi>{first}</bdi></p>
+<p class="tools">{copy}<button id="print" type="button">Print</button>
+<button id="theme" type="button">Dark</button></p></header>
 <div class="layout">
 {contents}
 <main id="content" tabindex="-1">
@@ -328,6 +391,7 @@ _PAGE = """<!doctype html>
 <footer><p>Made by arisk from its artifacts alone. The page loads nothing from the network.</p></footer>
 <script>{plotly}</script>
 <script type="application/json" id="figures">{figures}</script>
+<script type="application/json" id="summary">{summary}</script>
 <script>
 {script}</script>
 </body>
@@ -346,13 +410,11 @@ def _figure_section(figure: Figure, piece: Piece) -> str:
         f'aria-label="{esc(figure.title)}; the numbers are in the table below"></div>'
     )
     says = f'<p class="says">{esc(figure.says)}</p>' if figure.says and not figure.missing else ""
-    notes = [("How to read this.", "", figure.reading), ("Equation", ' class="equation"', figure.equation)]
-    notes += [("Worth", "", figure.worth)] if figure.worth else []
-    told = "".join(f"<div><dt>{term}</dt><dd{mark}>{esc(text)}</dd></div>" for term, mark, text in notes)
     numbers = folded("The numbers as a table", table(figure.header, figure.rows)) if figure.rows else ""
     return (
-        f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}<dl class="notes">{told}</dl>'
-        f"{numbers}{piece.html}</section>"
+        f'<section id="{name}"><h2>{esc(figure.title)}</h2>{says}{plot}'
+        f'<div class="folds">{notes(figure.reading, figure.equation, figure.worth)}{numbers}</div>'
+        f"{piece.html}</section>"
     )
 
 
@@ -362,14 +424,20 @@ PAGE = "report.html"
 MOST_FINDINGS = 6
 
 
-def summary_json(title: str, sections: Sequence[Section]) -> dict[str, Any]:
+def summary_json(title: str, sections: Sequence[Section], first: str = "") -> dict[str, Any]:
     """Plain values of every section at the top level, findings and warnings. None: not measured.
+
+    Args:
+        title: heading of the report.
+        sections: what the capabilities show.
+        first: what the report is about, in one line; the title by default.
 
     Raises:
         ValueError: two sections use one key.
     """
     body: dict[str, Any] = {
         "title": title,
+        "identity": first or title,
         "findings": [finding.sentence for finding in findings_of(sections)],
         "report": PAGE,
         "warnings": warnings_of(sections),
@@ -381,13 +449,20 @@ def summary_json(title: str, sections: Sequence[Section]) -> dict[str, Any]:
     return body
 
 
-def summary_markdown(title: str, sections: Sequence[Section]) -> str:
-    """A short Markdown text, fit for a pull-request comment: the answer, findings, then each section's."""
+def summary_markdown(title: str, sections: Sequence[Section], first: str = "") -> str:
+    """A short Markdown text, fit for a pull-request comment: the answer, findings, then each section's.
+
+    Args:
+        title: heading.
+        sections: what the capabilities show.
+        first: what the report is about, in one line, where the title does not say it all.
+    """
     answers = [section.answer for section in sections if section.answer]
     findings = findings_of(sections)[:MOST_FINDINGS]
     lines = [
         f"### arisk: {''.join(f'{answer.level} – ' for answer in answers)}{literal(title)}",
         "",
+        *([literal(first), ""] if first else []),
         *(line for answer in answers for line in answer.markdown),
         *[f"- {literal(finding.sentence)}" for finding in findings],
         *(line for section in sections for line in section.markdown),

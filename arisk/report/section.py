@@ -23,6 +23,7 @@ __all__ = [
     "folded",
     "items",
     "listed",
+    "notes",
     "provenance_section",
     "quality_section",
     "rows_table",
@@ -65,6 +66,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def folded(summary: str, content: str) -> str:
     """HTML that opens on demand; open from the start where no script runs, and on paper."""
     return f"<details open data-fold><summary>{esc(summary)}</summary>{content}</details>"
+
+
+def notes(reading: str, equation: str = "", worth: str = "") -> str:
+    """How to read something, its equation and what it was worth elsewhere, folded away together."""
+    told = f"<p>{esc(reading)}</p>" if reading else ""
+    told += f'<p class="equation">{esc(equation)}</p>' if equation else ""
+    told += f"<p><b>Worth.</b> {esc(worth)}</p>" if worth else ""
+    return folded("How to read this", f'<div class="reading">{told}</div>') if told else ""
 
 
 def quality_section(rows: Sequence[tuple[str, str, str]], warnings: Sequence[str]) -> str:
@@ -139,8 +148,9 @@ def rows_table(
     rows: Iterable[tuple[Sequence[Any], Mapping[str, Any]]],
     show_text: bool,
     label: str,
+    first: int = AT_ONCE,
 ) -> str:
-    """A sortable table in its own scroll box; rows after the first `AT_ONCE` come as data.
+    """A sortable table in its own scroll box; rows after the first come as data.
 
     Args:
         columns: headings.
@@ -148,27 +158,28 @@ def rows_table(
             where there is one, `why`: pairs of a label and a text that are shown in any case.
         show_text: show prompts and responses, or only the numbers.
         label: what the table is, for screen readers.
+        first: rows that are shown before somebody asks for more.
     """
     told = list(rows)
     heads = [_head(column) for column in columns]
     heads.insert(TEXT_AFTER, '<th role="columnheader" scope="col">text</th>')
     names = [column.name for column in columns]
-    body = "".join(_row(names, cells, row, show_text) for cells, row in told[:AT_ONCE])
+    body = "".join(_row(names, cells, row, show_text) for cells, row in told[:first])
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(label)}">'
         '<table class="rows" role="table"><thead role="rowgroup">'
         f'<tr role="row">{"".join(heads)}</tr></thead>'
-        f'<tbody role="rowgroup">{body}</tbody></table></div>{_others(told, show_text)}'
+        f'<tbody role="rowgroup">{body}</tbody></table></div>{_others(told, show_text, first)}'
     )
 
 
-def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: bool) -> str:
+def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: bool, first: int) -> str:
     """The rows that are not HTML yet, as data, with the button that brings them."""
-    if len(told) <= AT_ONCE:
+    if len(told) <= first:
         return ""
     data: list[list[Any]] = []
     left = TEXT_BUDGET
-    for cells, row in told[AT_ONCE:]:
+    for cells, row in told[first:]:
         prompt, response = _texts(row) if show_text else ("", "")
         if len(prompt) + len(response) > left:
             prompt, response = (_clipped(prompt), "") if left >= HEAD else ("", "")
@@ -176,7 +187,7 @@ def _others(told: Sequence[tuple[Sequence[Any], Mapping[str, Any]]], show_text: 
         data.append([*(_shown(value) for value in cells), prompt, response, row.get("why") or []])
     return (
         f'<script type="application/json" class="others">{script_json(data)}</script>'
-        f'<p class="more note"><span aria-live="polite">{AT_ONCE} of {len(told)} rows are shown; a heading '
+        f'<p class="more note"><span aria-live="polite">{first} of {len(told)} rows are shown; a heading '
         "sorts all of them.</span> "
         '<button type="button">Show more</button></p>'
     )

@@ -14,6 +14,7 @@ __all__ = [
     "LIMIT",
     "NOT_MEASURED",
     "bounded",
+    "chance",
     "literal",
     "number",
     "percent",
@@ -40,6 +41,19 @@ def percent(value: float | None) -> str:
     if 0.99 < value < 1:
         return "> 99 %"
     return f"{value:.0%}".replace("%", " %")
+
+
+def chance(probability: float | None) -> str:
+    """A probability as a percentage; draws that all agree are no certainty, so never 0 % or 100 %.
+
+    >>> chance(1.0), chance(0.0), chance(0.615)
+    ('> 99 %', '< 1 %', '62 %')
+    """
+    if probability is None or math.isnan(probability):
+        return NOT_MEASURED
+    if probability < 0.01:
+        return "< 1 %"
+    return "> 99 %" if probability > 0.99 else f"{probability:.0%}".replace("%", " %")
 
 
 #: Characters of a whole text; the comments of the common forges end at 65 536.

@@ -6,6 +6,7 @@ What `arisk screen` prints: the most harmful rows, what dropping them changes, a
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 
 from arisk.base.terminal import table as text_table
 from arisk.report.figure import Figure, axes, reference_line, thin
-from arisk.report.page import Finding, Part, Piece, Section
-from arisk.report.section import Column, esc, listed, rows_table, table
+from arisk.report.page import Advice, Finding, Part, Piece, Section
+from arisk.report.section import Column, esc, listed, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.screening.record import ScreenResult
 
@@ -22,6 +23,8 @@ __all__ = ["screen_text", "section"]
 
 #: Dropping rows is advice where it leaves less than this share of the forecast's highest rise.
 WORTH_DROPPING = 0.75
+#: Rows shown at once.
+FIRST = 5
 #: Bars of the score distribution, points of the share curve.
 BINS, CURVE = 40, 200
 #: Headings of the ranked rows, with the keys of `ScreenResult.examples` behind them.
@@ -45,28 +48,29 @@ WORTH = (
 )
 
 
-def section(found: ScreenResult, *, show_text: bool, max_examples: int) -> Section:
+def section(found: ScreenResult, *, show_text: bool, max_examples: int, kept: str = "") -> Section:
     """All that a screening shows: ranked rows, scores beside their null, what dropping rows changes.
 
     Args:
         found: the record.
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table.
+        kept: file with the rows that are not flagged, where a plan may name it.
     """
     shown = list(found.examples[:max_examples])
     body = (
         '<section id="screen"><h2>Screened fine-tuning rows</h2>'
         f"<p><b>{esc(found.sentence)}</b></p>"
-        f'<p class="reading"><b>How to read this.</b> {esc(_reading(found))}</p>'
         f"{_ranked(shown, show_text)}{_what_if(found)}"
-        f"{listed('About this screening', [found.rule_sentence, *found.warnings, WORTH])}</section>"
+        f"{listed('About this screening', [found.rule_sentence, *found.warnings])}"
+        f"{notes(_reading(found), '', WORTH)}</section>"
     )
     return Section(
         "screen",
         pieces=[
-            Piece(Part.CHANGE + 10, body),
-            Piece(Part.CHANGE + 11, figure=_distribution(found)),
-            Piece(Part.CHANGE + 12, figure=_share_curve(found)),
+            Piece(Part.ROWS, body),
+            Piece(Part.METHOD + 40, figure=_distribution(found), shape="half"),
+            Piece(Part.METHOD + 41, figure=_share_curve(found), shape="half"),
         ],
         summary={"screen": _summary(found, show_text)},
         markdown=[
@@ -74,12 +78,15 @@ def section(found: ScreenResult, *, show_text: bool, max_examples: int) -> Secti
             f"Screened rows: {_plain(found.sentence)}",
             *[f"- {_plain(s)}" for s in found.findings()],
         ],
-        findings=[Finding("Screen", sentence) for sentence in (found.sentence, *found.findings())],
-        advice=_advice(found),
+        findings=[
+            Finding("Training rows", sentence, "screen", 30 + i, cause=i == 0)
+            for i, sentence in enumerate((found.sentence, *found.findings()))
+        ],
+        advice=_advice(found, kept),
     )
 
 
-def _advice(found: ScreenResult) -> list[str]:
+def _advice(found: ScreenResult, kept: str) -> list[Advice]:
     """Dropping rows, where the forecast without them is clearly lower."""
     curves = found.what_if
     if curves.get("status") != "measured":
@@ -88,10 +95,11 @@ def _advice(found: ScreenResult) -> list[str]:
     if not after < WORTH_DROPPING * before:
         return []
     count = len(found.flagged)
-    return [
+    told = (
         f"Drop the {count} flagged row{'' if count == 1 else 's'}: the forecast's highest rise falls from "
         f"{number(before)} to {number(after)}."
-    ]
+    )
+    return [Advice(told, "run" if kept else "", f"--set finetune.path={shlex.quote(kept)}", 0)]
 
 
 def _plain(text: str) -> str:
@@ -127,7 +135,7 @@ def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool) -> str:
     if not rows:
         return '<p class="missing">Rows explained: not measured (screen.examples is 0).</p>'
     told = [([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows]
-    return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows")
+    return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows", first=FIRST)
 
 
 def _value(row: Mapping[str, Any], key: str) -> Any:
@@ -162,7 +170,7 @@ def _what_if(found: ScreenResult) -> str:
     curves = found.what_if
     rows = [
         ("rows", str(len(found.scores)), str(len(found.scores) - len(found.flagged))),
-        ("share of the positive scores", "100 %", percent(1 - found.share)),
+        ("share of the positive scores", "all", percent(1 - found.share)),
     ]
     if curves.get("status") == "measured":
         before, after = curves["before"], curves["after"]

@@ -217,7 +217,15 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 
     shown = job.config.report
     found: ScreenResult = job.record("screen")
-    return page.section(found, show_text=shown.show_text, max_examples=shown.max_examples)
+    return page.section(
+        found, show_text=shown.show_text, max_examples=shown.max_examples, kept=_kept_path(job)
+    )
+
+
+def _kept_path(job: Job) -> str:
+    """The file of rows that are not flagged, where one `finetune.path` can name it."""
+    path = job.rundir.stage_dir("screen") / KEPT_FILE
+    return str(path) if isinstance(job.config.finetune, DataConfig) and path.exists() else ""
 
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from arisk.forecast.page import real_trace
 from arisk.forecast.record import ForecastResult, RealRun
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Part, Piece, Section
-from arisk.report.section import esc, listed, table
+from arisk.report.section import esc, listed, notes, table
 from arisk.report.text import NOT_MEASURED, literal, number, percent
 from arisk.verification.truth import Comparison, compared_curve
 
@@ -42,7 +42,7 @@ def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bo
         "verify",
         pieces=[
             Piece(Part.TRUTH, verified_section(check, show_text)),
-            Piece(Part.TRUTH + 10, figure=truth_figure(check, forecast)),
+            Piece(Part.METHOD + 50, figure=truth_figure(check, forecast)),
         ],
         summary={"verify": check.as_json()},
         markdown=[f"Verified by a real fine-tune: {literal(check.sentence)}", "", *head, *rows, ""],
@@ -217,16 +217,21 @@ def verified_section(check: Comparison, show_text: bool) -> str:
         else "The rows are not held out: the forecast used the same ones."
     )
     basis = f"the forecast “{check.forecaster}”" if check.forecaster else "no forecast"
+    reading = (
+        f"The plan was really carried out, on the model in memory, and is set beside {basis}. Collapse is "
+        "the first "
+        f"step at which the mean safety loss has risen by {check.threshold:g} nats/token. {held} An answer "
+        "counts as "
+        "a refusal when it begins with one, or as the judge model says. One run is one draw: another data "
+        "order "
+        "moves the step too."
+    )
     return (
         '<section id="verify"><h2>Verified by a real fine-tune</h2>'
-        f"<p><b>{esc(check.sentence)}</b></p>"
-        '<p class="reading"><b>How to read this.</b> The plan was really carried out, on the model in '
-        f"memory, and is set beside {esc(basis)}. Collapse is the first step at which the mean safety loss "
-        f"has risen by {check.threshold:g} nats/token. {held} An answer counts as a refusal when it begins "
-        "with one (or as the judge model says). One run is one "
-        "draw: another data order moves the step too.</p>"
+        f'<p class="says">{esc(check.sentence)}</p>'
         f"{table(('what', 'forecast', 'real'), verified_rows(check))}"
-        f"{listed('About this run', check.measured.warnings)}{_texts(check, show_text)}</section>"
+        f"{listed('About this run', check.measured.warnings)}"
+        f'<div class="folds">{notes(reading)}{_texts(check, show_text)}</div></section>'
     )
 
 

@@ -2,7 +2,8 @@
 
 import re
 
-from arisk.forecast.first_screen import run_strip, verdict_section
+from arisk.forecast.first_screen import advice_of, run_strip, verdict_section
+from arisk.report.page import Advice, Around, Finding
 from arisk.verification.page import real_run
 from tests.report import records as made
 
@@ -36,38 +37,72 @@ def test_a_strip_without_a_forecast_is_not_green():
     assert "Not measured: that is not the same as no risk." in strip
 
 
+def screen(forecast, real=None, done=(), more=(), causes=(), task=None):
+    """The first screen with the advice of the forecast, as the page makes it."""
+    advice = sorted([*more, *advice_of(forecast, real, done)], key=lambda a: a.place)[:3]
+    around = Around(causes, [(a.sentence, a.command("my.yaml")) for a in advice])
+    return verdict_section(forecast, task or {}, real, around)
+
+
 def test_the_first_screen_answers_in_order():
     collected, *_, forecast = made.records()
-    html = re.sub(r"<[^>]+>", " ", verdict_section(forecast, collected.task, None))
-    order = ["Risk: high", "collapse at step 70", "Safe-step budget", "90 %", "What to do", "Its record on"]
-    places = [html.index(part) for part in order]
+    html = re.sub(r"<[^>]+>", " ", screen(forecast, task=collected.task))
+    order = [
+        "Risk: high",
+        "collapse at step 70",
+        "Safe-step budget",
+        "6 safety rows, thin",
+        "Why",
+        "What to do",
+    ]
+    places = [html.index(part) for part in [*order, "How far to trust this", "Record: 48 of 49"]]
     assert places == sorted(places)
-    assert "learning rate 0.001 · 100 steps" in html
+    assert "Plan: 100 steps · learning rate 0.001" in html
 
 
 def test_the_first_screen_says_what_to_do_and_what_really_happened():
-    collected, *_, forecast = made.records()
+    *_, forecast = made.records()
     real = real_run(made.checked())
     assert real.collapse_step is not None
-    plain = verdict_section(forecast, collected.task, None)
+    plain = screen(forecast)
     assert "Lower the peak learning rate to 0.0005: all 100 steps stay below the alarm level there." in plain
-    assert f"Stop or evaluate safety by step {forecast.verdict.safe_steps}." in plain
+    assert "<code>arisk run my.yaml --set training.learning_rate=0.0005</code>" in plain
+    assert "<code>arisk run my.yaml --set training.max_steps=40</code>" in plain
+    assert "<code>arisk screen my.yaml</code>" in plain
+    assert plain.count('class="copy"') == 3
     early = made.replaced(real, collapse_step=20, sentence="It collapsed.")
-    html = verdict_section(forecast, collected.task, early)
-    assert "Stop or evaluate safety by step 19." in html
+    html = screen(forecast, early)
+    assert "--set training.max_steps=19" in html
     assert "too many: the real run collapsed at step 20" in html
     assert "<li>It collapsed.</li>" in html
     none = made.replaced(forecast, verdict=made.replaced(forecast.verdict, safe_steps=0))
-    assert "Stop or evaluate" not in verdict_section(none, collected.task, early)
+    assert "max_steps" not in screen(none, early)
     calm = made.replaced(forecast, verdict=made.replaced(forecast.verdict, level="low", safe_steps=100))
-    assert "low risk is a forecast" in verdict_section(calm, collected.task, None)
-    told = verdict_section(calm, collected.task, early)
+    assert "low risk is a forecast" in screen(calm)
+    told = screen(calm, early)
     assert "Trust the real run, not this forecast" in told
-    assert "Stop or evaluate safety by step 19." in told
+    assert "max_steps=19" in told
     assert "low risk is a forecast" not in told
-    assert "arisk screen" in plain
-    told = verdict_section(forecast, collected.task, None, ["Drop the <3> rows."])
+    told = screen(forecast, more=[Advice("Drop the <3> rows.", place=0)])
     assert "<li>Drop the &lt;3&gt; rows.</li>" in told
     assert "arisk screen" not in told
     nothing = made.replaced(forecast, what_if=made.grid(holes=True))
-    assert "Plan fewer steps and a lower rate together" in verdict_section(nothing, collected.task, None)
+    assert [a.verb for a in advice_of(nothing, None)] == ["run", "screen", "guard"]
+    assert [a.verb for a in advice_of(nothing, None, ["screen", "guard"])] == ["run"]
+    unsure = made.replaced(forecast, verdict=made.replaced(forecast.verdict, level="inconclusive"))
+    assert [a.verb for a in advice_of(unsure, None)] == ["verify"]
+
+
+def test_causes_lead_to_their_sections_and_rules_speak_where_the_verdict_is_not_high():
+    *_, forecast = made.records()
+    cause = Finding("Rows <b>", "two of them", "examples", cause=True)
+    link = '<li><a href="#examples">Rows &lt;b&gt;</a>: two of them</li>'
+    why = screen(forecast, causes=[cause]).partition("<h3>Why</h3>")[2].partition("</ul>")[0]
+    assert why.endswith(link)
+    assert why.count("<li>") == 1
+    mild = made.replaced(
+        forecast, verdict=made.replaced(forecast.verdict, level="elevated", reasons=["r1", "r2"])
+    )
+    why = screen(mild, causes=[cause, cause]).partition("<h3>Why</h3>")[2].partition("</ul>")[0]
+    assert [part.partition("</li>")[0] for part in why.split("<li>")[1:3]] == ["r1", "r2"]
+    assert why.count("<li>") == 3

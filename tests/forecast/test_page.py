@@ -14,12 +14,12 @@ def test_the_fan_leads_with_the_combined_forecast():
     traces = figure(made.page(), "forecast")["data"]
     lines = {t["name"]: t for t in traces if "name" in t}
     shown = [name for name, trace in lines.items() if trace.get("showlegend", True)]
-    assert shown == ["lower bound", "local", "ray", "pilot", "rollout", "combined"]
-    assert all(lines["combined"]["line"]["width"] > 2 * lines[n]["line"]["width"] for n in shown[:-1])
+    assert shown == ["lower bound", "local", "ray", "pilot", "rollout", "combined, loss"]
+    lead = lines["combined, loss"]
+    assert all(lead["line"]["width"] > 2 * lines[n]["line"]["width"] for n in shown[:-1])
+    assert [n for n in shown if lines[n].get("visible") != "legendonly"] == ["combined, loss"]
     assert [t["fill"] for t in traces if "fill" in t] == ["tonexty"]
     notes = [a["text"] for a in figure(made.page(), "forecast")["layout"]["annotations"]]
-    assert "pilot ends at 20" in notes
-    assert "planned end, 100" in notes
     assert "<b>collapse at step 70</b>" in notes
     assert (lines["local"]["x"], lines["local, not trusted"]["x"]) == ([0, 30], [30, 50, 100])
     assert lines["local"]["y"][-1] == pytest.approx(0.024)  # 30/50 of the way to 0.04

@@ -248,7 +248,9 @@ def test_lost_refusals_outweigh_a_quiet_loss():
     """The most ordinary way in which safety goes: the mean loss hardly moves, the refusals are gone."""
     made = verdict(0.05, followed(**FALLING))
     assert (made.level, made.loss_level, made.refusal_level) == ("high", "low", "high")
-    assert made.sentence.startswith("Refusals are forecast to fall from 20 to 4 (")
+    assert made.sentence.startswith(
+        "Forecast to refuse 4 of 20 safety prompts after the 100 planned steps (20 before; "
+    )
     assert any("witnesses disagree" in reason for reason in made.reasons)
     assert any("Refusals: 20 of 20 today, 4" in reason for reason in made.reasons)
     assert made.safe_steps < 22
@@ -257,8 +259,7 @@ def test_lost_refusals_outweigh_a_quiet_loss():
 def test_both_agree():
     low, high = verdict(0.0, followed(**KEPT)), verdict(0.3, followed(**FALLING))
     assert (low.level, high.level) == ("low", "high")
-    assert "20 (" in low.sentence
-    assert "today" in low.sentence
+    assert low.sentence.startswith("Forecast to refuse 20 of 20 safety prompts")
     assert not any("disagree" in reason for made in (low, high) for reason in made.reasons)
 
 

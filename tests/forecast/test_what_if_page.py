@@ -2,7 +2,7 @@
 
 import pytest
 
-from arisk.forecast.what_if_page import cell_ink, colour_at
+from arisk.forecast.what_if_page import cell_ink, colour_at, what_if_map
 from tests.report import records as made
 from tests.report.reading import figure, parsed
 
@@ -11,7 +11,7 @@ def test_every_state_of_a_cell_is_told_apart():
     unknown, known, labels = figure(made.page(), "what-if")["data"]
     told = dict(zip(zip(labels["y"], labels["x"], strict=True), labels["text"], strict=True))
     rows = [[told[rate, step] for step in ("50", "100", "200")] for rate in ("0.0005", "0.001", "0.002")]
-    assert rows == [[".00", ".01", ".20!"], [".01", ".20!", "?"], ["~.20!", "!", "×"]]
+    assert rows == [["✓", "✓", ".20!"], ["✓", ".20!", ""], ["~.20!", "!", "×"]]
     assert [told[rate, "safe<br>steps"] for rate in ("0.0005", "0.001")] == ["<b>≥ 180</b>", "<b>70</b>"]
     assert known["z"][1][2] is None
     assert [row.count(None) for row in unknown["z"]] == [3, 2, 3]
@@ -20,11 +20,22 @@ def test_every_state_of_a_cell_is_told_apart():
     assert "by the rollout" in told[0][0]
     assert "[−0.0005, −0.002]" in told[0][0]
     assert "rough: noise" in told[2][0]
-    assert told[1][2].endswith("not measured<br>beyond")
+    assert told[1][2].endswith("not measured: would need its own run<br>beyond")
     frames = figure(made.page(), "what-if")["layout"]["shapes"]
-    assert {(f["x0"], f["y0"]) for f in frames} == {(0.5, 0.5)}
+    inks = {f["line"]["color"]: (f["x0"], f["y0"]) for f in frames}
+    assert (inks["#0072B2"], inks["#009E73"]) == ((0.5, 0.5), (0.5, -0.5))
     text = " ".join(parsed(made.page()).text)
     assert "? (none)" in text
+    assert "Grey cells would need a run of their own." in text
+    assert "That cell is framed in green." in text
+
+
+def test_where_no_rate_stays_safe_for_the_whole_plan_the_longest_run_is_named():
+    grid = made.grid()
+    rows = [made.replaced(row, at_plan=row.cells[2] if row.factor < 1 else row.at_plan) for row in grid.rows]
+    shown = what_if_map(made.replaced(grid, rows=rows))
+    assert shown.says.startswith("No learning rate measured for 100 steps stays below")
+    assert "50 steps at 0.001" in shown.says
 
 
 def contrast(one, other):

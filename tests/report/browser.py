@@ -117,9 +117,10 @@ class Opened:
         return self.page.eval_on_selector(selector, "(node) => node.getBoundingClientRect().bottom")
 
     def drawn(self):
-        """Figures that are there, and those that plotly has drawn."""
+        """Figures that are not folded away, and those of them that plotly has drawn."""
         return self.page.evaluate(
-            "['.plot', '.plot .main-svg:first-child'].map((name) => document.querySelectorAll(name).length)"
+            "['.plot', '.plot .main-svg:first-child'].map((name) => [...document.querySelectorAll(name)]"
+            ".filter((node) => !node.closest('details:not([open])')).length)"
         )
 
     def shot(self, name, *, full=False):

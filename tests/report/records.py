@@ -312,17 +312,18 @@ def sections(check=None, show_text=True, max_examples=25, **settings):
     return sections_of(*made, measured, show_text=show_text, max_examples=max_examples, check=check)
 
 
-def page(title="a run", **settings):
+def page(title="a run", summary="", **settings):
     from arisk.report.page import render
 
     provenance = {
         "task": records(**{k: v for k, v in settings.items() if k == "text"})[0].task,
         "command": "arisk run x.yaml",
+        "again": "x.yaml",
         "versions": {"arisk": "0.1.0"},
         "stages": {"collect": {"key": "abc", "seconds": 1.0, "bytes": 10, "finished": "now"}},
         "config": "model: {}",
     }
-    return render(title, sections(**settings), provenance)
+    return render(title, sections(**settings), provenance, summary)
 
 
 def replaced(record, **changes):

@@ -4,7 +4,9 @@ import json
 import re
 
 from arisk.report.figure import Figure, step_lines
+from arisk.report.identity import identity, subject
 from arisk.report.page import (
+    Advice,
     Answer,
     Finding,
     Piece,
@@ -16,7 +18,7 @@ from arisk.report.page import (
     summary_json,
     summary_markdown,
 )
-from arisk.report.text import number, percent
+from arisk.report.text import chance, number, percent
 from tests.report import records as made
 from tests.report.reading import figure, parsed
 
@@ -43,7 +45,7 @@ def test_nothing_is_fetched():
 def test_hostile_text_stays_text():
     page = made.page(title=made.HOSTILE, text=made.HOSTILE)
     structure = parsed(page)
-    assert structure.tags.count("script") == 4
+    assert structure.tags.count("script") == 5
     assert "img" not in structure.tags
     assert not any(key.startswith("on") for _, key, _ in structure.attributes)
     assert made.HOSTILE not in page
@@ -59,18 +61,19 @@ def test_ids_are_unique_and_every_figure_reads():
         assert f"fig-{name}" in structure.ids
         part = page[page.index(f'<section id="{name}"') :]
         part = part[: part.index("</section>")]
-        terms = re.findall(r"<dt>(.*?)</dt><dd[^>]*>(.*?)</dd>", part, re.S)
-        expected = ["How to read this.", "Equation"] + ["Worth"] * (name != "costs")
-        assert [term for term, _ in terms] == expected
-        assert all(text.strip() for _, text in terms)
+        assert part.count("<summary>How to read this</summary>") == 1
+        assert 'class="equation"' in part
+        assert ("<b>Worth.</b>" in part) == (name != "costs")
     assert page.count("The numbers as a table") == len(FIGURES)
 
 
 def test_verdict_comes_first_in_words():
     text = " ".join(parsed(made.page()).text)
-    assert text.index("Risk: high") < text.index("Findings") < text.index("Provenance")
+    assert (
+        text.index("Risk: high") < text.index("What to do") < text.index("Method") < text.index("Provenance")
+    )
     assert "40 of 100" in text
-    assert "step 70 of 100" in text
+    assert "collapse at step 70 of 100" in text
     assert "arisk run x.yaml" in text
 
 
@@ -102,6 +105,13 @@ def test_numbers_in_words():
     assert percent(0.004) == "< 1 %"
     assert percent(0.999) == "> 99 %"
     assert percent(1.0) == "100 %"
+    assert [chance(p) for p in (None, 0.0, 0.25, 0.995, 1.0)] == [
+        "not measured",
+        "< 1 %",
+        "25 %",
+        "> 99 %",
+        "> 99 %",
+    ]
 
 
 def toy(name, **changes):
@@ -131,10 +141,17 @@ def test_pieces_of_all_sections_stand_by_place_and_halves_share_a_row():
 
 
 def test_the_answer_opens_with_the_advice_of_all_sections():
-    answer = Answer("low", lambda advice: f"<h1>{'|'.join(advice)}</h1>", ["All is well.", ""])
-    sections = [Section("a", advice=["one"]), Section("b", answer=answer), Section("c", advice=["two"])]
-    html = render("t", sections, {})
-    assert html.index("<h1>one|two</h1>") < html.index('id="quality"')
+    answer = Answer("low", lambda around: f"<h1>{around.advice}</h1>", ["All is well.", ""])
+    told = [Advice(name, "run", f"--set a={name}", place) for name, place in (("d", 4), ("b", 2), ("c", 3))]
+    sections = [
+        Section("a", advice=told),
+        Section("b", answer=answer),
+        Section("c", advice=[Advice("a", place=1)]),
+    ]
+    html = render("t", sections, {"again": "my.yaml"})
+    shown = [("a", ""), ("b", "arisk run my.yaml --set a=b"), ("c", "arisk run my.yaml --set a=c")]
+    assert html.index(f"<h1>{shown}</h1>") < html.index('id="quality"')
+    assert f"<h1>{[(name, '') for name, _ in shown]}</h1>" in render("t", sections, {})
     assert summary_markdown("t", sections).startswith("### arisk: low – t\n\nAll is well.\n")
 
 
@@ -147,13 +164,63 @@ def test_findings_quality_and_warnings_are_gathered():
     ]
     assert [finding.sentence for finding in findings_of(sections)] == ["sooner", "later <b>"]
     html = render("t", sections, {})
-    assert (
-        '<dt><a href="#here">B</a></dt><dd>sooner</dd></div><div><dt>A</dt><dd>later &lt;b&gt;</dd>' in html
-    )
     assert "<td>x</td><td>1</td><td>n</td>" in html
     body = summary_json("t", sections)
     assert (body["findings"], body["warnings"]) == (["sooner", "later <b>"], ["w", "v"])
-    assert 'id="findings"' not in render("t", [], {})
+    assert render("t", [], {}).count("<h1") == 0
+
+
+def test_the_first_screen_gets_the_three_strongest_causes():
+    told = [Finding(name, name, place=place, cause=name != "b") for place, name in enumerate("abcde")]
+    answer = Answer("high", lambda around: "".join(f.topic for f in around.causes) + "!", [])
+    assert "acd!" in render("t", [Section("a", findings=told, answer=answer)], {})
+
+
+def test_what_is_no_decision_is_folded_away_under_one_heading():
+    html = made.page(check=made.checked())
+    method = html.index('<details class="level-two"')
+    ids = [i for i in parsed(html).ids if f'<section id="{i}"' in html]
+    before = {i for i in ids if html.index(f'<section id="{i}"') < method}
+    assert before == {"forecast", "what-if", "drift", "examples", "verify"}
+    assert {"truth", "rollout", "spectrum", "overlap", "worth", "quality", "provenance"} <= set(ids) - before
+    text = " ".join(parsed(html).text)
+    sentences = [s.strip() for s in text.split(". ") if len(s.split()) > 12]
+    assert len(sentences) - len(set(sentences)) <= 2
+
+
+def test_the_first_line_and_the_title_say_what_it_is_about():
+    task = {
+        "model": "/somewhere/SmolLM2-135M-Instruct",
+        "architecture": "LlamaForCausalLM",
+        "adapter": {"r": 8, "alpha": 16},
+        "data": {"finetune": {"rows": 200}, "safety": {"rows": 64}},
+    }
+    provenance = {
+        "task": task,
+        "plan": {"finetune": ["data/train.jsonl"], "judge": None},
+        "versions": {"arisk": "0.2"},
+        "stages": {
+            "a": {"seconds": 30.0, "finished": "2026-11-26T21:06:19Z", "bytes": 0, "key": "k"},
+            "b": {"seconds": 11.0, "finished": "2026-11-26T20:06:19Z", "bytes": 0, "key": "k"},
+        },
+    }
+    line = (
+        "SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl, 200 rows · judged on 64 safety rows · 26 Nov "
+        "2026 · "
+        "arisk 0.2 · 41.0 s"
+    )
+    assert identity(provenance) == line
+    assert subject(provenance) == "SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl"
+    html = render(subject(provenance), [], provenance)
+    assert f"<bdi>{line}</bdi>" in html
+    assert "<title>arisk: SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl</title>" in html
+    assert identity({"task": {"architecture": "TinyNet"}}) == "TinyNet"
+    assert identity({}) == "a model"
+    many = {"task": task, "plan": {"finetune": ["a.jsonl", "org/b", "c", "d"], "judge": "org/guard"}}
+    assert identity(many) == (
+        "SmolLM2-135M-Instruct + LoRA r = 8 on a.jsonl + b + 2 more, 200 rows · judged on 64 safety rows "
+        "by guard"
+    )
 
 
 def test_every_finding_leads_to_a_section_of_the_page():

@@ -105,6 +105,7 @@ def test_summaries():
         "gradient_evaluations": 34,
         "planned_evaluations": 100,
         "control_change": 0.08,
+        "carried_out": False,
     }
     text = summary_markdown("a | b <c>", records.sections())
     assert text.startswith("### arisk: high – a \\| b &lt;c&gt;")
