@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from arisk.base.artifacts import write_tensors
 from arisk.base.processes import is_first, rank
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage
+from arisk.engine.stage import Stage, where_hidden
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +40,13 @@ def _fisher_task(job: Job) -> Task:
 
 def _collect(job: Job, workspace: Path) -> CollectResult:
     from arisk.anatomy.collect import collect
+    from arisk.base.task import without_text
 
     made = collect(_fisher_task(job), job.config.collect, workspace, progress=job.show.progress)
     # The stage may serve other plans: it tells of the safety rows alone, `rollout` of the plan's data.
     data = {"safety": made.task.get("data", {}).get("safety", {})}
+    if not job.config.report.show_text:
+        made = replace(made, rows=[without_text(row) for row in made.rows])
     return replace(made, task={**made.task, "data": data} if "data" in made.task else made.task)
 
 
@@ -67,6 +70,7 @@ def _subspace(job: Job, workspace: Path) -> SubspaceResult:
 
 def _score(job: Job, workspace: Path) -> ScoreResult:
     from arisk.anatomy.score import score
+    from arisk.base.task import without_text
     from arisk.geometry.vectors import Scratch
 
     config = job.config
@@ -84,7 +88,9 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         )
     if is_first():
         write_tensors(workspace / "directions.safetensors", made.directions)
-    return made.record
+    if config.report.show_text:
+        return made.record
+    return replace(made.record, examples=[without_text(row) for row in made.record.examples])
 
 
 def _layout(collected: CollectResult) -> ParameterLayout:
@@ -149,6 +155,7 @@ COLLECT = Stage(
     explains=_explains,
     run=_collect,
     config=(*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
+    config_also=where_hidden(),
     inputs=("model", "adapter", "safety"),
     parallel=True,
     resume_files=("losses-*.safetensors", "group-*.safetensors", "parts/*"),
@@ -183,6 +190,7 @@ SCORE = Stage(
         *("training.weight_decay", "training.weight_decay_on", "training.loss", "training.order"),
         *("training.drop_last", "training.loraplus_lr_ratio"),
     ),
+    config_also=where_hidden(),
     inputs=("finetune", "control"),
     parallel=True,
     record="arisk.anatomy.record:ScoreResult",

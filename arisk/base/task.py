@@ -25,6 +25,7 @@ __all__ = [
     "Task",
     "TokenLoss",
     "silent",
+    "without_text",
 ]
 
 #: One batch: a tensor, or a tuple, list, mapping or dataclass of tensors that share dimension 0.
@@ -152,3 +153,12 @@ Progress = Callable[[str, int, int], None]
 
 def silent(label: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def without_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a row in numbers, and where it comes from: no text of it.
+
+    >>> without_text({"prompt": "How?", "tokens": 4, "line": 2, "source": "data.jsonl"})
+    {'tokens': 4, 'line': 2, 'source': 'data.jsonl'}
+    """
+    return {key: value for key, value in row.items() if key == "source" or isinstance(value, (int, float))}

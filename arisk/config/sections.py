@@ -257,7 +257,7 @@ class ReportConfig(Settings):
     max_examples: PositiveInt = 12
     """Riskiest fine-tuning rows shown."""
     show_text: bool = True
-    """Show prompts and responses; off: only their numbers (for confidential data)."""
+    """Show prompts and responses; off: no file of a run holds any, only numbers (for confidential data)."""
     figures: Literal["none", "auto", "png", "svg"] = "none"
     """Figures as files beside the page, by the extra `figures` and a browser; auto: forecast and layer
     map as PNG, where both are there."""

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from arisk.base.artifacts import FORMAT_VERSION, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
@@ -27,9 +27,6 @@ from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
 from arisk.engine.rundir import RunDir, remove_tree
 from arisk.engine.stage import Catalogue, Stage
-
-if TYPE_CHECKING:
-    from arisk.config.plan import Config
 
 __all__ = [
     "CONFIG_FILE",
@@ -106,7 +103,8 @@ def ingredients_of(
         shown: optional stages that it includes.
     """
     values = config.model_dump(mode="json")
-    taken = {dotted: _at(values, dotted) for dotted in spec.config}
+    also = () if spec.config_also is None else spec.config_also(config)
+    taken = {dotted: _at(values, dotted) for dotted in (*spec.config, *also)}
     for name, section in taken.items():
         # Contents are fingerprinted: where a file lies changes nothing.
         if isinstance(section, dict) and "path" in section:

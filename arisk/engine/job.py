@@ -113,10 +113,15 @@ class Job:
         return self.records[stage]
 
 
-def shelf_of(config: Config, rundir: RunDir) -> Shelf:
-    """Where a run keeps the model's own answers to safety prompts, and what that model is."""
+def shelf_of(config: Config, rundir: RunDir) -> Shelf | None:
+    """Where a run keeps the model's own answers to safety prompts, and what that model is.
+
+    Nowhere where texts may not be shown: they are then written anew for every process.
+    """
     from arisk.models.answers import Shelf
 
+    if not config.report.show_text:
+        return None
     inputs = input_fingerprints(config, DigestCache(rundir.path / ".digests.json"))
     settings = config.model.model_dump(mode="json", exclude={"path": True, "adapter": {"path"}})
     model = {name: inputs.get(name) for name in ("model", "adapter")}

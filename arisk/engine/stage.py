@@ -30,6 +30,7 @@ __all__ = [
     "forward_tokens",
     "named",
     "steps_option",
+    "where_hidden",
 ]
 
 
@@ -133,6 +134,7 @@ class Stage:
         upstream: stages whose outputs it reads.
         config: dotted config values it depends on. Device and threads are none: numbers do not depend on
             them beyond rounding.
+        config_also: further ones, by the config.
         inputs: fingerprints it depends on.
         shows: stages whose outputs it includes where they are fresh; they may come later in the order.
         optional: run only when asked for by name.
@@ -162,6 +164,7 @@ class Stage:
     run: Callable[[Job, Path], Any]
     upstream: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
+    config_also: Callable[[Config], tuple[str, ...]] | None = None
     inputs: tuple[str, ...] = ()
     shows: tuple[str, ...] = ()
     optional: bool = False
@@ -202,6 +205,17 @@ def forward_tokens(task: Task, passes: Mapping[str, float]) -> float:
         samples = task.finetune if kind in OVER_FINETUNE else task.safety
         found += forwards * passes.get(kind, 0.0) * float(samples.statistics.get("tokens_mean", 1.0))
     return found
+
+
+def where_hidden(*judged: str) -> Callable[[Config], tuple[str, ...]]:
+    """`config_also` of a stage whose record holds texts of the data, or of the model.
+
+    Where `report.show_text` is off it holds none: what they say is judged before they go.
+
+    Args:
+        judged: dotted config values of that judgement.
+    """
+    return lambda config: () if config.report.show_text else ("report.show_text", *judged)
 
 
 def cost_of(stage: Stage, scene: CostScene) -> Cost:

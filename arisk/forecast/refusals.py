@@ -19,7 +19,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from arisk.forecast.forecasters import CURVE_POINTS
 from arisk.forecast.record import AnswerCount, RefusalForecast, RolloutResult
 from arisk.geometry.dynamics import recorded_steps
 from arisk.models.judge import OUTCOMES, Exchange, Judge, Outcome, RefusalRule
-from arisk.training.behaviour import DECIDING, BehaviourResult, FollowedPrompts
+from arisk.training.behaviour import DECIDING, AnsweredPrompts, BehaviourResult, FollowedPrompts
 
 __all__ = [
     "LOST_SHARES",
@@ -38,6 +38,7 @@ __all__ = [
     "refusal_forecast",
     "refusals_not_measured",
     "refused_share",
+    "without_texts",
 ]
 
 #: Shares of today's refusals whose loss has a step of its own in the record.
@@ -59,7 +60,11 @@ def labelled(followed: FollowedPrompts, judge: Judge, *, safe: bool = True) -> d
         followed: prompts with answers.
         judge: labels them.
         safe: the rows' responses are safe responses; off for ordinary rows, whose responses refuse nothing.
+
+    Answers whose texts were not kept have their outcomes already.
     """
+    if followed.answers and followed.answers[0].outcomes:
+        return {made.step: list(made.outcomes) for made in followed.answers}
     rows = [
         (str(row.get("prompt") or ""), str(row.get("response") or "") if safe else "")
         for row in followed.prompts
@@ -70,6 +75,29 @@ def labelled(followed: FollowedPrompts, judge: Judge, *, safe: bool = True) -> d
         )
         for made in followed.answers
     }
+
+
+def without_texts(said: BehaviourResult, judge: Judge) -> BehaviourResult:
+    """What was said along a run, as outcomes and numbers: no prompt, response, opening or answer is left.
+
+    Args:
+        said: with texts.
+        judge: labels the answers, now or never.
+    """
+
+    def hidden(followed: FollowedPrompts | None, safe: bool) -> FollowedPrompts | None:
+        if followed is None:
+            return None
+        labels = labelled(followed, judge, safe=safe)
+        return replace(
+            followed,
+            prompts=[{"line": row.get("line")} for row in followed.prompts],
+            openings=[],
+            answers=[AnsweredPrompts(made.step, [], labels[made.step]) for made in followed.answers],
+            responses=_responses(followed, said.learnt) if safe else [],
+        )
+
+    return replace(said, safety=hidden(said.safety, True), ordinary=hidden(said.ordinary, False), learnt=[])
 
 
 def count_answers(labels: Mapping[int, Sequence[Outcome]]) -> list[AnswerCount]:
@@ -345,6 +373,8 @@ def _safe_steps(steps: Sequence[int], lower: Tensor, today: float, share: float)
 
 def _responses(followed: FollowedPrompts, learnt: Sequence[str]) -> list[Outcome]:
     """What the safe responses of the prompts do, by the rule: whether the safety set is one."""
+    if followed.responses:
+        return list(followed.responses)
     rows = [(str(row.get("prompt") or ""), str(row.get("response") or "")) for row in followed.prompts]
     return RefusalRule(learnt, own=False)([Exchange(prompt, safe) for prompt, safe in rows if safe])
 

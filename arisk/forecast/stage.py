@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from arisk.anatomy.stage import safety_side
 from arisk.base.artifacts import read_tensors
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage
+from arisk.engine.stage import Stage, where_hidden
 
 if TYPE_CHECKING:
     from arisk.anatomy.record import ScoreResult
+    from arisk.config.plan import Config
     from arisk.forecast.record import ForecastResult, RolloutResult
     from arisk.report.page import Section
+    from arisk.training.behaviour import BehaviourResult
 
-__all__ = ["BEHAVIOUR_KEYS", "FORECAST", "JUDGE_KEYS", "ROLLOUT"]
+__all__ = ["BEHAVIOUR_KEYS", "FORECAST", "JUDGE_KEYS", "ROLLOUT", "kept_of"]
 
 #: Settings of behaviour that decide what is followed and written, and those that only label it.
 BEHAVIOUR_KEYS = tuple(
@@ -26,13 +29,14 @@ JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
 
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
+    from arisk.base.task import without_text
     from arisk.forecast.rollout import rollout, skipped_rollout
     from arisk.forecast.run import as_walked
 
     config = job.config
     if not config.rollout.enabled:
         return skipped_rollout("rollout.enabled is off", job.task, job.planned_steps())
-    return rollout(
+    found = rollout(
         job.task,
         config=as_walked(job.task, config),
         training=config.training,
@@ -42,6 +46,28 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
         workspace=workspace,
         progress=job.show.progress,
     )
+    if config.report.show_text:
+        return found
+    rows = [without_text(row) for row in found.rows]
+    return replace(found, rows=rows, behaviour=kept_of(config, found.behaviour))
+
+
+@overload
+def kept_of(config: Config, said: BehaviourResult) -> BehaviourResult: ...
+
+
+@overload
+def kept_of(config: Config, said: None) -> None: ...
+
+
+def kept_of(config: Config, said: BehaviourResult | None) -> BehaviourResult | None:
+    """What a record keeps of what was said along a run: no texts where they may not be shown."""
+    from arisk.forecast.refusals import without_texts
+    from arisk.models.judge import judge_for
+
+    if config.report.show_text or said is None:
+        return said
+    return without_texts(said, judge_for(config.behaviour, said.learnt))
 
 
 def _forecast(job: Job, workspace: Path) -> ForecastResult:
@@ -88,6 +114,7 @@ ROLLOUT = Stage(
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
     config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
+    config_also=where_hidden(*JUDGE_KEYS),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),

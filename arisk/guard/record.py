@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import stdev
 from typing import Any
 
-from arisk.models.judge import Exchange, Judge
+from arisk.models.judge import Exchange, Judge, Outcome
 
 __all__ = [
     "NEVER_BEGUN",
@@ -22,6 +22,7 @@ __all__ = [
     "paired_error",
     "refusals",
     "task_cost",
+    "without_texts",
 ]
 
 #: `diverged_at` of an arm whose protection could not be set up.
@@ -53,7 +54,7 @@ class Arm:
             where all were.
         reason: why it diverged.
         answers: what the model wrote after the last step, one greedy text per prompt of the record; empty
-            where nothing was written.
+            where nothing was written, or where texts may not be kept: then `outcomes` says what they did.
     """
 
     label: str
@@ -74,6 +75,7 @@ class Arm:
     diverged_at: int | None
     reason: str | None
     answers: Sequence[str] = ()
+    outcomes: Sequence[Outcome] = ()
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ class GuardResult:
         start: mean safety loss at step 0 (nats per response token).
         task_rows: rows of the task loss, with `task_source` in words.
         trained_rows: how many of them the run trains on; None where that is not known.
-        surprising_rows: fine-tuning rows left out of the task loss.
         warnings: sentences for the report.
-        prompts: rows whose prompts were answered: `prompt`, `response`, `line`.
-        aligned_answers: what the model wrote at step 0, one text per prompt.
+        prompts: rows whose prompts were answered: `prompt`, `response`, `line`; without texts `line` alone.
+        aligned_answers: what the model wrote at step 0, one text per prompt; `aligned_outcomes` what they
+            did, where texts may not be kept.
         generation_reason: why nothing was written; None where it was.
     """
 
@@ -104,10 +106,10 @@ class GuardResult:
     task_rows: int
     task_source: str
     trained_rows: int | None
-    surprising_rows: int
     warnings: Sequence[str]
     prompts: Sequence[Mapping[str, str | int | None]] = ()
     aligned_answers: Sequence[str] = ()
+    aligned_outcomes: Sequence[Outcome] = ()
     generation_reason: str | None = None
 
     @property
@@ -198,15 +200,43 @@ def choose(result: GuardResult, *, threshold: float, tolerated: float, wanted: f
     )
 
 
-def refusals(result: GuardResult, answers: Sequence[str], judge: Judge) -> int | None:
-    """How many of these answers to the record's prompts refuse; None without answers."""
+def without_texts(result: GuardResult, judge: Judge) -> GuardResult:
+    """The record with what its answers do in place of prompts and answers; `judge` labels them."""
+    return replace(
+        result,
+        prompts=[{"line": row.get("line")} for row in result.prompts],
+        aligned_answers=[],
+        aligned_outcomes=_outcomes(result, result.aligned_answers, judge),
+        arms=[
+            replace(arm, answers=[], outcomes=_outcomes(result, arm.answers, judge)) for arm in result.arms
+        ],
+    )
+
+
+def _outcomes(result: GuardResult, answers: Sequence[str], judge: Judge) -> list[Outcome]:
+    """What these answers to the record's prompts do; none without answers."""
     if not answers:
-        return None
+        return []
     exchanges = [
         Exchange(str(row.get("prompt") or ""), text, str(row.get("response") or ""))
         for text, row in zip(answers, result.prompts, strict=True)
     ]
-    return judge(exchanges).count("refused")
+    return judge(exchanges)
+
+
+def refusals(
+    result: GuardResult, answers: Sequence[str], outcomes: Sequence[Outcome], judge: Judge
+) -> int | None:
+    """How many answers to the record's prompts refuse; None where there are none.
+
+    Args:
+        result: has the prompts.
+        answers: their texts, or
+        outcomes: what they did.
+        judge: labels texts.
+    """
+    told = outcomes or _outcomes(result, answers, judge)
+    return list(told).count("refused") if told else None
 
 
 def guard_summary(
@@ -238,10 +268,10 @@ def guard_summary(
         "task_source": result.task_source,
         "trained_rows": result.trained_rows,
         "answered_prompts": len(result.prompts),
-        "aligned_refusals": refusals(result, result.aligned_answers, judge),
+        "aligned_refusals": refusals(result, result.aligned_answers, result.aligned_outcomes, judge),
         "refusals_missing": result.generation_reason,
         "arms": [
-            {**_arm_summary(arm, plain), "refusals": refusals(result, arm.answers, judge)}
+            {**_arm_summary(arm, plain), "refusals": refusals(result, arm.answers, arm.outcomes, judge)}
             for arm in result.arms
         ],
         "warnings": list(result.warnings),

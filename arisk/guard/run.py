@@ -145,7 +145,6 @@ def _result(
         task_rows=judged.count,
         task_source=judged.source,
         trained_rows=judged.trained,
-        surprising_rows=judged.surprising_count,
         warnings=warnings,
         prompts=writes.prompts,
         aligned_answers=aligned,

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, steps_option
+from arisk.engine.stage import Stage, steps_option, where_hidden
 from arisk.forecast.stage import JUDGE_KEYS
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
     from arisk.guard.record import GuardResult
+    from arisk.models.judge import Judge
     from arisk.report.page import Section
 
 __all__ = ["GUARD"]
@@ -27,11 +28,12 @@ GUARD_KEYS = (
 
 def _guard(job: Job, workspace: Path) -> GuardResult:
     """Carry out the planned fine-tune plain and under every protection."""
+    from arisk.guard.record import without_texts
     from arisk.guard.run import guard
 
     config = job.config
     reach = job.states["guard"].ingredients["config"]["guard.steps"]
-    return guard(
+    found = guard(
         job.task,
         config=config.guard.model_copy(update={"steps": reach}),
         training=config.training,
@@ -40,6 +42,15 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         workspace=workspace,
         progress=job.show.progress,
     )
+    return found if config.report.show_text else without_texts(found, _judge(found, config))
+
+
+def _judge(result: GuardResult, config: Config) -> Judge:
+    """The judge of a config, with the openings that the record's safe responses teach."""
+    from arisk.models.judge import judge_for, learnt_openings
+
+    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
+    return judge_for(config.behaviour, learnt)
 
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
@@ -54,16 +65,14 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     from arisk.guard.record import GuardResult, guard_summary
-    from arisk.models.judge import judge_for, learnt_openings
 
     result = read_record(folder, GuardResult)
-    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
     return guard_summary(
         result,
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
-        judge=judge_for(config.behaviour, learnt),
+        judge=_judge(result, config),
     )
 
 
@@ -76,6 +85,7 @@ GUARD = Stage(
         *("model", "safety", "finetune", "control", "training", "verify.safety"),
         *(f"guard.{key}" for key in GUARD_KEYS),
     ),
+    config_also=where_hidden(*JUDGE_KEYS),
     inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety", "guard.task"),
     optional=True,
     reach="guard.steps",

@@ -18,7 +18,7 @@ from arisk.base.processes import barrier, from_first
 from arisk.config.plan import DataConfig, parts_of
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, StageOption
+from arisk.engine.stage import Stage, StageOption, where_hidden
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
@@ -40,11 +40,14 @@ def split_rows(
     added: Sequence[SplitRow],
     flagged: frozenset[int],
     folder: Path,
+    *,
+    show_text: bool = True,
 ) -> tuple[int, int]:
     """Write every screened row once: to `kept.jsonl` or to `flagged.jsonl`, in the order of the source.
 
     Each object is that of the source with the added keys; values keep their types, text stays
-    readable. Rows that `max_samples` left out are in neither file.
+    readable. Rows that `max_samples` left out are in neither file. Where texts may not be shown, the
+    place of a row in its source (`arisk_source`, `arisk_line`) stands for it.
 
     Args:
         data: the data set, or its parts.
@@ -52,6 +55,7 @@ def split_rows(
         added: (N,) keys to add to every row.
         flagged: numbers of the flagged rows.
         folder: where the files go.
+        show_text: write the rows themselves.
 
     Returns:
         Rows kept, rows flagged.
@@ -74,10 +78,11 @@ def split_rows(
         ):
             for config in parts_of(data):
                 for line, raw in raw_rows(config, "finetune"):
+                    row = raw if show_text else {"arisk_source": config.path, "arisk_line": line}
                     for j in numbers.pop((config.path, line), ()):
                         drop = j in flagged
                         counts[drop] += 1
-                        (dropped if drop else kept).write(_line({**raw, **added[j]}))
+                        (dropped if drop else kept).write(_line({**row, **added[j]}))
     except OSError as err:
         raise disk_error(err, folder) from err
     if numbers:
@@ -117,6 +122,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
 
     config, task = job.config, job.task
     steps = job.planned_steps()
+    show_text = config.report.show_text
     old = from_first(lambda: _screened_before(job))
     made = flagged_anew(old, config.screen) if old is not None else None
     if made is None or not _flags_stand(made):
@@ -129,6 +135,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             workspace=workspace,
             progress=job.show.progress,
         )
+        made = made if show_text else replace(made, examples=[_hidden(row) for row in made.examples])
     what_if: Mapping[str, Any] = {"status": "not_measured", "reason": "screen.what_if is off"}
     if config.screen.what_if:
         what_if = dropping(
@@ -152,6 +159,15 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
 
     barrier()  # No process may still read a rollout's state.
     return replace(made, what_if=what_if, **from_first(written))
+
+
+def _hidden(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An explained row without its text, and without those of the safety samples that it hurts."""
+    hurts = row.get("hurts")
+    return {
+        **{key: value for key, value in row.items() if key not in {"prompt", "response"}},
+        "hurts": None if hurts is None else [{**sample, "prompt": ""} for sample in hurts],
+    }
 
 
 def _rolled_out(job: Job) -> RolloutResult | None:
@@ -204,7 +220,8 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
         }
         for row, score in enumerate(made.scores.tolist())
     ]
-    split_rows(data, [(row["source"], row["line"]) for row in rows], added, flagged, workspace)
+    places = [(row["source"], row["line"]) for row in rows]
+    split_rows(data, places, added, flagged, workspace, show_text=job.config.report.show_text)
     return {"files": [KEPT_FILE, FLAGGED_FILE], "files_missing": None}
 
 
@@ -257,6 +274,7 @@ SCREEN = Stage(
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
     config=("model", "safety", "finetune", "control", "training", "rollout", "screen"),
+    config_also=where_hidden(),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     optional=True,
     parallel=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import InputError
 from arisk.base.task import Generate, SampleSet
-from arisk.models.judge import learnt_openings
+from arisk.models.judge import Outcome, learnt_openings
 from arisk.models.openings import OpeningScores
 
 __all__ = [
@@ -41,10 +41,14 @@ ORDINARY_RESPONSES = 1000
 
 @dataclass(frozen=True)
 class AnsweredPrompts:
-    """What was written greedily after `step` optimizer steps, one text per prompt."""
+    """What was written greedily after `step` optimizer steps, one text per prompt.
+
+    Where texts may not be kept there are none, but `outcomes` instead: what each of them did.
+    """
 
     step: int
     texts: Sequence[str]
+    outcomes: Sequence[Outcome] = field(default_factory=list[Outcome])
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,14 @@ class FollowedPrompts:
     """One set of prompts along a run.
 
     Attributes:
-        prompts: N rows: `prompt`, `response`, `line`.
-        openings: N texts: what the model itself says first at step 0.
+        prompts: N rows: `prompt`, `response`, `line`; without texts `line` alone.
+        openings: N texts: what the model itself says first at step 0; empty without texts.
         steps: M optimizer steps at which openings were followed.
         log_p: (N, M, k) log-probability of each token of the own opening (nats), NaN where it has fewer
             than k; None where only answers can be had.
         kept: (N, M) how many of its first tokens are still the argmax; None as above.
         answers: answers at a few of the steps, the first at 0.
+        responses: what the rows' safe responses do, where their texts are not kept.
     """
 
     prompts: Sequence[Mapping[str, str | int | None]]
@@ -67,6 +72,7 @@ class FollowedPrompts:
     log_p: Tensor | None
     kept: Tensor | None
     answers: Sequence[AnsweredPrompts]
+    responses: Sequence[Outcome] = field(default_factory=list[Outcome])
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class BehaviourResult:
         tokens: length of an answer at most.
         safety: safety prompts; None where not measured.
         ordinary: control prompts; None where not measured, with `ordinary_reason`.
-        learnt: openings of refusals that the safety rows themselves taught.
+        learnt: openings of refusals that the safety rows themselves taught; empty without texts.
         own_loss: mean loss per token of what the model itself says first to the safety prompts (nats);
             None where it cannot be had.
     """

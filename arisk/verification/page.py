@@ -239,7 +239,7 @@ def _texts(check: Comparison, show_text: bool) -> str:
     """Answers at the start and at the end, prompt by prompt."""
     if not check.refusals:
         return ""
-    if not show_text:
+    if not show_text or not check.measured.generated[0].texts:
         return '<p class="note">Generated texts are not shown (report.show_text is off).</p>'
     made = check.measured.generated
     body = "".join(

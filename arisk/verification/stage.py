@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ConfigError
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, StageOption, steps_option
-from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS
+from arisk.engine.stage import Stage, StageOption, steps_option, where_hidden
+from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS, kept_of
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
@@ -44,7 +45,7 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
     )
     if found.diverged_at is not None and config.verify.save_model is not None:
         job.show.note("no model is kept: training diverged")
-    return found
+    return replace(found, behaviour=kept_of(config, found.behaviour))
 
 
 def _carried_out_before(job: Job, reach: int | None) -> VerifyResult | None:
@@ -157,6 +158,7 @@ VERIFY = Stage(
         *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
         *("verify.control_samples", *BEHAVIOUR_KEYS),
     ),
+    config_also=where_hidden(*JUDGE_KEYS),
     inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety"),
     optional=True,
     reach="verify.steps",

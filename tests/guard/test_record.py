@@ -45,7 +45,6 @@ def result(*arms, **changes):
         "task_rows": 8,
         "task_source": "rows",
         "trained_rows": 0,
-        "surprising_rows": 0,
         "warnings": [],
     }
     return GuardResult(**{**values, **changes})
