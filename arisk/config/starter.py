@@ -108,10 +108,13 @@ def full_config(model: str, safety: str, finetune: str, *, alone: bool = False) 
     rest = [name for name in Config.model_fields if name not in FIRST]
     for name in (*FIRST, *rest):
         field = Config.model_fields[name]
-        section = next(models_in(field.annotation))
+        section = next(models_in(field.annotation), None)
         if name in HEADINGS:
             lines += [f"# ── {HEADINGS[name]} ──", ""]
         lines.append(f"# {field.description}")
+        if section is None:
+            lines += [f"# {name}: {_scalar(field.default)}", ""]
+            continue
         active = given.get(name, {})
         lines.append(f"{name}:" if active else f"# {name}:")
         lines += _section_lines(section, active)
