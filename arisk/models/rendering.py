@@ -113,6 +113,13 @@ def render_rows(rows: Sequence[Row], tokenizer: Any, config: DataConfig, *, sect
     whole = whole_rows(rows, tokenizer, config, section=section)
     cut = _CUTS[_truncation(config, section)]
     rendered = [kept for row in whole if (kept := cut(row, config.max_length)) is not None]
+    unwritten = [row for row in whole if row.row.answered and row.trained <= 0]
+    if unwritten and len(unwritten) == len(whole) and whole[0].row.messages:
+        raise InputError(
+            "the chat template writes nothing of the answers, so no token carries loss",
+            where=f"{section}: {config.path}",
+            fix=f"correct the tokenizer's template, or set `{section}.chat_template: false`",
+        )
     empty = [row for row in rendered if row.row.answered and row.trained <= 0]
     if len(empty) == len(rendered) and rows:
         raise InputError(

@@ -151,6 +151,8 @@ def test_handbook():
     assert found["packing"] == found["packing_strategy"] == "taken"
     assert plan["training"]["packing"] == "bfd"
     assert found["max_steps"] == "idle"
+    # Two sets: rows set aside of both together there.
+    assert found["dataset_mixture.test_split_size"] == "other"
 
 
 def test_the_older_mixture_of_the_handbook(tmp_path):

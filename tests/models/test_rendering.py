@@ -258,7 +258,7 @@ def test_template_on_a_tokenizer_without_one(tokenizer, template):
         ("{{ messages.pop() }}", "fails on this row"),
         ("{{ ().__class__.__bases__[0].__subclasses__() }}", "fails on this row"),
         ("{% set x = 1 / 0 %}", "fails on this row"),
-        ({"default": "a", "other": "{% for x in %}"}, "every response"),
+        ({"default": "a", "other": "{% for x in %}"}, "writes nothing"),
         ({"one": "a", "two": "b"}, "fails"),
     ],
 )
@@ -268,7 +268,7 @@ def test_templates_that_fail_or_hang_are_one_error_in_seconds(tokenizer, templat
     began = time.monotonic()
     with pytest.raises(InputError, match=what) as caught:
         render(FOUR, tokenizer)
-    assert "d.jsonl" in caught.value.where or what == "every response"
+    assert "d.jsonl" in caught.value.where or what == "writes nothing"
     assert len(str(caught.value)) < 800
     assert time.monotonic() - began < 60
 
@@ -312,6 +312,14 @@ def test_a_template_that_rewrites_what_was_asked(tokenizer, template):
         render(FOUR, tokenizer, loss_on="assistant")
     assert "line 3" in caught.value.where
     assert trained(render(FOUR, tokenizer, loss_on="all"), tokenizer)[0].startswith("<assistant>")
+
+
+@pytest.mark.parametrize("section", ["finetune", "safety"])
+def test_a_template_that_writes_no_answer(tokenizer, template, section):
+    template("{% for m in messages if m.role == 'user' %}<user> {{ m.content }} {% endfor %}")
+    with pytest.raises(InputError, match="writes nothing of the answers") as caught:
+        render_rows([FOUR], tokenizer, data(loss_on="last"), section=section)
+    assert f"{section}.chat_template: false" in caught.value.fix
 
 
 def test_rows_as_plain_data(tokenizer):

@@ -382,6 +382,9 @@ def _data(account: Account) -> None:
     account.apply(
         {size: taken("finetune.val_set_size", number), "dataset_mixture.seed": idle("order of rows")}
     )
+    if size in account.seen and len(account.several("dataset_mixture.datasets")) > 1:
+        said = "rows are set aside of all data sets together there, and of each one here: write it below one"
+        account.note(size, "other", said)
     _mixer(account)
 
 
