@@ -172,6 +172,23 @@ def test_what_is_written_replaces_a_link_in_its_way(tmp_path):
     assert (tmp_path / "precious").read_text() == "x"
 
 
+def test_what_says_that_tensors_are_whole_goes_before_them(rundir, monkeypatch):
+    removed = []
+    unlink = type(rundir.path).unlink
+    monkeypatch.setattr(
+        type(rundir.path), "unlink", lambda path, **given: (removed.append(path.name), unlink(path, **given))
+    )
+    with rundir.lock("test"):
+        work = rundir.workspace("collect", KEY)
+        for name in ("arm/a.safetensors", "arm/record.json", "arm/z.safetensors", "out.txt"):
+            write_text(work / name, "x")
+        rundir.commit(
+            "collect", key=KEY, ingredients=INGREDIENTS, workspace=work, seconds=1.0, leave_out=["arm/*"]
+        )
+    names = [name for name in removed if name in ("a.safetensors", "record.json", "z.safetensors")]
+    assert names == ["record.json", "a.safetensors", "z.safetensors"]
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_files_of_both_kinds_follow_the_umask(tmp_path, umask):
     before = os.umask(umask)
