@@ -5,12 +5,14 @@ The list of commands in `arisk --help`, in groups and in whole sentences.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +20,11 @@ import typer
 from typer.core import TyperGroup
 
 from arisk.base.artifacts import disk_error
-from arisk.base.errors import AriskError
+from arisk.base.errors import AriskError, ConfigError
 from arisk.base.processes import is_first
 from arisk.base.terminal import say
 from arisk.catalogue import catalogue
+from arisk.config.yaml import shortened
 
 __all__ = ["Grouped", "app", "groups", "main"]
 
@@ -139,6 +142,26 @@ def _bug(err: Exception) -> str:
     return f"{told}\n{line}" if os.environ.get("ARISK_DEBUG") else line
 
 
+def _misused(err: Exception) -> str | None:
+    """What is told of a command line that means nothing; None for any other exception."""
+    told = getattr(err, "format_message", None)
+    if told is None:
+        return None
+    if len(sys.argv) == 1:
+        return told()  # `arisk` alone: the help
+    verb = getattr(getattr(err, "ctx", None), "command_path", "arisk")
+    fault = ConfigError(shortened(told(), 600), where="command line", fix=f"see `{verb} --help`")
+    return "\n".join(fault.lines())
+
+
+def _quiet_others() -> None:
+    """Nothing but our own lines on stderr: what others warn of is for their developers, and in --debug."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions and not os.environ.get("ARISK_DEBUG"):
+        warnings.simplefilter("ignore")
+        logging.getLogger().addHandler(logging.NullHandler())
+
+
 def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
@@ -149,7 +172,10 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         add_stage_verbs()
-        app()
+        _quiet_others()
+        code = app(standalone_mode=False, prog_name="arisk")
+        if code:  # Typer makes 130 of every interruption.
+            sys.exit(TERMINATED if _Terminated.seen else code)
     except AriskError as err:
         if os.environ.get("ARISK_DEBUG"):
             say(traceback.format_exc(), err=True)
@@ -163,11 +189,8 @@ def main() -> None:
         say(_who() + "\n".join(fault.lines()), err=True)
         sys.exit(fault.exit_code)
     except Exception as err:  # noqa: BLE001 - the net: whatever else comes up here is a bug of ours
-        say(_who() + _bug(err), err=True)
-        sys.exit(1)
-    except SystemExit:
-        if _Terminated.seen:  # Typer makes 130 of every interruption.
-            sys.exit(TERMINATED)
-        raise
+        misused = _misused(err)
+        say(misused or _who() + _bug(err), err=True)
+        sys.exit(1 if misused is None else ConfigError.exit_code)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -69,6 +69,20 @@ def test_a_config_path_reaches_the_terminal_written_out(tmp_path):
     assert not OBEYED.search(done.stderr)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [["run"], ["run", "x", "--fail-on", "\x1b]0;t\x07"], ["\x1b[2J"], ["check", "a", "b"], ["run", "--x"]],
+)
+def test_a_command_line_that_means_nothing_is_an_error_like_others(monkeypatch, capsys, args):
+    monkeypatch.setattr(sys, "argv", ["arisk", *args])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert re.match(r"error: .*\nwhere: command line\nfix:   see `arisk( run| check)? --help`\n$", told)
+    assert not OBEYED.search(told)
+
+
 def test_whatever_else_comes_up_is_called_a_bug_with_its_traceback_in_a_file(monkeypatch, capsys, tmp_path):
     def broken(*_, **__):
         raise LookupError("nobody thought\nof this \x1b]0;t\x07")
