@@ -24,6 +24,8 @@ from arisk.config.plan import ModelConfig
 from arisk.config.yaml import shortened
 
 __all__ = [
+    "cause_of",
+    "first_line",
     "hf_module",
     "listed_keys",
     "load_model",
@@ -255,6 +257,8 @@ def require_room(model: Any, longest: Mapping[str, int], largest: Mapping[str, i
     ]
 
 
+#: What libraries raise where they took a value for granted; their words then say little.
+CONFUSED = (TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, NameError, RecursionError)
 #: Ends of files that torch unpickles.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -335,30 +339,33 @@ def _load(what: str, config: ModelConfig, load: Any, **extra: Any) -> Any:
         if "gguf" in str(err):
             hf_module("gguf")
         raise MissingExtraError(
-            f"the {what} needs a further package: {_first_line(err)}",
+            f"the {what} needs a further package: {first_line(err)}",
             where=f"model.path: {config.path}",
             fix="install it",
         ) from err
     except Exception as err:
         raise InputError(
-            f"the {what} cannot be loaded: {_said(err)}",
+            f"the {what} cannot be loaded: {cause_of(err)}",
             where=f"model.path: {config.path}",
             fix="give a folder made by save_pretrained, or a hub id that this machine can reach",
         ) from err
 
 
-def _first_line(err: BaseException) -> str:
+def first_line(err: BaseException) -> str:
+    """The first line of an exception's words, shortened; its type where it has none."""
     lines = str(err).strip().splitlines()
     return shortened(lines[0], 300) if lines else type(err).__name__
 
 
-def _said(err: Exception) -> str:
+def cause_of(err: Exception) -> str:
     """The cause in the words of its library, and in ours where those say nothing to a reader."""
-    line = _first_line(err)
+    line = first_line(err)
     if type(err).__name__ == "SafetensorError":
         return f"its weights are cut off or damaged ({line}); an interrupted download looks like this"
     if isinstance(err, KeyError):
         return f"a file lacks {line}"
+    if isinstance(err, CONFUSED):
+        return f"a value in its files cannot be what it is ({type(err).__name__}: {line})"
     if "Unrecognized configuration class" in line or "for this kind of AutoModel" in str(err):
         return "its architecture has no causal language model"
     return line

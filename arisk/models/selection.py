@@ -19,8 +19,14 @@ from torch import nn
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.base.task import LoraPair
 from arisk.config.plan import AdapterConfig, ParameterGlobs
-from arisk.config.yaml import shortened
-from arisk.models.loading import hf_module, require_files, require_finite, require_whole_adapter
+from arisk.models.loading import (
+    cause_of,
+    first_line,
+    hf_module,
+    require_files,
+    require_finite,
+    require_whole_adapter,
+)
 
 __all__ = [
     "LORA_MARKERS",
@@ -199,13 +205,13 @@ def attach_adapter(model: Any, config: AdapterConfig, *, seed: int) -> Any:
             return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **arguments))
         except ImportError as err:
             raise MissingExtraError(
-                f"this adapter needs a further package: {_first_line(err)}",
+                f"this adapter needs a further package: {first_line(err)}",
                 where="model.adapter",
                 fix="install it, or leave out the key that asks for it",
             ) from err
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as err:
             raise ConfigError(
-                f"peft refuses this adapter: {_first_line(err)}",
+                f"peft refuses this adapter: {first_line(err)}",
                 where="model.adapter",
                 fix=_other_targets(model, str(err))
                 or "change the key it names; the keys are those of peft's LoraConfig",
@@ -247,11 +253,6 @@ def _known_to(peft: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return shortened(lines[0], 300) if lines else type(err).__name__
-
-
 def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
     path = config.path
     assert path is not None
@@ -277,7 +278,7 @@ def _existing(peft: Any, model: Any, config: AdapterConfig) -> Any:
             found = peft.load_peft_weights(str(path), device="cpu")
     except Exception as err:
         raise InputError(
-            f"the adapter cannot be loaded: {_first_line(err)}",
+            f"the adapter cannot be loaded: {cause_of(err)}",
             where=f"model.adapter: {path}",
             fix="give an adapter that was trained on this base model",
         ) from err
