@@ -34,6 +34,10 @@ typecheck: setup
 bench *ARGS: setup
     {{bin}}/python -m tests.bench {{ARGS}}
 
+# Bad inputs and kills at random for so many minutes; failures are kept in runs/fuzz and can be replayed.
+fuzz MINUTES="30" *ARGS: setup
+    {{bin}}/python -m tests.faults.fuzz {{MINUTES}} {{ARGS}}
+
 # Compare forecasts with many real fine-tunes: two hours on two cores, minutes with --quick; resumable.
 bench-validity *ARGS: setup
     {{bin}}/python -m tests.bench.validity {{ARGS}}
