@@ -22,8 +22,10 @@ from arisk.base.errors import ConfigError, GateError, InconclusiveError, InputEr
 from arisk.base.terminal import StageDisplay
 from arisk.catalogue import catalogue
 from arisk.config.plan import AdapterConfig, Config
+from arisk.config.python import PipelineConfig
 from arisk.engine.run import run_stages
 from arisk.forecast.record import ForecastResult
+from arisk.models.from_trainer import planned_by, settings_of, task_of
 from arisk.models.selection import attach_adapter
 
 transformers = pytest.importorskip("transformers")
@@ -418,3 +420,18 @@ def test_rows_that_something_else_puts_together_are_refused(
     with pytest.raises(ConfigError, match="Multipack decides which rows share a micro-batch") as told:
         arisk.preflight(trainer, safety=safety, config=SMALL)
     assert "arisk init --from" in told.value.fix
+
+
+def test_prompts_alone_are_answered_by_the_trainers_model(
+    tokenizer: Any, safety: Path, tmp_path: Path
+) -> None:
+    trainer = plain(tmp_path, tokenizer)
+    trainer.model.train()
+    rows = [json.loads(line)["messages"] for line in safety.read_text(encoding="utf-8").splitlines()]
+    prompts = [*(turns[0]["content"] for turns in rows[:4]), "how do i grow tulips ?"]
+    planned = planned_by(trainer)
+    settings, notes = settings_of(planned, PipelineConfig())
+    task = task_of(planned, settings, [{"prompt": prompt} for prompt in prompts], None, notes)
+    assert sorted(row["prompt"] for row in task.safety.rows) == sorted(prompts[:4])
+    assert all("cannot" in row["response"] or "not" in row["response"] for row in task.safety.rows)
+    assert all(module.training for module in trainer.model.modules())
