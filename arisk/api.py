@@ -238,6 +238,7 @@ def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -
     """
     why = ("collect", "subspace", "score") if config.why != "off" else ()
     with _carried_out(task, config, ["rollout", "forecast", *why], progress) as job:
+        why = why if why and job.states["score"].fresh else ()
         collected, space, scored = [job.record(name) for name in why] if why else [None] * 3
         return RiskReport(
             collected,

@@ -91,9 +91,10 @@ def preflight(
 
 
 def _settings(config: PipelineConfig | Mapping[str, Any] | None) -> PipelineConfig:
-    if isinstance(config, PipelineConfig):
-        return config
-    return validate_mapping(PipelineConfig, dict(config or {}), "config")
+    if not isinstance(config, PipelineConfig):
+        config = validate_mapping(PipelineConfig, dict(config or {}), "config")
+    # Before a training, what says why may not cost more than its share.
+    return config if "why" in config.model_fields_set else config.model_copy(update={"why": "auto"})
 
 
 def _forecast(

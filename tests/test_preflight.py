@@ -139,7 +139,7 @@ def test_the_verdict_is_the_command_lines(
         }
     )
     run = tmp_path / "run"
-    run_stages(catalogue(), config, run_dir=run, show=StageDisplay(quiet=True), command="", last="forecast")
+    run_stages(catalogue(), config, run_dir=run, show=StageDisplay(quiet=True), command="", last="score")
     (folder,) = [path.parent for path in run.rglob("record.json") if "forecast" in str(path.parent.name)]
     told = read_record(folder, ForecastResult)
     assert report.verdict.level == told.verdict.level

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from arisk.anatomy.budget import score_passes
 from arisk.anatomy.collect import Held, SafetyPass, StorePlan, held, store_for
 from arisk.anatomy.score import DIRECTIONS_BYTES
 from arisk.anatomy.update import PERMUTATION_CHUNK
@@ -29,8 +30,6 @@ __all__ = [
     "subspace_cost",
 ]
 
-#: Doublings, about, until a virtual move has gone far enough.
-REACHING = 12
 #: Copies of the selected parameters in the update of stage score.
 UPDATE = 4
 #: Seconds of the eigenvalues, which need no model; seconds to write, digest and sync a gigabyte of gradients.
@@ -132,12 +131,17 @@ def score_cost(scene: CostScene) -> Cost:
     """Update, curvature, nulls, probe and single rows."""
     task, config, score = scene.task, scene.config, scene.config.score
     store = kept_gradients(task, config, scene.run_dir)
-    batch, safety = config.training.batch_size, samples_in(task.safety)
-    control = samples_in(task.control)
-    probe = (score.probe_points + 1) if score.probe_points else 0
-    reaching = REACHING * (min(safety, config.collect.chunk_size) + batch) if probe else 0
-    probed = safety + score.hvp_batches * batch * (2 if control else 1)
-    examples = min(score.examples, samples_in(task.finetune))
+    safety = samples_in(task.safety)
+    passes = score_passes(
+        score,
+        safety=safety,
+        control=samples_in(task.control),
+        finetune=samples_in(task.finetune),
+        selected=numel(task),
+        batch=config.training.batch_size,
+        chunk=config.collect.chunk_size,
+    )
+    examples = passes["single-row gradients"]
     reads, columns = _products(task, config, store)
     again = safety * reads if store.plan is not None and store.plan.store == "gram" else 0
     vector = numel(task) * 4 / 1e9
@@ -146,11 +150,9 @@ def score_cost(scene: CostScene) -> Cost:
     on_device = scene.device.get("curvature")
     return Cost(
         passes={
-            "gradient rows": score.batches * batch * (2 if control else 1),
-            "curvature rows": krylov_steps(task, config) * score.hvp_batches * batch,
+            **passes,
             "curvature tests": 1,
             "single-row gradients": examples + again,
-            "forward rows": probe * probed + reaching,
             "products": safety * reads + examples,
             "product columns": safety * columns,
             "permutations": score.nulls,

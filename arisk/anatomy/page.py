@@ -91,7 +91,11 @@ def section(
         pieces=[*figures, Piece(Part.ROWS, rows), Piece(Part.SPACE + 50, conditions(scored))],
         summary={
             **_summary(collected, space, scored),
-            "why": {"findings": [finding.sentence for finding in findings], "missing": None},
+            "why": {
+                "findings": [finding.sentence for finding in findings],
+                "missing": None,
+                "lowered": dict(scored.lowered),
+            },
         },
         findings=findings,
         quality=_quality(collected, space, scored),
@@ -99,13 +103,15 @@ def section(
     )
 
 
-def left_out(how: str) -> Section:
+def left_out(how: str, *, dear: bool = False) -> Section:
     """What stands in its place where none of it was measured.
 
     Args:
         how: what adds it, as the end of a sentence.
+        dear: whether that would have taken more than its share of what the verdict took.
     """
-    said = f"Where safety lives, and which layers and rows carry the harm, was not measured: {how}."
+    why = ", as that would take more than its share of what the verdict took" if dear else ""
+    said = f"Where safety lives, and which layers and rows carry the harm, was not measured{why}: {how}."
     html = f'<section id="why"><h2>Why</h2><p class="missing">{esc(said)}</p></section>'
     return Section("anatomy", [Piece(Part.ROWS, html)], summary={"why": {"findings": [], "missing": said}})
 
@@ -167,6 +173,10 @@ def _quality(
         ("held-out energy", percent(held), f"± {number(space.heldout_energy_std, 2)} over random halves"),
         ("Hessian products", scored.hvp_method, f"relative error {number(scored.hvp_error, 2)}"),
         ("gradient store", _store(collected), "per-sample safety gradients"),
+        *(
+            (f"score.{name}", f"{taken} of {asked}", "lowered by `why: auto`; `--why full` takes all")
+            for name, (taken, asked) in scored.lowered.items()
+        ),
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -183,6 +183,7 @@ class ScoreResult:
         probe_finetune: (M,) measured change of the mean fine-tuning loss there (nats).
         probe_control: (M,) measured change of the mean control loss; None without control data.
         warnings: sentences for the report.
+        lowered: settings that were lowered to keep the cost within its share: (taken, asked for) by name.
     """
 
     optimizer: str
@@ -207,3 +208,4 @@ class ScoreResult:
     probe_safety: Tensor | None = None
     probe_finetune: Tensor | None = None
     probe_control: Tensor | None = None
+    lowered: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arisk.anatomy.budget import LEAST, affordable, counts_in
 from arisk.base.artifacts import write_tensors
 from arisk.base.processes import is_first, rank
 from arisk.engine.job import Job
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
     from arisk.anatomy.subspace import SafetySide
     from arisk.base.task import Task
-    from arisk.config.plan import Config
+    from arisk.config.plan import Config, ScoreConfig
+    from arisk.engine.rundir import RunDir
     from arisk.gradients import ParameterLayout
     from arisk.report.page import Section
 
@@ -73,7 +75,7 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
     from arisk.base.task import without_text
     from arisk.geometry.vectors import Scratch
 
-    config = job.config
+    config = job.settled("score")
     with Scratch(workspace / f"vectors-{rank()}", config.collect.memory_budget_gb * 1e9) as scratch:
         made = score(
             job.task,
@@ -88,9 +90,10 @@ def _score(job: Job, workspace: Path) -> ScoreResult:
         )
     if is_first():
         write_tensors(workspace / "directions.safetensors", made.directions)
+    made_record = replace(made.record, lowered=_lowered(job.config.score, config.score, job.task))
     if config.report.show_text:
-        return made.record
-    return replace(made.record, examples=[without_text(row) for row in made.record.examples])
+        return made_record
+    return replace(made_record, examples=[without_text(row) for row in made_record.examples])
 
 
 def _layout(collected: CollectResult) -> ParameterLayout:
@@ -128,7 +131,9 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     from arisk.anatomy import page
 
     if not job.states["score"].fresh:
-        return page.left_out(f"`{job.command} --why full` adds it")
+        return page.left_out(
+            f"`{job.command} --why full` adds it", dear=_settled(job.config, job.rundir) is None
+        )
     shown = job.config.report
     return page.section(
         job.record("collect"),
@@ -143,6 +148,27 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     )
 
 
+def _lowered(asked: ScoreConfig, taken: ScoreConfig, task: Task) -> dict[str, list[int]]:
+    """Settings that `why: auto` lowered: what was taken, and what was asked for."""
+    from arisk.anatomy.cost import numel
+
+    found = {name: [getattr(taken, name), getattr(asked, name)] for name in LEAST}
+    found["krylov_dim"] = [settings.krylov_steps(numel(task)) for settings in (taken, asked)]
+    return {name: both for name, both in found.items() if both[0] != both[1]}
+
+
+def _settled(config: Config, rundir: RunDir) -> Config | None:
+    """With `why: auto`, what of score the verdict pays for; None where not even its least."""
+    if config.why != "auto" or not config.rollout.enabled:
+        return config
+    counts = counts_in(rundir.stage_dir("rollout"))
+    if counts is None:
+        return config
+    batch, chunk = config.training.batch_size, config.collect.chunk_size
+    score = affordable(config.score, counts, batch=batch, chunk=chunk)
+    return None if score is None else config.model_copy(update={"score": score})
+
+
 def _explains(config: Config) -> bool:
     """The verdict rests on the rollout; without one it rests on what is measured here."""
     return config.rollout.enabled
@@ -153,6 +179,7 @@ COLLECT = Stage(
     version=4,
     help="Per-sample gradients of the safety data and their inner products",
     explains=_explains,
+    settled=_settled,
     run=_collect,
     config=(*("model", "safety"), *(f"collect.{key}" for key in COLLECT_KEYS)),
     config_also=where_hidden(),
@@ -169,6 +196,7 @@ SUBSPACE = Stage(
     version=2,
     help="The safety subspace: eigenvectors of the safety Fisher matrix",
     explains=_explains,
+    settled=_settled,
     run=_subspace,
     upstream=("collect",),
     config=("subspace",),
@@ -182,6 +210,7 @@ SCORE = Stage(
     version=4,
     help="How the planned first update meets the subspace, by layer and row",
     explains=_explains,
+    settled=_settled,
     run=_score,
     upstream=("collect", "subspace"),
     config=(

@@ -153,7 +153,7 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WhyOption = Annotated[
-    Literal["full", "off"] | None,
+    Literal["auto", "full", "off"] | None,
     typer.Option(
         "--why", help="What is measured once the verdict stands, to say why; default: the config's."
     ),

@@ -437,8 +437,8 @@ class Config(Settings):
 
     run: RunConfig = RunConfig()
     """Where the run lives and how it computes."""
-    why: Literal["full", "off"] = "full"
-    """What is measured once the verdict stands, to say where it comes from: everything, or nothing."""
+    why: Literal["auto", "full", "off"] = "auto"
+    """What is measured once the verdict stands, to say why; auto: for at most 30 % of its cost, by count."""
     model: ModelConfig
     """The aligned model."""
     safety: DataSet | None = None

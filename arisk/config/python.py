@@ -202,8 +202,8 @@ class PipelineConfig(PythonSettings):
     """How the planned update meets the subspace."""
     behaviour: Annotated[BehaviourConfig, _Assignable()] = Field(default_factory=_assignable(BehaviourConfig))
     """What the model says along the run."""
-    why: Literal["full", "off"] = "full"
-    """What is measured beside the verdict, to say where it comes from: everything, or nothing."""
+    why: Literal["auto", "full", "off"] = "full"
+    """What is measured beside the verdict, to say why; auto: for at most 30 % of its cost, by count."""
     rollout: Annotated[RolloutConfig, _Assignable()] = Field(default_factory=_assignable(RolloutConfig))
     """Losses measured along an accelerated virtual run."""
     forecast: Annotated[ForecastConfig, _Assignable()] = Field(default_factory=_assignable(ForecastConfig))

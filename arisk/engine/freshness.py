@@ -156,7 +156,8 @@ def plan(
     fresh: dict[str, bool] = {}
     for spec in map(catalogue.get, catalogue.ordered(catalogue.names)):
         shown = [name for name in spec.shows if fresh[name]]
-        ingredients = ingredients_of(spec, config, inputs, keys, shown)
+        settled = None if spec.settled is None else spec.settled(config, rundir)
+        ingredients = ingredients_of(spec, settled or config, inputs, keys, shown)
         if not (force and spec.name == asked):
             ingredients = _as_far_as_stored(spec, ingredients, rundir, insist=spec.name == asked)
         key = stage_key(ingredients)
@@ -358,7 +359,7 @@ def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dic
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(catalogue, config, input_fingerprints(config, cache), rundir)
     cache.save()
-    optional, left_out = catalogue.optional, catalogue.explaining(config) if config.why == "off" else ()
+    optional, left_out = catalogue.optional, catalogue.left_out(config, rundir)
     rows: list[dict[str, Any]] = []
     for state in states:
         damaged = any(reason.kind == "damaged" for reason in state.reasons)
@@ -417,7 +418,7 @@ def _state(state: StageState, optional: bool) -> str:
 
 def _why(row: Mapping[str, Any]) -> str:
     if row["state"] == "not run":
-        what = "left out by `why: off`" if row.get("left_out") else "optional"
+        what = "left out by `why`" if row.get("left_out") else "optional"
         return f"{what}; `arisk {row['stage']}` runs it"
     return "; ".join(row["reasons"])
 

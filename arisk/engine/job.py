@@ -102,6 +102,11 @@ class Job:
 
         return planned_steps(self.config.training, self.task.finetune.units if rows is None else rows)
 
+    def settled(self, stage: str) -> Config:
+        """The config as a stage takes it, by what stages before it found."""
+        settle = self.catalogue.get(stage).settled
+        return (settle(self.config, self.rundir) if settle else None) or self.config
+
     def record(self, stage: str) -> Any:
         """A stage's record, from memory or verified from the disk."""
         if stage not in self.records:

@@ -115,18 +115,24 @@ def run_stages(
         job = Job(catalogue, config, rundir, command, show, {state.stage: state for state in states})
         job.models = {} if models is None else models
         run = _Rounds(job, inputs, aim, reuse)
-        due = aim.due(states, wanted, upstream=upstream)
-        why = [name for name in due if name in aim.aside and only is None]
-        later = catalogue.after(why).intersection(wanted)
+
+        def split(states: Sequence[StageState]) -> tuple[list[str], list[str], list[str]]:
+            due = aim.due(states, wanted, upstream=upstream)
+            out = () if only or last in aim.aside else catalogue.left_out(config, rundir)
+            why = [name for name in due if name in aim.aside and only is None and name not in out]
+            return due, why, [*why, *catalogue.after(why).intersection(wanted)]
+
+        due, why, later = split(states)
         with _telling(show):
-            run.round(
-                [name for name in wanted if name not in why], due, without={*aim.aside, *later} if why else ()
-            )
+            first_round = [name for name in wanted if only or name not in aim.aside or name not in due]
+            run.round(first_round, due, without={*aim.aside, *later} if why else ())
+            # Only now is it known what the verdict took.
+            _, why, later = split(run.states())
             if why:
                 if decided is not None and run.shows(REPORT, wanted):
                     decided(run.outcome(wanted))
                 show.note("the verdict stands; what follows says why")
-                run.round(catalogue.ordered([*why, *later]), [*why, *later])
+                run.round(catalogue.ordered(later), later)
     return run.outcome(wanted)
 
 
@@ -152,8 +158,6 @@ class _Aim:
             wanted = {self.only, *(self._before(self.only) if upstream else ())}
         else:
             wanted = set(names[: names.index(last) + 1] if last else names) - set(self.catalogue.optional)
-            if self.config.why == "off":
-                wanted -= {*self.aside} - {last}
             wanted = wanted.union(*map(self._before, wanted))
         return self.catalogue.ordered(list(wanted))
 
@@ -213,13 +217,19 @@ class _Rounds:
 
     def _planned(self, name: str) -> StageState:
         """The stage's state now."""
+        self.states()
+        return self.job.states[name]
+
+    def states(self) -> list[StageState]:
+        """The states of all stages now."""
         job, aim = self.job, self.aim
 
-        def states() -> list[StageState]:
+        def planned() -> list[StageState]:
             return plan(job.catalogue, job.config, self.inputs, job.rundir, asked=aim.only, force=aim.force)
 
-        job.states = {state.stage: state for state in processes.from_first(states)}
-        return job.states[name]
+        states = processes.from_first(planned)
+        job.states = {state.stage: state for state in states}
+        return states
 
     def _run(self, state: StageState) -> None:
         source = _taken(self.job, state, self.reuse)
@@ -259,7 +269,7 @@ def run_task(
         catalogue: the stages.
         task: the model with its data.
         config: settings of every stage; its model and data sections are not read.
-        stages: names; those they read must be among them.
+        stages: names; those they read must be among them. Those that `why` leaves out are not run.
         run_dir: a folder of this run alone. Nothing says whether what lies in it belongs to this task.
         show: told what happens.
 
@@ -274,6 +284,8 @@ def run_task(
     job = Job(catalogue, config, rundir, "", show, states, given=task)
     with rundir.lock("arisk from Python"), _telling(show):
         for name in catalogue.ordered(stages):
+            if name in catalogue.left_out(config, rundir):
+                continue
             job.states = {state.stage: state for state in plan(catalogue, config, {}, rundir)}
             _execute(job, job.states[name])
     return job

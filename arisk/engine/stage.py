@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from arisk.base.task import Task
     from arisk.config.plan import Config
     from arisk.engine.job import Job
+    from arisk.engine.rundir import RunDir
 
 __all__ = [
     "FORWARDS",
@@ -140,6 +141,8 @@ class Stage:
         optional: run only when asked for by name.
         explains: whether under this config it only says why: it comes after the report has told what was
             decided, and `why: off` leaves it out. None: never.
+        settled: the config as this stage takes it once stages before it have run; None where what they found
+            leaves it out. It decides the key.
         reach: dotted config value that says how far the stage goes. A stored stage belongs to the plan
             whatever its reach; only who asks for the stage by name insists on one.
         parallel: all processes of a run take part; else the first one alone.
@@ -169,6 +172,7 @@ class Stage:
     shows: tuple[str, ...] = ()
     optional: bool = False
     explains: Callable[[Config], bool] | None = None
+    settled: Callable[[Config, RunDir], Config | None] | None = None
     reach: str | None = None
     parallel: bool = False
     reusable: bool = True
@@ -266,6 +270,16 @@ class Catalogue(tuple[Stage, ...]):
     def explaining(self, config: Config) -> tuple[str, ...]:
         """Names of the ordinary stages that only say why."""
         return tuple(stage.name for stage in self if stage.explains is not None and stage.explains(config))
+
+    def left_out(self, config: Config, rundir: RunDir) -> tuple[str, ...]:
+        """Names of the stages that are not part of a run of this config."""
+        aside = self.explaining(config)
+        if config.why == "off":
+            return aside
+        settled = [(name, self.get(name).settled) for name in aside]
+        return tuple(
+            name for name, settle in settled if settle is not None and settle(config, rundir) is None
+        )
 
     def before(self, name: str, config: Config) -> tuple[str, ...]:
         """Stages without which this one may not run: those it reads, and those it includes that decide."""

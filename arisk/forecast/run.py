@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from arisk.anatomy.budget import Counts
 from arisk.anatomy.cost import kept_gradients, krylov_steps, numel, samples_in, score_memory
 from arisk.anatomy.record import CollectResult, OverlapNulls, ScoreResult, SubspaceResult
+from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.task import Task
 from arisk.config.plan import Config, ForecastConfig, RolloutConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene, forward_tokens
@@ -53,6 +55,7 @@ __all__ = [
     "rollout_cost",
     "rollout_passes",
     "skipped_records",
+    "verdict_counts",
 ]
 
 #: Why forecasters that start from the aligned point have no curve.
@@ -306,6 +309,21 @@ def rollout_passes(scene: CostScene) -> dict[str, float]:
     if not scene.config.rollout.enabled:
         return {}
     return _walked(scene.task, scene.config, as_walked(scene.task, scene.config))
+
+
+def verdict_counts(task: Task, config: Config) -> dict[str, Any]:
+    """What the verdict takes, and what `why: auto` has to know to stay within a share of it."""
+    found = Counts(
+        forward_tokens=forward_tokens(task, _walked(task, config, as_walked(task, config))),
+        safety=samples_in(task.safety),
+        control=samples_in(task.control),
+        finetune=samples_in(task.finetune),
+        safety_tokens=float(task.safety.statistics.get("tokens_mean", 1.0)),
+        finetune_tokens=float(task.finetune.statistics.get("tokens_mean", 1.0)),
+        selected=numel(task),
+        parameters=sum(parameter.numel() for parameter in task.model.parameters()),
+    )
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(found)}
 
 
 def _walked(task: Task, config: Config, settings: RolloutConfig) -> dict[str, float]:

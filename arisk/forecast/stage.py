@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from arisk.anatomy.budget import COUNTS
 from arisk.anatomy.stage import safety_side
-from arisk.base.artifacts import read_tensors
+from arisk.base.artifacts import read_tensors, write_text
+from arisk.base.processes import is_first
 from arisk.engine.job import Job
 from arisk.engine.stage import Stage, where_hidden
 
@@ -31,11 +34,13 @@ JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
     from arisk.base.task import without_text
     from arisk.forecast.rollout import rollout, skipped_rollout
-    from arisk.forecast.run import as_walked
+    from arisk.forecast.run import as_walked, verdict_counts
 
     config = job.config
     if not config.rollout.enabled:
         return skipped_rollout("rollout.enabled is off", job.task, job.planned_steps())
+    if is_first():
+        write_text(workspace / COUNTS, json.dumps(verdict_counts(job.task, config)) + "\n")
     found = rollout(
         job.task,
         config=as_walked(job.task, config),

@@ -38,12 +38,31 @@ def made(tmp_path):
     def says_why(config):
         return config.rollout.enabled
 
+    def settled(config, rundir):
+        """What the walk left behind decides, but for the whole."""
+        left = rundir.stage_dir("walk") / "summary.json"
+        if config.why == "full" or not left.exists():
+            return config
+        rate = json.loads((rundir.stage_dir("walk") / "manifest.json").read_text())["ingredients"]["config"][
+            "training"
+        ]["batch_size"]
+        return config.model_copy(update={"score": config.score.model_copy(update={"batches": rate})})
+
     catalogue = Catalogue(
         [
             Stage("walk", 1, "", noting("walk"), config=("training",)),
             Stage("judge", 1, "", noting("judge"), upstream=("walk",), shows=("deeper",)),
             Stage("deep", 1, "", noting("deep"), config=("collect",), explains=says_why),
-            Stage("deeper", 1, "", noting("deeper"), upstream=("deep",), explains=says_why),
+            Stage(
+                "deeper",
+                1,
+                "",
+                noting("deeper"),
+                upstream=("deep",),
+                explains=says_why,
+                config=("score",),
+                settled=settled,
+            ),
             Stage("report", 1, "", noting("report"), upstream=("walk", "judge"), shows=("deep", "deeper")),
         ]
     )
@@ -125,3 +144,14 @@ def test_one_stage_alone_and_with_what_it_reads(made):
     assert made.order == ["walk", "judge"]
     made(first="walk")
     assert made.order == ["walk", "judge", "report"]
+
+
+def test_what_is_settled_by_earlier_stages_is_part_of_the_key(made):
+    made({"training": {"batch_size": 4}})
+    made({"training": {"batch_size": 4, "learning_rate": 0.5}})
+    assert made.order == ["walk", "judge", "report"]
+    made({"training": {"batch_size": 5}})
+    assert made.order == ["walk", "judge", "report", "deeper", "judge", "report"]
+    assert made({"training": {"batch_size": 5}}).ran == ()
+    made({"training": {"batch_size": 5}, "why": "full"})
+    assert made.order == ["deeper", "judge", "report"]
