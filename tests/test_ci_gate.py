@@ -85,7 +85,7 @@ def test_a_restored_run_directory_is_fresh_and_still_gated(workflow_run, monkeyp
     code, out, err = workflow_run()
     assert code == 10
     assert json.loads(out)["ran"] == []
-    assert err.count(" fresh") == 6
+    assert err.count(" up to date") == 6
     code, out, err = workflow_run("-q")
     assert (code, len(err.splitlines())) == (10, 3)
 
@@ -109,6 +109,7 @@ TYPES = {
     "number": lambda v: isinstance(v, (int, float)),
     "string": lambda v: isinstance(v, str),
     "strings": lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v),
+    "list": lambda v: isinstance(v, list),
     "object": lambda v: isinstance(v, dict),
     "null": lambda v: v is None,
 }

@@ -34,6 +34,8 @@ __all__ = [
 
 #: Seconds between two renewals of the line.
 RENEW = 0.1
+#: Seconds between two signs of life in a pipe.
+BEAT = 60.0
 #: Columns of a terminal that does not tell, and the least that is used.
 COLUMNS, LEAST = 80, 30
 
@@ -159,7 +161,7 @@ class StageDisplay:
         self._first = 0
         self._shown = False
         self._began = self._stage_began = self._label_began = time.monotonic()
-        self._renewed = 0.0
+        self._renewed = self._beat = 0.0
 
     def planned(self, due: Sequence[str]) -> None:
         """The stages that will run, in order."""
@@ -169,14 +171,22 @@ class StageDisplay:
         """A stage begins; `why` says what made it stale."""
         self._stage, self._label, self._stage_began = stage, "", time.monotonic()
         if not self.quiet:
-            self._line(f"{self._place():<10} {stage:<9} {why}".rstrip(), indent=" " * 21)
+            self._beat = self._stage_began
+            told = f"running ({why})" if why else "running"
+            self._line(f"{self._place():<10} {stage:<9} {told}", indent=" " * 21)
 
     def progress(self, label: str, done: int, total: int) -> None:
         """The `arisk.base.task.Progress` callback of the running stage."""
         now = time.monotonic()
         if label != self._label or done < self._first:
             self._label, self._label_began, self._first = label, now, done
-        if self.quiet or not fancy(sys.stderr):
+        if self.quiet:
+            return
+        if not fancy(sys.stderr):
+            if now - self._beat >= BEAT:
+                self._beat = now
+                moving = self._moving(now - self._label_began, done, total).strip()
+                self._line(f"{self._place():<10} {self._stage:<9} {moving}")
             return
         if now - self._renewed >= RENEW or done >= total:
             self._renewed = now
@@ -195,7 +205,7 @@ class StageDisplay:
     def skip(self, stage: str) -> None:
         """A stage is fresh."""
         if not self.quiet:
-            self._line(f"{stage:<9} fresh")
+            self._line(f"{stage:<9} up to date")
 
     def note(self, text: str) -> None:
         """Something else to know, in one line."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from arisk.base.artifacts import disk_error
 from arisk.base.errors import AriskError, ConfigError
@@ -68,10 +68,24 @@ class Grouped(TyperGroup):
                     formatter.write_dl(rows)
 
 
+class Plain(TyperCommand):
+    """A command whose usage names its arguments as they are: `arisk run [OPTIONS] config`."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Without the braces that some versions of typer write."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+
+class _App(typer.Typer):
+    def command(self, *given: Any, **settings: Any) -> Any:
+        """Register a command, plain by default."""
+        return super().command(*given, **{"cls": Plain, **settings})
+
+
 #: Exit code of a run that SIGTERM ended: 128 + 15.
 TERMINATED = 143
 
-app = typer.Typer(
+app = _App(
     name="arisk",
     cls=Grouped,
     help="Will this fine-tune break the model's safety, when, and because of which data and layers?",

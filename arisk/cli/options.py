@@ -20,6 +20,7 @@ from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 
 __all__ = [
+    "AllOption",
     "ConfigPath",
     "ForceOption",
     "JsonOption",
@@ -151,6 +152,9 @@ SetOption = Annotated[
         autocompletion=complete_setting,
     ),
 ]
+AllOption = Annotated[
+    bool, typer.Option("--all", help="Also every forecaster, rule and caveat; default: five lines.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 WhyOption = Annotated[
     Literal["auto", "full", "off"] | None,
@@ -158,7 +162,7 @@ WhyOption = Annotated[
         "--why", help="What is measured once the verdict stands, to say why; default: the config's."
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Run the stages even where they are fresh.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Run the stages even where they are up to date.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
@@ -172,8 +176,9 @@ def show(quiet: bool) -> Any:
 class Told:
     """The result of a run on stdout: the verdict once it stands, what lies behind it at the end; or JSON."""
 
-    def __init__(self, as_json: bool) -> None:
+    def __init__(self, as_json: bool, every: bool = False) -> None:
         self.as_json = as_json
+        self.every = every
         self.shown = False
 
     def decided(self, outcome: Any) -> None:
@@ -181,7 +186,7 @@ class Told:
         from arisk.forecast.text import outcome_text
 
         if is_first() and not self.as_json:
-            say(outcome_text(outcome, why=False) + "\n")
+            say(outcome_text(outcome, why=False, every=self.every) + "\n")
             self.shown = True
 
     def end(self, outcome: Any) -> None:
@@ -189,7 +194,7 @@ class Told:
         from arisk.forecast.text import outcome_text
 
         if is_first():
-            text = outcome_text(outcome, verdict=not self.shown)
+            text = outcome_text(outcome, verdict=not self.shown, every=self.every)
             say(json.dumps(outcome.as_json(), indent=2) if self.as_json else text)
 
 

@@ -108,7 +108,7 @@ def compare(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Rank several planned fine-tunes of one model; configs are run first, as far as they are not fresh.
+    """Rank several planned fine-tunes of one model; configs are run first, as far as they are not up to date.
 
     The safety side is measured once and shared. Example: arisk compare runs/a runs/b plan.yaml
     """

@@ -16,6 +16,7 @@ from arisk.base.terminal import say
 from arisk.catalogue import catalogue
 from arisk.cli.app import app
 from arisk.cli.options import (
+    AllOption,
     ConfigPath,
     ForceOption,
     JsonOption,
@@ -64,10 +65,11 @@ def run(
         Literal["elevated", "high"] | None,
         typer.Option("--fail-on", help="Exit 10 when the verdict reaches this level, 11 if inconclusive."),
     ] = None,
+    every: AllOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Run all stages, skipping the fresh ones: the verdict, then why; ends with the report's path.
+    """Run what is not up to date: the verdict, then why; ends with the report's path.
 
     Example: arisk run configs/demo.yaml --set training.learning_rate=1e-4
     """
@@ -77,7 +79,7 @@ def run(
     refuse_gate_without_verdict(fail_on, last)
     overrides = with_why(overrides, why)
     loaded = load_config(config, overrides)
-    told = Told(as_json)
+    told = Told(as_json, every)
     outcome = run_stages(
         catalogue(),
         loaded,
@@ -105,7 +107,7 @@ def _ordinary_verb(stage: Stage) -> None:
         overrides: SetOption = None,
         force: ForceOption = False,
         with_upstream: Annotated[
-            bool, typer.Option("--with-upstream", help="Also run the stages it reads that are not fresh.")
+            bool, typer.Option("--with-upstream", help="Also run what it reads and is not up to date.")
         ] = False,
         as_json: JsonOption = False,
         quiet: QuietOption = False,
@@ -127,7 +129,7 @@ def _ordinary_verb(stage: Stage) -> None:
         Told(as_json).end(outcome)
 
     command.__doc__ = (
-        f"{stage.help}.\n\nThis stage alone; those that it reads must be fresh. "
+        f"{stage.help}.\n\nThis stage alone; those that it reads must be up to date. "
         f"Example: arisk {stage.name} my.yaml --with-upstream"
     )
     app.command(stage.name)(command)
@@ -216,7 +218,7 @@ def status(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show each stage as fresh or stale and why, with size and time; runs nothing.
+    """Show which stages are up to date, and why others are not, with size and time; runs nothing.
 
     Example: arisk status my.yaml --set training.learning_rate=1e-4
     """
@@ -342,6 +344,7 @@ def demo(
     ] = Path("runs/demo"),
     why: WhyOption = None,
     force: ForceOption = False,
+    every: AllOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -352,7 +355,7 @@ def demo(
     from arisk.cli.demo import demo_config
     from arisk.engine.run import run_stages
 
-    told, chosen = Told(as_json), {} if why is None else {"why": why}
+    told, chosen = Told(as_json, every), {} if why is None else {"why": why}
     outcome = run_stages(
         catalogue(),
         demo_config(mode).model_copy(update=chosen),
@@ -362,16 +365,4 @@ def demo(
         command=f"arisk demo --mode {mode} --output-dir {output_dir}",
         decided=told.decided,
     )
-    if not quiet:
-        say(_drawn(output_dir), err=True)
     told.end(outcome)
-
-
-def _drawn(run_dir: Path) -> str:
-    """Which figures lie beside the page, or why none do."""
-    from arisk.report.figure import drawable
-
-    files = sorted((run_dir / "report").glob("*.png"))
-    if files:
-        return f"figures: {', '.join(map(str, files))}"
-    return f'no figures as files: {drawable() or "not drawn"}; pip install "arisk[figures]"'

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import FORMAT_VERSION, finite, write_text
-from arisk.config.plan import data_sets
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Job
 from arisk.engine.stage import Cost, CostScene, Stage
 
@@ -54,7 +53,10 @@ def _report(job: Job, workspace: Path) -> None:
     text = summary_markdown(title, sections, first)
     write_text(workspace / REPORT_FILE, render(title, sections, provenance, text))
     report_images(figures_of(sections, provenance), workspace, shown.figures)
-    summary = {"format_version": FORMAT_VERSION, **finite(summary_json(title, sections, first))}
+    summary = {
+        "format_version": FORMAT_VERSION,
+        **finite(summary_json(title, sections, first, provenance["again"])),
+    }
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     write_text(workspace / "summary.md", text)
 
@@ -90,6 +92,8 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
 
 def _plan(config: Config) -> dict[str, Any]:
     """Names of the data and of the judge, for the first line of the report."""
+    from arisk.config.plan import data_sets
+
     named = data_sets(config)
     return {
         "finetune": [str(part.path) for part in named.get("finetune", ()) if part.path is not None],

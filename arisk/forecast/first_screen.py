@@ -12,7 +12,7 @@ from arisk.report.page import Advice, Around
 from arisk.report.section import esc, folded, items
 from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["ICONS", "advice_of", "run_strip", "verdict_section"]
+__all__ = ["ICONS", "advice_of", "evidence_text", "run_strip", "verdict_section"]
 
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
 #: Safety rows from which a forecast rests on enough of them.
@@ -135,6 +135,16 @@ def _evidence(forecast: ForecastResult, task: Mapping[str, Any]) -> tuple[str, s
     thin = (rows is not None and rows < ENOUGH) or answered < FEW
     value = f"{rows} safety rows" if rows else "rows not counted"
     return f"{value}{', thin' if thin else ''}", "; ".join(parts)
+
+
+def evidence_text(forecast: ForecastResult, task: Mapping[str, Any]) -> str:
+    """Budget, rows and record in one line, for a terminal."""
+    v = forecast.verdict
+    rows, rest = _evidence(forecast, task)
+    safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
+    few = len(v.caveats)
+    caveats = f"; {few} caveat{'' if few == 1 else 's'} in the report" if few else ""
+    return f"safe-step budget {safe}; {rows}; {rest}{caveats}"
 
 
 def _basis(forecast: ForecastResult) -> str:

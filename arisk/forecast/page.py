@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arisk.forecast.first_screen import advice_of, verdict_section
+from arisk.forecast.first_screen import advice_of, evidence_text, verdict_section
 from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
     EQUATION as REFUSAL_EQUATION,
@@ -105,7 +105,7 @@ def section(
             Piece(Part.METHOD + 10, method()),
             Piece(Part.QUALITY - 10, worth()),
         ],
-        summary=_summary(forecast),
+        summary={**_summary(forecast), "evidence": evidence_text(forecast, measured.task)},
         markdown=_markdown(forecast),
         findings=[
             Finding(topic, sentence, at, place, cause)

@@ -111,45 +111,61 @@ def last_drift(measured: RolloutResult | None) -> tuple[int, list[float]] | None
     return None
 
 
-def outcome_text(outcome: Any, *, verdict: bool = True, why: bool = True) -> str:
-    """The verdict with its table, what lies behind it, and the path of the report as the last line.
+def outcome_text(outcome: Any, *, verdict: bool = True, why: bool = True, every: bool = False) -> str:
+    """Five lines: what it is about, the verdict, its evidence, what to do, and where the report is.
 
     Args:
         outcome: of the run.
         verdict: False where it has been told already.
-        why: False where that is still to come.
+        why: also what lies behind it; False where that is still to come.
+        every: also every forecaster, every rule that fired and every caveat.
     """
     if outcome.summary is None:
-        done = ", ".join(outcome.ran) or "nothing (all fresh)"
+        done = ", ".join(outcome.ran) or "nothing (all up to date)"
         return f"ran {done}\nrun directory: {outcome.run_dir}"
     lines = _verdict_lines(outcome.summary) if verdict else []
-    lines += _why_lines(outcome.summary) if why else []
+    lines += _every_line(outcome.summary) if verdict and every else []
+    lines += _why_lines(outcome.summary, every) if why and (every or not verdict) else []
     return "\n".join([*lines, f"report: {outcome.report}"])
 
 
-def _why_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What lies behind the verdict, or the command that measures it."""
+def _why_lines(summary: Mapping[str, Any], every: bool) -> list[str]:
+    """What lies behind the verdict, the strongest first, or the command that measures it."""
     why = summary.get("why")
     if not why:
         return []
-    return [said(f"why:     {sentence}", " " * 9) for sentence in why["findings"] or [why["missing"]]]
+    told = why["findings"] or [why["missing"]]
+    return [said(f"why: {sentence}", " " * 5) for sentence in (told if every else told[:1])]
 
 
 def _verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     verdict = summary["verdict"]
-    rows = [[name, *_cells(curve)] for name, curve in summary["forecasters"].items()]
+    # Where the level is no count of refusals, the rule behind it belongs to the sentence.
+    reason = f" {verdict['reasons'][0]}" if verdict["level"] == "inconclusive" and verdict["reasons"] else ""
+    advice = summary["advice"][0] if summary["advice"] else None
+    command = f" {advice['command']}" if advice and advice["command"] else ""
+    head = f"verdict: {verdict['level']}"
+    told = said(f"{head}. {verdict['sentence']}{reason}", " " * 9)
     return [
-        _coloured(f"verdict: {verdict['level']}", verdict["level"]),
-        said(verdict["sentence"]),
+        said(summary["identity"]),
+        _coloured(head, verdict["level"]) + told.removeprefix(head),
+        said(f"evidence: {summary['evidence']}", " " * 10),
+        *([said(f"to do: {advice['sentence']}{command}", " " * 7)] if advice else []),
+    ]
+
+
+def _every_line(summary: Mapping[str, Any]) -> list[str]:
+    """What the five lines leave out."""
+    verdict = summary["verdict"]
+    rows = [[name, *_cells(curve)] for name, curve in summary["forecasters"].items()]
+    more = (said(f"to do: {a['sentence']} {a['command']}".rstrip(), " " * 7) for a in summary["advice"][1:])
+    return [
+        *more,
         "",
         fitted(rows, ["forecaster", "collapse step", "P(collapse)", "final rise", "trusted until"]),
         "",
-        said(
-            f"safe-step budget: {_or(verdict['safe_steps'], 'not measured')} of {verdict['horizon']} planned"
-            f" steps (basis: {verdict['basis']})"
-        ),
         *[said(f"because: {reason}", " " * 9) for reason in verdict["reasons"]],
-        *[said(f"caveat:  {caveat}", " " * 9) for caveat in verdict["caveats"]],
+        *[said(f"caveat: {caveat}", " " * 8) for caveat in verdict["caveats"]],
     ]
 
 
@@ -161,7 +177,7 @@ def _cells(curve: Mapping[str, Any]) -> list[str]:
     step = curve["collapse_step"]
     return [
         (f"{step}" if step is not None else f"none within {curve['horizon']}"),
-        label or (chance(curve["probability"])),
+        label or chance(curve["probability"]),
         f"{curve['median'][-1]:+.3g}" if curve["median"] and isinstance(curve["median"][-1], float) else "–",
         label or _or(curve["trusted_until"], "not measured"),
     ]

@@ -269,12 +269,16 @@ def _pieces(sections: Sequence[Section], provenance: Mapping[str, Any]) -> list[
 
 def _around(sections: Sequence[Section], provenance: Mapping[str, Any]) -> Around:
     """The strongest causes, and what to do first."""
-    plan = str(provenance.get("again") or "")
-    advice = sorted((a for section in sections for a in section.advice), key=lambda advice: advice.place)
     return Around(
         [finding for finding in findings_of(sections) if finding.cause][:MOST],
-        [(told.sentence, told.command(plan) if plan else "") for told in advice[:MOST]],
+        _advice(sections, str(provenance.get("again") or "")),
     )
+
+
+def _advice(sections: Sequence[Section], plan: str) -> list[tuple[str, str]]:
+    """The first pieces of advice, each with its command where there is one."""
+    advice = sorted((a for section in sections for a in section.advice), key=lambda advice: advice.place)
+    return [(told.sentence, told.command(plan) if plan else "") for told in advice[:MOST]]
 
 
 def _place(piece: Piece) -> int:
@@ -424,13 +428,14 @@ PAGE = "report.html"
 MOST_FINDINGS = 6
 
 
-def summary_json(title: str, sections: Sequence[Section], first: str = "") -> dict[str, Any]:
+def summary_json(title: str, sections: Sequence[Section], first: str = "", plan: str = "") -> dict[str, Any]:
     """Plain values of every section at the top level, findings and warnings. None: not measured.
 
     Args:
         title: heading of the report.
         sections: what the capabilities show.
         first: what the report is about, in one line; the title by default.
+        plan: what commands take to work on this run; empty where there is no such command.
 
     Raises:
         ValueError: two sections use one key.
@@ -438,6 +443,7 @@ def summary_json(title: str, sections: Sequence[Section], first: str = "") -> di
     body: dict[str, Any] = {
         "title": title,
         "identity": first or title,
+        "advice": [{"sentence": told, "command": line} for told, line in _advice(sections, plan)],
         "findings": [finding.sentence for finding in findings_of(sections)],
         "report": PAGE,
         "warnings": warnings_of(sections),

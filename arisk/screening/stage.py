@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from arisk.base.artifacts import disk_error, read_record, write_tensors
 from arisk.base.errors import ConfigError, InputError
 from arisk.base.processes import barrier, from_first
-from arisk.config.plan import DataConfig, parts_of
 from arisk.engine.freshness import stage_key
 from arisk.engine.job import Job
 from arisk.engine.stage import Stage, StageOption, where_hidden
 
 if TYPE_CHECKING:
-    from arisk.config.plan import Config
+    from arisk.config.plan import Config, DataConfig
     from arisk.forecast.record import RolloutResult
     from arisk.report.page import Section
     from arisk.screening.record import ScreenResult
@@ -64,6 +63,7 @@ def split_rows(
         InputError: the source no longer has a screened row.
         ArtifactError: the disk is full or the folder is read-only.
     """
+    from arisk.config.plan import parts_of
     from arisk.models.rows import raw_rows
 
     numbers: dict[tuple[str, int], list[int]] = {}
@@ -242,7 +242,8 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 def _kept_path(job: Job) -> str:
     """The file of rows that are not flagged, where one `finetune.path` can name it."""
     path = job.rundir.stage_dir("screen") / KEPT_FILE
-    return str(path) if isinstance(job.config.finetune, DataConfig) and path.exists() else ""
+    several = job.config.finetune is None or isinstance(job.config.finetune, tuple)
+    return "" if several or not path.exists() else str(path)
 
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def environment():
 
 def fresh(stderr):
     """Stages that were skipped because they are fresh."""
-    return [line.split()[0] for line in stderr.splitlines() if line.split()[1:] == ["fresh"]]
+    return [line.split()[0] for line in stderr.splitlines() if line.split()[1:] == ["up", "to", "date"]]
 
 
 def snapshot(folder):
@@ -485,7 +485,8 @@ def test_demo_ends_with_the_verdict_and_the_path(tmp_path, mode):
     command = [sys.executable, "-m", "arisk", "demo", "--mode", mode, "--output-dir", str(tmp_path / "run")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert lines[0] in ("verdict: elevated", "verdict: high")
+    assert lines[0].startswith("tiny-aligned")
+    assert lines[1].startswith(("verdict: elevated. ", "verdict: high. "))
     assert lines[-1] == f"report: {tmp_path / 'run' / 'report' / 'report.html'}"
     assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 1e6
 

@@ -282,8 +282,10 @@ curve = {"status": "measured", "reason": None, "kind": "forecast", "collapse_ste
 verdict = {"level": "high", "sentence": "Safety is forecast to collapse. " + long, "safe_steps": 28,
     "horizon": 200, "basis": "combined", "reasons": [long], "caveats": [long]}
 missing = {**curve, "status": "not_measured", "reason": long}
-summary = {"verdict": verdict, "forecasters": {"combined": curve, "rollout": missing}}
-print(outcome_text(Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary)))
+advice = [{"sentence": long, "command": "arisk run x.yaml " + long}] * 2
+summary = {"verdict": verdict, "forecasters": {"combined": curve, "rollout": missing}, "identity": long,
+    "evidence": long, "advice": advice}
+print(outcome_text(Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary), every=True))
 cost = {"seconds": 90.0, "memory_gb": 1.5, "disk_gb": 0.03, "work": "96 single-row gradients, " * 8}
 facts = {"rows": 400, "duplicates": 12, "tokens_mean": 226.3, "tokens_max": 4096,
     "response_tokens_mean": 12.0, "response_tokens_min": 2, "prompts_truncated": 0, "responses_truncated": 0,
@@ -304,8 +306,10 @@ def test_results_fit_the_terminal(columns):
     assert all(len(line) < 2 * columns and line.endswith("end»") for line in rendered)
     assert len(rendered) == 2
     assert max(len(line) for line in lines if line not in rendered) < columns
-    assert "verdict: high" in lines
-    assert "\x1b[1;31mverdict: high\x1b[0m" in said
+    assert any(line.startswith("verdict: high. Safety is forecast") for line in lines)
+    assert "> 99 %" in said
+    assert "100" not in said.replace("1000", "")
+    assert "\x1b[1;31mverdict: high\x1b[0m. Safety" in said
     assert "\x1b" not in in_terminal([sys.executable, "-c", TEXTS], columns, 24, NO_COLOR="1")[1]
 
 

@@ -110,7 +110,7 @@ def test_another_share_scores_nothing_again(arisk, screened, tmp_path, monkeypat
     assert body["missing"] == "collect"
     code, out, err = arisk("screen", folder, "--drop", "5%")
     assert code == 0
-    assert "fresh" in err
+    assert "up to date" in err
 
 
 def test_the_report_shows_it(arisk, screened, tmp_path):

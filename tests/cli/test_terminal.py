@@ -1,6 +1,10 @@
+import sys
 from pathlib import Path
 
+import pytest
+
 from arisk.base.terminal import StageDisplay, table
+from arisk.cli import main
 from arisk.cost.check import check_text, shortened
 from arisk.engine.freshness import describe
 from arisk.engine.run import Outcome
@@ -33,6 +37,12 @@ def summary(**changes):
         "caveats": [],
     }
     return {
+        "identity": "tiny on rows.jsonl",
+        "evidence": "safe-step budget not measured; 9 safety rows, thin",
+        "advice": [
+            {"sentence": "Measure more.", "command": "arisk verify my.yaml"},
+            {"sentence": "Or less.", "command": ""},
+        ],
         "verdict": verdict,
         "forecasters": {"ray": curve, "rollout": {**curve, "status": "not_measured", "reason": "off"}},
         **changes,
@@ -40,11 +50,25 @@ def summary(**changes):
 
 
 def test_what_was_not_measured_says_so_and_the_path_comes_last():
-    text = outcome_text(Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary()))
+    outcome = Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary())
+    assert outcome_text(outcome).splitlines() == [
+        "tiny on rows.jsonl",
+        "verdict: inconclusive. s r",
+        "evidence: safe-step budget not measured; 9 safety rows, thin",
+        "to do: Measure more. arisk verify my.yaml",
+        "report: runs/x/report.html",
+    ]
+    text = outcome_text(outcome, every=True)
     assert "not measured: off" in text
     assert "none within 50" in text
-    assert "safe-step budget: not measured of 50" in text
+    assert "to do: Or less.\n" in text
+    assert "because: r" in text
     assert text.splitlines()[-1] == "report: runs/x/report.html"
+    assert "why" not in text
+    told = {"findings": ["first", "second"], "missing": None}
+    outcome = Outcome(Path("runs/x"), ("report",), (), Path("runs/x/report.html"), summary(why=told))
+    assert outcome_text(outcome, verdict=False).splitlines() == ["why: first", "report: runs/x/report.html"]
+    assert "why: second" in outcome_text(outcome, every=True)
     assert "\x1b" not in text
 
 
@@ -66,6 +90,36 @@ def test_progress_is_quiet_in_a_pipe(capsys):
     quiet.finish("collect")
     quiet.skip("score")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_pipe_gets_a_sign_of_life_every_minute(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("arisk.base.terminal.time.monotonic", lambda: now[0])
+    show = StageDisplay()
+    show.planned(["rollout"])
+    show.start("rollout", "not run yet")
+    for done in range(11):
+        show.progress("virtual run", done, 10)
+        now[0] += 15
+    show.finish("rollout")
+    first, *beats, last = capsys.readouterr().err.splitlines()
+    assert first == "stage 1 of 1 rollout   running (not run yet)"
+    assert "done in" in last
+    assert [beat.split(" · ")[0] for beat in beats] == [
+        "stage 1 of 1 rollout   virtual run 4/10",
+        "stage 1 of 1 rollout   virtual run 8/10",
+    ]
+    assert "left" in beats[0]
+
+
+def test_usage_names_arguments_as_they_are(capsys, monkeypatch):
+    for verb, usage in (("run", "run [OPTIONS] config"), ("compare", "compare [OPTIONS] RUN_OR_CONFIG…")):
+        monkeypatch.setattr(sys, "argv", ["arisk", verb, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        first = capsys.readouterr().out.splitlines()[0]
+        assert usage in first
+        assert "{" not in first
 
 
 def checked(row):

@@ -145,7 +145,7 @@ def test_a_second_time_does_nothing_and_json_is_strict(arisk, run, monkeypatch):
     body = json.loads(out, parse_constant=pytest.fail)
     assert body["ran"] is False
     assert body["verify"] == summary(run)["verify"]
-    assert all(line.endswith("fresh") for line in err.splitlines())
+    assert all(line.endswith("up to date") for line in err.splitlines())
     assert {f: f.read_bytes() for f in before} == before
     assert {what for name, what in state(arisk, run).items() if name != "guard"} == {"fresh"}
     assert arisk("run", run)[0] == 0
@@ -199,7 +199,7 @@ def test_stopping_early(arisk, run):
     code, out, err = arisk("verify", run, "--steps", "5")
     assert code == 0
     assert "after 60 of 60 steps" in out
-    assert "verify    fresh" in err
+    assert "verify    up to date" in err
     code, out, _ = arisk("verify", run, "--steps", "5", "--force")
     assert code == 0
     assert "after 5 of 60 steps" in out
