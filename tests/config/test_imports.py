@@ -165,7 +165,7 @@ def test_the_older_mixture_of_the_handbook(tmp_path):
     ]
 
 
-def test_torchtune():
+def test_torchtune(tmp_path):
     plan = plan_of(CONFIGS / "torchtune-qlora.yaml")
     assert plan["model"] == {
         "path": "./models/small-chat",
@@ -183,6 +183,8 @@ def test_torchtune():
     assert (training["weight_decay"], training["weight_decay_on"]) == (0.01, "all")
     assert training["max_grad_norm"] is None
     assert (training["schedule"], training["warmup_steps"], training["epochs"]) == ("cosine", 100, 2)
+    paged = written(tmp_path, "optimizer: {_component_: bitsandbytes.optim.PagedAdamW8bit, lr: 2e-5}\n")
+    assert plan_of(paged)["training"]["weight_decay"] == 0.01
     assert plan["finetune"]["path"] == "./data/kitchen.json"
     assert plan["finetune"]["loss_on"] == "assistant"
 

@@ -56,6 +56,8 @@ TABLE: dict[str, Rule] = {
         "the run starts from a checkpoint and not from the model named here", False
     ),
     "save_adapter_weights_only": idle(_REPORTS),
+    "save_every_n_steps": idle(_REPORTS),
+    "keep_last_n_checkpoints": idle(_REPORTS),
     "metric_logger": idle(_REPORTS),
     "output_dir": idle(_REPORTS),
     "log_every_n_steps": idle(_REPORTS),
@@ -307,8 +309,8 @@ def _optimizer(account: Account) -> None:
             "optimizer.foreach": idle(_FAST),
         }
     )
-    if name.startswith("AdamW"):
-        account.assume("training.weight_decay", 0.01, "torch's default of AdamW")
+    if "AdamW" in name:
+        account.assume("training.weight_decay", 0.01, "its default in torch and bitsandbytes")
     account.assume(
         "training.weight_decay_on", "all", "one group of parameters: norms and biases decay as well"
     )
