@@ -153,8 +153,8 @@ def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
             low, high = (f"beyond {horizon}" if end is None else str(end) for end in check.forecast_interval)
             expected += f" ({low} to {high})"
     real = f"none within {last} steps" if check.real_collapse is None else f"step {check.real_collapse}"
-    if check.real_collapse is not None and check.real_collapse == run.diverged_at:
-        real += " (diverged)"
+    if check.real_collapse is None and run.diverged_at is not None:
+        real = f"none before it diverged at step {run.diverged_at}"
     inside = NOT_MEASURED if check.inside_share is None else f"at {percent(check.inside_share)} of the points"
     return [
         ("collapse step", expected, real),
@@ -311,6 +311,8 @@ def _step(found: Mapping[str, Any], which: str) -> str:
     step = found[f"{which}_collapse"]
     if which == "forecast" and found["forecaster"] is None:
         return "not measured"
+    if step is None and which == "real" and found["diverged_at"] is not None:
+        return f"none before it diverged at {found['diverged_at']}"
     reach = found["horizon"] if which == "forecast" else found["last_step"]
     return f"none within {reach}" if step is None else str(step)
 

@@ -47,7 +47,7 @@ def test_a_real_run_that_diverged():
     assert "unbounded" in text
     assert traces(made.page(check=check), "truth")["real fine-tune"]["y"] == [0.0, None]
     only = made.checked(values=[0.0], steps=(0,), control=None, diverged_at=1)
-    assert "step 1 (diverged)" in section_text(made.page(check=only), "verify")
+    assert "none before it diverged at step 1" in section_text(made.page(check=only), "verify")
 
 
 def test_generated_texts_are_escaped_and_can_be_left_out():

@@ -55,10 +55,10 @@ LATE = {"collapse_step": None, "collapse_interval": [90, None]}
             [0, 0.0],
             {"steps": (0, 35), "diverged_at": 36},
             {},
-            (36, 70 / 36, None, False, "diverges at step 36"),
+            (None, None, None, True, "diverges at step 36, which is no collapse"),
         ),
-        ([0], {"steps": (0,), "diverged_at": 1}, LATE, (1, None, 100.0, False, "diverges at step 1")),
-        ([0, math.nan], {"steps": (0, 35)}, {}, (35, 2.0, None, False, "collapses at step 35")),
+        ([0], {"steps": (0,), "diverged_at": 1}, LATE, (None, None, None, True, "diverges at step 1")),
+        ([0, math.nan], {"steps": (0, 35)}, {}, (None, None, None, True, "diverges at step 35")),
         ([0, -0.5, math.inf], {"steps": (0, 35, 70)}, {}, (70, 1.0, None, True, "right to within 5 %")),
     ],
 )
@@ -76,7 +76,7 @@ def test_the_interval_is_counted_at_measured_steps():
     # Ends of the band: 0.01 and 0.04 at 25, 0.02 and 0.08 at 50, 0.06 and 0.24 at 75, 0.1 and 0.4 at 100.
     assert found([0.0, 0.02, 0.02, 0.1, 0.4]).inside_share == 1.0
     assert found([0.0, 0.0, 0.09, 0.1, 0.5]).inside_share == 0.25
-    assert found([0.0, 0.02, 0.02, 0.1, math.nan]).inside_share == 0.75
+    assert found([0.0, 0.02, 0.02, 0.1, math.nan]).inside_share == 1.0
     assert found([0.0], steps=(0,), diverged_at=1).inside_share is None
 
 
