@@ -174,7 +174,15 @@ def forecast(
     control = control_change(measured)
     learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
     refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)
-    verdict = decide(curves, config, steps, control, refusals, carried_out=measured.carried_out)
+    verdict = decide(
+        curves,
+        config,
+        steps,
+        control,
+        refusals,
+        carried_out=measured.carried_out,
+        warnings=measured.warnings,
+    )
     noise = None
     if scored is not None:
         noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)

@@ -130,7 +130,7 @@ ROLLOUT = Stage(
 
 FORECAST = Stage(
     name="forecast",
-    version=9,
+    version=10,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("rollout",),

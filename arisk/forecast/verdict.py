@@ -34,6 +34,7 @@ The alarm level and the intervals behind P were chosen on the tuning half of the
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -66,6 +67,8 @@ CARRIED_OUT = (
     "seed noise apart. Another seed moves it, and the interval, over safety samples alone, does not say "
     "by how much."
 )
+#: What `arisk.models.tasks.shared_rows` says of data sets that overlap.
+OVERLAP = re.compile(r"\d rows (?:are rows|have a prompt) of ")
 #: Share of the safety drift that ordinary answers show too from which the drift is called general.
 GENERAL_SHARE = 0.5
 
@@ -78,6 +81,7 @@ def decide(
     refusals: RefusalForecast | None = None,
     *,
     carried_out: bool = False,
+    warnings: Sequence[str] = (),
 ) -> Verdict:
     """Apply the rules above to the measured forecasts (never to a bound).
 
@@ -88,6 +92,7 @@ def decide(
         control: change of the control loss at the steps of the `rollout` curve; None = not measured.
         refusals: how many prompts are still refused; None = not measured.
         carried_out: the plan itself was measured: the words say so, the rules are the same.
+        warnings: of the rollout; data sets that overlap answer for each other, which is a caveat.
     """
     forecasts = {
         name: curve
@@ -120,6 +125,7 @@ def decide(
         horizon=horizon,
         caveats=[
             *([CARRIED_OUT] if carried_out else []),
+            *(warning for warning in warnings if OVERLAP.search(warning)),
             *_thin(refusals),
             *_caveats(basis, forecasts, None if said == "high" else control),
         ],

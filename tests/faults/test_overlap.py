@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from arisk.config.plan import Config
+from arisk.config.plan import Config, ForecastConfig
+from arisk.forecast.verdict import decide
 from arisk.models import load_task
+from tests.report import records
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 SAFETY, RISKY = (FIXTURES / "data" / f"{name}.jsonl" for name in ("safety", "risky"))
@@ -42,6 +44,14 @@ def test_the_same_file_for_two_sets_is_said(apart):
         "control: 6 of 6 rows are rows of finetune too.",
         "verify.safety: 6 of 6 rows are rows of safety too.",
     ]
+
+
+def test_an_overlap_is_a_caveat_of_the_verdict(apart):
+    curve = records.curve("combined")
+    for files in ({"safety": SAFETY, "finetune": SAFETY}, {"safety": SAFETY, "finetune": apart}):
+        found = warnings(**files)
+        verdict = decide({"combined": curve}, ForecastConfig(), 100, warnings=[*found, "Something else."])
+        assert [caveat for caveat in verdict.caveats if caveat in (*found, "Something else.")] == found
 
 
 def test_prompts_with_another_answer_are_said(apart, tmp_path):
