@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arisk.base.artifacts import read_json
-from arisk.config.plan import ScoreConfig
 from arisk.engine.stage import FORWARDS
+
+if TYPE_CHECKING:
+    from arisk.config.plan import ScoreConfig
 
 __all__ = ["COUNTS", "Counts", "affordable", "counts_in", "score_passes"]
 

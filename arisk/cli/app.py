@@ -24,7 +24,6 @@ from arisk.base.errors import AriskError, ConfigError
 from arisk.base.processes import is_first
 from arisk.base.terminal import say
 from arisk.catalogue import catalogue
-from arisk.config.yaml import shortened
 
 __all__ = ["Grouped", "app", "groups", "main"]
 
@@ -158,6 +157,8 @@ def _bug(err: Exception) -> str:
 
 def _misused(err: Exception) -> str | None:
     """What is told of a command line that means nothing; None for any other exception."""
+    from arisk.config.yaml import shortened
+
     told = getattr(err, "format_message", None)
     if told is None:
         return None

@@ -18,15 +18,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from arisk.base.artifacts import FORMAT_VERSION, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
 from arisk.base.terminal import table
-from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
 from arisk.engine.rundir import RunDir, remove_tree
 from arisk.engine.stage import Catalogue, Stage
+
+if TYPE_CHECKING:
+    from arisk.config.plan import Config
 
 __all__ = [
     "CONFIG_FILE",
