@@ -120,7 +120,7 @@ def section(
                 "beside the drift, at the end of the plan",
             )
         ],
-        warnings=forecast.warnings,
+        warnings=[*forecast.warnings, *measured.warnings],
         shared={
             "threshold": forecast.threshold,
             "specificity_told": specificity is not None,

@@ -291,8 +291,8 @@ def findings_of(sections: Sequence[Section]) -> list[Finding]:
 
 
 def warnings_of(sections: Sequence[Section]) -> list[str]:
-    """The warnings of all sections."""
-    return [sentence for section in sections for sentence in section.warnings]
+    """The warnings of all sections; what several stages say stands once."""
+    return list(dict.fromkeys(sentence for section in sections for sentence in section.warnings))
 
 
 def page(title: str, pieces: Iterable[Piece], *, first: str = "", summary: str = "") -> str:

@@ -6,6 +6,8 @@ import pytest
 
 from arisk.forecast.page import drift_map
 from arisk.forecast.text import collapse_text, drift_sentence
+from arisk.report.page import render
+from arisk.risk_report import sections_of
 from tests.report import records as made
 from tests.report.reading import figure
 
@@ -78,3 +80,10 @@ def test_drift_without_control_data_or_rollout_is_not_measured():
 def test_a_collapse_step_never_stands_without_its_horizon():
     assert collapse_text(made.curve("local", collapse_step=None)) == "none within 100 steps"
     assert collapse_text(made.missing("ray")) == "not measured"
+
+
+def test_what_the_rollout_says_of_the_plan_is_on_the_page():
+    records = made.records()
+    measured = made.replaced(made.rolled(), task=records[0].task, warnings=["Carried out as adamw."])
+    shown = sections_of(*records, measured, show_text=True, max_examples=1, check=None)
+    assert render("t", shown, {}).count("Carried out as adamw.") == 1

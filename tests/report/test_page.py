@@ -160,7 +160,7 @@ def test_findings_quality_and_warnings_are_gathered():
         Section(
             "a", findings=[Finding("A", "later <b>", place=20)], quality=[("x", "1", "n")], warnings=["w"]
         ),
-        Section("b", findings=[Finding("B", "sooner", "here", place=10)], warnings=["v"]),
+        Section("b", findings=[Finding("B", "sooner", "here", place=10)], warnings=["v", "w"]),
     ]
     assert [finding.sentence for finding in findings_of(sections)] == ["sooner", "later <b>"]
     html = render("t", sections, {})
