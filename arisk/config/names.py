@@ -229,9 +229,12 @@ def canonical(section: str, value: Any) -> Any:
 
 
 def _trainer_values(found: dict[str, Any]) -> None:
-    """Values by which transformers' Trainer means another setting: -1 steps, a share of warm-up steps."""
+    """Values by which the trainers mean another setting: -1 steps, a share of warm-up steps, packing."""
     if found.get("max_steps") in (-1, "-1"):
         del found["max_steps"]
+    strategy = found.pop("packing_strategy", None)
+    if found.get("packing") is True:
+        found["packing"] = strategy or "bfd"
     warmup = found.get("warmup_steps")
     if isinstance(warmup, float) and 0 < warmup < 1:
         found.setdefault("warmup_ratio", found.pop("warmup_steps"))

@@ -25,6 +25,7 @@ from arisk.base.errors import ConfigError
 from arisk.config.names import OPTIMIZERS, SCHEDULES, canonical, known_optimizer, known_schedule
 from arisk.config.sections import (
     LARGEST,
+    OFF,
     BehaviourConfig,
     CollectConfig,
     Count,
@@ -358,7 +359,7 @@ class TrainingConfig(Settings):
     """Optimizer steps; give this or `epochs`. Default 200 when neither is given."""
     epochs: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Passes over the fine-tuning data, each ending with a short step where rows are left over."""
-    packing: Literal["off", "bfd", "wrapped"] = "off"
+    packing: Annotated[Literal["off", "bfd", "wrapped"], OFF] = "off"
     """Rows put together into sequences of `finetune.max_length` tokens, as TRL does; `batch_size` counts
     these. bfd: whole rows, longest first, cut at the end; wrapped: all rows in one line, cut anywhere."""
     order: Literal["shuffled", "sequential"] = "shuffled"
@@ -437,7 +438,7 @@ class Config(Settings):
 
     run: RunConfig = RunConfig()
     """Where the run lives and how it computes."""
-    why: Literal["auto", "full", "off"] = "auto"
+    why: Annotated[Literal["auto", "full", "off"], OFF] = "auto"
     """What is measured once the verdict stands, to say why; auto: for at most 30 % of its cost, by count."""
     model: ModelConfig
     """The aligned model."""

@@ -27,6 +27,7 @@ from typing_extensions import Self
 from arisk.base.errors import ConfigError
 from arisk.config.plan import TrainingConfig, VerifyConfig
 from arisk.config.sections import (
+    OFF,
     BehaviourConfig,
     CollectConfig,
     ForecastConfig,
@@ -202,7 +203,7 @@ class PipelineConfig(PythonSettings):
     """How the planned update meets the subspace."""
     behaviour: Annotated[BehaviourConfig, _Assignable()] = Field(default_factory=_assignable(BehaviourConfig))
     """What the model says along the run."""
-    why: Literal["auto", "full", "off"] = "full"
+    why: Annotated[Literal["auto", "full", "off"], OFF] = "full"
     """What is measured beside the verdict, to say why; auto: for at most 30 % of its cost, by count."""
     rollout: Annotated[RolloutConfig, _Assignable()] = Field(default_factory=_assignable(RolloutConfig))
     """Losses measured along an accelerated virtual run."""

@@ -25,6 +25,7 @@ from typing_extensions import Self
 from arisk.config.names import known_method, known_row_score
 
 __all__ = [
+    "OFF",
     "AlignGuardArm",
     "BehaviourConfig",
     "CollectConfig",
@@ -57,6 +58,8 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+#: In YAML a plain `off` reads as false.
+OFF = BeforeValidator(lambda value: "off" if value is False else value)  # pyright: ignore[reportUnknownLambdaType]
 #: Random generators take 64 bits, some with a sign.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 #: Bytes of a path, and of a name in it, that file systems take.

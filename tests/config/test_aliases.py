@@ -52,6 +52,23 @@ def test_a_share_of_warmup_steps_is_a_ratio(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "packing"),
+    [
+        ("off", "off"),
+        ("wrapped", "wrapped"),
+        ("false", "off"),
+        ("true", "bfd"),
+        ("true, packing_strategy: wrapped", "wrapped"),
+        ("false, packing_strategy: wrapped", "off"),
+    ],
+)
+def test_packing_as_yaml_and_trl_write_it(tmp_path, given, packing):
+    """A plain `off` is false in YAML."""
+    assert loaded(tmp_path, f"model: {{path: m}}\ntraining: {{packing: {given}}}").training.packing == packing
+    assert loaded(tmp_path, "model: {path: m}", ["why=off"]).why == "off"
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "training: {num_train_epochs: 3, epochs: 2}",
