@@ -2,7 +2,7 @@
 
 What was named on the command line: run directories and configs, each one plan with a run directory.
 
-Which runs may stand in one table: the same model, adapter and safety rows; and what else differs.
+Which runs may stand in one table: the same model and safety rows, whatever trains; and what else differs.
 """
 
 from __future__ import annotations
@@ -274,6 +274,8 @@ def _distinct(plans: Sequence[NamedPlan]) -> None:
 
 #: Ways to measure the same safety side: they change rounding and files, not what is measured.
 SAME_ENOUGH = ("config.collect.engine", "config.collect.store", "config.collect.chunk_size")
+#: What trains: a new adapter changes no answer before the first step, so losses start from the same model.
+TRAINS = ("config.model.adapter", "config.model.parameters")
 #: Config sections that say nothing about the plan.
 NOT_THE_PLAN = ("run", "report", "verify")
 WORDS = {
@@ -286,7 +288,7 @@ WORDS = {
 
 
 def refuse_different_safety(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Refuse runs of different models, adapters or safety rows.
+    """Refuse runs of different models or safety rows; what trains may differ.
 
     Args:
         sides: ingredients of stage collect by run.
@@ -303,18 +305,36 @@ def refuse_different_safety(sides: Mapping[str, Mapping[str, Any]]) -> list[str]
         if stage_key(side) == stage_key(reference):
             continue
         found = list(differences(reference, side))
-        fatal = [item for item in found if item[0] not in SAME_ENOUGH]
+        trains = [item for item in found if _trains_else(*item)]
+        fatal = [item for item in found if item[0] not in SAME_ENOUGH and item not in trains]
         if fatal:
             raise ArtifactError(
                 f"these are not plans for one model and one safety set: {_told(fatal)}",
                 where=f"{first} against {name}",
-                fix="compare runs of the same model, adapter, seed and safety rows; give both configs the "
-                "same `model`, `safety` and `run.seed`",
+                fix="compare runs of the same model, seed and safety rows; give both configs the same "
+                "`model`, `safety` and `run.seed`",
             )
+        if trains:
+            said.append(
+                f"{name} trains something else than {first} ({_told(trains)}): refusals and the loss of the "
+                "safe responses are comparable and start from the same model; the gradients of the safety "
+                "rows and the subspace are not shared, and overlaps are of different parameters."
+            )
+            continue
         said.append(
             f"{name} measured the safety side in another way than {first} ({_told(found)}): not shared."
         )
     return said
+
+
+def _trains_else(path: str, old: Any, new: Any) -> bool:
+    """Whether a difference is one of what trains; an adapter that exists already is another model."""
+    if not any(path == key or path.startswith(f"{key}.") for key in TRAINS):
+        return False
+    loaded = path.endswith(".path") or any(
+        isinstance(value, Mapping) and value.get("path") is not None for value in (old, new)
+    )
+    return not loaded
 
 
 def _told(found: Sequence[tuple[str, Any, Any]]) -> str:

@@ -148,7 +148,7 @@ def _refuse_before_work(catalogue: Catalogue, plans: Sequence[NamedPlan], cache:
     """Refuse plans that cannot stand in one table before minutes are spent on them.
 
     Raises:
-        AriskError: a run is not finished, or models, adapters or safety rows differ.
+        AriskError: a run is not finished, or models or safety rows differ.
     """
     names = distinct_names([plan.run_dir for plan in plans])
     sides: dict[str, Mapping[str, Any]] = {}

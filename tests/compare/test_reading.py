@@ -51,7 +51,6 @@ def test_equal_contents_are_one_safety_side_wherever_they_lie(values, tmp_path):
     ("sections", "what"),
     [
         ({"model": {"dtype": "float64"}}, "model.dtype (float32 against float64)"),
-        ({"model": {"adapter": {"r": 4}}}, "model.adapter (none against"),
         ({"safety": {"max_length": 64}}, "safety.max_length (1024 against 64)"),
         ({"collect": {"fisher": "sampled"}}, "collect.fisher (empirical against sampled)"),
         ({"run": {"seed": 7}}, "seed (0 against 7)"),
@@ -62,6 +61,31 @@ def test_what_differs_is_named_with_both_values(values, sections, what):
         refuse_different_safety({"a": side(values), "b": side(values, **sections)})
     assert what in caught.value.what
     assert caught.value.where == "a against b"
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        ({}, {"adapter": {"r": 4}}),
+        ({"adapter": {"r": 8}}, {"adapter": {"r": 4}}),
+        ({}, {"parameters": {"include": ["*.bias"]}}),
+    ],
+)
+def test_what_trains_may_differ_and_is_said(values, models):
+    one, two = (side(values, model=model) for model in models)
+    (said,) = refuse_different_safety({"a": one, "b": two})
+    assert said.startswith("b trains something else than a (model.")
+    assert "start from the same model" in said
+    assert "not shared" in said
+    with pytest.raises(ArtifactError, match=r"model\.dtype"):
+        refuse_different_safety({"a": one, "b": side(values, model={**models[1], "dtype": "float64"})})
+
+
+def test_an_adapter_that_exists_already_is_another_model(values, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    other = side(values, model={"adapter": {"path": str(tmp_path)}})
+    with pytest.raises(ArtifactError, match="the adapter's files differ"):
+        refuse_different_safety({"a": side(values), "b": other})
 
 
 def test_other_files_are_named_in_words(values, tmp_path):

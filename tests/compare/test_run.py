@@ -309,7 +309,6 @@ def test_wrong_arguments_are_told_all_at_once(made, arisk, tmp_path):
     ("setting", "what"),
     [
         ("model.dtype=float64", "model.dtype (float32 against float64)"),
-        ("model.adapter.r=4", "model.adapter.r (8 against 4)"),
         ("safety.max_samples=8", "safety.max_samples (16 against 8)"),
         (f"safety.path={ROOT / 'fixtures' / 'data' / 'safety_heldout.jsonl'}", "the safety rows differ"),
         ("run.seed=3", "seed (0 against 3)"),
