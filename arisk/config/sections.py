@@ -180,9 +180,11 @@ class RolloutConfig(Settings):
     rare_rows: bool = True
     """Bring rare, surprising rows in with their true weight; off only to see what it is worth."""
     eval_samples: PositiveInt | None = None
-    """Safety samples measured at every point; default all."""
+    """Safety samples measured; default all."""
     control_samples: PositiveInt = 64
-    """Control samples measured at every point."""
+    """Control samples measured."""
+    leading_samples: PositiveInt = 16
+    """Of both, so many at every point; all of them at the start, where safety has moved, and at the end."""
 
 
 class JudgeConfig(Settings):

@@ -463,7 +463,7 @@ def _kept(slowing: float) -> float:
 
 
 #: Steps of the pilot at which losses are measured.
-PILOT_POINTS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 45, 70, 100, 150, 200, 300, 500, 700, 1000)
+PILOT_POINTS = (3, 8, 20, 45, 100, 200, 500, 1000)
 #: Real steps taken at the start at most, and as a share of the run; shorter runs are real throughout.
 PILOT_STEPS, PILOT_SHARE, ALL_REAL = 20, 0.2, 20
 #: Segments of a 200-step run, more for every factor of ten, and the share of the run they may cost.

@@ -158,7 +158,9 @@ class Behaviour:
         return self.reason is None
 
     def measure(self, model: nn.Module, step: int, *, answer: bool = False) -> None:
-        """Follow every opening here; answer where asked, at step 0, and where openings have turned.
+        """Follow the safety prompts' openings; answer where asked, at step 0, and where openings have turned.
+
+        Ordinary prompts are followed where they are answered.
 
         Answers come unasked at most three times: where the share of openings that stand has fallen by a
         fifth since the last answers.
@@ -171,14 +173,15 @@ class Behaviour:
         if not self.measures:
             return
         try:
-            for watched in self.watched.values():
-                watched.follow(model, step)
             lead = self.watched["safety"]
+            lead.follow(model, step)
             turned = self.between < ANSWERS_BETWEEN and lead.turned() >= TURNED
             if step > 0 and not answer and turned:
                 self.between += 1
             if answer or turned or step == 0:
                 for watched in self.watched.values():
+                    if watched is not lead:
+                        watched.follow(model, step)
                     watched.answer(model, step)
         except InputError as err:
             # A model that cannot write keeps its losses; the reason is on record.

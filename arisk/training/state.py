@@ -42,7 +42,8 @@ class Track:
 
     Attributes:
         steps: points; finetune_loss, kept_share beside them.
-        safety, control: (N,) losses at each point.
+        safety, control: (N,) losses at each point, NaN for rows that were left out there.
+        whole: names of the sets of which every row was measured, at each point; empty where all always are.
         extrapolated: (N, S) losses at extrapolated outputs, from the end of the pilot.
         diverged_at: first step that could not be taken.
         pending: training losses of the steps after the last point.
@@ -57,6 +58,7 @@ class Track:
     kept_share: list[float] = field(default_factory=list[float])
     safety: list[Tensor] = field(default_factory=list[Tensor])
     control: list[Tensor] = field(default_factory=list[Tensor])
+    whole: list[list[str]] = field(default_factory=list[list[str]])
     extrapolated: Tensor | None = None
     diverged_at: int | None = None
     pending: list[float] = field(default_factory=list[float])
@@ -130,6 +132,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, extra: Extra | No
         "steps": track.steps,
         "finetune_loss": [loss if math.isfinite(loss) else None for loss in track.finetune_loss],
         "kept_share": track.kept_share,
+        "whole": track.whole,
         "pending": track.pending,
         "texts": list(track.texts.items()),
         "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
@@ -171,6 +174,7 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Extra] | None:
         kept_share=values["kept_share"],
         safety=list(tensors["safety"]),
         control=list(tensors["control"]) if "control" in tensors else [],
+        whole=values["whole"],
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),
