@@ -38,12 +38,12 @@ import torch
 from torch import Tensor
 
 from arisk.base.errors import NumericsError
-from arisk.base.processes import gathered, share
 from arisk.base.task import RowBatches
 from arisk.config.sections import RolloutConfig
 from arisk.gradients import move_batch
 from arisk.training.loop import PlannedRun, StepDone, follow
 from arisk.training.optimizers import Ageing
+from arisk.training.panels import panel_of_rows
 from arisk.training.state import Extra
 
 __all__ = [
@@ -56,12 +56,13 @@ __all__ = [
     "pilot_length",
     "planned_points",
     "rollout_cost",
+    "scored_rows",
     "segment_count",
     "segment_ends",
 ]
 
-#: Rows scored, as a share of those the plan would see.
-SCORED_SHARE = 0.25
+#: Rows scored, as a share of those the plan would see, and at most.
+SCORED_SHARE, MOST_SCORED = 0.25, 320
 #: Distance from the median loss, in deviations (1.48 MAD), from which a row is far outside.
 OUTSIDE = 8.0
 #: Largest share of all rows that the stratum takes: what is more is met by the real steps themselves.
@@ -86,7 +87,7 @@ class RareRows:
         self.batches = batches
         self.step_rows = run.training.gradient_accumulation * batches.size
         planned = run.recipe.horizon * self.step_rows
-        scored = batches.sample(max(batches.size, math.ceil(SCORED_SHARE * planned)))
+        scored = batches.sample(max(batches.size, scored_rows(planned)))
         outside = outliers(self._losses(scored))
         # Evenly over their losses; the rest, and rows that were not scored, stay in the real steps with
         # their natural weight.
@@ -149,17 +150,15 @@ class RareRows:
 
     def _losses(self, rows: list[int]) -> Tensor:
         """Loss of every row at θ*; one that is not finite is never an outlier: real steps name it."""
-        size = self.batches.size
-        found: list[Tensor] = []
-        with torch.no_grad():
-            starts = range(0, len(rows), size)
-            for start in (starts[number] for number in share(len(starts))):
-                batch = move_batch(self.batches.of(rows[start : start + size]), self.run.stream.device)
-                found.append(self.run.task.finetune.loss_fn(self.run.task.model, batch).reshape(-1).cpu())
-        losses = torch.cat(gathered(found, len(starts))).to(torch.float64)
-        if len(losses) != len(rows):
-            return torch.zeros(len(rows))
+        panel = panel_of_rows(self.run.task.finetune, rows, self.run.stream.device)
+        with self.run.reading():
+            losses = panel.losses(self.run.task.model)
         return torch.where(losses.isfinite(), losses, -math.inf)
+
+
+def scored_rows(planned: int) -> int:
+    """Rows scored for a plan that would see so many."""
+    return min(MOST_SCORED, math.ceil(SCORED_SHARE * planned))
 
 
 def outliers(losses: Tensor) -> list[int]:
@@ -463,7 +462,7 @@ def _kept(slowing: float) -> float:
 
 
 #: Steps of the pilot at which losses are measured.
-PILOT_POINTS = (3, 8, 20, 45, 100, 200, 500, 1000)
+PILOT_POINTS = (3, 8, 20, 30, 45, 70, 100, 150, 200, 300, 500, 700, 1000)
 #: Real steps taken at the start at most, and as a share of the run; shorter runs are real throughout.
 PILOT_STEPS, PILOT_SHARE, ALL_REAL = 20, 0.2, 20
 #: Segments of a 200-step run, more for every factor of ten, and the share of the run they may cost.

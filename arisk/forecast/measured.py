@@ -6,7 +6,8 @@
 * `combined`: the rollout, pulled towards the pilot where that still says something: a weighted
   mean of the two in log space whose weight of the pilot falls as τ_k/τ.
 
-Intervals: the safety samples are drawn anew, and what the virtual run is known to get wrong is drawn
+Intervals: the safety samples are drawn anew, with what those that were left out at a point could have said,
+and what the virtual run is known to get wrong is drawn
 with it: a stretch of the time after the pilot and a factor on the change, both log-normal, and a
 small shift that other prompts would show; centre and widths were chosen on the tuning half of the
 validity benchmark.
@@ -127,6 +128,12 @@ def _rollout_path(measured: RolloutResult, config: ForecastConfig, seed: int) ->
     """Measured changes, all samples first, then redrawn."""
     steps = _kept(measured)
     values = _between(measured.steps, _redrawn(measured.safety, config, seed), steps)
+    if any(measured.safety_error):
+        # What the rows that were left out at a point could have said: one draw for the whole curve.
+        at, error = (torch.tensor(v, dtype=torch.float64) for v in (measured.steps, measured.safety_error))
+        generator = torch.Generator().manual_seed(seed + 3)
+        z = torch.randn(len(values) - 1, 1, dtype=torch.float64, generator=generator)
+        values[1:] += z * _linear(at, error[None], steps)
     return _Path(steps, values, min(measured.pilot_steps, measured.steps[-1]))
 
 
@@ -139,7 +146,8 @@ def _pilot_path(measured: RolloutResult, config: ForecastConfig, seed: int) -> _
     ahead = _flow_at(measured, steps) / measured.flow_time[last]
     scales = torch.tensor(measured.scales, dtype=torch.float64)
     drawn = _redrawn(measured.extrapolated, config, seed)
-    values = _linear(scales, drawn, ahead ** _exponent(measured, last))
+    values = _linear(scales, _root(drawn), ahead ** _exponent(measured, last))
+    values = values * values.abs()
     early = _between(
         measured.steps[: last + 1], _redrawn(measured.safety, config, seed)[:, : last + 1], steps
     )

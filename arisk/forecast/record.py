@@ -189,6 +189,12 @@ class RolloutResult:
         start_losses: (N,) loss of each measured sample at the aligned point; None where not measured.
         rows: what the loader knows of each of the N samples: `prompt`, `response`, `tokens`, `line`.
         task: provenance of model and data as the loader described it.
+        whole_steps: points at which every sample was measured. At the others a few were, and the changes of
+            the rest are carried over from them (`arisk.training.panels.filled`).
+        safety_error: M standard errors of the mean change of `safety` that come of it, 0 at whole points.
+        precision: of the losses, where it is narrower than the weights, as in the plan's own forward passes.
+        precision_error: root mean square over samples of what that changes at the aligned point (nats per
+            token); None where nothing was narrowed.
     """
 
     status: Literal["measured", "skipped"]
@@ -214,6 +220,10 @@ class RolloutResult:
     start_losses: Tensor | None = None
     rows: Sequence[Mapping[str, Any]] = ()
     task: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    whole_steps: Sequence[int] = ()
+    safety_error: Sequence[float] = ()
+    precision: str | None = None
+    precision_error: float | None = None
 
     @property
     def carried_out(self) -> bool:

@@ -1,19 +1,23 @@
 """Stage rollout: safety measured along an accelerated virtual run of the planned fine-tune.
 
 The run starts with a pilot of real optimizer steps and goes on in segments: a leap that stands for
-many steps, then a few real ones (`arisk.forecast.leap`). At the end of every segment each safety and
-control sample is measured. Cost: O(log T) gradients. The model is put back to the bit.
+many steps, then a few real ones (`arisk.forecast.leap`). At the end of every segment some safety and control
+samples are measured, and all of them where the decision hangs: at the start, the pilot's end, where the loss
+has moved, and at the end. Passes without a gradient have the precision of the plan's own. Cost: O(log T)
+gradients. The model is put back to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier, gathered, share, world
@@ -28,16 +32,49 @@ from arisk.models.losses import per_sample_nll, response_logits
 from arisk.models.openings import losses_at_scales
 from arisk.training.behaviour import Behaviour
 from arisk.training.loop import PlannedRun, keeping_parameters, put
-from arisk.training.panels import panel_of
+from arisk.training.panels import LEAD_SHARE, SplitPanel, filled, sample_losses, split_panel
 from arisk.training.recipe import Recipe, recipe_of
 from arisk.training.state import Pauses, Track, load_state
 
-__all__ = ["OPENING", "rollout", "skipped_rollout", "watched"]
+__all__ = ["ANSWERED_POINTS", "OPENING", "SCALES", "forward_rows", "rollout", "skipped_rollout", "watched"]
 
-#: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth.
-SCALES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.3, 16.0, 22.6, 32.0)
+#: Scales s of the extrapolated outputs; below 1 they fit the exponent of the growth. Losses between them are
+#: read off a straight line in their signed root.
+SCALES = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+#: Inner points at which every sample is measured, at most, and the change of the root of the mean rise
+#: (nats^½) since the last such point from which it is due: rises of .014, .058, .13.
+WHOLE_BETWEEN, MOVED = 3, 0.12
+#: First inner point at which openings are followed.
+FOLLOWED_FROM = 8
+#: Points of a rollout at which answers are written, about: the start, the pilot's end, the end, one between.
+ANSWERED_POINTS = 4
 #: Name of the losses of first tokens in the state of a run.
 OPENING = "opening"
+#: Names of the sets in the state of a run.
+SAFETY, CONTROL = "safety", "control"
+
+
+def forward_rows(horizon: int, config: RolloutConfig, rows: Mapping[str, float]) -> float:
+    """Rows measured without a gradient along a rollout, with one inner point at which all of them are.
+
+    Args:
+        horizon: planned optimizer steps T.
+        config: its settings.
+        rows: how many there are of `safety`, `control`, prompts `followed`, and `ordinary` ones.
+    """
+    pilot, points = planned_points(horizon, config)
+    count = len(points) + 1
+    safety = min(rows["safety"], config.eval_samples or rows["safety"])
+    control = min(rows["control"], config.control_samples)
+    whole: dict[str, int] = {"safety": min(count, 3 + (pilot < horizon)), "control": min(count, 2)}
+    total = 0.0
+    for name, measured in (("safety", safety), ("control", control)):
+        lead = config.leading_samples if config.leading_samples < LEAD_SHARE * measured else measured
+        total += lead * count + (measured - lead) * whole[name]
+        if name == "safety" and pilot < horizon:
+            total += 2 * lead  # The extrapolated outputs.
+    followed = 1 + sum(point >= min(FOLLOWED_FROM, pilot) for point in points)
+    return total + rows["followed"] * followed + rows["ordinary"] * min(count, ANSWERED_POINTS)
 
 
 def skipped_rollout(reason: str, task: Task | None = None, steps: int = 0) -> RolloutResult:
@@ -142,8 +179,11 @@ class _Walk:
             rare=self._rare_rows(),
         )
         device = self.planned.stream.device
-        self.safety = panel_of(task.safety, config.eval_samples, device)
-        self.control = panel_of(task.control, config.control_samples, device) if task.control else None
+        lead = config.leading_samples
+        self.safety = split_panel(task.safety, config.eval_samples, lead, device)
+        self.control = (
+            split_panel(task.control, config.control_samples, lead, device) if task.control else None
+        )
         self.track = Track()
         self.block: Block | None = None
 
@@ -216,26 +256,75 @@ class _Walk:
         track.kept_share.append(share)
         model = self.task.model
         with self.planned.reading():
-            losses, openings = self.safety.losses_and_openings(model, self.opening_tokens)
-            track.safety.append(losses)
-            if openings is not None:
-                track.others.setdefault(OPENING, []).append(openings)
-            if self.control is not None:
-                track.control.append(self.control.losses(model))
-            self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
+            self._losses(model, step)
+            if step == 0 or step >= min(FOLLOWED_FROM, self.pilot):
+                self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
         track.behaviour = self.behaviour.state()
+        if step == 0 and self.planned.autocast is not None:
+            track.precision_error = self._precision_error(model)
+
+    def _losses(self, model: nn.Module, step: int) -> None:
+        """Losses of the leading rows here, and of all rows where the decision hangs."""
+        track, ends, whole = self.track, (0, self.horizon), list[str]()
+        losses, openings = self.safety.leading(model, self.opening_tokens)
+        if self.safety.rest is None or step in (*ends, self.pilot) or self._has_moved(losses):
+            losses, openings = _joined((losses, openings), self.safety.others(model, self.opening_tokens))
+            whole.append(SAFETY)
+        track.safety.append(losses)
+        if openings is not None:
+            track.others.setdefault(OPENING, []).append(openings)
+        if self.control is not None:
+            ordinary = self.control.leading(model, 1)
+            if self.control.rest is None or step in ends:
+                ordinary = _joined(ordinary, self.control.others(model, 1))
+                whole.append(CONTROL)
+            track.control.append(ordinary[0])
+        track.whole.append(whole)
+
+    def _has_moved(self, losses: Tensor) -> bool:
+        """Whether the leading rows' mean has moved enough since all rows were measured."""
+        track, lead = self.track, torch.tensor(self.safety.places)
+        known = [i for i, sets in enumerate(track.whole) if SAFETY in sets]
+        inner = [i for i in known if track.steps[i] not in (0, self.pilot)]
+        if len(inner) >= WHOLE_BETWEEN:
+            return False
+        here, last = (
+            _root(float((v - track.safety[0])[lead].mean())) for v in (losses, track.safety[known[-1]])
+        )
+        return not abs(here - last) < MOVED
+
+    def _precision_error(self, model: nn.Module) -> float:
+        """Root mean square over some leading rows of what the plan's precision changes (nats per token)."""
+        panel = self.safety.lead
+        few = replace(panel, batches=panel.batches[:1])
+        with torch.no_grad():
+            plain = sample_losses(model, few.batches, few.loss_fn)
+        with self.planned.reading():
+            own = sample_losses(model, few.batches, few.loss_fn)
+        return float((own - plain).square().mean().sqrt())
 
     def extrapolate(self) -> Tensor | None:
-        """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot."""
-        parts: list[Tensor | None] = []
-        for number in share(len(self.safety.batches)):
+        """(N, S) safety losses at outputs extrapolated from the start through here; None if it cannot.
+
+        Of the leading rows; the others keep their distance to these, which grows with s up to here.
+        """
+        panel, parts = self.safety.lead, list[Tensor | None]()
+        for number in share(len(panel.batches)):
             with self.planned.reading():
-                parts.append(self._extrapolated(self.safety.batches[number]))
+                parts.append(self._extrapolated(panel.batches[number]))
             if parts[-1] is None and world() == 1:
                 return None
-        found = [part for part in gathered(parts, len(self.safety.batches)) if part is not None]
-        whole = len(found) == len(self.safety.batches)
-        return self.safety.in_order(torch.cat(found)) if whole else None
+        found = [part for part in gathered(parts, len(panel.batches)) if part is not None]
+        if len(found) < len(panel.batches):
+            return None
+        lead, leading = torch.tensor(self.safety.places), panel.in_order(torch.cat(found))
+        start, here = self.track.safety[0], self.track.safety[-1]
+        scales = torch.tensor(SCALES, dtype=torch.float64)
+        grown = leading.mean(0) - start[lead].mean()
+        apart = (here - start) - (here - start)[lead].mean()
+        every = start[:, None] + grown + apart[:, None] * scales.clamp(max=1)
+        every[lead] = leading
+        return every
 
     def _extrapolated(self, batch: Batch) -> Tensor | None:
         """(B, S) of one batch; response logits alone where the loss is the one over response tokens."""
@@ -265,8 +354,8 @@ class _Walk:
     def result(self) -> RolloutResult:
         """The record: changes against the start."""
         track = self.track
-        safety = torch.stack(track.safety, dim=1)
-        control = torch.stack(track.control, dim=1) if track.control else None
+        safety, error = self._filled(self.safety, track.safety, SAFETY)
+        control = self._filled(self.control, track.control, CONTROL)[0] if self.control else None
         openings = track.others.get(OPENING)
         return RolloutResult(
             status="measured",
@@ -287,12 +376,21 @@ class _Walk:
             safety_rows=list(self.safety.rows),
             warnings=self.warnings(),
             start=float(safety[:, 0].mean()),
-            opening_loss=None if openings is None else torch.stack(openings, dim=1),
+            opening_loss=None if openings is None else self._filled(self.safety, openings, SAFETY)[0],
             behaviour=self.behaviour.result(),
             start_losses=safety[:, 0],
             rows=[dict(self.task.safety.rows[i]) for i in self.safety.rows if self.task.safety.rows],
             task=_provenance(self.task),
+            whole_steps=[step for step, sets in zip(track.steps, track.whole, strict=True) if SAFETY in sets],
+            safety_error=error.tolist(),
+            precision=None if self.planned.autocast is None else self.planned.training.precision,
+            precision_error=track.precision_error,
         )
+
+    def _filled(self, panel: SplitPanel, values: Sequence[Tensor], name: str) -> tuple[Tensor, Tensor]:
+        """(N, M) of all rows at all points, and the error of their mean."""
+        whole = [name in sets for sets in self.track.whole]
+        return filled(torch.stack(list(values), dim=1), whole, panel.places, self.track.steps)
 
     def warnings(self) -> list[str]:
         """Sentences for the report."""
@@ -307,6 +405,22 @@ class _Walk:
         if self.track.diverged_at is not None:
             found.append(f"The virtual run diverges after step {self.track.steps[-1]}.")
         return found
+
+
+def _joined(
+    leading: tuple[Tensor, Tensor | None], others: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Values of two sets of rows in one, where each has NaN in the other's place."""
+    losses, openings = (
+        None if a is None or b is None else torch.where(b.isnan(), a, b)
+        for a, b in zip(leading, others, strict=True)
+    )
+    assert losses is not None
+    return losses, openings
+
+
+def _root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
 
 
 def watched(task: Task, config: BehaviourConfig | None, *, heldout: bool = False) -> Behaviour:

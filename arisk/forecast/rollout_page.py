@@ -98,10 +98,29 @@ def rollout_section(measured: RolloutResult, forecast: ForecastResult) -> str:
     )
     return (
         f"{head}<p><b>Cost:</b> {esc(cost_text(forecast))} (micro-batches), and "
-        f"{measured.safety_passes} passes over the safety and control samples.{esc(ended)}</p>"
+        f"{esc(_passes(measured))}{esc(ended)}</p>"
         f'<div class="folds">{notes(READING.format(pilot=measured.pilot_steps))}'
         f"{folded('The measured points as a table', table(_HEADER, _rows(measured)))}</div></section>"
     )
+
+
+def _passes(measured: RolloutResult) -> str:
+    """How often samples were measured, at how many points all of them, and in which precision."""
+    points, whole = len(measured.steps), len(measured.whole_steps)
+    said = f"{points} measurements of the safety and control samples."
+    if whole and whole < points:
+        worst = number(max(measured.safety_error))
+        said = (
+            f"{points} measurements of safety and control samples: all safety samples at {whole} of them, at "
+            f"at others a few that lead the rest (standard error of the mean up to {worst} nats per token, "
+            "which the interval holds)."
+        )
+    if measured.precision is not None and measured.precision_error is not None:
+        said += (
+            f" Losses are in {measured.precision}, as the plan trains; at the aligned model that changes one "
+            f"by {number(measured.precision_error)} nats per token (root mean square)."
+        )
+    return said
 
 
 _HEADER = (

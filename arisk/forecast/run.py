@@ -32,12 +32,12 @@ from arisk.forecast.forecasters import (
     not_measured,
     ray_curve,
 )
-from arisk.forecast.leap import SCORED_SHARE
 from arisk.forecast.leap import rollout_cost as counted
+from arisk.forecast.leap import scored_rows
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict, WhatIfGrid
 from arisk.forecast.refusals import refusal_forecast
-from arisk.forecast.rollout import SCALES, skipped_rollout
+from arisk.forecast.rollout import ANSWERED_POINTS, SCALES, forward_rows, skipped_rollout
 from arisk.forecast.verdict import decide
 from arisk.forecast.what_if import known, what_if
 from arisk.geometry.dynamics import diffusion
@@ -268,9 +268,6 @@ def _undefined(hint: Any) -> Any:
     return {float: math.nan, int: 0, bool: False}[hint]
 
 
-#: Points of a rollout at which answers are written, about: the start, the pilot's end, the end, one between.
-ANSWERED_POINTS = 4
-
 #: Copies of the selected parameters beside the model in a rollout: θ*, gradient, two moments, the anchor,
 #: direction, mean and square of a block, the leap.
 COPIES = 9
@@ -341,15 +338,15 @@ def _walked(task: Task, config: Config, settings: RolloutConfig) -> dict[str, fl
     rolled, measurements = counted(steps, settings)
     leaps = measurements if rolled < steps else 0
     measured = min(safety, settings.eval_samples or safety)
-    both = measured + min(control, settings.control_samples)
-    followed = followed_rows(task, config)
+    followed, lead = followed_rows(task, config), min(measured, settings.leading_samples)
+    prompts = min(followed, config.behaviour.prompts)
+    rows = {"safety": safety, "control": control, "followed": prompts, "ordinary": followed - prompts}
     return {
         "gradient rows": rolled * per_step,
-        "forward rows": measurements * (both + followed)
-        + (2 * measured if leaps else 0)
+        "forward rows": forward_rows(steps, settings, rows)
         + leaps * per_step  # The loss before a leap.
-        + (SCORED_SHARE * steps * per_step if leaps and settings.rare_rows else 0),
-        "output losses": len(SCALES) * measured if leaps else 0,
+        + (scored_rows(steps * per_step) if leaps and settings.rare_rows else 0),
+        "output losses": len(SCALES) * lead if leaps else 0,
         "answer tokens": followed * config.behaviour.tokens * ANSWERED_POINTS,
     }
 

@@ -23,11 +23,13 @@ from arisk.models.losses import per_sample_nll
 from arisk.models.openings import response_losses
 
 __all__ = [
+    "LEAD_SHARE",
     "Panel",
     "SplitPanel",
     "batch_losses",
     "filled",
     "panel_of",
+    "panel_of_rows",
     "sample_losses",
     "split_panel",
     "spread",
@@ -117,6 +119,17 @@ def panel_of(samples: SampleSet, limit: int | None, device: torch.device) -> Pan
     """
     rows, batches = _chosen(samples, limit)
     return _panel(samples, rows, batches, device)
+
+
+def panel_of_rows(samples: SampleSet, rows: Sequence[int], device: torch.device) -> Panel:
+    """These rows of a set that can be regrouped, in this order.
+
+    Raises:
+        TypeError: the set cannot be regrouped.
+    """
+    if not isinstance(samples.batches, RowBatches):
+        raise TypeError("rows can be named only where batches know them")
+    return _panel(samples, rows, samples.batches, device)
 
 
 def _chosen(samples: SampleSet, limit: int | None) -> tuple[list[int], RowBatches | list[Batch]]:
@@ -254,7 +267,7 @@ def filled(
         gone = values[leading, i] - line[leading]
         complete[~leading, i] = line[~leading] + gone.mean()
         if len(gone) > 1:
-            error[i] = float(gone.std()) * math.sqrt(1 / len(gone) - 1 / count)
+            error[i] = float(gone.std().nan_to_num()) * math.sqrt(1 / len(gone) - 1 / count)
     return complete, error
 
 

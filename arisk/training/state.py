@@ -51,6 +51,7 @@ class Track:
         others: losses of further data sets at each point, by name.
         notes: values of every step, by name.
         behaviour: state of the observer of what the model says; empty before it.
+        precision_error: what narrower passes change in a loss at the start (nats); None where none are.
     """
 
     steps: list[int] = field(default_factory=list[int])
@@ -66,6 +67,7 @@ class Track:
     others: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
     notes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     behaviour: dict[str, Any] = field(default_factory=dict[str, Any])
+    precision_error: float | None = None
 
     @property
     def at(self) -> int:
@@ -133,6 +135,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, extra: Extra | No
         "finetune_loss": [loss if math.isfinite(loss) else None for loss in track.finetune_loss],
         "kept_share": track.kept_share,
         "whole": track.whole,
+        "precision_error": track.precision_error,
         "pending": track.pending,
         "texts": list(track.texts.items()),
         "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
@@ -175,6 +178,7 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Extra] | None:
         safety=list(tensors["safety"]),
         control=list(tensors["control"]) if "control" in tensors else [],
         whole=values["whole"],
+        precision_error=values["precision_error"],
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),

@@ -339,12 +339,15 @@ def verify_cost(scene: CostScene) -> Cost:
     steps = planned_steps(config.training, task.finetune.units)
     points = measured_steps(min(given.steps or steps, steps))
     moving = COPIES_OF_A_RUN * numel(task) * 4 / 1e9
+    written, followed = len(writing_steps(points)), followed_rows(task, config)
+    prompts = min(followed, config.behaviour.prompts)
     on_device = scene.device.get("gradients")
     return Cost(
         passes={
             "gradient rows": points[-1] * per_step(config),
-            "forward rows": len(points) * (looked(task, given.control_samples) + followed_rows(task, config)),
-            "answer tokens": answer_tokens(scene, len(writing_steps(points))),
+            "forward rows": len(points) * (looked(task, given.control_samples) + prompts)
+            + written * (followed - prompts),
+            "answer tokens": answer_tokens(scene, written),
         },
         seconds=scene.loading,
         memory_gb=scene.memory["gradients"] + moving,

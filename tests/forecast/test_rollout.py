@@ -20,7 +20,7 @@ from arisk.forecast.leap import (
     segment_ends,
 )
 from arisk.forecast.measured import combined_curve, pilot_curve, rollout_curve
-from arisk.forecast.rollout import rollout, skipped_rollout
+from arisk.forecast.rollout import forward_rows, rollout, skipped_rollout
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.openings import OpeningScores
@@ -158,6 +158,74 @@ def test_the_cost_is_known_before(steps):
     assert rollout_cost(steps, RolloutConfig()) == (made.gradient_evaluations, made.safety_passes)
 
 
+def large(**changes):
+    """The same task with 64 safety rows and 40 control rows."""
+    task = task_of(finetune=data(2, MANY))
+    return replace(
+        task,
+        safety=SampleSet("safety", data(1, 8), classify),
+        control=SampleSet("control", data(3, 5), classify),
+        **changes,
+    )
+
+
+def test_few_rows_at_most_points_tell_what_all_rows_do():
+    every = run(large(), RECIPES[2], 200, leading_samples=1000)
+    few = run(large(), RECIPES[2], 200, leading_samples=8)
+    assert every.whole_steps == every.steps == few.steps
+    assert not any(every.safety_error)
+    inner = [step for step in few.whole_steps if step not in (0, few.pilot_steps, 200)]
+    assert {0, few.pilot_steps, 200} <= set(few.whole_steps) < set(few.steps)
+    assert 1 <= len(inner) <= 3
+    for i, step in enumerate(few.steps):
+        apart = float((few.safety[:, i].mean() - every.safety[:, i].mean()).abs())
+        if step in few.whole_steps:
+            torch.testing.assert_close(few.safety[:, i], every.safety[:, i])
+            assert few.safety_error[i] == 0
+        else:
+            assert few.safety_error[i] > 0
+            assert apart <= 3 * few.safety_error[i] + 1e-9
+    torch.testing.assert_close(few.control[:, -1], every.control[:, -1])
+    assert bool(few.control.isfinite().all())
+    own = torch.isclose(few.extrapolated, every.extrapolated).all(1)
+    assert int(own.sum()) == 8
+    at_one = few.scales.index(1.0)
+    pilot = few.steps.index(few.pilot_steps)
+    for measured in (few, every):
+        torch.testing.assert_close(measured.extrapolated[:, at_one], measured.safety[:, pilot])
+
+
+def test_what_was_left_out_widens_the_interval():
+    few, config = run(large(), RECIPES[2], 200, leading_samples=8), ForecastConfig()
+    plan = recipe_of(TrainingConfig(**RECIPES[2]), 200)
+    sure = replace(few, safety_error=[0.0] * len(few.steps))
+    unsure = replace(few, safety_error=[0.0, *[0.5] * (len(few.steps) - 1)])
+    known, wide = (rollout_curve(record, plan, config, 0) for record in (sure, unsure))
+    assert wide.median == known.median
+    assert wide.upper[-1] - wide.lower[-1] > known.upper[-1] - known.lower[-1] + 0.5
+
+
+@pytest.mark.parametrize("steps", [20, 60, 400])
+def test_measured_rows_are_counted_before(steps, monkeypatch):
+    counted = []
+
+    def counts(model, batch):
+        if not torch.is_grad_enabled():
+            counted.append(len(batch[1]))
+        return classify(model, batch)
+
+    task = large()
+    sets = {name: replace(getattr(task, name), loss_fn=counts) for name in ("safety", "control")}
+    config = RolloutConfig(leading_samples=8)
+    made = rollout(replace(task, **sets), config=config, training=TrainingConfig(**RECIPES[2]), steps=steps)
+    extrapolated = 2 * 8 + len(made.scales) * 8 if made.scales else 0
+    told = forward_rows(steps, config, {"safety": 64, "control": 40, "followed": 0, "ordinary": 0})
+    inner = len([s for s in made.whole_steps if s not in (0, made.pilot_steps, steps)])
+    # What is not known before: at how many inner points safety has moved.
+    known = told - 56 - (2 * 8 if made.scales else 0)
+    assert sum(counted) - extrapolated == known + 56 * inner
+
+
 def test_segments_grow():
     ends = segment_ends(20, 2000, 20, 5)
     lengths = [b - a for a, b in zip([20, *ends], ends, strict=False)]
@@ -187,7 +255,7 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(run_state, "SAVE_EVERY", 0.0)
     monkeypatch.setattr(run_state, "SAVE_SHARE", 0.0)
     settings = {
-        "config": RolloutConfig(),
+        "config": RolloutConfig(leading_samples=6),
         "training": TrainingConfig(**RECIPES[2]),
         "steps": 150,
         "behaviour": BehaviourConfig(prompts=6, opening_tokens=3),
@@ -230,8 +298,8 @@ def test_what_the_model_says_is_followed_and_answered_where_due():
     assert torch.equal(watched.safety, plain.safety)
     assert (plain.behaviour.status, plain.behaviour.reason) == ("not_measured", "behaviour.prompts is 0")
     said = watched.behaviour.safety
-    assert said.steps == watched.steps
-    assert said.log_p.shape == (6, len(watched.steps), 3)
+    assert said.steps == [step for step in watched.steps if step != 3]
+    assert said.log_p.shape == (6, len(said.steps), 3)
     answered = [made.step for made in said.answers]
     assert {0, watched.pilot_steps, 150} <= set(answered)
     # The openings turn once, and answers come there unasked.

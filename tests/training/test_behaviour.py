@@ -66,7 +66,9 @@ def test_openings_at_every_point_and_answers_where_due(task, model):
     assert (found.status, found.reason, found.ordinary_reason) == ("measured", None, None)
     assert safety.steps == [0, 1, 5, 9]
     assert safety.log_p.shape == (8, 4, 4)
-    assert ordinary.log_p.shape == (4, 4, 4)
+    # Ordinary prompts are followed where they are answered.
+    assert ordinary.steps == [0, 5, 9]
+    assert ordinary.log_p.shape == (4, 3, 4)
     assert len({p["line"] for p in safety.prompts}) == 8
     # Nothing moved between the first two points; everything stood.
     assert torch.equal(safety.log_p[:, 0], safety.log_p[:, 1])

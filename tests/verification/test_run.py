@@ -310,12 +310,12 @@ def test_a_plan_that_was_carried_out_is_what_verify_measures(training, dropout):
     assert (taken.last, taken.horizon, taken.steps[-1]) == (60, 60, 60)
     assert taken.start == measured.start
     shared = [step for step in taken.steps if step in measured.steps]
-    assert len(shared) >= 8
+    assert len(shared) >= 5
     for name in ("safety", "control"):
         mine, theirs = getattr(taken, name), getattr(measured, name)
         for step in shared:
             assert torch.equal(mine[:, taken.steps.index(step)], theirs[:, measured.steps.index(step)])
     assert taken.gradient_evaluations == measured.gradient_evaluations
     # The training loss of the steps before a point, whichever points there are.
-    early = measured.finetune_loss[1:4]
-    assert taken.finetune_loss[1:3] == early[:2]
+    assert taken.steps[1] == 3
+    assert taken.finetune_loss[1] == pytest.approx(sum(measured.finetune_loss[1:4]) / 3, rel=1e-9)
