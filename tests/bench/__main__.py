@@ -7,6 +7,7 @@ import sys
 from tests.bench import (
     check,
     compare,
+    cost,
     gradients,
     growth,
     guard,
@@ -25,6 +26,7 @@ from tests.bench.real import score
 BENCHES = {
     "check": check.main,
     "compare": compare.main,
+    "cost": cost.main,
     "gradients": gradients.main,
     "store": store.main,
     "growth": growth.main,
@@ -50,6 +52,9 @@ def main() -> None:
     """Run the named benchmarks; all that follows `score` belongs to it."""
     if sys.argv[1:2] == ["score"]:
         score.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["cost"]:
+        cost.main()
         return
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
     # What follows a name belongs to that benchmark.
