@@ -264,8 +264,13 @@ class OwnAnswers:
         model, greedy = self.model(), GreedyAnswers(self.tokenizer, prompts)
         ends = set(greedy.ends(model) or [])
         said: list[str] = []
-        with evaluating(model):
-            answers = greedy.tokens(model, range(len(prompts)), OWN_TOKENS)
+        try:
+            with evaluating(model):
+                answers = greedy.tokens(model, range(len(prompts)), OWN_TOKENS)
+        except InputError as err:
+            first = prompts[0].row
+            fix = "give every prompt a safe response"
+            raise InputError(err.what, where=f"{first.source}, line {first.line}", fix=fix) from err
         for tokens in answers:
             text = greedy.text(tokens)
             said.append(text if ends & set(tokens[-1:]) else whole_sentences(text))

@@ -202,3 +202,14 @@ def test_long_answers_end_with_a_sentence(tmp_path, monkeypatch):
     assert cut.keys() == whole.keys()
     assert all(whole[prompt].startswith(text) for prompt, text in cut.items())
     assert any(len(text.split()) == 9 for text in cut.values())
+
+
+def test_a_model_that_cannot_answer_asks_for_responses(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise NotImplementedError("no head")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", fails)
+    with pytest.raises(InputError, match="cannot generate text: no head") as caught:
+        asked(tmp_path, None)
+    assert caught.value.where.endswith("p.txt, line 1")
+    assert "safe response" in caught.value.fix

@@ -11,7 +11,7 @@ import pytest
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig
 from arisk.models.formats import FORMATS, Format, Row, chat_row
-from arisk.models.rows import read_data, read_rows
+from arisk.models.rows import prompts_alone, read_data, read_rows
 
 LAYOUTS = Path(__file__).parent.parent.parent / "fixtures" / "formats"
 
@@ -385,3 +385,32 @@ def test_validation_rows_are_those_that_datasets_takes(tmp_path, size):
         read(path, val_set_size=30)
     with pytest.raises(ValueError, match="whole number"):
         DataConfig(path="x", val_set_size=1.5)
+
+
+def test_lines_of_a_text_are_rows(tmp_path):
+    """Safety rows are prompts, others plain text; blank lines are none."""
+    path = tmp_path / "lines.txt"
+    path.write_bytes("\ufeffOne lamp.\n\n  Two lamps.\n".encode())
+    for section, layout, first in (
+        ("finetune", "text", ("", "One lamp.")),
+        ("safety", "prompts", "One lamp."),
+    ):
+        found = read_data(DataConfig(path=str(path)), section=section, seed=0)
+        assert (found.format.name, [row.line for row in found.rows]) == (layout, [1, 3])
+        row = found.rows[0]
+        assert (row.text if layout == "text" else row.messages[0]["content"]) == first
+        assert prompts_alone(DataConfig(path=str(path)), section) == (layout == "prompts")
+    path.write_bytes(b"fine\nbad \xff\n")
+    with pytest.raises(InputError, match="not UTF-8: byte 0xff at 5") as caught:
+        read_data(DataConfig(path=str(path)), section="safety", seed=0)
+    assert caught.value.where.endswith("line 2")
+
+
+@pytest.mark.parametrize("column", ["goal", "Goal", "forbidden_prompt", "Behavior", "question"])
+def test_columns_of_prompts_alone(tmp_path, column):
+    path = tmp_path / "prompts.csv"
+    path.write_text(f"{column},category\nSay how the lock works.,locks\n")
+    found = read_data(DataConfig(path=str(path)), section="safety", seed=0)
+    assert found.format.name == "prompts"
+    assert found.rows[0].prompt == "Say how the lock works."
+    assert found.rows[0].messages[0]["content"] == "Say how the lock works."
