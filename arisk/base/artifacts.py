@@ -236,6 +236,10 @@ def disk_error(err: OSError, path: Path) -> ArtifactError:
         what, fix = "the disk is full", "free some space (or set --run-dir to another disk) and run again"
     elif err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         what, fix = "the run directory cannot be written", "make it writable, or choose another --run-dir"
+    elif err.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        what, fix = "something else is in the way of this file", "remove it, or choose another place"
+    elif err.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT):
+        what, fix = f"no file can be here: {err.strerror or err}", "choose another --run-dir"
     else:
         what, fix = f"writing failed: {err.strerror or err}", "check the disk, then run again"
     return ArtifactError(f"{what}; finished stages are kept", where=str(path), fix=fix)

@@ -34,6 +34,16 @@ __all__ = [
 ]
 
 
+#: Characters of one part of an error that are printed; values of data and configs may have any number.
+LONGEST = 1500
+
+
+def _cut(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST * 2 // 3]} … {text[-LONGEST // 4 :]} ({len(text)} characters)"
+
+
 class AriskError(Exception):
     """An error a person can act on.
 
@@ -54,8 +64,9 @@ class AriskError(Exception):
         self.also = tuple(also)
 
     def lines(self) -> list[str]:
-        """Return the error and those found with it as printable lines, three per error."""
-        own = [f"error: {self.what}", f"where: {self.where}", f"fix:   {self.fix}"]
+        """Return the error and those found with it as printable lines, three per error, none without end."""
+        parts = (("error: ", self.what), ("where: ", self.where), ("fix:   ", self.fix))
+        own = [f"{name}{_cut(text)}" for name, text in parts]
         return own + [line for other in self.also for line in other.lines()]
 
     def __str__(self) -> str:

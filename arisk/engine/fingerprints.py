@@ -128,6 +128,12 @@ def _path_or_hub(value: str, where: str, cache: DigestCache, revision: str | Non
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
         return {str(file.relative_to(path)): cache.digest(file) for file in files}
+    if path.exists():
+        raise InputError(
+            f"{value} is neither a file nor a folder (a device, a pipe or a socket)",
+            where=where,
+            fix="save what it gives to a file, and name that",
+        )
     if _looks_like_path(value):
         raise InputError(
             f"{value} does not exist",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base import processes
 from arisk.base.artifacts import finite, read_json, read_record, write_record
-from arisk.base.errors import AriskError, ArtifactError
+from arisk.base.errors import AriskError, ArtifactError, ConfigError
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
@@ -97,6 +97,12 @@ def run_stages(
     rundir = RunDir(run_dir)
     aim = _Aim(catalogue, config, only, catalogue.after([first]) | {first} if first else set(), force)
     wanted = aim.wanted(last, upstream=upstream)
+    if first is not None and first not in wanted:
+        raise ConfigError(
+            f"{first} comes after {last}, so nothing would be run again",
+            where=f"--from {first} --until {last}",
+            fix=f"give a stage before {last} as --from, or leave one of them out",
+        )
     processes.join()
 
     def prepared() -> tuple[dict[str, Any], list[StageState]]:

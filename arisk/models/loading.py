@@ -89,7 +89,7 @@ def require_whole(info: Mapping[str, Any], model: nn.Module, where: str) -> list
         raise InputError(
             f"{len(mismatched)} weights have another shape than config.json says: {listed_keys(mismatched)}",
             where=where,
-            fix=fix,
+            fix=_resized(info["mismatched_keys"]) or fix,
         )
     unexpected = [str(key) for key in info.get("unexpected_keys") or ()]
     kinds = {_kind(name) for name in model.state_dict()}
@@ -113,6 +113,20 @@ def _shapes(entry: Any) -> str:
     name, *shapes = entry
     sizes = [str(tuple(shape)) for shape in shapes]
     return f"{name} ({' in the file, '.join(sizes)} in the model)" if len(sizes) == 2 else str(name)
+
+
+def _resized(entries: Collection[Any]) -> str | None:
+    """What to do where the vocabulary alone differs; None where more does."""
+    sizes: set[int] = set()
+    for entry in entries:
+        if isinstance(entry, str) or len(entry) != 3 or tuple(entry[1])[1:] != tuple(entry[2])[1:]:
+            return None
+        if not re.search(r"embed|wte|lm_head|word_embeddings|output", str(entry[0])):
+            return None
+        sizes.add(int(entry[1][0]))
+    if len(sizes) != 1:
+        return None
+    return f"the vocabulary was resized: set `vocab_size` in config.json to {sizes.pop()}, as in the weights"
 
 
 def _kind(name: str) -> str:
@@ -363,7 +377,9 @@ def cause_of(err: Exception) -> str:
     if type(err).__name__ == "SafetensorError":
         return f"its weights are cut off or damaged ({line}); an interrupted download looks like this"
     if isinstance(err, KeyError):
-        return f"a file lacks {line}"
+        return f"a file lacks {line}, or has it where nobody knows it"
+    if line.startswith("Error(s) in loading"):
+        return shortened([*str(err).splitlines(), line][1], 300)
     if isinstance(err, CONFUSED):
         return f"a value in its files cannot be what it is ({type(err).__name__}: {line})"
     if "Unrecognized configuration class" in line or "for this kind of AutoModel" in str(err):
@@ -454,6 +470,7 @@ def load_model(
         dtype=getattr(torch, config.dtype),
         attn_implementation="eager" if config.attention == "auto" else config.attention,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told with both shapes by `require_whole`, which refuses them
         **extra,
     )
     model.load_notes = require_whole(info, model, f"model.path: {config.path}")

@@ -96,8 +96,30 @@ def test_tensors_of_something_else_are_told(folder):
 
 def test_another_shape_than_the_config_says(folder):
     edited(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(5)}))
-    with pytest.raises(InputError, match=r"norm\.weight|shape|size"):
+    with pytest.raises(
+        InputError, match=r"norm\.weight \(\(5,\) in the file, \(128,\) in the model\)"
+    ) as caught:
         load(folder)
+    assert "save_pretrained" in caught.value.fix
+
+
+@pytest.mark.parametrize("rows", [400, 500])
+def test_a_resized_vocabulary_is_told_with_its_sizes_and_the_remedy(folder, rows):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": rows}))
+    with pytest.raises(
+        InputError, match=rf"{values['vocab_size']}, 128\) in the file, \({rows}, 128\)"
+    ) as caught:
+        load(folder)
+    assert f"`vocab_size` in config.json to {values['vocab_size']}" in caught.value.fix
+
+
+def test_an_adapter_of_another_rank_is_told_with_both_shapes(tmp_path):
+    made = adapter(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "r": 3}))
+    with pytest.raises(InputError, match=r"size mismatch for .*\[2, 128\].*\[3, 128\]"):
+        attach_adapter(load(FIXTURES / "tiny-aligned"), made, seed=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

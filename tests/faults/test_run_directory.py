@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from arisk.base.artifacts import write_tensors, write_text
-from arisk.base.errors import ArtifactError
+from arisk.base.errors import ArtifactError, ConfigError
+from arisk.catalogue import catalogue
+from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, stage_key
+from arisk.engine.run import run_stages
 from arisk.engine.rundir import RunDir
 
 INGREDIENTS = {"config": {"rate": 1.0}}
@@ -187,6 +190,28 @@ def test_what_says_that_tensors_are_whole_goes_before_them(rundir, monkeypatch):
         )
     names = [name for name in removed if name in ("a.safetensors", "record.json", "z.safetensors")]
     assert names == ["record.json", "a.safetensors", "z.safetensors"]
+
+
+def test_from_a_stage_behind_the_last_one_is_a_slip(tmp_path):
+    config = Config.model_validate({"model": {"path": "x"}, "safety": "x", "finetune": "x"})
+    with pytest.raises(ConfigError, match="report comes after collect"):
+        run_stages(
+            catalogue(),
+            config,
+            run_dir=tmp_path / "run",
+            show=None,
+            command="",
+            first="report",
+            last="collect",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("there", ["/dev/null", "/dev/null/run", "file"])
+def test_something_else_in_the_place_of_a_run_directory_is_named(tmp_path, there):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="in the way"), RunDir(tmp_path / there).lock("test"):
+        pass
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
