@@ -37,6 +37,7 @@ from arisk.verification.truth import Comparison, compare
 
 if TYPE_CHECKING:
     from arisk.report.page import Section
+    from arisk.report.trackers import Logged
 
 __all__ = ["RiskReport", "sections_of"]
 
@@ -181,8 +182,7 @@ class RiskReport:
         """The report as one self-contained HTML page, with the real run where `check` has one."""
         from arisk.report.page import render
 
-        provenance = {"source": "Python API", "task": self.rollout.task}
-        return render(title, self._sections(show_text=show_text, check=check), provenance)
+        return render(title, self._sections(show_text=show_text, check=check), self._provenance())
 
     def _sections(self, *, show_text: bool, check: Comparison | None = None) -> list[Section]:
         records = (self.collected, self.space, self.scored, self.forecasted, self.rollout)
@@ -191,6 +191,68 @@ class RiskReport:
     def _kept(self) -> list[str]:
         """Names of the records there are."""
         return [name for name in RECORDS if getattr(self, name) is not None]
+
+    def to_wandb(self, run: Any = None) -> None:
+        """Log level, numbers, curves and the page into a run of Weights & Biases (default: the active one).
+
+        Raises:
+            MissingExtraError: wandb is not installed.
+        """
+        from arisk.report.trackers import to_wandb
+
+        to_wandb(self._logged(), run)
+
+    def to_mlflow(self) -> None:
+        """Log level, numbers, curves and the page into the active run of MLflow.
+
+        Raises:
+            MissingExtraError: mlflow is not installed.
+        """
+        from arisk.report.trackers import to_mlflow
+
+        to_mlflow(self._logged())
+
+    def to_tensorboard(self, folder: str | Path) -> Path:
+        """Write level, numbers and curves for TensorBoard into a folder, and the page beside them.
+
+        Raises:
+            MissingExtraError: tensorboard is not installed.
+        """
+        from arisk.report.trackers import to_tensorboard
+
+        return to_tensorboard(self._logged(), folder)
+
+    def _logged(self) -> Logged:
+        from arisk.report.trackers import Logged
+
+        v, refusals = self.verdict, self.forecasted.refusals
+        numbers = {
+            "probability": v.probability,
+            "collapse_step": v.collapse_step,
+            "safe_steps": v.safe_steps,
+            "planned_steps": v.horizon,
+        }
+        curves = {
+            f"loss/{name}": (curve.steps, curve.median)
+            for name, curve in self.forecasted.forecasters.items()
+            if curve.status == "measured" and curve.kind == "forecast"
+        }
+        if refusals is not None and refusals.status == "measured":
+            numbers |= {"refusals_before": refusals.today, "refusals_after": refusals.at_end[0]}
+            for name in ("median", "lower", "upper"):
+                curves[f"refused_share/{name}"] = (refusals.steps, getattr(refusals, name))
+        known = {name: float(value) for name, value in numbers.items() if value is not None}
+        level = v.level if self.status == "measured" else self.status
+        return Logged({"level": level, "verdict": v.sentence}, known, curves, self.html())
+
+    def _repr_html_(self) -> str:
+        """The first screen, for notebooks; `html()` is the whole page."""
+        from arisk.report.page import notebook
+
+        return notebook(self._sections(show_text=False), self._provenance())
+
+    def _provenance(self) -> dict[str, Any]:
+        return {"source": "Python API", "task": self.rollout.task}
 
     def __repr__(self) -> str:
         return f"RiskReport({self.warning!r})"

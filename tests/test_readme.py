@@ -25,7 +25,7 @@ DOCUMENTS = [
     ROOT / "tests" / "bench" / "README.md",
 ]
 #: Verbs that no stage makes.
-VERBS = {"run", "check", "status", "what-if", "compare", "demo", "init", "schema"}
+VERBS = {"run", "check", "status", "what-if", "compare", "card", "demo", "init", "schema"}
 documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 

@@ -31,7 +31,7 @@ __all__ = ["Grouped", "app", "groups", "main"]
 def groups() -> dict[str, tuple[str, ...]]:
     """Headings with their commands, in the order a newcomer meets them."""
     return {
-        "Forecast a plan": ("run", "check", "status", "what-if", "compare"),
+        "Forecast a plan": ("run", "check", "status", "what-if", "compare", "card"),
         "Act on the risk": catalogue().optional,
         "Set up": ("demo", "init", "schema"),
         "Stages one by one": catalogue().ordinary,

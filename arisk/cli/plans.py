@@ -66,6 +66,31 @@ def what_if(
 
 
 @app.command()
+def card(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Run directory of a finished run.",
+            parser=usable_path,
+            autocompletion=complete_run,
+        ),
+    ],
+) -> None:
+    """Print the section of a model card: the forecast, what was measured, and YAML metadata; loads no model.
+
+    Example: arisk card runs/my >> README.md
+    """
+    from arisk.base.artifacts import read_json
+    from arisk.engine.freshness import check_run_dir
+    from arisk.engine.job import SUMMARY_FILE
+    from arisk.report.card import model_card
+
+    check_run_dir(run)
+    say(model_card(read_json(run / "report" / SUMMARY_FILE)).rstrip())
+
+
+@app.command()
 def compare(
     plans: Annotated[
         list[Path],

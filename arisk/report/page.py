@@ -30,6 +30,7 @@ __all__ = [
     "Section",
     "figures_of",
     "findings_of",
+    "notebook",
     "page",
     "render",
     "stage_costs",
@@ -246,6 +247,29 @@ def render(title: str, sections: Sequence[Section], provenance: Mapping[str, Any
     """
     first = identity(provenance) if provenance.get("task") else title
     return page(title, _pieces(sections, provenance), first=first, summary=summary)
+
+
+def notebook(sections: Sequence[Section], provenance: Mapping[str, Any]) -> str:
+    """The first screen alone in a frame of its own: small enough to stand in a notebook.
+
+    Args:
+        sections: of every capability that has something to show.
+        provenance: as of `render`.
+    """
+    around = _around(sections, provenance)
+    screens = "".join(section.answer.screen(around) for section in sections if section.answer)
+    style = (resources.files("arisk.report") / "style.css").read_text(encoding="utf-8")
+    inside = (
+        '<!doctype html><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{esc(POLICY)}">'
+        f"<style>{style} .copy {{ display: none; }}</style>"
+        f'<header class="top"><p id="identity">{esc(identity(provenance))}</p></header>'
+        f'<div style="padding: 0 20px">{screens}</div>'
+    )
+    return (
+        f'<iframe srcdoc="{esc(inside)}" title="arisk" sandbox '
+        'style="width: 100%; height: 700px; border: 0"></iframe>'
+    )
 
 
 def figures_of(sections: Sequence[Section], provenance: Mapping[str, Any]) -> dict[str, Figure]:
