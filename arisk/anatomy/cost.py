@@ -61,8 +61,14 @@ class KeptGradients:
         return "gram: later stages run the safety rows again"
 
 
-def kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
-    """The choice of collect, made by its own rule."""
+def kept_gradients(scene: CostScene) -> KeptGradients:
+    """The choice of collect, made by its own rule; one row is run for it, once."""
+    if "kept gradients" not in scene.probed:
+        scene.probed["kept gradients"] = _kept_gradients(scene.task, scene.config, scene.run_dir)
+    return scene.probed["kept gradients"]
+
+
+def _kept_gradients(task: Task, config: Config, run_dir: Path) -> KeptGradients:
     layout = layout_of(task.model, task.parameter_names)
     device = next(task.model.parameters()).device
     batches = [move_batch(batch, device) for batch in task.safety.batches]
@@ -106,14 +112,14 @@ def krylov_steps(task: Task, config: Config) -> int:
 def collect_cost(scene: CostScene) -> Cost:
     """One gradient a safety row, and the Gram matrices."""
     task, config = scene.task, scene.config
-    store = kept_gradients(task, config, scene.run_dir)
+    store = kept_gradients(scene)
     block = min(config.collect.memory_budget_gb, store.held)
     kept = store.kept
     if store.plan is not None and store.plan.store == "gram" and store.plan.place == "disk":
         kept = store.held
     return Cost(
         passes={"single-row gradients": samples_in(task.safety), "Gram products": 1},
-        seconds=scene.loading + scene.seconds["engine"] + WRITING * store.kept,
+        seconds=scene.seconds["engine"] + WRITING * store.kept,
         memory_gb=scene.memory["per sample"] + block,
         device_gb=scene.device.get("per sample"),
         disk_gb=kept + 2 * numel(task) * 4 / 1e9,
@@ -130,7 +136,7 @@ def subspace_cost(scene: CostScene) -> Cost:
 def score_cost(scene: CostScene) -> Cost:
     """Update, curvature, nulls, probe and single rows."""
     task, config, score = scene.task, scene.config, scene.config.score
-    store = kept_gradients(task, config, scene.run_dir)
+    store = kept_gradients(scene)
     safety = samples_in(task.safety)
     passes = score_passes(
         score,

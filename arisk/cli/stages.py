@@ -243,7 +243,7 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     """
     from arisk.config.starter import not_modelled
     from arisk.config.yaml import load_config, run_directory
-    from arisk.cost.check import check_task, check_text
+    from arisk.cost.check import check_task, check_text, plan_text
     from arisk.cost.estimate import estimate
     from arisk.engine.job import device_of, shelf_of
     from arisk.engine.rundir import RunDir
@@ -256,8 +256,11 @@ def check(config: ConfigPath, overrides: SetOption = None, as_json: JsonOption =
     report = check_task(loaded, device=device_of(loaded.run.device), kept=kept, shelf=shelf)
     report["warnings"] += [f"not modelled: {line}" for line in not_modelled(config)]
     loading = time.perf_counter() - started
-    report["plan"] = estimate(catalogue(), loaded, run_dir, kept, loading=loading)
-    say(json.dumps(report, indent=2, default=str) if as_json else check_text(report))
+    if not as_json:
+        say(check_text(report) + "\n")
+    learnt = (lambda _: None) if as_json else say
+    report["plan"] = estimate(catalogue(), loaded, run_dir, kept, loading=loading, learnt=learnt)
+    say(json.dumps(report, indent=2, default=str) if as_json else "\n" + plan_text(report))
 
 
 @app.command()

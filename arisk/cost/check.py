@@ -35,7 +35,7 @@ from arisk.models.tasks import (
 )
 from arisk.training.recipe import parameter_groups, recipe_of, require_recipe
 
-__all__ = ["check_task", "check_text", "shortened"]
+__all__ = ["check_task", "check_text", "plan_text", "shortened"]
 
 #: Rows of each data set shown as rendered, and own answers of each outcome.
 SHOWN, READ = 2, 3
@@ -245,9 +245,40 @@ def check_text(report: Mapping[str, Any]) -> str:
     lines = [f"{key}: {value}" for key, value in report["model"].items()]
     lines += ["", *_data_lines(report["data"], width)]
     lines += [_said(f"warning: {warning}") for warning in report.get("warnings", ())]
-    if "plan" in report:
-        lines += ["", *_plan_lines(report, width)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", plan_text(report)] if "plan" in report else lines)
+
+
+def plan_text(report: Mapping[str, Any]) -> str:
+    """The plan of work, which ends with what to do: forecast, or really do it."""
+    width = columns(sys.stdout) - 1 if sys.stdout.isatty() else None
+    return "\n".join(_plan_lines(report, width))
+
+
+def _told(plan: Mapping[str, Any]) -> list[str]:
+    """Forecast or fine-tune: what either takes, and which of the two answers sooner."""
+    verdict, real = plan.get("verdict_seconds"), plan.get("real_seconds")
+    if verdict is None or real is None:
+        return []
+    both = f"forecast: about {_about(verdict)} · really doing it: about {_about(real)}"
+    if plan.get("carried_out"):
+        return [
+            f"{both} → run it: `arisk run` carries so short a plan out, and `arisk verify` takes that over"
+        ]
+    if verdict <= real:
+        return [f"{both} → run it"]
+    return [f"{both} → `arisk verify` answers this sooner"]
+
+
+def _about(seconds: float) -> str:
+    """A duration to two digits, in the unit one would say it in.
+
+    >>> _about(42.3), _about(131.0), _about(9000.0)
+    ('42 s', '2.2 min', '2.5 h')
+    """
+    for size, unit in ((1.0, "s"), (60.0, "min"), (3600.0, "h")):
+        if seconds < 100 * size or unit == "h":
+            return f"{seconds / size:.2g} {unit}"
+    raise AssertionError
 
 
 def shortened(text: str, width: int) -> str:
@@ -344,4 +375,5 @@ def _plan_lines(report: Mapping[str, Any], width: int | None) -> list[str]:
         "verify, screen and guard have their own commands; screen takes that at most",
         f"arisk run: about {clock(plan['seconds'])}, peak memory about {plan['memory_gb']:.2f} GB",
         *[_said(f"warning: {warning}") for warning in plan["warnings"]],
+        *map(_said, _told(plan)),
     ]

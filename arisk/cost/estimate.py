@@ -1,19 +1,18 @@
 """What a run will take, before it starts: counted passes of every stage times passes timed here.
 
 seconds(stage) = Σ_pass count(stage, pass) · seconds(pass) + the rest of the stage by a rule of thumb. Each
-stage counts for itself (`Stage.cost`); a pass over one row is timed by `arisk.cost.estimate` on a real
-batch of each kind. `just bench check` lays it beside real runs.
-
-Passes are timed once they have been warmed up. Work on vectors as long as the selection is timed on a
-sample of its parameters and scaled by their size.
+stage counts for itself (`Stage.cost`). A row forward and a row with its gradient are timed, what other passes
+take is counted in those two. `just bench check` lays it beside real runs.
 """
 
 from __future__ import annotations
 
-import math
+import json
+import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,60 +20,59 @@ from typing import Any
 import torch
 from torch import nn
 
-from arisk.anatomy.update import Permuted, first_batches
+from arisk.anatomy.budget import COUNTS
+from arisk.anatomy.update import first_batches
 from arisk.base.artifacts import existing_parent
-from arisk.base.errors import InputError
-from arisk.base.task import Batch, Task
+from arisk.base.errors import ConfigError
+from arisk.base.task import Batch, SampleSet, Task
 from arisk.base.terminal import StageDisplay, peak_memory
 from arisk.config.plan import Config
 from arisk.engine.job import Job
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import FORWARDS, OVER_FINETUNE, Catalogue, Cost, CostScene, cost_of
-from arisk.gradients import (
-    ParameterLayout,
-    batch_invariance,
-    batch_size,
-    choose_engine,
-    layout_of,
-    measuring,
-    move_batch,
-    per_sample_parts,
-)
-from arisk.gradients.curvature import choose_hvp, hvp, losses_between, outputs_of
+from arisk.engine.stage import FORWARDS, OVER_FINETUNE, SOFTMAX, Catalogue, Cost, CostScene, cost_of
+from arisk.forecast.run import as_walked, verdict_counts
+from arisk.gradients import ParameterLayout, batch_size, layout_of, measuring, move_batch, slice_batch
 from arisk.gradients.engines import mean_gradient
-from arisk.gradients.factors import Part, dots_of, lightest, parameter_products, tensors_of, with_tensors
 from arisk.training.panels import sample_losses
 
 __all__ = ["Calibration", "calibrate", "estimate", "operations", "said"]
 
-#: Batches and repeats that are timed; a pass longer than this many seconds is timed once.
-TIMED, LONG = 3, 5.0
-#: Parameters on which work with long vectors is timed: as many as have so many entries.
-SAMPLED = 4_000_000
-#: Columns of the two products from which the cost of a product and that of a column are told apart.
-FEW, MANY = 2, 10
-#: Prompts answered at once.
-ANSWERED = 8
+#: Seconds below which a pass is timed over a whole batch, and once more.
+SHORT = 0.15
+#: Numbers of a vector on which work with long vectors is timed.
+SAMPLED = 1_000_000
+#: What other passes take, in passes of one row with its gradient: a row alone with its factors, two gradients
+#: of a difference, the engine's tests on two rows by every engine, the test of a method of products.
+SINGLE, CURVED, ENGINE, CURVATURE_TESTS = 1.25, 2.0, 10.0, 6.0
+#: A token of an answer, in forward passes of a token: weights are read for a few tokens at a time.
+WRITTEN = 1.5
+#: Memory of a backward pass beside what it has kept, as a share of that.
+WORKSPACE = 0.35
+#: Double backward keeps the graph of the first one; `hvp: auto` takes it where it is cheap, on small models.
+DOUBLE = 2.5
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was timed.
+    """What was timed and weighed.
 
     Attributes:
         seconds: for one row: `forward rows`, `gradient rows`, `single-row gradients`, `curvature rows`,
-            `output losses` (of given outputs),
-            `answer tokens` (of a written answer), `products` (of a kept gradient with any number of
-            directions) and `product columns` (for each of them); for one vector: `permutations`; once:
-            `Gram products` of all safety rows, `curvature tests`, `engine`.
-        memory: peak resident memory of the process (GB) after mean `gradients`, after those `per sample`,
-            and after `curvature`.
+            `output losses` (of given outputs), `answer tokens` (of a written answer), `products` (of a kept
+            gradient with any number of directions) and `product columns` (for each of them); for one vector:
+            `permutations`; once: `Gram products` of all safety rows, `curvature tests`, `engine`.
+        memory: peak resident memory of the process (GB) with mean `gradients`, with those `per sample`, and
+            with `curvature`.
         device: peak memory (GB) on the model's device at the same places; empty where that is the CPU.
+        step_gb: what one training step takes beside the model, with its optimizer's state.
+        learnt: what was found, a line each.
     """
 
     seconds: dict[str, float]
     memory: dict[str, float]
     device: dict[str, float]
+    step_gb: float
+    learnt: tuple[str, ...]
 
 
 def device_memory(device: torch.device) -> float | None:
@@ -83,151 +81,149 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def calibrate(task: Task, config: Config) -> Calibration:
-    """Time every kind of pass.
+    """Time a row forward and a row with its gradient, and weigh what the gradient keeps; count the rest.
+
+    It takes less time and memory than one training step: the numbers of a row are kept by its length.
 
     Args:
         task: the model with its data; left as found.
-        config: the wanted engine, the method of Hessian-vector products, and the length of answers.
+        config: the method of Hessian-vector products, and rows of a pass.
     """
     layout = layout_of(task.model, task.parameter_names)
     device = next(task.model.parameters()).device
     # The middle batch: safety rows are sorted by length.
     batches = list(task.safety.batches)
     safety = move_batch(batches[len(batches) // 2], device)
-    training = first_batches(task.finetune, TIMED, device)
-    model, loss, safety_loss = task.model, task.finetune.loss_fn, task.safety.loss_fn
-    rows, step_rows = batch_size(safety), sum(batch_size(batch) for batch in training)
-    made: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    on_device: dict[str, float] = {}
+    (training,) = first_batches(task.finetune, 1, device)
+    with measuring(task.model, layout):
+        forward = _row_seconds(safety, lambda batch: sample_losses(task.model, [batch], task.safety.loss_fn))
+        saved = _Saved(task.model)
+        with saved:
+            gradient = _row_seconds(
+                training, lambda batch: mean_gradient(task.model, batch, task.finetune.loss_fn, layout), saved
+            )
+    per_row = saved.bytes / max(saved.rows, 1) / 1e9
+    vector = layout.numel * next(task.model.parameters()).element_size() / 1e9
+    kept = (1 + WORKSPACE) * per_row
+    widest = max(batch_size(batch) for batch in batches)
+    batch = batch_size(training)
+    base = _resident()
+    gradients = vector + kept * batch
+    own = {
+        "gradients": gradients,
+        "per sample": max(gradients, vector + kept * widest + layout.numel * 4 * widest / 1e9),
+        "curvature": gradients * (DOUBLE if config.score.hvp == "autograd" else 1) + vector,
+    }
+    length = _ratio(task.safety, task.finetune)
+    seconds = {
+        "forward rows": forward,
+        "gradient rows": gradient,
+        "single-row gradients": SINGLE * length * gradient,
+        "curvature rows": CURVED * gradient,
+        "curvature tests": CURVATURE_TESTS * CURVED * gradient * batch,
+        "engine": ENGINE * length * gradient,
+        "output losses": SOFTMAX * forward,
+        "answer tokens": 0.0
+        if task.safety.generate is None
+        else WRITTEN * forward / float(task.safety.statistics.get("tokens_mean", 1.0)),
+        **_vectors(layout, len(task.safety.rows)),
+    }
+    on_device = {} if (taken := device_memory(device)) is None else dict.fromkeys(own, taken)
+    moments = 2 * vector
+    learnt = (
+        f"one safety row: {forward:.3g} s forward; one fine-tuning row: {gradient:.3g} s with its gradient",
+        f"one micro-batch of {batch} rows: about {batch * gradient:.3g} s; it and the optimizer's state take "
+        f"{gradients + moments:.2f} GB, model and process {base:.2f} GB",
+    )
+    memory = {kind: base + size for kind, size in own.items()}
+    return Calibration(seconds, memory, on_device, gradients + moments, learnt)
 
-    def seen(kind: str) -> None:
-        memory[kind] = peak_memory() or 0.0
-        if (taken := device_memory(device)) is not None:
-            on_device[kind] = taken
 
-    with measuring(model, layout):
-        # In the order of their memory, whose peak stays.
-        made["forward rows"] = _seconds(lambda: sample_losses(model, [safety], safety_loss)) / rows
-        made["output losses"] = _output_losses(task, safety) / rows
-        made["gradient rows"] = _seconds(lambda: _gradients(task, layout, training)) / step_rows
-        made["answer tokens"] = _answers(task, config.behaviour.tokens)
-        seen("gradients")
+def _ratio(one: SampleSet, other: SampleSet) -> float:
+    """Tokens of a row of one data set in those of a row of another; 1 where they are not known."""
+    lengths = [samples.statistics.get("tokens_mean") for samples in (one, other)]
+    return float(lengths[0]) / float(lengths[1]) if all(lengths) else 1.0  # pyright: ignore[reportArgumentType] - both are numbers here
+
+
+class _Saved:
+    """Counts the bytes that a forward pass keeps for its backward pass, parameters apart."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._seen: set[int] = set()
+        self.bytes = self.rows = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own and storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def of(self, rows: int) -> None:
+        """A pass over so many rows begins."""
+        self._seen.clear()
+        self.bytes, self.rows = 0, rows
+
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self._hooks.__exit__(*raised)
+
+
+def _row_seconds(batch: Batch, work: Callable[[Batch], object], saved: _Saved | None = None) -> float:
+    """Seconds of a mean row: of one row where that takes long, else of the whole batch, warmed up."""
+    size = batch_size(batch)
+
+    def took(part: Batch, rows: int) -> float:
+        if saved is not None:
+            saved.of(rows)
         start = time.perf_counter()
-        largest = move_batch(max(batches, key=batch_size), device)
-        choice = choose_engine(model, largest, safety_loss, layout, config.collect.engine)
-        batch_invariance(model, largest, safety_loss, layout, choice.engine)
-        made["engine"] = time.perf_counter() - start
+        work(part)
+        return time.perf_counter() - start
 
-        def nowhere(name: str, parts: Sequence[Part]) -> None:
-            del name
-            lightest(parts)
-
-        def rowwise() -> None:
-            per_sample_parts(model, safety, safety_loss, layout, nowhere, engine=choice.engine)
-
-        made["single-row gradients"] = _seconds(rowwise) / rows
-        made |= _vectors(task, layout, safety, choice.engine)
-        seen("per sample")
-        direction = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).to(device)
-        start = time.perf_counter()
-        plan = choose_hvp(model, training[:1], loss, layout, direction, config.score.hvp)
-        made["curvature tests"] = time.perf_counter() - start
-
-        def products() -> None:
-            hvp(model, training[:1], loss, layout, direction, method=plan.method, step=plan.step)
-
-        made["curvature rows"] = _seconds(products) / batch_size(training[0])
-        seen("curvature")
-    return Calibration(made, memory, on_device)
+    one = slice_batch(batch, 0, 1)
+    first = took(one, 1)
+    if first > SHORT and saved is not None:
+        return first  # A forward pass before it has warmed the model up.
+    second = took(one, 1)
+    return second if second > SHORT else min(took(batch, size) for _ in range(2)) / size
 
 
-def _gradients(task: Task, layout: ParameterLayout, batches: Sequence[Batch]) -> None:
-    for batch in batches:
-        mean_gradient(task.model, batch, task.finetune.loss_fn, layout)
-
-
-def _answers(task: Task, tokens: int) -> float:
-    """Seconds of one token of an answer, several prompts at a time; 0 where nothing can be written."""
-    generate, rows = task.safety.generate, range(min(ANSWERED, len(task.safety.rows)))
-    if generate is None or not rows:
-        return 0.0
+def _resident() -> float:
+    """Resident memory of this process now, in GB; its peak where the system does not tell."""
     try:
-        return _seconds(lambda: generate(task.model, rows, tokens)) / (len(rows) * tokens)
-    except InputError:
-        # A model that cannot write is told by the stages that want answers, with the way out.
-        return 0.0
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return peak_memory() or 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def _output_losses(task: Task, safety: Batch) -> float:
-    """Seconds of the batch's losses at given outputs; 0 where the loss has none to extrapolate."""
-    output = outputs_of(task.model, safety, task.safety.loss_fn)
-    if output is None:
-        return 0.0
-    return _seconds(lambda: losses_between(task.model, safety, task.safety.loss_fn, output, output, [0.5]))
-
-
-def _vectors(task: Task, layout: ParameterLayout, safety: Batch, engine: str) -> dict[str, float]:
-    """Work on vectors (P,): a permutation, and products of a batch's kept gradients with directions."""
-    sample = _sampled(task.model, layout)
-    kept: dict[str, list[Part]] = {}
-
-    def keep(name: str, own: Sequence[Part]) -> None:
-        kept[name] = [with_tensors(part, [t.cpu() for t in tensors_of(part)]) for part in lightest(own)]
-
-    per_sample_parts(task.model, safety, task.safety.loss_fn, sample, keep, engine=engine)
-    share, rows = sample.numel / layout.numel, batch_size(safety)
-    vector = torch.randn(sample.numel, generator=torch.Generator().manual_seed(0))
-
-    def multiplied(columns: int) -> float:
-        directions = vector[:, None].expand(-1, columns).contiguous()
-
-        def work() -> None:
-            for name, parts in kept.items():
-                own = directions[sample.slice_of(name)].reshape(*sample.shape_of(name), -1)
-                dots_of(parts, own.to(tensors_of(parts[0])[-1].dtype))
-
-        return _seconds(work)
-
-    # As many copies of the batch as there are safety rows: the Gram matrix grows with their square.
-    copies = max(1, math.ceil(len(task.safety.rows) / rows))
-
-    def gram() -> None:
-        for name, parts in kept.items():
-            parameter_products([parts] * copies, sample.shape_of(name))
-
-    few, many = multiplied(FEW), multiplied(MANY)
-    column = max(0.0, many - few) / (MANY - FEW)
-    permuted = Permuted(vector, sample, 1, 0)
+def _vectors(layout: ParameterLayout, samples: int) -> dict[str, float]:
+    """Work on vectors (P,), from a product and a permutation of a short one."""
+    size = min(SAMPLED, layout.numel)
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    product, permuted = _timed(lambda: vector @ vector), _timed(lambda: vector[order])
+    scale = layout.numel / size
     return {
-        "Gram products": _seconds(gram) / share,
-        "permutations": _seconds(lambda: permuted.block(slice(0, sample.numel), slice(0, 1))) / share,
-        "products": max(0.0, few - FEW * column) / (share * rows),
-        "product columns": column / (share * rows),
+        "Gram products": scale * product * samples * (samples + 1) / 2,
+        "permutations": scale * permuted,
+        "products": scale * product,
+        "product columns": scale * product,
     }
 
 
-def _sampled(model: nn.Module, layout: ParameterLayout) -> ParameterLayout:
-    """Parameters evenly through the model, of `SAMPLED` entries or little more; all of a small model."""
-    if layout.numel <= SAMPLED:
-        return layout
-    # The largest ones, such as an embedding, would be the whole sample.
-    sizes = [math.prod(shape) for shape in layout.shapes]
-    names = [name for name, size in zip(layout.names, sizes, strict=True) if size <= SAMPLED]
-    stride = max(1, layout.numel // SAMPLED)
-    return layout_of(model, names[::stride] or layout.names[:1])
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Median wall time of some repeats after one that warms up; a long one is its own result."""
+def _timed(work: Callable[[], object]) -> float:
+    """Shortest wall time of three."""
     took: list[float] = []
-    for _ in range(TIMED + 1):
+    for _ in range(3):
         start = time.perf_counter()
         work()
         took.append(time.perf_counter() - start)
-        if took[0] > LONG:
-            return took[0]
-    return sorted(took[1:])[TIMED // 2]
+    return min(took)
 
 
 def estimate(
@@ -237,8 +233,9 @@ def estimate(
     kept: dict[str, Any] | None = None,
     *,
     loading: float = 0.0,
+    learnt: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Time, memory and disk of every stage, from a short calibration on the model itself.
+    """Time, memory and disk of every stage, from a row or two run on the model itself.
 
     Args:
         catalogue: the stages.
@@ -246,24 +243,36 @@ def estimate(
         run_dir: where the run would live; nothing is written there.
         kept: models loaded before, see `load_task`.
         loading: seconds that loading the model and the data took.
+        learnt: told a line as soon as it is known.
 
     Returns:
         `stages` (by name: `seconds`, `memory_gb` as peak resident memory of the process up to there,
         `device_gb` or None on the CPU, `disk_gb`, `flop` or None, `work`), `seconds` and `memory_gb` of a
-        whole run, the `store` that collect will choose, and `warnings` with a remedy each.
+        whole run, `verdict_seconds` of its road to the verdict and `real_seconds` of really doing it, the
+        `store` that collect will choose, and `warnings` with a remedy each.
 
     Raises:
+        ConfigError: one training step does not fit into memory.
         AriskError: what would stop the run.
     """
     job = Job(catalogue, config, RunDir(run_dir), "", StageDisplay(quiet=True), {}, models=kept or {})
     task = job.task
     timed = calibrate(task, config)
-    scene = CostScene(task, config, run_dir, timed.seconds, timed.memory, timed.device, loading)
-    costs = {stage.name: cost_of(stage, scene) for stage in catalogue}
+    for line in timed.learnt:
+        learnt(line)
+    _refuse_small(task, timed)
+    why, out = _why(catalogue, task, config)
+    costs: dict[str, Cost] = {}
+    probed: dict[str, Any] = {}
+    for stage in catalogue:
+        own = why if stage.settled is not None else config
+        scene = CostScene(task, own, run_dir, timed.seconds, timed.memory, timed.device, loading, probed)
+        costs[stage.name] = Cost() if stage.name in out else cost_of(stage, scene)
     memory = _peaks(catalogue, costs)
     order = (*catalogue.ordinary, *catalogue.optional)
     stages = {name: _stage(task, costs[name], timed.seconds, memory[name]) for name in order}
     ordinary = catalogue.ordinary
+    decides = [name for name in ordinary if name not in catalogue.explaining(config)]
     peak = max(memory[name] for name in ordinary)
     disk = sum(costs[name].disk_gb for name in ordinary)
     notes = {topic: text for cost in costs.values() for topic, text in cost.notes.items()}
@@ -271,10 +280,44 @@ def estimate(
     return {
         "stages": stages,
         "seconds": round(sum(stages[name]["seconds"] for name in ordinary), 2),
+        "verdict_seconds": round(sum(stages[name]["seconds"] for name in decides), 2),
+        "real_seconds": stages["verify"]["seconds"] if "verify" in stages else None,
+        "carried_out": as_walked(task, config).pilot_steps is not None and config.rollout.pilot_steps is None,
         "memory_gb": round(peak, 3),
         **notes,
         "warnings": [*warnings, *_over_budget(run_dir, disk, peak)],
     }
+
+
+def _why(catalogue: Catalogue, task: Task, config: Config) -> tuple[Config, tuple[str, ...]]:
+    """The config of the stages that say why once the verdict stands, and those that will be left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        rundir = RunDir(Path(folder))
+        place = rundir.stage_dir("rollout")
+        place.mkdir()
+        (place / COUNTS).write_text(json.dumps(verdict_counts(task, config)), encoding="utf-8")
+        settle = next((stage.settled for stage in catalogue if stage.settled is not None), None)
+        own = config if settle is None else settle(config, rundir)
+        return own or config, catalogue.left_out(config, rundir)
+
+
+def _refuse_small(task: Task, timed: Calibration) -> None:
+    """Refuse a machine on which the plan itself has no room.
+
+    Raises:
+        ConfigError: with the memory that one training step needs.
+    """
+    device = next(task.model.parameters()).device
+    room = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else _available()
+    if room is None or timed.step_gb <= room:
+        return
+    raise ConfigError(
+        f"one training step of this plan needs about {timed.step_gb:.2f} GB beside the model, and "
+        f"{room:.2f} GB are available",
+        where=f"memory of {device}",
+        fix="lower `training.batch_size` (and raise `training.gradient_accumulation`), set "
+        "`model.gradient_checkpointing`, or cut rows with `finetune.max_length`",
+    )
 
 
 def _peaks(catalogue: Catalogue, costs: Mapping[str, Cost]) -> dict[str, float]:

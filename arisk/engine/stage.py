@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORWARDS",
     "OVER_FINETUNE",
+    "SOFTMAX",
     "Catalogue",
     "Cost",
     "CostScene",
@@ -88,6 +89,8 @@ class CostScene:
     memory: Mapping[str, float]
     device: Mapping[str, float]
     loading: float = 0.0
+    #: What several stages count from the same probe.
+    probed: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)

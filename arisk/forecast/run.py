@@ -357,6 +357,7 @@ def rollout_cost(scene: CostScene) -> Cost:
     copies = COPIES * vector if scene.config.rollout.enabled else 0.0
     return Cost(
         passes=rollout_passes(scene),
+        seconds=scene.loading,
         memory_gb=scene.memory["gradients"] + copies,
         device_gb=None if on_device is None else on_device + COPIES * vector,
     )
@@ -367,7 +368,7 @@ def forecast_cost(scene: CostScene) -> Cost:
     scale = scene.config.forecast.bootstrap_samples / DRAWS
     _, _, directions = score_memory(scene)
     path, passes = _path_operations(scene), dict[str, float]()
-    store = kept_gradients(scene.task, scene.config, scene.run_dir)
+    store = kept_gradients(scene)
     if path and store.plan is not None and store.plan.store == "gram":
         safety = samples_in(scene.task.safety)
         points = min(planned_steps(scene.config.training, scene.task.finetune.units), PATH_POINTS)

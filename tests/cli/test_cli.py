@@ -411,7 +411,7 @@ def test_check_prints_work_and_rendered_rows(arisk):
     assert not any("begin with a refusal" in warning for warning in body["warnings"])
     stages = body["plan"]["stages"]
     optional = ["verify", "screen", "guard"]
-    assert list(stages) == ["collect", "subspace", "score", "rollout", "forecast", "report", *optional]
+    assert list(stages) == ["rollout", "forecast", "collect", "subspace", "score", "report", *optional]
     assert "8 single-row gradients" in stages["collect"]["work"]
     assert "120 gradient rows" in stages["verify"]["work"]  # 60 steps of 2 rows
     # Nine arms of 120, two calibrations of 10 steps, two replays and a projection of 8 rows a step.
