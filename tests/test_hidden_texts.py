@@ -43,7 +43,8 @@ def write(folder):
         f"model: {{path: {ROOT / 'fixtures/tiny-aligned'}, adapter: {{r: 4, alpha: 8}}}}\n"
         + "".join(f"{name}: {{path: {held[name]}}}\n" for name in ("safety", "finetune", "control"))
         + f"verify: {{safety: {{path: {held['verify.safety']}}}}}\n"
-        + f"guard: {{task: {{path: {held['guard.task']}}}, methods: [plain, replay], generate: 3}}\n"
+        + f"guard: {{task: {{path: {held['guard.task']}}}, methods: [plain, replay], generate: 2,"
+        + " max_new_tokens: 8}\n"
         + SETTINGS
     )
     return path
@@ -125,6 +126,11 @@ def same_numbers(shown, hidden):
     counted = [[arm["refusals"] for arm in body["guard"]["arms"]] for body in bodies]
     assert counted[0] == counted[1]
     assert None not in counted[0]
+    # With texts the plain arm is taken over from verify; without them it is trained again.
+    plain = [read_record(run / "guard", GuardResult).plain for run in (shown, hidden)]
+    for name in ("safety", "control", "task", "surprising", "final_safety", "safety_start"):
+        assert getattr(plain[0], name) == getattr(plain[1], name), name
+    assert plain[0].setup_seconds == 0
     assert bodies[0]["guard"]["aligned_refusals"] == bodies[1]["guard"]["aligned_refusals"]
     assert bodies[0]["screen"]["flagged"] == bodies[1]["screen"]["flagged"]
 

@@ -1,12 +1,6 @@
 """One arm of stage guard: the planned fine-tune under one protection, measured as `verify` measures.
 
-On which rows the task loss of a protected fine-tune is measured.
-
-A protection must keep what the fine-tune is for. Rows of `guard.task` (`Task.clean`) say this best:
-clean, and not trained on. Without them the fine-tuning rows serve; those that the aligned model finds
-far outside the rest (the rule of the rollout's rare rows) are left out and measured apart, since a
-protection that keeps a model from learning a handful of harmful rows does its work. Where more than a
-twentieth of the rows are such, nothing tells harm from task and all rows count.
+The plain arm is the run of `verify`: where that was carried out and measured, it is taken over.
 """
 
 from __future__ import annotations
@@ -14,31 +8,24 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier
-from arisk.base.task import Batch, LossFn, Progress, RowBatches, SampleSet, Task
-from arisk.forecast.leap import LARGEST_SHARE, outliers
-from arisk.gradients import batch_size, move_batch
+from arisk.base.task import Progress
 from arisk.guard.methods import ArmName, ArmPlan, Protection, protection
 from arisk.guard.record import NEVER_BEGUN, Arm
-from arisk.training.loop import BatchStream, StepDone, follow
-from arisk.training.panels import panel_of, sample_losses
+from arisk.training.loop import StepDone, follow
+from arisk.training.panels import panel_of
 from arisk.training.state import Pauses, Track, load_state
-from arisk.verification.run import Writer
+from arisk.verification.record import VerifyResult
+from arisk.verification.run import CPU, SURPRISING, TASK, TaskRows, Writer, measure_task
 
-__all__ = ["ArmRun", "TaskRows", "task_rows"]
-
-#: Names of the further data sets, and of the CPU time among a step's notes.
-TASK, SURPRISING, CPU = "task", "surprising", "cpu_seconds"
+__all__ = ["ArmRun"]
 
 
 class ArmRun:
@@ -100,6 +87,45 @@ class ArmRun:
         self.to_the_end(folder)
         return self.arm(made, setup)
 
+    def taken_over(self, measured: VerifyResult) -> Arm | None:
+        """This arm, the plain one, from the same run of `verify`; None where that did not measure the same.
+
+        Equal to the bit but for the CPU time: the same rows, losses and answers of the same steps.
+        """
+        curve, answers = measured.task, _answers(measured, self.writes)
+        control = 0 if self.control is None else len(self.control)
+        if (
+            curve is None
+            or answers is None
+            or measured.diverged_at is not None
+            or list(measured.steps) != self.points
+            or curve.rows != self.judged.digest
+            or (0 if measured.control is None else len(measured.control)) != control
+        ):
+            return None
+        safety = measured.safety.T.contiguous()
+        made = protection(self.plan, self.name)
+        return Arm(
+            label=self.name.label,
+            method=self.name.method,
+            strength=self.name.strength,
+            weights=dict(made.weights),
+            note=made.note,
+            steps=list(measured.steps),
+            safety_start=measured.start,
+            safety=safety.mean(1).tolist(),
+            control=[] if measured.control is None else _means(list(measured.control.T.contiguous())),
+            task=list(curve.loss),
+            surprising=list(curve.surprising),
+            final_safety=safety[-1].tolist(),
+            terms={},
+            cpu_seconds=curve.cpu_seconds,
+            setup_seconds=0.0,
+            diverged_at=None,
+            reason=None,
+            answers=answers,
+        )
+
     def resume(self, folder: Path | None) -> None:
         """Go on from a saved state, or measure the start."""
         found = load_state(folder, self.run) if folder else None
@@ -153,10 +179,7 @@ class ArmRun:
         track.safety.append(safety)
         if self.control is not None:
             track.control.append(self.control.losses(model))
-        for name, batches in ((TASK, self.judged.batches), (SURPRISING, self.judged.surprising)):
-            if batches:
-                losses = sample_losses(model, batches, self.judged.loss_fn)
-                track.others.setdefault(name, []).append(losses)
+        measure_task(track, model, self.judged)
         return True
 
     def arm(self, made: Protection, setup: float) -> Arm:
@@ -185,6 +208,21 @@ class ArmRun:
         )
 
 
+def _answers(measured: VerifyResult, writes: Writer) -> list[str] | None:
+    """The answers of `verify` to these prompts after the last step; None where it lacks one."""
+    if writes.generate is None:
+        return []
+    said = measured.behaviour.safety
+    if said is None or measured.behaviour.tokens != writes.max_new_tokens or not said.answers:
+        return None
+    last = said.answers[-1]
+    if last.step != measured.steps[-1] or len(last.texts) != len(said.prompts):
+        return None
+    told = {tuple(row.items()): text for row, text in zip(said.prompts, last.texts, strict=True)}
+    found = [told.get(tuple(row.items())) for row in writes.prompts]
+    return [text for text in found if text is not None] if None not in found else None
+
+
 def _means(losses: Sequence[Tensor]) -> list[float]:
     return [float(values.mean()) for values in losses]
 
@@ -205,104 +243,3 @@ def _between(steps: Sequence[int], notes: Sequence[dict[str, float]]) -> dict[st
             series.append(sum(values) / len(values) if values else math.nan)
         found[name] = series
     return found
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """The rows of the task loss, and those kept apart.
-
-    Attributes:
-        batches: of the task loss.
-        surprising: batches of the rows left out; empty where there are none.
-        loss_fn: of both.
-        count, surprising_count: rows.
-        trained: rows of the task loss that the run trains on; None where that is not known.
-        source: where the rows come from, in words.
-        warnings: sentences for the report.
-    """
-
-    batches: Sequence[Batch]
-    surprising: Sequence[Batch]
-    loss_fn: LossFn
-    count: int
-    surprising_count: int
-    trained: int | None
-    source: str
-    warnings: Sequence[str]
-
-
-def task_rows(task: Task, stream: BatchStream, limit: int, micro_batches: int) -> TaskRows:
-    """Choose them, inside `measuring` and at the aligned point.
-
-    Args:
-        task: with `clean` rows or without.
-        stream: the planned batches.
-        limit: rows of the task loss at most (whole batches for data that cannot be regrouped).
-        micro_batches: that the run trains on.
-    """
-    if task.clean is not None:
-        return _clean(task.clean, task.finetune.rows, stream.device, limit)
-    if isinstance(task.finetune.batches, RowBatches):
-        return _planned(task, task.finetune.batches, stream.device, limit, micro_batches)
-    batches = [
-        move_batch(b, stream.device) for b in islice(iter(task.finetune.batches), _whole(stream, limit))
-    ]
-    count = sum(batch_size(batch) for batch in batches)
-    warning = "The task loss is taken on fine-tuning rows, harmful ones among them where there are some."
-    return TaskRows(
-        batches, [], task.finetune.loss_fn, count, 0, None, "the first fine-tuning batches", [warning]
-    )
-
-
-def _whole(stream: BatchStream, limit: int) -> int:
-    """Batches that hold about `limit` rows."""
-    return max(1, -(-limit // batch_size(stream.at(0))))
-
-
-def _clean(
-    clean: SampleSet, trained: Sequence[Mapping[str, Any]], device: torch.device, limit: int
-) -> TaskRows:
-    panel = panel_of(clean, limit, device)
-    count = len(panel)
-    seen: int | None = None
-    warnings: list[str] = []
-    if clean.rows and trained:
-        known = {(row.get("prompt"), row.get("response")) for row in trained}
-        rows = [clean.rows[i] for i in panel.rows]
-        seen = sum((row.get("prompt"), row.get("response")) in known for row in rows)
-    if seen:
-        warnings.append(f"{seen} of {count} clean task rows stand in the fine-tuning data as well.")
-    return TaskRows(panel.batches, [], clean.loss_fn, count, 0, seen, "clean rows of their own", warnings)
-
-
-def _planned(
-    task: Task, batches: RowBatches, device: torch.device, limit: int, micro_batches: int
-) -> TaskRows:
-    """Fine-tuning rows, first those that the run does not reach; surprising ones apart."""
-    met = {row for number in range(micro_batches) for row in batches.indices(number)}
-    order = batches.sample(batches.row_count)
-    order = sorted(order, key=lambda row: row in met)[: 4 * limit]
-
-    def of(rows: Sequence[int]) -> list[Batch]:
-        size = batches.size
-        return [move_batch(batches.of(rows[i : i + size]), device) for i in range(0, len(rows), size)]
-
-    losses = sample_losses(task.model, of(order), task.finetune.loss_fn)
-    outside = outliers(losses) if len(losses) == len(order) else []
-    rare = len(outside) <= LARGEST_SHARE * len(order)
-    apart = {order[i] for i in outside} if rare else set[int]()
-    rows = [row for row in order if row not in apart][:limit]
-    trained = sum(row in met for row in rows)
-    source = "fine-tuning rows" + (" without the surprising ones" if apart else "")
-    warnings: list[str] = []
-    if trained:
-        warnings.append(f"{trained} of {len(rows)} rows of the task loss are trained on.")
-    if not apart:
-        warnings.append(
-            "Where the fine-tuning data is itself harmful, a protection shows as a worse task loss: give "
-            "`guard.task`."
-        )
-    kept = sorted(apart)[:limit]
-    return TaskRows(
-        of(rows), of(kept), task.finetune.loss_fn, len(rows), len(kept), trained, source, warnings
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import stdev
 from typing import Any
 
@@ -75,7 +75,7 @@ class Arm:
     diverged_at: int | None
     reason: str | None
     answers: Sequence[str] = ()
-    outcomes: Sequence[Outcome] = ()
+    outcomes: Sequence[Outcome] = field(default_factory=list[Outcome])
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class GuardResult:
     warnings: Sequence[str]
     prompts: Sequence[Mapping[str, str | int | None]] = ()
     aligned_answers: Sequence[str] = ()
-    aligned_outcomes: Sequence[Outcome] = ()
+    aligned_outcomes: Sequence[Outcome] = field(default_factory=list[Outcome])
     generation_reason: str | None = None
 
     @property

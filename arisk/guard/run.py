@@ -17,12 +17,22 @@ from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import GuardSettings
 from arisk.engine.stage import Cost, CostScene
 from arisk.gradients import layout_of, measuring
-from arisk.guard.arm import ArmRun, TaskRows, task_rows
+from arisk.guard.arm import ArmRun
 from arisk.guard.methods import METHODS, ArmPlan, arm_names
 from arisk.guard.record import Arm, GuardResult
 from arisk.training.loop import PlannedRun, draws_noise, keeping_parameters
 from arisk.training.recipe import recipe_of
-from arisk.verification.run import COPIES_OF_A_RUN, Writer, looked, measured_steps, per_step, writer
+from arisk.verification.record import VerifyResult
+from arisk.verification.run import (
+    COPIES_OF_A_RUN,
+    TaskRows,
+    Writer,
+    looked,
+    measured_steps,
+    per_step,
+    task_rows,
+    writer,
+)
 
 __all__ = ["guard", "guard_cost"]
 
@@ -35,6 +45,7 @@ def guard(
     steps: int,
     seed: int = 0,
     workspace: Path | None = None,
+    measured: VerifyResult | None = None,
     progress: Progress = silent,
 ) -> GuardResult:
     """Fine-tune as planned, once per arm, and measure safety, control and task losses along the way.
@@ -46,6 +57,7 @@ def guard(
         steps: planned optimizer steps T; the schedule is theirs however early the arms stop.
         seed: seeds dropout, directions and safety minibatches.
         workspace: folder for finished arms and the state of an unfinished one; None keeps none.
+        measured: the same plan as `verify` carried it out; the plain arm, where it measured the same.
         progress: told of optimizer steps done.
 
     Returns:
@@ -82,7 +94,8 @@ def guard(
                     run = ArmRun(
                         plan, judged, writes, points, name, f"arm {number + 1} of {len(names)}", progress
                     )
-                    done = run.carry_out(folder)
+                    done = run.taken_over(measured) if number == 0 and measured is not None else None
+                    done = done or run.carry_out(folder)
                 _keep(folder, done)
             arms.append(done)
             if number == 0 and done.diverged_at is not None:

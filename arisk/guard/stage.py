@@ -40,6 +40,7 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         steps=job.planned_steps(),
         seed=config.run.seed,
         workspace=workspace,
+        measured=job.record("verify") if job.states["verify"].fresh else None,
         progress=job.show.progress,
     )
     return found if config.report.show_text else without_texts(found, _judge(found, config))

@@ -9,7 +9,24 @@ from torch import Tensor
 
 from arisk.training.behaviour import AnsweredPrompts, BehaviourResult
 
-__all__ = ["VerifyResult"]
+__all__ = ["TaskCurve", "VerifyResult"]
+
+
+@dataclass(frozen=True)
+class TaskCurve:
+    """Task loss along the run, measured as stage guard measures its arms: the plain one is this run.
+
+    Attributes:
+        rows: digest of the rows.
+        loss: (M,) mean over them (nats per response token).
+        surprising: (M,) mean over the fine-tuning rows kept apart; empty where there are none.
+        cpu_seconds: of the optimizer steps, measuring left out.
+    """
+
+    rows: str
+    loss: Sequence[float]
+    surprising: Sequence[float]
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class VerifyResult:
             loss that does not show tokens.
         gradient_evaluations: micro-batch gradients used.
         warnings: sentences for the report.
+        task: task loss along the run; None where nothing said that protections will be compared.
     """
 
     horizon: int
@@ -47,6 +65,7 @@ class VerifyResult:
     opening_loss: Tensor | None
     gradient_evaluations: int
     warnings: Sequence[str]
+    task: TaskCurve | None = None
 
     @property
     def prompts(self) -> Sequence[Mapping[str, str | int | None]]:

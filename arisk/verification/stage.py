@@ -22,7 +22,7 @@ __all__ = ["VERIFY"]
 
 
 def _verify(job: Job, workspace: Path) -> VerifyResult:
-    from arisk.verification.run import verify
+    from arisk.verification.run import measures_task, verify
 
     config = job.config
     _refuse_saving(config)
@@ -41,6 +41,7 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
         behaviour=config.behaviour,
         workspace=workspace,
         keep=_saver(job),
+        task_samples=config.guard.task_samples if measures_task(config) else 0,
         progress=job.show.progress,
     )
     if found.diverged_at is not None and config.verify.save_model is not None:

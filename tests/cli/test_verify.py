@@ -214,7 +214,7 @@ def test_stopping_early(arisk, run):
 def test_without_a_forecast_it_says_what_to_run(arisk, tmp_path):
     code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["behaviour.prompts=0"])
     assert code == 0
-    assert "no report: stage collect is not fresh; next: arisk run" in out
+    assert "no report: stage rollout is not fresh; next: arisk run" in out
     assert "refusals not measured: behaviour.prompts is 0" in out
     body = json.loads(
         arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["behaviour.prompts=0"])[1]

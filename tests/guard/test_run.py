@@ -13,6 +13,7 @@ from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.config.sections import AlignGuardArm, EwcArm, ProjectionArm, ReplayArm
+from arisk.guard.arm import ArmRun
 from arisk.guard.methods import arm_names
 from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
 from arisk.guard.run import guard
@@ -66,7 +67,7 @@ def read(config):
     return made
 
 
-def run(task=None, *, workspace=None, training=RECIPE, **config):
+def run(task=None, *, workspace=None, measured=None, training=RECIPE, **config):
     return guard(
         task or task_of(),
         config=GuardConfig(calibration_steps=3).model_copy(update=read(config)),
@@ -75,6 +76,7 @@ def run(task=None, *, workspace=None, training=RECIPE, **config):
         steps=STEPS,
         seed=3,
         workspace=workspace,
+        measured=measured,
     )
 
 
@@ -293,3 +295,45 @@ def test_protect_from_python_is_the_stage():
     made = arisk.protect(task_of(), config)
     assert [arm.method for arm in made.arms][:2] == ["plain", "replay"]
     assert timeless(made) == timeless(run(methods=["plain", "replay"]))
+
+
+def numbers_of(arm):
+    """An arm without what another processor, or another minute, changes."""
+    return {**dataclasses.asdict(arm), "cpu_seconds": None, "setup_seconds": None}
+
+
+@pytest.mark.parametrize("samples", [64, 7])
+@pytest.mark.parametrize("flipped", [0, 1])
+def test_what_verify_has_trained_is_the_plain_arm_to_the_bit(monkeypatch, samples, flipped):
+    trained = []
+    carry_out = ArmRun.carry_out
+    monkeypatch.setattr(
+        ArmRun, "carry_out", lambda self, folder: trained.append(self.name.label) or carry_out(self, folder)
+    )
+    task = task_of(clean=SampleSet("clean", data(7, 3, flip=flipped), classify))
+    training = TrainingConfig().model_copy(update=RECIPE)
+    measured = verify(task, config=VerifyConfig(), training=training, steps=STEPS, seed=3, task_samples=64)
+    config = {"methods": ["plain", "replay"], "task_samples": samples}
+    alone = run(task, **config)
+    assert trained[0] == "plain"
+    others = trained[1:]
+    trained.clear()
+    spared = run(task, measured=measured, **config)
+    # Other rows of the task loss are other numbers: then the arm is trained.
+    assert trained == (others if samples == 64 else ["plain", *others])
+    assert [numbers_of(arm) for arm in spared.arms] == [numbers_of(arm) for arm in alone.arms]
+    assert spared.arms[0].cpu_seconds > 0
+
+
+@pytest.mark.parametrize("change", [{"steps": 6}, {"control_samples": 3}, None])
+def test_another_run_of_verify_is_no_plain_arm(monkeypatch, change):
+    task, training = task_of(), TrainingConfig().model_copy(update=RECIPE)
+    config, samples = VerifyConfig().model_copy(update=change or {}), 0 if change is None else 64
+    measured = verify(task, config=config, training=training, steps=STEPS, seed=3, task_samples=samples)
+    trained = []
+    carry_out = ArmRun.carry_out
+    monkeypatch.setattr(
+        ArmRun, "carry_out", lambda self, folder: trained.append(self.name.label) or carry_out(self, folder)
+    )
+    run(task, measured=measured, methods=["plain"])
+    assert trained == ["plain"]
