@@ -76,6 +76,7 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
             "finished": manifest.get("finished"),
             "seconds": manifest.get("seconds"),
             "bytes": size,
+            "optional": stage.optional,
             "taken_from": manifest.get("taken_from"),
         }
     task = next((section.shared["task"] for section in sections if "task" in section.shared), {})

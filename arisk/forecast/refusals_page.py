@@ -79,7 +79,7 @@ def _verb(outcome: str, count: int) -> str:
 
 
 def refusal_traces(refusals: RefusalForecast, real: RealRun | None, axis: str) -> list[dict[str, Any]]:
-    """Band, forecast, answers along the virtual run, and the truth, in percent of the prompts.
+    """Band, forecast, answers written, and the truth, in percent of the prompts.
 
     Args:
         refusals: a forecast that was measured.
@@ -111,7 +111,7 @@ def refusal_traces(refusals: RefusalForecast, real: RealRun | None, axis: str) -
         {
             **where,
             **shown,
-            "name": "answers along the virtual run",
+            "name": "answers written",
             "mode": "markers",
             "x": [count.step for count in refusals.counts],
             "y": [100 * count.refused / max(count.prompts, 1) for count in refusals.counts],

@@ -49,6 +49,7 @@ def section(result: GuardResult, config: Config) -> Section:
         wanted=config.guard.wanted_drift,
         judge=judge_for(config.behaviour, learnt),
     )
+    protects = body["recommended"] not in (None, result.plain.label)
     return Section(
         "guard",
         pieces=[
@@ -59,9 +60,7 @@ def section(result: GuardResult, config: Config) -> Section:
         summary={"guard": body},
         markdown=_markdown(body),
         findings=[Finding("Guard", f"Protection: {s}", "guard", 110) for s in guard_findings(result, body)],
-        advice=[Advice(f"Train with protection: {body['sentence']}", place=10)]
-        if body["recommended"]
-        else [],
+        advice=[Advice(f"Train with protection: {body['sentence']}", place=10)] if protects else [],
     )
 
 
@@ -224,7 +223,7 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
         shapes[1] |= {"y0": 0, "y1": 1}
     layout = axes(
         "task loss against plain (%)",
-        "safety drift (nats / response token)",
+        "safety drift (nats/token)",
         shapes=shapes,
         legend=LEGEND,
     )
@@ -270,7 +269,7 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
     line = reference_line(horizon=body["threshold"], text=f"collapse threshold +{body['threshold']:g}")
     layout = axes(
         "optimizer step",
-        "safety drift (nats / response token)",
+        "safety drift (nats/token)",
         shapes=[line["shape"]],
         annotations=[line["annotation"]],
         hovermode="x unified",

@@ -41,7 +41,8 @@ def identity(provenance: Mapping[str, Any]) -> str:
     task, plan = provenance.get("task") or {}, provenance.get("plan") or {}
     stages: Sequence[Mapping[str, Any]] = list((provenance.get("stages") or {}).values())
     version = (provenance.get("versions") or {}).get("arisk")
-    spent = [float(stage["seconds"]) for stage in stages if stage.get("seconds") is not None]
+    # What was measured beside the forecast is not its duration.
+    spent = [float(s["seconds"]) for s in stages if s.get("seconds") is not None and not s.get("optional")]
     parts = [
         _counted(subject(provenance), task, "finetune"),
         _judged(task, plan),

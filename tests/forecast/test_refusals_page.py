@@ -82,7 +82,7 @@ def test_the_figure_has_the_counts_and_the_truth():
     upper = {trace.get("name"): trace for trace in figure.data if trace["yaxis"] == "y"}
     lower = {trace.get("name"): trace for trace in figure.data if trace["yaxis"] == "y2"}
     assert upper["refusals, forecast"]["y"] == [87.5, 50.0, 18.75]
-    assert upper["answers along the virtual run"]["y"] == [87.5, 18.75]
+    assert upper["answers written"]["y"] == [87.5, 18.75]
     assert upper["real fine-tune"]["y"] == [100 * 27 / 32, 12.5]
     assert lower["real fine-tune"]["y"] == [0.0, 0.1]
     limits = {shape.get("yref"): shape["y0"] for shape in figure.layout["shapes"]}

@@ -96,7 +96,7 @@ def test_every_report_holds(browser, written, name, width, theme):
 def test_the_demo_answers_on_the_first_screen(browser, demo, width, theme):
     with web.opened(browser, demo, width=width, theme=theme) as got:
         holds(got, "demo", width, theme)
-        assert got.bottom(".three ul") <= web.SIZES[width]
+        assert width < 600 or got.bottom(".three ul") <= web.SIZES[width]
         got.shot(f"demo-{width}-{theme}", full=True)
 
 
