@@ -412,7 +412,7 @@ def description_of(
     adapter = config.model.adapter
     return {
         "model": str(config.model.path),
-        "architecture": type(getattr(model, "base_model", model)).__name__,
+        "architecture": type(model.get_base_model() if adapter is not None else model).__name__,
         "dtype": config.model.dtype,
         "adapter": None if adapter is None else adapter.model_dump(mode="json", exclude_none=True),
         "parameters_total": sum(p.numel() for p in model.parameters()),
