@@ -34,6 +34,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 SEED = 3
 #: As little as makes every stage run.
 SMALL: dict[str, Any] = {
+    "why": "full",
     "collect": {"engine": "hooks"},
     "score": {"batches": 4, "hvp_batches": 1, "probe_points": 1, "examples": 4, "krylov_dim": 3},
     "behaviour": {"prompts": 3, "ordinary_prompts": 0, "tokens": 6},
