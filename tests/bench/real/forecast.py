@@ -97,7 +97,7 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path) -> dict[str, An
 
 
 #: Settings of the forecast: the road to the verdict alone.
-CONFIG: dict[str, Any] = {}
+CONFIG: dict[str, Any] = {"why": "off"}
 
 
 def as_entry(report: Any, job: Job, model: str, seconds: float) -> dict[str, Any]:
