@@ -28,22 +28,24 @@ from tests.bench.real.rows import (
 )
 from tests.bench.real.truth import planned_trainer, with_adapter, write_json
 
-#: Rows a forecast is made from, and how many of the safety rows come from each file.
-SAFETY_FILES = {"safety_train": 40, "safety_xstest": 24}
+#: Safety prompts of a forecast by file, in the mixture of the truth's; the model answers them itself.
+SAFETY_FILES = {"prompts_harmful_jbb": 32, "safety_train": 16, "safety_xstest": 16}
 CONTROL_ROWS = 64
 
 
 def forecast_rows(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """Refusals and ordinary rows that a forecast may look at; the model was aligned on none of them."""
+    """Harmful prompts and ordinary rows that a forecast may look at; none of them aligned the model."""
     seen = set(aligned_on(folder))
     safety: list[dict[str, str]] = []
     for name, count in SAFETY_FILES.items():
         rows = read_rows(folder, name)
         first = SPLIT_FROM[name]
         fit = [
-            row
+            {"prompt": row["prompt"]}
             for i, row in enumerate(rows)
-            if i >= first and may_forecast(name, i) and outcome(row["response"]) == "refused"
+            if i >= first
+            and may_forecast(name, i)
+            and (name == "prompts_harmful_jbb" or outcome(row["response"]) == "refused")
         ]
         safety += spread(fit, count)
     ordinary = read_rows(folder, "benign_alpaca")
