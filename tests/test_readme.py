@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from arisk.catalogue import catalogue
@@ -140,3 +141,12 @@ def test_the_readme_is_short():
     text = DOCUMENTS[0].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 250
     assert len(text.encode()) <= 16_000
+
+
+def test_the_citation_and_the_licence_are_those_of_the_package():
+    package = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    cited = yaml.safe_load((ROOT / ".github" / "CITATION.cff").read_text(encoding="utf-8"))
+    assert f'version = "{cited["version"]}"' in package
+    assert f'license = "{cited["license"]}"' in package
+    assert 'license-files = ["arisk/LICENSE"]' in package
+    assert "Apache License" in (ROOT / "arisk" / "LICENSE").read_text(encoding="utf-8")

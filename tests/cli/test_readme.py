@@ -60,7 +60,7 @@ def call(monkeypatch, capsys, folder):
 def test_the_commands_run_in_their_order(call, folder):
     config = TEXT.partition("## The config")[2].partition("```yaml\n")[2].partition("```")[0]
     verbs = [line.split()[1] for line in COMMANDS]
-    assert verbs == ["init", "check", "run", "what-if", "verify", "screen", "guard", "compare"]
+    assert verbs == ["init", "check", "run", "what-if", "verify", "screen", "guard", "compare", "card"]
     for line in COMMANDS:
         out = call(line)
         if " init " in line:
