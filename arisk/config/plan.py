@@ -237,7 +237,7 @@ class DataConfig(Settings):
     subset: str | None = None
     """Name of the configuration of a hub data set."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set; `train[:20%]` is a part, as `datasets` takes it, of a file as well."""
     format: str = "auto"
     """Row layout. auto: recognised by its columns, which `arisk check` tells; or alpaca, dolly, kto,
     messages, preference, prompt_completion, prompt_response, prompts (the model's own refusals become safety

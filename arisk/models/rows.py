@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ TEXTS = ".txt"
 #: File endings that are read, and those of them that need no further library.
 PLAIN = (*LINES, ".json", *TABLES, TEXTS)
 ENDINGS = (*PLAIN, ".parquet", ".arrow")
+#: A split, or a part of one.
+PART = re.compile(r"(?P<split>[^\[\]+]*)(?:\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\])?")
 #: Characters of one field of a table.
 LONGEST_FIELD = 1 << 27
 #: Characters of a foreign value that a message repeats.
@@ -334,10 +337,41 @@ def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
         raise _unreadable(err, path, section) from err
     if mode is not None and not stat.S_ISREG(mode):
         _require_data(path, mode, section)
+    whole, first, last = _part(config.split, section)
+    rows = _source(config.model_copy(update={"split": whole}), path, mode, section)
     try:
-        yield from _source(config, path, mode, section)
+        yield from rows if (first, last) == (None, None) else _between(list(rows), first, last)
     except OSError as err:
         raise _unreadable(err, path, section) from err
+
+
+def _part(split: str, section: str) -> tuple[str, str | None, str | None]:
+    """`train[10%:20%]` as the split, and the two ends of the part that is wanted of it.
+
+    Raises:
+        ConfigError: this names no part.
+    """
+    found = PART.fullmatch(split)
+    if found is None:
+        raise ConfigError(
+            f"{split[:REPEATED]!r} names no part of a split",
+            where=f"{section}.split",
+            fix="write `train`, `train[:20%]` or `train[100:200]`; several parts are several data sets",
+        )
+    return found["split"], found["first"], found["last"]
+
+
+def _between(
+    rows: Sequence[tuple[int, Any]], first: str | None, last: str | None
+) -> Sequence[tuple[int, Any]]:
+    """A part of the rows as `datasets` cuts it: shares are rounded to the nearest row."""
+
+    def place(given: str | None) -> int | None:
+        if given is None or not given.endswith("%"):
+            return None if given is None else int(given)
+        return round(int(given[:-1]) * len(rows) / 100)
+
+    return rows[place(first) : place(last)]
 
 
 def _source(config: DataConfig, path: Path, mode: int | None, section: str) -> Iterator[tuple[int, Any]]:

@@ -104,7 +104,7 @@ def test_axolotl():
     shared = {"loss_on": "assistant", "val_set_size": 0.05, "max_length": 2048, "truncation": "drop"}
     assert plan["finetune"] == [
         {"path": "./data/kitchen.jsonl", "messages_column": "conversations", **shared},
-        {"path": "someone/garden-instructions", "split": "train", "format": "alpaca", **shared},
+        {"path": "someone/garden-instructions", "split": "train[:20%]", "format": "alpaca", **shared},
     ]
     found = outcomes(CONFIGS / "axolotl-lora.yml")
     assert found["sample_packing"] == found["chat_template"] == "other"

@@ -414,3 +414,22 @@ def test_columns_of_prompts_alone(tmp_path, column):
     assert found.format.name == "prompts"
     assert found.rows[0].prompt == "Say how the lock works."
     assert found.rows[0].messages[0]["content"] == "Say how the lock works."
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train", "train[:20%]", "train[35%:50%]", "train[-3:]", "train[2:5]", "train[:-90%]", "train[50%:]"],
+)
+def test_parts_of_a_split_are_those_of_datasets(tmp_path, split):
+    datasets = pytest.importorskip("datasets")
+    path = jsonl(tmp_path, *({"text": f"row {i}"} for i in range(23)))
+    expected = datasets.load_dataset("json", data_files=str(path), split=split, cache_dir=str(tmp_path / "c"))
+    found = read(path, split=split).rows
+    assert [row.text[1] for row in found] == expected["text"][:]
+    assert [row.line for row in found] == [int(text.split()[1]) + 1 for text in expected["text"]]
+
+
+@pytest.mark.parametrize("split", ["train[:20%", "train[a:]", "train+test", "train[:1][:1]"])
+def test_what_is_no_part_of_a_split(tmp_path, split):
+    with pytest.raises(ConfigError, match="no part of a split"):
+        read(jsonl(tmp_path, {"text": "a"}), split=split)

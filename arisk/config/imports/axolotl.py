@@ -471,7 +471,6 @@ def _set(each: Mapping[str, Any], told: list[str]) -> dict[str, Any]:
         told.append("Alpaca's own wording stands around each row; arisk writes it with the chat template")
     columns = {"field_messages": "messages_column", "field": "text_column"}
     found.update({ours: str(each[theirs]) for theirs, ours in columns.items() if each.get(theirs)})
-    parts.part_of_split(found, told)
     changed = [key for key, off in DETAILS.items() if each.get(key) not in (None, False, *off)]
     told += [f"`{key}` changes which rows or tokens train" for key in changed]
     return found

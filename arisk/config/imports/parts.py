@@ -21,7 +21,6 @@ __all__ = [
     "lora",
     "optimizer",
     "packing",
-    "part_of_split",
     "precision",
     "quantization",
     "refuse",
@@ -278,14 +277,6 @@ def packing(account: Account, key: str, *, kind: str = "bfd", differs: str = "")
             account.note(key, "other", differs)
     elif on is False:
         account.note(key, "idle", "switched off")
-
-
-def part_of_split(found: dict[str, Any], told: list[str]) -> None:
-    """`train[:20%]` as the whole split, and a word about it."""
-    split, bracket, _ = str(found.get("split", "")).partition("[")
-    if bracket:
-        told.append(f"a part of a split ({found['split']}) is not taken: set `max_samples`")
-        found["split"] = split
 
 
 def add_sets(account: Account, key: str, sets: Sequence[Mapping[str, Any]]) -> None:

@@ -231,7 +231,6 @@ def _set(each: Mapping[str, Any], told: list[str]) -> dict[str, Any]:
         found["format"] = layout
     names = {"split": "split", "name": "subset"}
     found.update({ours: str(each[theirs]) for theirs, ours in names.items() if each.get(theirs)})
-    parts.part_of_split(found, told)
     trained = each.get("train_on_input")
     found["loss_on"] = loss if trained is None else "all" if trained else "assistant"
     return found
