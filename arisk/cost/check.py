@@ -18,6 +18,7 @@ from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, table, wrapped
 from arisk.config.plan import Config, TrainingConfig, planned_steps
 from arisk.forecast.leap import rollout_cost
+from arisk.forecast.rollout import forward_rows
 from arisk.models.answers import Shelf
 from arisk.models.formats import SAFETY_SETS
 from arisk.models.judge import OUTCOMES, Exchange, RefusalRule, learnt_openings
@@ -214,12 +215,12 @@ def _work(config: Config, rows: Mapping[str, int], selected: int) -> dict[str, A
     steps = planned_steps(config.training, rows.get("finetune", 0))
     share = "off"
     if config.rollout.enabled:
-        rolled, passes = rollout_cost(steps, config.rollout)
+        rolled, _ = rollout_cost(steps, config.rollout)
         rows_per_step = batch * config.training.gradient_accumulation
-        measured = min(samples, config.rollout.eval_samples or samples)
-        measured += min(rows.get("control", 0), config.rollout.control_samples)
+        sets = {"safety": samples, "control": rows.get("control", 0), "followed": 0, "ordinary": 0}
         gradients["rollout"] = rolled * rows_per_step
-        gradients["rollout (forward passes, in gradients)"] = round(passes * measured * FORWARD)
+        measured = forward_rows(steps, config.rollout, sets)
+        gradients["rollout (forward passes, in gradients)"] = round(measured * FORWARD)
         share = f"{rolled} of {steps} planned optimizer steps ({rolled / steps:.0%})"
     planned = sum(gradients.values())
     return {

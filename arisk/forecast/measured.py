@@ -26,6 +26,7 @@ from arisk.config.plan import ForecastConfig
 from arisk.forecast.forecasters import CURVE_POINTS, curve_of, not_measured, plain_values
 from arisk.forecast.record import Curve, RolloutResult
 from arisk.geometry.dynamics import bootstrap_means, interpolated_crossing, recorded_steps
+from arisk.training.panels import read_between
 from arisk.training.recipe import Recipe
 
 __all__ = ["combined_curve", "control_change", "pilot_curve", "rollout_curve"]
@@ -111,17 +112,10 @@ def _between(points: Sequence[int], values: Tensor, steps: Tensor) -> Tensor:
     if len(at) == 1:
         filled = values.expand(-1, len(steps)).clone()
     else:
-        filled = _linear(at, values.sign() * values.abs().sqrt(), steps)
+        filled = read_between(at, values.sign() * values.abs().sqrt(), steps)
         filled = filled * filled.abs()
     filled[:, steps > at[-1]] = math.inf
     return filled
-
-
-def _linear(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Rows (K, M) known at ascending `at` (M,), read at `wanted` (S,); held outside."""
-    right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
-    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
-    return values[..., right - 1] * (1 - share) + values[..., right] * share
 
 
 def _rollout_path(measured: RolloutResult, config: ForecastConfig, seed: int) -> _Path:
@@ -133,7 +127,7 @@ def _rollout_path(measured: RolloutResult, config: ForecastConfig, seed: int) ->
         at, error = (torch.tensor(v, dtype=torch.float64) for v in (measured.steps, measured.safety_error))
         generator = torch.Generator().manual_seed(seed + 3)
         z = torch.randn(len(values) - 1, 1, dtype=torch.float64, generator=generator)
-        values[1:] += z * _linear(at, error[None], steps)
+        values[1:] += z * read_between(at, error[None], steps)
     return _Path(steps, values, min(measured.pilot_steps, measured.steps[-1]))
 
 
@@ -146,7 +140,7 @@ def _pilot_path(measured: RolloutResult, config: ForecastConfig, seed: int) -> _
     ahead = _flow_at(measured, steps) / measured.flow_time[last]
     scales = torch.tensor(measured.scales, dtype=torch.float64)
     drawn = _redrawn(measured.extrapolated, config, seed)
-    values = _linear(scales, _root(drawn), ahead ** _exponent(measured, last))
+    values = read_between(scales, _root(drawn), ahead ** _exponent(measured, last))
     values = values * values.abs()
     early = _between(
         measured.steps[: last + 1], _redrawn(measured.safety, config, seed)[:, : last + 1], steps
@@ -165,7 +159,7 @@ def _exponent(measured: RolloutResult, last: int) -> float:
     share = torch.tensor(measured.flow_time[1:last], dtype=torch.float64) / measured.flow_time[last]
 
     def error(p: float) -> float:
-        return float((_linear(scales, mean[None], share**p)[0] - seen).square().sum())
+        return float((read_between(scales, mean[None], share**p)[0] - seen).square().sum())
 
     return min(EXPONENTS, key=error)
 
@@ -185,7 +179,7 @@ def _flow_at(measured: RolloutResult, steps: Tensor) -> Tensor:
     """Σ η up to each step, linear between the measured points."""
     at = torch.tensor(measured.steps, dtype=torch.float64)
     flow = torch.tensor(measured.flow_time, dtype=torch.float64)
-    return _linear(at, flow[None], steps)[0]
+    return read_between(at, flow[None], steps)[0]
 
 
 def _pilot_weights(measured: RolloutResult, steps: Tensor) -> Tensor:
@@ -240,7 +234,7 @@ def _perturbed(name: str, path: _Path, config: ForecastConfig, seed: int) -> Ten
     draws: list[Tensor] = []
     for row, stretch, factor, shift in zip(path.values[1:], *z, strict=True):
         wanted = path.steps.clamp(max=path.pilot) + after * torch.exp(TIME_SPREAD[name] * stretch)
-        moved = _linear(path.steps, row.clamp(max=HUGE)[None], wanted)[0]
+        moved = read_between(path.steps, row.clamp(max=HUGE)[None], wanted)[0]
         scale = torch.exp((CHANGE_CENTRE[name] + CHANGE_SPREAD[name] * factor) * ripe)
         draws.append(moved * scale + SHIFT * shift * ripe)
     return torch.stack(draws)

@@ -30,6 +30,7 @@ from arisk.forecast.record import AnswerCount, RefusalForecast, RolloutResult
 from arisk.geometry.dynamics import recorded_steps
 from arisk.models.judge import OUTCOMES, Exchange, Judge, Outcome, RefusalRule
 from arisk.training.behaviour import DECIDING, AnsweredPrompts, BehaviourResult, FollowedPrompts
+from arisk.training.panels import read_between
 
 __all__ = [
     "LOST_SHARES",
@@ -119,7 +120,9 @@ def refused_share(
         steps: optimizer steps.
     """
     known, u = _fitted_path(followed, labels)
-    shares = torch.sigmoid(_read(torch.tensor(known), u, torch.tensor(steps, dtype=torch.float64))).mean(0)
+    shares = torch.sigmoid(
+        read_between(torch.tensor(known, dtype=torch.float64), u, torch.tensor(steps, dtype=torch.float64))
+    ).mean(0)
     return [float(share) for share in shares]
 
 
@@ -309,17 +312,9 @@ def _offsets(u: Tensor, answers: Tensor) -> Tensor:
 
 def _between(known: Sequence[int], values: Tensor, steps: Sequence[int]) -> Tensor:
     """Values at `known` steps read at others, linear between and held outside."""
-    return _read(torch.tensor(known), values[None], torch.tensor(steps, dtype=torch.float64))[0]
-
-
-def _read(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Rows (K, M) known at ascending `at` (M,), read at `wanted` (S,); held outside."""
-    at = at.to(torch.float64)
-    if len(at) == 1:
-        return values.expand(-1, len(wanted)).clone()
-    right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
-    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
-    return values[:, right - 1] * (1 - share) + values[:, right] * share
+    return read_between(
+        torch.tensor(known, dtype=torch.float64), values[None], torch.tensor(steps, dtype=torch.float64)
+    )[0]
 
 
 def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -327,7 +322,7 @@ def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[T
     wanted = torch.tensor(steps, dtype=torch.float64)
     at = torch.tensor(path.steps, dtype=torch.float64)
     beyond = wanted > at[-1] if path.diverged else torch.zeros(len(wanted), dtype=torch.bool)
-    curve = torch.sigmoid(_read(at, path.u, wanted)).mean(0).masked_fill(beyond, 0.0)
+    curve = torch.sigmoid(read_between(at, path.u, wanted)).mean(0).masked_fill(beyond, 0.0)
     generator = torch.Generator().manual_seed(seed + 2)
     count = len(path.u)
     picks = torch.randint(count, (draws, count), generator=generator)
@@ -338,7 +333,7 @@ def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[T
     found: list[Tensor] = []
     for rows, chance, (stretch, factor, shift) in zip(picks, luck, noise.tolist(), strict=True):
         moved = wanted.clamp(max=path.pilot) + after * math.exp(TIME_SPREAD * stretch)
-        start, here = path.u[rows, :1], _read(at, path.u[rows], moved)
+        start, here = path.u[rows, :1], read_between(at, path.u[rows], moved)
         changed = (here - start) * torch.exp(CHANGE_SPREAD * factor * ripe) + SHIFT_SPREAD * shift * ripe
         # One uniform number per prompt for all steps: what is refused changes as P does.
         refused = chance[:, None] < torch.sigmoid(start + changed)

@@ -30,9 +30,9 @@ from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.losses import per_sample_nll, response_logits
 from arisk.models.openings import losses_at_scales
-from arisk.training.behaviour import Behaviour
+from arisk.training.behaviour import TURNED, Behaviour
 from arisk.training.loop import PlannedRun, keeping_parameters, put
-from arisk.training.panels import LEAD_SHARE, SplitPanel, filled, sample_losses, split_panel
+from arisk.training.panels import LEAD_SHARE, SplitPanel, filled, read_between, sample_losses, split_panel
 from arisk.training.recipe import Recipe, recipe_of
 from arisk.training.state import Pauses, Track, load_state
 
@@ -46,12 +46,14 @@ SCALES = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 WHOLE_BETWEEN, MOVED = 3, 0.12
 #: First inner point at which openings are followed.
 FOLLOWED_FROM = 8
-#: Points of a rollout at which answers are written, about: the start, the pilot's end, the end, one between.
-ANSWERED_POINTS = 4
+#: Points at which answers are written, about: the start, the end, and where openings have turned.
+ANSWERED_POINTS = 3
+#: Share of openings that must have turned for answers at the pilot's end.
+PILOT_TURNED = 0.04
 #: Name of the losses of first tokens in the state of a run.
 OPENING = "opening"
-#: Names of the sets in the state of a run.
-SAFETY, CONTROL = "safety", "control"
+#: Names of the sets in the state of a run, and of the control rows that lead.
+SAFETY, CONTROL, LEADING = "safety", "control", "leading control"
 
 
 def forward_rows(horizon: int, config: RolloutConfig, rows: Mapping[str, float]) -> float:
@@ -66,13 +68,15 @@ def forward_rows(horizon: int, config: RolloutConfig, rows: Mapping[str, float])
     count = len(points) + 1
     safety = min(rows["safety"], config.eval_samples or rows["safety"])
     control = min(rows["control"], config.control_samples)
-    whole: dict[str, int] = {"safety": min(count, 3 + (pilot < horizon)), "control": min(count, 2)}
-    total = 0.0
-    for name, measured in (("safety", safety), ("control", control)):
-        lead = config.leading_samples if config.leading_samples < LEAD_SHARE * measured else measured
-        total += lead * count + (measured - lead) * whole[name]
-        if name == "safety" and pilot < horizon:
-            total += 2 * lead  # The extrapolated outputs.
+    whole = min(count, 3 + (pilot < horizon))
+    leads = [
+        config.leading_samples if config.leading_samples < LEAD_SHARE * measured else measured
+        for measured in (safety, control)
+    ]
+    total = leads[0] * count + (safety - leads[0]) * whole
+    total += leads[1] * (whole if leads[0] < safety else count) + (control - leads[1]) * min(count, 2)
+    if pilot < horizon:
+        total += 2 * leads[0]  # The extrapolated outputs.
     followed = 1 + sum(point >= min(FOLLOWED_FROM, pilot) for point in points)
     return total + rows["followed"] * followed + rows["ordinary"] * min(count, ANSWERED_POINTS)
 
@@ -258,7 +262,9 @@ class _Walk:
         with self.planned.reading():
             self._losses(model, step)
             if step == 0 or step >= min(FOLLOWED_FROM, self.pilot):
-                self.behaviour.measure(model, step, answer=step in (self.pilot, self.horizon))
+                # Where the pilot leaves openings as they were, its answers are those of the start.
+                due = PILOT_TURNED if step == self.pilot else TURNED
+                self.behaviour.measure(model, step, answer=step == self.horizon, turned=due)
         track.behaviour = self.behaviour.state()
         if step == 0 and self.planned.autocast is not None:
             track.precision_error = self._precision_error(model)
@@ -274,8 +280,13 @@ class _Walk:
         if openings is not None:
             track.others.setdefault(OPENING, []).append(openings)
         if self.control is not None:
-            ordinary = self.control.leading(model, 1)
-            if self.control.rest is None or step in ends:
+            # Elsewhere a straight line does.
+            nothing = torch.full((len(self.control),), math.nan, dtype=torch.float64)
+            ordinary: tuple[Tensor, Tensor | None] = (nothing, None)
+            if whole:
+                ordinary = self.control.leading(model, 1)
+                whole.append(LEADING)
+            if whole and (self.control.rest is None or step in ends):
                 ordinary = _joined(ordinary, self.control.others(model, 1))
                 whole.append(CONTROL)
             track.control.append(ordinary[0])
@@ -390,7 +401,16 @@ class _Walk:
     def _filled(self, panel: SplitPanel, values: Sequence[Tensor], name: str) -> tuple[Tensor, Tensor]:
         """(N, M) of all rows at all points, and the error of their mean."""
         whole = [name in sets for sets in self.track.whole]
-        return filled(torch.stack(list(values), dim=1), whole, panel.places, self.track.steps)
+        looked = [name == SAFETY or LEADING in sets for sets in self.track.whole]
+        at = [i for i, there in enumerate(looked) if there]
+        steps = torch.tensor(self.track.steps, dtype=torch.float64)
+        found, error = filled(
+            torch.stack([values[i] for i in at], dim=1),
+            [whole[i] for i in at],
+            panel.places,
+            [self.track.steps[i] for i in at],
+        )
+        return (found, error) if all(looked) else (read_between(steps[at], found, steps), error)
 
     def warnings(self) -> list[str]:
         """Sentences for the report."""

@@ -22,6 +22,7 @@ from arisk.models.openings import OpeningScores
 
 __all__ = [
     "DECIDING",
+    "TURNED",
     "AnsweredPrompts",
     "Behaviour",
     "BehaviourResult",
@@ -157,28 +158,29 @@ class Behaviour:
         """Whether anything is watched."""
         return self.reason is None
 
-    def measure(self, model: nn.Module, step: int, *, answer: bool = False) -> None:
+    def measure(self, model: nn.Module, step: int, *, answer: bool = False, turned: float = TURNED) -> None:
         """Follow the safety prompts' openings; answer where asked, at step 0, and where openings have turned.
 
         Ordinary prompts are followed where they are answered.
 
-        Answers come unasked at most three times: where the share of openings that stand has fallen by a
-        fifth since the last answers.
+        Answers come unasked at most three times: where the share of openings that stand has fallen by
+        `turned` since the last answers.
 
         Args:
             model: in evaluation mode; it is not changed.
             step: optimizer steps done, ascending from 0.
             answer: write answers here whatever the openings say.
+            turned: share of openings that asks for answers.
         """
         if not self.measures:
             return
         try:
             lead = self.watched["safety"]
             lead.follow(model, step)
-            turned = self.between < ANSWERS_BETWEEN and lead.turned() >= TURNED
-            if step > 0 and not answer and turned:
+            due = self.between < ANSWERS_BETWEEN and lead.turned() >= turned
+            if step > 0 and not answer and due:
                 self.between += 1
-            if answer or turned or step == 0:
+            if answer or due or step == 0:
                 for watched in self.watched.values():
                     if watched is not lead:
                         watched.follow(model, step)

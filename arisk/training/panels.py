@@ -30,6 +30,7 @@ __all__ = [
     "filled",
     "panel_of",
     "panel_of_rows",
+    "read_between",
     "sample_losses",
     "split_panel",
     "spread",
@@ -269,6 +270,15 @@ def filled(
         if len(gone) > 1:
             error[i] = float(gone.std().nan_to_num()) * math.sqrt(1 / len(gone) - 1 / count)
     return complete, error
+
+
+def read_between(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
+    """Rows (K, M) known at ascending `at` (M,), read at `wanted` (S,): straight lines, level outside."""
+    if len(at) == 1:
+        return values.expand(*values.shape[:-1], len(wanted)).clone()
+    right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
+    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    return values[..., right - 1] * (1 - share) + values[..., right] * share
 
 
 def _by_length(batches: RowBatches, rows: Sequence[int]) -> list[list[int]]:

@@ -26,7 +26,7 @@ import torch
 from arisk.config.plan import Config, RolloutConfig
 from arisk.config.yaml import validate_mapping
 from arisk.forecast.leap import planned_points, rollout_cost, scored_rows
-from arisk.forecast.rollout import ANSWERED_POINTS, FOLLOWED_FROM, SCALES
+from arisk.forecast.rollout import FOLLOWED_FROM, SCALES
 from arisk.gradients import layout_of, measuring
 from arisk.models.losses import response_logits
 from arisk.models.openings import losses_at_scales
@@ -186,11 +186,11 @@ def counts(horizon: int, inner: int) -> dict[str, float]:
         "loss before a leap": leaps,
         "scored row": scored_rows(4 * horizon),
         "leading safety rows": measured,
-        "leading control rows": measured,
+        "leading control rows": 3 + min(inner, measured - 3),
         "other safety rows": 3 + min(inner, measured - 3),
         "other control rows": 2,
         "openings": 1 + sum(point >= min(FOLLOWED_FROM, pilot) for point in points),
-        "answers": ANSWERED_POINTS - 1 + (inner > 0),
+        "answers": 2 + min(inner, 4),
         "extrapolated outputs": 1,
     }
 
