@@ -129,3 +129,12 @@ def test_top_level_names_load():
     assert list(arisk.__all__) == sorted(arisk.__all__)
     with pytest.raises(AttributeError):
         _ = arisk.nothing
+
+
+def test_no_two_public_classes_share_a_name():
+    found = {}
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}

@@ -217,13 +217,11 @@ class Krylov:
         basis: (P, J) orthonormal columns Q, s = beta q₁.
         projected: (J, J) float64 T = Qᵀ S Q, symmetrised.
         beta: ‖s‖.
-        residual: norm of the part of S q_J outside the basis; 0 when the space is closed under S.
     """
 
     basis: VectorStack
     projected: Tensor
     beta: float
-    residual: float
 
 
 def lanczos(
@@ -250,7 +248,7 @@ def lanczos(
     basis = VectorStack(start.numel(), start.dtype) if basis is None else basis
     vector = start / beta
     projected = torch.zeros(most, most, dtype=torch.float64)
-    residual, scale, taken = 0.0, 0.0, 0
+    scale, taken = 0.0, 0
     for j in range(most):
         basis.append(vector)
         image = operator(vector)
@@ -264,10 +262,9 @@ def lanczos(
             image = image - basis.combine(products).to(image)
         residual = float(image.norm())
         if residual <= ROUNDING_UNITS * precision * max(scale, 1e-300):
-            residual = 0.0
             break
         if taken < most:
             projected[taken, j] = residual
             vector = image / residual
     square = projected[:taken, :taken]
-    return Krylov(basis, (square + square.T) / 2, beta, residual)
+    return Krylov(basis, (square + square.T) / 2, beta)

@@ -30,8 +30,7 @@ from arisk.config.yaml import validate_mapping
 from arisk.models.answers import OwnAnswers
 from arisk.models.formats import Row
 from arisk.models.rendering import IGNORED, Rendered
-from arisk.models.selection import lora_pairs
-from arisk.models.tasks import LoadedData, description_of, load_set, require_fit, sample_set
+from arisk.models.tasks import LoadedData, assembled, load_set, require_fit, sample_set
 
 __all__ = [
     "Planned",
@@ -313,22 +312,8 @@ def task_of(
         loaded = {name: load_set(config, name, (data,), tokenizer, answers) for name, data in given.items()}
     loaded["finetune"] = _trained(planned, settings.training)
     fit = require_fit(model, loaded, tokenizer, config)
-    # The order in which `data_sets` names them.
-    sets = {name: sample_set(name, loaded[name], config, tokenizer)
-            for name in ("safety", "finetune", "control") if name in loaded}  # fmt: skip
-    return Task(
-        model=model,
-        safety=sets["safety"],
-        finetune=sets["finetune"],
-        control=sets.get("control"),
-        parameter_names=names,
-        lora_pairs=lora_pairs(model, names),
-        description={
-            **description_of(config, model, names, sets),
-            "warnings": list(notes),
-            "data_warnings": fit,
-        },
-    )
+    sets = {name: sample_set(name, one, config, tokenizer) for name, one in loaded.items()}
+    return assembled(model, config, names, sets, notes, fit)
 
 
 def _config(planned: Planned, settings: PipelineConfig, given: Mapping[str, DataConfig]) -> Config:

@@ -36,6 +36,7 @@ from arisk.models.selection import attach_adapter, lora_pairs, select_parameters
 __all__ = [
     "Answers",
     "LoadedData",
+    "assembled",
     "description_of",
     "load_data",
     "load_set",
@@ -107,7 +108,28 @@ def load_task(
     notes = require_fit(model, data, tokenizer, config)
     names = select_parameters(model, config.model.parameters)
     sets = {name: sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
-    heldout, clean = sets.pop("verify.safety", None), sets.pop("guard.task", None)
+    return assembled(model, config, names, sets, getattr(model, "load_notes", ()), notes)
+
+
+def assembled(
+    model: Any,
+    config: Config,
+    names: Sequence[str],
+    sets: Mapping[str, SampleSet],
+    warnings: Sequence[str],
+    data_warnings: Sequence[str],
+) -> Task:
+    """The task of a model and its data sets by their names in a config.
+
+    Args:
+        model: as it will be trained.
+        config: describes it.
+        names: of the parameters that train.
+        sets: `safety`, `finetune`, and of the others those that there are.
+        warnings: sentences about the model.
+        data_warnings: sentences about the data.
+    """
+    told = {name: sets[name] for name in ("safety", "finetune", "control") if name in sets}
     return Task(
         model=model,
         safety=sets["safety"],
@@ -116,12 +138,12 @@ def load_task(
         parameter_names=names,
         lora_pairs=lora_pairs(model, names),
         description={
-            **description_of(config, model, names, sets),
-            "warnings": list(getattr(model, "load_notes", ())),
-            "data_warnings": notes,
+            **description_of(config, model, names, told),
+            "warnings": list(warnings),
+            "data_warnings": list(data_warnings),
         },
-        heldout=heldout,
-        clean=clean,
+        heldout=sets.get("verify.safety"),
+        clean=sets.get("guard.task"),
     )
 
 

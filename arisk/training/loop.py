@@ -22,7 +22,7 @@ from arisk.base.processes import rank, summed, world
 from arisk.base.task import Batch, RowBatches, SampleSet, Task
 from arisk.gradients import ParameterLayout, batch_size, move_batch, recomputing, slice_batch
 from arisk.gradients.layout import parameters_of
-from arisk.training.optimizers import Part
+from arisk.training.optimizers import Built
 from arisk.training.recipe import Recipe, parameter_groups, step_batches
 
 __all__ = [
@@ -210,7 +210,7 @@ class PlannedRun:
         self.stream = BatchStream(task.finetune, self.parameters[0].device)
         groups = parameter_groups(task.model, layout.names, self.parameters, recipe.training)
         self.parts = recipe.kind.build(groups, recipe.training)
-        self._of: dict[int, tuple[Part, dict[str, Any]]] = {
+        self._of: dict[int, tuple[Built, dict[str, Any]]] = {
             id(parameter): (part, group)
             for part in self.parts
             for group in part.optimizer.param_groups
@@ -241,7 +241,7 @@ class PlannedRun:
         """The optimizer's state of a parameter; it may be changed in place."""
         return self._of[id(parameter)][0].optimizer.state[parameter]
 
-    def part_of(self, parameter: Tensor) -> tuple[Part, dict[str, Any]]:
+    def part_of(self, parameter: Tensor) -> tuple[Built, dict[str, Any]]:
         """The optimizer that moves a parameter, and its group there."""
         return self._of[id(parameter)]
 

@@ -24,7 +24,7 @@ from arisk.config.names import Table
 from arisk.config.plan import TrainingConfig
 from arisk.models.loading import hf_module
 
-__all__ = ["OPTIMIZERS", "Ageing", "OptimizerKind", "Part", "optimizer_named"]
+__all__ = ["OPTIMIZERS", "Ageing", "Built", "OptimizerKind", "optimizer_named"]
 
 #: √v̂ counts as at least this share of its root mean square, so that D stays invertible.
 RELATIVE_FLOOR = 1e-3
@@ -77,7 +77,7 @@ class OptimizerKind:
     """
 
     name: str
-    build: Callable[[Groups, TrainingConfig], list[Part]]
+    build: Callable[[Groups, TrainingConfig], list[Built]]
     scale: Callable[[State, Mapping[str, Any], Tensor], Tensor]
     age: Callable[[State, Mapping[str, Any], Ageing], None] | None
     admit: Callable[[State, Mapping[str, Any], Tensor, float, int], None] | None
@@ -90,7 +90,7 @@ class OptimizerKind:
 
 
 @dataclass(frozen=True)
-class Part:
+class Built:
     """A torch optimizer, and the kind that its parameters follow."""
 
     optimizer: Optimizer
@@ -132,9 +132,9 @@ def arguments_of(kind: OptimizerKind, training: TrainingConfig) -> dict[str, Any
 # AdamW
 
 
-def _build_adamw(groups: Groups, training: TrainingConfig) -> list[Part]:
+def _build_adamw(groups: Groups, training: TrainingConfig) -> list[Built]:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=training.betas, eps=training.eps)
-    return [Part(optimizer, ADAMW)]
+    return [Built(optimizer, ADAMW)]
 
 
 def _scale_adamw(state: State, group: Mapping[str, Any], square: Tensor) -> Tensor:
@@ -187,10 +187,10 @@ ADAMW = OptimizerKind(
 # SGD
 
 
-def _build_sgd(groups: Groups, training: TrainingConfig) -> list[Part]:
+def _build_sgd(groups: Groups, training: TrainingConfig) -> list[Built]:
     settings = arguments_of(SGD, training)
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=training.momentum, **settings)
-    return [Part(optimizer, SGD)]
+    return [Built(optimizer, SGD)]
 
 
 def _scale_one(state: State, group: Mapping[str, Any], square: Tensor) -> Tensor:
@@ -276,8 +276,8 @@ class Lion(Optimizer):
         return loss
 
 
-def _build_lion(groups: Groups, training: TrainingConfig) -> list[Part]:
-    return [Part(Lion(groups, lr=1.0, betas=training.betas), LION)]
+def _build_lion(groups: Groups, training: TrainingConfig) -> list[Built]:
+    return [Built(Lion(groups, lr=1.0, betas=training.betas), LION)]
 
 
 def _scale_sign(state: State, group: Mapping[str, Any], square: Tensor) -> Tensor:
@@ -302,10 +302,10 @@ LION = OptimizerKind("lion", _build_lion, _scale_sign, _age_lion, None, _start_l
 # Adafactor
 
 
-def _build_adafactor(groups: Groups, training: TrainingConfig) -> list[Part]:
+def _build_adafactor(groups: Groups, training: TrainingConfig) -> list[Built]:
     settings = arguments_of(ADAFACTOR, training)
     kind: Any = hf_module("transformers").Adafactor
-    return [Part(kind(groups, lr=1.0, scale_parameter=False, relative_step=False, **settings), ADAFACTOR)]
+    return [Built(kind(groups, lr=1.0, scale_parameter=False, relative_step=False, **settings), ADAFACTOR)]
 
 
 def _scale_adafactor(state: State, group: Mapping[str, Any], square: Tensor) -> Tensor:
@@ -367,9 +367,9 @@ ADAFACTOR = OptimizerKind(
 # RMSprop
 
 
-def _build_rmsprop(groups: Groups, training: TrainingConfig) -> list[Part]:
+def _build_rmsprop(groups: Groups, training: TrainingConfig) -> list[Built]:
     settings = arguments_of(RMSPROP, training)
-    return [Part(torch.optim.RMSprop(groups, lr=1.0, momentum=training.momentum, **settings), RMSPROP)]
+    return [Built(torch.optim.RMSprop(groups, lr=1.0, momentum=training.momentum, **settings), RMSPROP)]
 
 
 def _scale_rmsprop(state: State, group: Mapping[str, Any], square: Tensor) -> Tensor:
@@ -410,7 +410,7 @@ RMSPROP = OptimizerKind(
 # Muon
 
 
-def _build_muon(groups: Groups, training: TrainingConfig) -> list[Part]:
+def _build_muon(groups: Groups, training: TrainingConfig) -> list[Built]:
     """Muon for hidden matrices, AdamW for all else: embeddings, the output layer, vectors."""
     settings = arguments_of(MUON, training)
     matrices: Groups = []
@@ -422,10 +422,10 @@ def _build_muon(groups: Groups, training: TrainingConfig) -> list[Part]:
             if keep:
                 members = {key: [group[key][i] for i in keep] for key in ("params", "names")}
                 kept.append({**group, **members})
-    parts: list[Part] = []
+    parts: list[Built] = []
     if matrices:
         optimizer = torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw", **settings)
-        parts.append(Part(optimizer, MUON))
+        parts.append(Built(optimizer, MUON))
     return parts + (_build_adamw(others, training) if others else [])
 
 

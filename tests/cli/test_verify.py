@@ -220,7 +220,7 @@ def test_without_a_forecast_it_says_what_to_run(arisk, tmp_path):
         arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["behaviour.prompts=0"])[1]
     )
     assert body["ran"] is False
-    assert (body["report"], body["missing"]) == (None, "collect")
+    assert (body["report"], body["missing"]) == (None, "rollout")
     assert body["verify"]["refusals_missing"] == "behaviour.prompts is 0"
     assert body["verify"]["error_factor"] is None
 

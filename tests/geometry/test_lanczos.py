@@ -16,14 +16,14 @@ def test_full_space_reproduces_the_operator():
     torch.testing.assert_close(q.T @ q, torch.eye(10, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(q @ t @ q.T, s, atol=1e-10, rtol=0)
     torch.testing.assert_close(krylov.beta * q[:, 0], start)
-    assert krylov.residual == 0
 
 
 def test_stops_when_the_space_closes():
     s = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
     krylov = lanczos(lambda v: s @ v, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), 4)
-    assert krylov.basis.shape == (4, 2)
-    assert krylov.residual == 0
+    q, t = krylov.basis.tensor(), krylov.projected
+    assert q.shape == (4, 2)
+    torch.testing.assert_close(s @ q, q @ t)
 
 
 def test_zero_operator_closes_at_once():
@@ -41,7 +41,7 @@ def test_partial_space_matches_gradient_flow_to_order_j():
     for _ in range(4):
         v, z = s @ v, t @ z
     torch.testing.assert_close(q @ z, v, rtol=1e-9, atol=1e-9)
-    assert krylov.residual > 0
+    assert q.shape == (30, 5)
 
 
 def test_float32_basis_stays_orthonormal():
