@@ -174,7 +174,7 @@ def _quiet_others() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not sys.warnoptions and not os.environ.get("ARISK_DEBUG"):
         warnings.simplefilter("ignore")
-        logging.getLogger().addHandler(logging.NullHandler())
+        logging.disable()
 
 
 def main() -> None:
@@ -208,4 +208,5 @@ def main() -> None:
         say(misused or _who() + _bug(err), err=True)
         sys.exit(1 if misused is None else ConfigError.exit_code)
     finally:
+        logging.disable(logging.NOTSET)
         signal.signal(signal.SIGTERM, before)

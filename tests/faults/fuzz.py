@@ -67,6 +67,7 @@ LONGEST = 6000
 KILLS = "kills"
 TWO = "two runs at once"
 PLAN: dict[str, Any] = {
+    "why": "full",
     "run": {"threads": 1, "dir": "run"},
     "model": {"path": "model", "adapter": {"r": 2}},
     "safety": {"path": "data/safety.jsonl"},
@@ -293,6 +294,7 @@ class Campaign:
             self.keep.mkdir(parents=True, exist_ok=True)
             file = self.keep / f"{re.sub('[^a-z]+', '-', name.lower())}-{seed}.json"
             file.write_text(json.dumps({"class": name, "seed": seed, "faults": faults, **told}, indent=1))
+            _tell(f"{name} {seed}: {'; '.join(faults)[:300]}")
         return faults
 
     def _carried_out(self, name: str, rng: random.Random, place: Place) -> tuple[list[str], dict[str, Any]]:
@@ -547,11 +549,11 @@ def _bugs(place: Place) -> str:
 
 def _digests(folder: Path, apart: tuple[str, ...]) -> dict[str, str]:
     """What lies in a folder, by path: kind, rights, and the digest or target; some names apart."""
-    skipped = {str(name).strip("./").partition("/")[0] for name in apart} | {"tmp"}
+    skipped = {str(name).removeprefix("./").strip("/") for name in apart if name} | {"tmp"}
     found: dict[str, str] = {}
     for path in _walk(folder):
         name = str(path.relative_to(folder))
-        if name.partition("/")[0] in skipped:
+        if any(name == part or name.startswith(f"{part}/") for part in skipped):
             continue
         mode = path.lstat().st_mode
         what = str(path.readlink()) if path.is_symlink() else _digest(path) if stat.S_ISREG(mode) else ""
@@ -575,7 +577,7 @@ def _digest(path: Path) -> str:
 
 
 #: Numbers in JSON that time measures, and no two runs share.
-TIMED = re.compile(r"seconds$|^cost$|^title$|^report$")
+TIMED = re.compile(r"seconds$|^cost$|^title$|^report$|^identity$")
 #: Files that say when, how long and by whom.
 APART = ("manifest.json", "report.html", "summary.md", ".digests.json", ".lock", ".holder.json")
 
@@ -584,14 +586,15 @@ def _tree(run: Path) -> dict[str, str]:
     """Digests of what a run computed; times and costs apart."""
     found: dict[str, str] = {}
     for path in _walk(run):
-        if path.is_symlink() or not path.is_file() or path.name in APART or path.suffix == ".png":
-            continue
+        name = str(path.relative_to(run))
+        if path.is_symlink() or not path.is_file() or path.name in APART or name.startswith(".partial"):
+            continue  # What a forced run that was ended leaves serves the next forced one.
         digest = _digest(path)
         if path.suffix == ".json":
             with contextlib.suppress(OSError, ValueError):
                 timeless = json.dumps(_untimed(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
                 digest = hashlib.sha256(timeless.encode()).hexdigest()
-        found[str(path.relative_to(run))] = digest
+        found[name] = digest
     return found
 
 
@@ -655,6 +658,11 @@ def _table(campaign: Campaign, seconds: float) -> str:
     return "\n".join([*lines, total, f"{seconds / 60:.0f} minutes; {kinds or 'nothing found'}"])
 
 
+def _tell(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def _imports() -> None:
     """Load what commands load, once for all children; nothing here may start a thread."""
     import datasets  # noqa: F401
@@ -693,6 +701,7 @@ def main() -> None:
         if given.replay:
             kept = json.loads(given.replay.read_text())
             faults = campaign.one(kept["class"], kept["seed"])
+            _tell("\n".join(faults) or "nothing is wrong any more")
             sys.exit(bool(faults))
         rounds = 0
         while given.tries is None or rounds < given.tries:
@@ -704,8 +713,11 @@ def main() -> None:
                 rounds += 1
                 continue
             break
+    except KeyboardInterrupt:
+        _tell("interrupted")
     finally:
         _freed(work)
+    _tell(_table(campaign, time.monotonic() - started))
     sys.exit(bool(campaign.failures.total()))
 
 

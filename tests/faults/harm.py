@@ -598,7 +598,7 @@ def folders(rng: random.Random, place: Place) -> Case:
 
     ways: dict[str, Callable[[], Callable[[], None] | None]] = {
         "stage is a link": lambda: linked(stage),
-        "stage is gone": lambda: stage.rename(outside / "gone"),
+        "stage is gone": lambda: stage.rename(outside / "gone") and None,
         "stage is a file": lambda: (stage.rename(outside / "gone"), stage.write_text("x"))[0] and None,
         "partial is a link": lambda: (place.run / ".partial").symlink_to(outside),
         "partial is a file": lambda: (place.run / ".partial").write_text("x") and None,
@@ -642,7 +642,8 @@ def folders(rng: random.Random, place: Place) -> Case:
             _reading(rng),
         )
     )
-    return Case(args, told=f"{told}, {stage.name}", setup=setup, harmed=True, writes=("compare", "new"))
+    writes = ("compare", "new", *(["outside/run"] if told == "run is a link" else []))
+    return Case(args, told=f"{told}, {stage.name}", setup=setup, harmed=True, writes=writes)
 
 
 OPTIONS = (
