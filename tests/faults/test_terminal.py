@@ -1,15 +1,18 @@
 """What data may do to a terminal, and what is said where nobody thought of it."""
 
 import ast
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from arisk import cli
+from arisk.base.errors import ConfigError
 from arisk.base.terminal import StageDisplay, printable, say
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,6 +84,30 @@ def test_a_command_line_that_means_nothing_is_an_error_like_others(monkeypatch, 
     told = capsys.readouterr().err
     assert re.match(r"error: .*\nwhere: command line\nfix:   see `arisk( run| check)? --help`\n$", told)
     assert not OBEYED.search(told)
+
+
+def test_other_libraries_say_nothing_before_us(monkeypatch, capsys):
+    def noisy(*_, **__):
+        logging.getLogger("datasets.packaged").critical("Failed to read schema")
+        warnings.warn("there is a performance drop", stacklevel=1)
+        raise ConfigError("ours", where="x", fix="y")
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.setattr(sys.modules["arisk.cli.app"], "app", noisy)
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "error: ours\nwhere: x\nfix:   y\n"
+    assert logging.getLogger("datasets").isEnabledFor(logging.ERROR)
+
+
+def test_no_error_repeats_what_it_was_given_without_end():
+    error = ConfigError(
+        "x" * 20_000, where="y" * 20_000, fix="z", also=[ConfigError("a", where="b", fix="c")]
+    )
+    lines = error.lines()
+    assert max(map(len, lines)) < 2000
+    assert "(20000 characters)" in lines[0]
+    assert lines[2:] == ["fix:   z", "error: a", "where: b", "fix:   c"]
 
 
 def test_whatever_else_comes_up_is_called_a_bug_with_its_traceback_in_a_file(monkeypatch, capsys, tmp_path):
