@@ -337,7 +337,7 @@ def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
         raise _unreadable(err, path, section) from err
     if mode is not None and not stat.S_ISREG(mode):
         _require_data(path, mode, section)
-    whole, first, last = _part(config.split, section)
+    whole, first, last = _part(config, section)
     rows = _source(config.model_copy(update={"split": whole}), path, mode, section)
     try:
         yield from rows if (first, last) == (None, None) else _between(list(rows), first, last)
@@ -345,16 +345,20 @@ def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
         raise _unreadable(err, path, section) from err
 
 
-def _part(split: str, section: str) -> tuple[str, str | None, str | None]:
+def _part(config: DataConfig, section: str) -> tuple[str, str | None, str | None]:
     """`train[10%:20%]` as the split, and the two ends of the part that is wanted of it.
 
+    Sums of parts are left to the `datasets` library, which knows the splits.
+
     Raises:
-        ConfigError: this names no part.
+        ConfigError: this names no part of a file.
     """
-    found = PART.fullmatch(split)
+    found = PART.fullmatch(config.split)
+    if found is None and Path(config.path).suffix not in PLAIN:
+        return config.split, None, None
     if found is None:
         raise ConfigError(
-            f"{split[:REPEATED]!r} names no part of a split",
+            f"{config.split[:REPEATED]!r} names no part of a split",
             where=f"{section}.split",
             fix="write `train`, `train[:20%]` or `train[100:200]`; several parts are several data sets",
         )
