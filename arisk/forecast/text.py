@@ -54,6 +54,8 @@ def drift_sentence(forecast: ForecastResult) -> str | None:
         return None
     triples = zip(curve.median, control, curve.steps, strict=True)
     known = [(s, c, k) for s, c, k in triples if math.isfinite(s) and math.isfinite(c)]
+    if not known:
+        return None
     least = NO_RISE * forecast.threshold
     worst = max(known, key=lambda triple: triple[0])
     safety, ordinary, step = worst if worst[0] >= least else known[-1]

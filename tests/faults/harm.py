@@ -545,7 +545,7 @@ def artifacts(rng: random.Random, place: Place) -> Case:
                 lambda: file.symlink_to(place.folder / "outside" / "precious"),
             )
         )()
-    return Case(_reading(rng), told=told, harmed=True, writes=("compare",))
+    return Case(_reading(rng), told=told, harmed=True, writes=("compare", "new"))
 
 
 def _reading(rng: random.Random) -> list[str]:

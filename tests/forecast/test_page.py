@@ -68,6 +68,10 @@ def test_drift_is_judged_where_safety_is_worst_and_finite():
     assert "step 50" in drift_sentence(made.replaced(forecast, forecasters={"rollout": path}))
 
 
+def test_drift_without_a_finite_point_is_not_measured():
+    assert drift_sentence(made.replaced(drifting(0.2, 0.1), control_change=[math.nan] * 3)) is None
+
+
 def test_drift_without_control_data_or_rollout_is_not_measured():
     *_, forecast = made.records()
     assert drift_sentence(made.replaced(forecast, control_change=None)) is None
