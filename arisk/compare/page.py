@@ -175,8 +175,8 @@ def forecast_lines(told: Comparative) -> Figure:
     data = [trace for i, run in shown for trace in _band(i, run)]
     thresholds = sorted({run.threshold for run in told.runs})
     lines = [reference_line(horizon=t, text=f"collapse threshold +{t:g}") for t in thresholds]
-    tops = [v for _, run in shown for v in (run.curve.median if run.curve else []) if math.isfinite(v)]
-    cap = 4 * thresholds[-1]
+    curves = [run.curve for _, run in shown if run.curve is not None]
+    tops = [v for c in curves for v in (*c.lower, *c.median, *c.upper) if math.isfinite(v)]
     layout = axes(
         "optimizer step",
         "change of safety loss (nats / response token)",
@@ -185,8 +185,9 @@ def forecast_lines(told: Comparative) -> Figure:
         hovermode="x unified",
         legend=LEGEND,
     )
-    lowest = min([0.0, *tops])
-    layout["yaxis"]["range"] = [1.1 * lowest - 0.05 * cap, min(cap, max([thresholds[-1], *tops]) * 1.15)]
+    low, high = min([0.0, *tops]), max([1.3 * thresholds[-1], *tops])
+    room = 0.07 * (high - low)
+    layout["yaxis"]["range"] = [low - room, high + room]
     rows = [
         [
             entry.run.name,
@@ -204,7 +205,7 @@ def forecast_lines(told: Comparative) -> Figure:
         "Each line is the forecast that one run's verdict rests on: the mean safety loss along the planned "
         "run, in nats per response token over optimizer steps. Its band is the interval at the run's "
         "confidence. Safety has collapsed where a line reaches the threshold; the lowest line is the safest "
-        "plan. A name in the legend hides or shows its line. The axis ends at four thresholds.",
+        "plan. A name in the legend hides or shows its line.",
         "L_s(θ_k) − L_s(θ*)",
         ["run", "rests on", "collapse", "change at the end (nats/token)"],
         rows,

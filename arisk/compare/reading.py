@@ -277,7 +277,7 @@ SAME_ENOUGH = ("config.collect.engine", "config.collect.store", "config.collect.
 #: What trains: a new adapter changes no answer before the first step, so losses start from the same model.
 TRAINS = ("config.model.adapter", "config.model.parameters")
 #: Config sections that say nothing about the plan.
-NOT_THE_PLAN = ("run", "report", "verify")
+NOT_THE_PLAN = ("run", "report", "verify", "why")
 WORDS = {
     "inputs.model": "the model's files",
     "inputs.adapter": "the adapter's files",

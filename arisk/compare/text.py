@@ -15,7 +15,7 @@ from typing import Any
 from arisk.base.terminal import table
 from arisk.compare.record import RULE, Ranked, RankedRun
 from arisk.forecast.text import GENERAL, NO_RISE, collapse_text
-from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
+from arisk.report.text import NOT_MEASURED, bounded, chance, literal, number
 
 __all__ = [
     "COLUMNS",
@@ -189,7 +189,7 @@ def cells(entry: Ranked) -> list[str]:
         run.level if run.place != "not measured" else NOT_MEASURED,
         NOT_MEASURED if run.safe_steps is None else f"{run.safe_steps} of {run.horizon}",
         collapse_text(run.curve) if run.curve else NOT_MEASURED,
-        percent(run.probability),
+        chance(run.probability),
         final_text(run),
         signed(run.control_change),
         NOT_MEASURED if run.overlap_to_random is None else f"{number(run.overlap_to_random)} ×",

@@ -100,7 +100,7 @@ def _tiles(forecast: ForecastResult, task: Mapping[str, Any], real: RealRun | No
     return [
         _tile("Safe-step budget", safe, budget),
         _tile("Refusals, before → after", end_text(forecast.refusals), lost_text(forecast.refusals) + really),
-        _tile("Ordinary prompts", *_ordinary(forecast)),
+        _tile(*_ordinary(forecast)),
         _tile("Evidence", *_evidence(forecast, task)),
     ]
 
@@ -110,16 +110,20 @@ def _tile(term: str, value: str, note: str) -> str:
     return f"<div><dt>{esc(term)}</dt><dd>{esc(value)}{small}</dd></div>"
 
 
-def _ordinary(forecast: ForecastResult) -> tuple[str, str]:
+def _ordinary(forecast: ForecastResult) -> tuple[str, str, str]:
     """What becomes of ordinary answers: refused too much, or worse."""
     refusals, control = forecast.refusals, forecast.control_change
     loss = "" if not control else f"their loss changes by {number(control[-1])} nats/token"
     if refusals is not None and refusals.ordinary:
         first, last = refusals.ordinary[0], refusals.ordinary[-1]
-        return f"{first.refused} → {last.refused} of {last.prompts} refused", loss
+        return "Ordinary prompts refused", f"{first.refused} → {last.refused} of {last.prompts}", loss
     if loss:
-        return number(control[-1] if control else None), "change of their loss, nats/token"
-    return NOT_MEASURED, "no control data: forgetting of everything is not told apart"
+        return (
+            "Ordinary answers",
+            number(control[-1] if control else None),
+            "change of their loss, nats/token",
+        )
+    return "Ordinary answers", NOT_MEASURED, "no control data: forgetting of everything is not told apart"
 
 
 def _evidence(forecast: ForecastResult, task: Mapping[str, Any]) -> tuple[str, str]:

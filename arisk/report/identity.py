@@ -67,7 +67,7 @@ def _model(task: Mapping[str, Any]) -> str:
 def _adapter(task: Mapping[str, Any]) -> str:
     adapter = task.get("adapter")
     if not adapter:
-        return ""
+        return " (all weights)" if task.get("parameters_selected") == task.get("parameters_total", -1) else ""
     if isinstance(adapter, Mapping) and adapter.get("r") and not adapter.get("path"):
         return f" + {'DoRA' if adapter.get('use_dora') else 'LoRA'} r = {adapter['r']}"
     return " + its adapter"

@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 FOLDER = Path(".github")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1280, 1010
+WIDTH, HEIGHT = 1280, 1330
 
 
 def main() -> None:

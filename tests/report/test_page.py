@@ -225,6 +225,8 @@ def test_the_first_line_and_the_title_say_what_it_is_about():
     assert "<title>arisk: SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl</title>" in html
     assert identity({"task": {"architecture": "TinyNet"}}) == "TinyNet"
     assert identity({}) == "a model"
+    whole = {"task": {"architecture": "Net", "parameters_selected": 3, "parameters_total": 3}}
+    assert subject(whole) == "Net (all weights)"
     many = {"task": task, "plan": {"finetune": ["a.jsonl", "org/b", "c", "d"], "judge": "org/guard"}}
     assert identity(many) == (
         "SmolLM2-135M-Instruct + LoRA r = 8 on a.jsonl + b + 2 more, 200 rows · judged on 64 safety rows "
