@@ -76,8 +76,8 @@ class Calibration:
 
 
 def device_memory(device: torch.device) -> float | None:
-    """Peak memory in GB that torch has taken on a device; None on the CPU, whose memory is the process's."""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    """Memory in GB that torch holds on a device now; None on the CPU, whose memory is the process's."""
+    return torch.cuda.memory_allocated(device) / 1e9 if device.type == "cuda" else None
 
 
 def calibrate(task: Task, config: Config) -> Calibration:
@@ -128,7 +128,8 @@ def calibrate(task: Task, config: Config) -> Calibration:
         else WRITTEN * forward / float(task.safety.statistics.get("tokens_mean", 1.0)),
         **_vectors(layout, len(task.safety.rows)),
     }
-    on_device = {} if (taken := device_memory(device)) is None else dict.fromkeys(own, taken)
+    there = device_memory(device)
+    on_device = {} if there is None else {kind: there + size for kind, size in own.items()}
     moments = 2 * vector
     learnt = (
         f"one safety row: {forward:.3g} s forward; one fine-tuning row: {gradient:.3g} s with its gradient",
@@ -182,6 +183,8 @@ def _row_seconds(batch: Batch, work: Callable[[Batch], object], saved: _Saved | 
             saved.of(rows)
         start = time.perf_counter()
         work(part)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     one = slice_batch(batch, 0, 1)

@@ -8,6 +8,7 @@ from tests.bench import (
     check,
     compare,
     cost,
+    gpu,
     gradients,
     growth,
     guard,
@@ -27,6 +28,7 @@ BENCHES = {
     "check": check.main,
     "compare": compare.main,
     "cost": cost.main,
+    "gpu": gpu.main,
     "gradients": gradients.main,
     "store": store.main,
     "growth": growth.main,
@@ -45,7 +47,11 @@ BENCHES = {
 def _is_option(text: str, given: list[str]) -> bool:
     """Whether an argument is an option, stands behind one that takes a value, or is a config."""
     before = given[given.index(text) - 1] if given.index(text) else ""
-    return text.startswith("--") or text.endswith((".yaml", ".yml")) or before in ("--sizes", "--samples")
+    return (
+        text.startswith("--")
+        or text.endswith((".yaml", ".yml"))
+        or before in ("--sizes", "--samples", "--device")
+    )
 
 
 def main() -> None:

@@ -423,7 +423,7 @@ def test_check_prints_work_and_rendered_rows(arisk):
 
 
 def test_check_tells_the_memory_of_a_device_where_there_is_one(arisk, monkeypatch):
-    """Two gigabytes seen there by every pass; what a stage keeps beside the model comes on top."""
+    """Two gigabytes of model; what a pass and a stage keep beside it comes on top."""
     stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
     assert all(cost["device_gb"] is None for cost in stages.values())
     monkeypatch.setattr("arisk.cost.estimate.device_memory", lambda device: 2.0)
@@ -431,7 +431,7 @@ def test_check_tells_the_memory_of_a_device_where_there_is_one(arisk, monkeypatc
     assert {name for name, cost in stages.items() if cost["device_gb"]} == {
         *("collect", "score", "rollout", "verify", "screen", "guard"),
     }
-    assert stages["collect"]["device_gb"] == 2.0
+    assert 2.0 < stages["collect"]["device_gb"] < 2.1
     assert stages["rollout"]["device_gb"] >= stages["verify"]["device_gb"] >= 2.0
     assert "on the device" in arisk("check", DEMO, *arguments())[1]
 
