@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arisk.base.bounded import LimitReachedError, bounded
 from arisk.base.errors import InputError
+from arisk.base.processes import LimitReachedError, bounded
 from arisk.models.formats import Message, Row
 
 __all__ = ["PLAIN_TEMPLATE", "LaidOut", "LossOn", "lay_out", "marks_answers"]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from arisk.base.bounded import LimitReachedError, bounded
+from arisk.base.processes import LimitReachedError, bounded
 
 
 def spin():
