@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     )
     from arisk.risk_report import RiskReport
     from arisk.screening.record import ScreenResult
-    from arisk.verification.record import VerifyResult
-    from arisk.verification.truth import Comparison
+    from arisk.verification.record import Comparison, VerifyResult
 
 __all__ = [
     "AlignGuardConfig",
@@ -62,7 +61,7 @@ _HOME = {
     "AlignGuardConfig": "arisk.guard.mitigator",
     "AlignmentRiskPipeline": "arisk.api",
     "AriskError": "arisk.base.errors",
-    "Comparison": "arisk.verification.truth",
+    "Comparison": "arisk.verification.record",
     "Config": "arisk.config.plan",
     "CurvatureCouplingResult": "arisk.peer",
     "FisherConfig": "arisk.config.python",

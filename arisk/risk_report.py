@@ -32,8 +32,7 @@ from arisk.peer import (
     SensitivitySubspace,
     curvature_of,
 )
-from arisk.verification.record import VerifyResult
-from arisk.verification.truth import Comparison, compare
+from arisk.verification.record import Comparison, VerifyResult, compare
 
 if TYPE_CHECKING:
     from arisk.report.page import Section

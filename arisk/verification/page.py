@@ -13,7 +13,7 @@ from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thi
 from arisk.report.page import Part, Piece, Section
 from arisk.report.section import esc, listed, notes, table
 from arisk.report.text import NOT_MEASURED, literal, number, percent
-from arisk.verification.truth import Comparison, compared_curve
+from arisk.verification.record import Comparison, compared_curve
 
 __all__ = [
     "real_run",

@@ -127,7 +127,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
     """The real run beside the forecast, where one belongs to this plan; else that there is none."""
     from arisk.models.judge import judge_for
     from arisk.verification import page
-    from arisk.verification.truth import compare
+    from arisk.verification.record import compare
 
     del later
     forecast, check = job.record("forecast"), None
@@ -141,8 +141,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     """The real run without a forecast beside it."""
     from arisk.models.judge import judge_for
-    from arisk.verification.record import VerifyResult
-    from arisk.verification.truth import compare
+    from arisk.verification.record import VerifyResult, compare
 
     measured = read_record(folder, VerifyResult)
     judge = judge_for(config.behaviour, measured.behaviour.learnt)

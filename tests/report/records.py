@@ -17,8 +17,7 @@ from arisk.forecast.record import (
 )
 from arisk.models.judge import RefusalRule
 from arisk.training.behaviour import AnsweredPrompts, BehaviourResult, FollowedPrompts
-from arisk.verification.record import VerifyResult
-from arisk.verification.truth import compare
+from arisk.verification.record import VerifyResult, compare
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> \u2028 \u202eevil 🧨 \"'&"

@@ -6,7 +6,7 @@ import pytest
 
 from arisk.models.judge import RefusalRule
 from arisk.training.behaviour import AnsweredPrompts
-from arisk.verification.truth import compare, compared_curve, value_at
+from arisk.verification.record import compare, compared_curve, value_at
 from tests.report import records as made
 
 
