@@ -1,6 +1,5 @@
 """Running the model: per-sample gradients, mean gradients, Hessian-vector products, and their store."""
 
-from arisk.gradients.batches import batch_size, map_tensors, move_batch, slice_batch
 from arisk.gradients.curvature import HvpPlan, choose_hvp, hvp
 from arisk.gradients.engines import (
     ENGINES,
@@ -14,12 +13,16 @@ from arisk.gradients.engines import (
 from arisk.gradients.factors import Sink
 from arisk.gradients.layout import (
     ParameterLayout,
+    batch_size,
     is_sharded,
     layout_of,
+    map_tensors,
     measuring,
     module_of,
+    move_batch,
     parameters_of,
     recomputing,
+    slice_batch,
 )
 from arisk.gradients.store import GradientStore
 

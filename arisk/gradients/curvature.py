@@ -3,7 +3,7 @@
 Hessian: by double backward, or by central differences of gradients. Gauss-Newton: JᵀΛJ with J the
 derivative of the model's outputs (logits) and Λ the Hessian of the loss in them, positive semidefinite
 where the loss is convex in its logits; J v by differences, so that no kernel needs a second derivative.
-Differences of a model narrower than float32 are taken in float32 (`arisk.gradients.batches`).
+Differences of a model narrower than float32 are taken in float32 (`arisk.gradients.layout`).
 
 Source of the Gauss-Newton product: Schraudolph, Fast curvature matrix-vector products (2002).
 
@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from arisk.base.errors import ConfigError
 from arisk.base.processes import share, summed
 from arisk.base.task import Batch, LossFn
-from arisk.gradients.batches import in_float32, widened
 from arisk.gradients.engines import mean_gradient
-from arisk.gradients.layout import ParameterLayout, parameters_of
+from arisk.gradients.layout import ParameterLayout, in_float32, parameters_of, widened
 
 __all__ = ["HvpPlan", "choose_hvp", "hvp", "logits_of", "loss_at", "losses_between", "outputs_of"]
 

@@ -20,10 +20,17 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from arisk.base.errors import AriskError, ConfigError, NumericsError
 from arisk.base.task import Batch, LossFn
-from arisk.gradients.batches import batch_size, map_tensors, slice_batch
 from arisk.gradients.factors import Part, PartSink, Sink, tensors_of
 from arisk.gradients.hooks import hook_gradients, hook_parts
-from arisk.gradients.layout import ParameterLayout, is_sharded, parameters_of, recomputing
+from arisk.gradients.layout import (
+    ParameterLayout,
+    batch_size,
+    is_sharded,
+    map_tensors,
+    parameters_of,
+    recomputing,
+    slice_batch,
+)
 
 __all__ = [
     "ENGINES",

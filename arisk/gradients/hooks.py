@@ -20,9 +20,8 @@ from torch.func import functional_call, vjp, vmap
 
 from arisk.base.errors import ShapeError
 from arisk.base.task import Batch, LossFn
-from arisk.gradients.batches import batch_size, map_tensors
 from arisk.gradients.factors import Outer, Part, PartSink, Rows, Sink, block_of
-from arisk.gradients.layout import ParameterLayout, parameters_of
+from arisk.gradients.layout import ParameterLayout, batch_size, map_tensors, parameters_of
 
 __all__ = ["hook_gradients", "hook_parts"]
 

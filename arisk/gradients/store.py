@@ -35,7 +35,6 @@ from arisk.base.errors import ArtifactError
 from arisk.base.processes import rank, share, summed, world
 from arisk.base.task import Batch, LossFn
 from arisk.geometry.vectors import DEFAULT_MEMORY, Columns, column_groups, columns_of
-from arisk.gradients.batches import batch_size
 from arisk.gradients.engines import per_sample_parts
 from arisk.gradients.factors import (
     Outer,
@@ -49,7 +48,7 @@ from arisk.gradients.factors import (
     weighted_sum_of,
     widened,
 )
-from arisk.gradients.layout import ParameterLayout
+from arisk.gradients.layout import ParameterLayout, batch_size
 
 __all__ = [
     "GradientStore",

@@ -32,8 +32,7 @@ from arisk.base.task import LossFn, Progress, RowBatches, SampleSet, Task
 from arisk.config import names
 from arisk.config.names import Table
 from arisk.gradients import ParameterLayout, move_batch
-from arisk.gradients.batches import in_float32, is_narrow, widened
-from arisk.gradients.layout import parameters_of
+from arisk.gradients.layout import in_float32, is_narrow, parameters_of, widened
 from arisk.gradients.store import Sketch, balanced, per_sample_sketches, sketch_of
 from arisk.screening.points import Place, RowGroup, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
