@@ -5,6 +5,7 @@ The list of commands in `arisk --help`, in groups and in whole sentences.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
@@ -20,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from arisk.base.artifacts import disk_error
-from arisk.base.errors import AriskError, ConfigError
+from arisk.base.errors import AriskError, ArtifactError, ConfigError
 from arisk.base.processes import is_first
 from arisk.base.terminal import say
 from arisk.catalogue import catalogue
@@ -155,6 +156,18 @@ def _bug(err: Exception) -> str:
     return f"{told}\n{line}" if os.environ.get("ARISK_DEBUG") else line
 
 
+def _refused(err: OSError) -> ArtifactError:
+    """What the system's answer about some file means to a person."""
+    where = str(err.filename or "a file of this run")
+    if err.errno in (errno.ENOSPC, errno.EROFS):
+        return disk_error(err, Path(where))
+    return ArtifactError(
+        f"the system refuses: {err.strerror or err}",
+        where=where,
+        fix="see whether it is there, and may be read and written by you",
+    )
+
+
 def _misused(err: Exception) -> str | None:
     """What is told of a command line that means nothing; None for any other exception."""
     from arisk.config.yaml import shortened
@@ -200,7 +213,7 @@ def main() -> None:
         # The system's answer about some file: of the environment, and no bug.
         if os.environ.get("ARISK_DEBUG"):
             say(traceback.format_exc(), err=True)
-        fault = disk_error(err, Path(str(err.filename or "a file of this run")))
+        fault = _refused(err)
         say(_who() + "\n".join(fault.lines()), err=True)
         sys.exit(fault.exit_code)
     except Exception as err:  # noqa: BLE001 - the net: whatever else comes up here is a bug of ours

@@ -694,6 +694,7 @@ def main() -> None:
     seed = given.seed if given.seed is not None else int(time.time()) % 10**6 * 1000
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="arisk-fuzz-"))
+    work.chmod(0o755)  # some cases run as nobody
     try:
         campaign = Campaign(work / "base", work / "place", given.keep.resolve())
         made_base(campaign.folder)
