@@ -22,6 +22,7 @@ from arisk.base.artifacts import loaded_json, write_text
 from arisk.base.errors import InputError
 from arisk.base.processes import from_first
 from arisk.config.sections import BehaviourConfig
+from arisk.config.yaml import shortened
 from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for
 from arisk.models.openings import OpeningScores, followed
 from arisk.models.rendering import Rendered
@@ -158,9 +159,20 @@ class GreedyAnswers:
         return [_until(tokens, ends or []) for tokens in made[:, longest:].tolist()]
 
     def ends(self, model: Any) -> list[int] | None:
-        """End tokens of the model and of the tokenizer; chat models often have several."""
+        """End tokens of the model and of the tokenizer; chat models often have several.
+
+        Raises:
+            InputError: the model's are no tokens.
+        """
         own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = [own] if isinstance(own, int) else list(own or [])
+        given: list[Any] = [] if own is None else own if isinstance(own, list) else [own]
+        if not all(type(token) is int for token in given):
+            raise InputError(
+                f"`eos_token_id` of the model's generation config is no token: {shortened(repr(own))}",
+                where="model.path: generation_config.json",
+                fix="give the number of the token that ends a text, or a list of such numbers",
+            )
+        ends: list[int] = list(given)
         if self.tokenizer.eos_token_id is not None:
             ends.append(int(self.tokenizer.eos_token_id))
         return sorted(set(ends)) or None

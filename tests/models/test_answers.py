@@ -81,6 +81,14 @@ def test_a_model_that_cannot_generate_is_one_clear_error():
     assert "guard.generate: 0" in caught.value.fix
 
 
+@pytest.mark.parametrize("ends", ["</s>", [2, "</s>"], [2, None], 2.0, True, {}])
+def test_ends_that_are_no_tokens_are_the_models_fault(ends):
+    loaded = task()
+    loaded.model.generation_config.eos_token_id = ends
+    with pytest.raises(InputError, match="`eos_token_id` of the model's generation config is no token"):
+        loaded.safety.generate(loaded.model, [0], 3)
+
+
 def test_tokens_end_with_the_end_token_and_give_the_texts():
     loaded = task()
     answers = loaded.safety.generate
