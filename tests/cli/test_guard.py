@@ -11,7 +11,8 @@ import pytest
 
 from arisk.base.artifacts import read_record
 from arisk.guard.record import GuardResult
-from tests.cli.test_verify import TASK, environment
+from tests.cli.test_cli import environment
+from tests.cli.test_verify import TASK
 
 SETTINGS = ["guard.methods=[replay,ewc,alignguard,projection]", "guard.calibration_steps=3"]
 

@@ -1,7 +1,6 @@
 """`arisk verify` on the embedded model: truth over forecast, staleness, kill and resume."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,36 +10,22 @@ from pathlib import Path
 import pytest
 
 from arisk import cli
+from tests.cli.test_cli import SMALL, environment
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 SETTINGS = [
-    "safety.max_samples=8",
+    *SMALL,
     "verify.safety.max_samples=6",
     "behaviour.prompts=3",
     "behaviour.ordinary_prompts=2",
     "behaviour.tokens=8",
-    "collect.chunk_size=4",
-    "score.batches=2",
-    "score.hvp_batches=1",
-    "score.krylov_dim=2",
-    "score.nulls=3",
-    "score.examples=4",
-    "score.probe_points=2",
-    "training.max_steps=60",
-    "training.batch_size=2",
-    "forecast.bootstrap_samples=20",
-    "run.threads=1",
 ]
 STAGES = ["collect", "subspace", "score", "rollout", "forecast"]
 
 
 def arguments(*extra):
     return [part for item in (*SETTINGS, *extra) for part in ("--set", item)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
