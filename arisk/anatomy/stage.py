@@ -207,7 +207,7 @@ SUBSPACE = Stage(
 
 SCORE = Stage(
     name="score",
-    version=4,
+    version=5,
     help="How the planned first update meets the subspace, by layer and row",
     explains=_explains,
     settled=_settled,
