@@ -185,9 +185,11 @@ def _misused(err: Exception) -> str | None:
 def _quiet_others() -> None:
     """Nothing but our own lines on stderr: what others warn of is for their developers, and in --debug."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not sys.warnoptions and not os.environ.get("ARISK_DEBUG"):
+    if os.environ.get("ARISK_DEBUG"):
+        return
+    logging.disable()
+    if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        logging.disable()
 
 
 def main() -> None:

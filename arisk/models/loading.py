@@ -214,7 +214,9 @@ def require_causal(model: nn.Module, tokens: Sequence[int], where: str) -> None:
         raise InputError(
             f"the model cannot be run on a row: {lines[0][:300] if lines else type(err).__name__}",
             where=where,
-            fix="see that config.json, weights and tokenizer belong together, and that transformers runs it",
+            fix=BITS_DO_NOT_FIT
+            if getattr(model, "is_quantized", False)
+            else "see that config.json, weights and tokenizer belong together, and that transformers runs it",
         ) from err
     finally:
         model.train(mode)
@@ -273,6 +275,11 @@ def require_room(model: Any, longest: Mapping[str, int], largest: Mapping[str, i
 
 #: What libraries raise where they took a value for granted; their words then say little.
 CONFUSED = (TypeError, AttributeError, IndexError, ArithmeticError, AssertionError, NameError, RecursionError)
+#: What to do where quantised weights cannot be multiplied.
+BITS_DO_NOT_FIT = (
+    "few bits may not fit the widths of this model on this device: leave out `model.quantization`"
+    ", or use a GPU"
+)
 #: Ends of files that torch unpickles.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

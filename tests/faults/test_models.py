@@ -230,6 +230,10 @@ def test_a_model_that_cannot_be_run_is_an_error_of_the_input(folder, monkeypatch
     with pytest.raises(InputError, match="cannot be run on a row: index out of range"):
         require_causal(net, [1, 2, 3], "model.path")
     assert not net.training
+    net.is_quantized = True  # as transformers marks weights of few bits
+    with pytest.raises(InputError) as caught:
+        require_causal(net, [1, 2, 3], "model.path")
+    assert "leave out `model.quantization`" in caught.value.fix
 
 
 @pytest.mark.parametrize(
