@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 #: Prompts answered at once, and padded prompt tokens of such a batch.
-BATCH, BATCH_TOKENS = 32, 8192
+BATCH, BATCH_TOKENS = 48, 8192
 #: Tokens of an answer that may become a safe response.
 OWN_TOKENS = 128
 SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)|\n")

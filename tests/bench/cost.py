@@ -136,7 +136,6 @@ def _read(
     )
     scored = panel_of_rows(task.finetune, list(range(SCORED)), cpu)
     openings = [[1, 2, 3, 4, 5]] * len(prompts)
-    third = prompts[::3]
 
     def extrapolated() -> None:
         for batch in split.lead.batches:
@@ -149,10 +148,10 @@ def _read(
         "scored": (lambda: scored.losses(model), SCORED),
         "extrapolated": (extrapolated, 1),
         "openings": (lambda: task.safety.generate.followed(model, prompts, openings), 1),
-        # A part of the prompts, for all of them and the ordinary ones.
+        # For these and the ordinary prompts.
         "answers": (
-            lambda: task.safety.generate.tokens(model, third, config.behaviour.tokens),
-            len(third) / (len(prompts) + config.behaviour.ordinary_prompts),
+            lambda: task.safety.generate.tokens(model, prompts, config.behaviour.tokens),
+            len(prompts) / (len(prompts) + config.behaviour.ordinary_prompts),
         ),
     }
     return known[name.split(maxsplit=1)[0]]
