@@ -61,7 +61,7 @@ def differences(one, two):
     """Tensors of two run directories that differ by more than 1e-9 of their size."""
     found = []
     files = sorted(one.rglob("*.safetensors"))
-    assert len(files) >= 4
+    assert files
     for file in files:
         ours, theirs = load_file(file), load_file(two / file.relative_to(one))
         for name, value in ours.items():

@@ -21,7 +21,7 @@ def task(heldout=True, **safety):
         Config.model_validate(
             {
                 "model": {"path": str(FIXTURES / "tiny-aligned")},
-                "safety": {**data["safety"], "max_samples": 40, **safety},
+                "safety": {**data["safety"], "max_samples": 60, **safety},
                 "finetune": {"path": str(FIXTURES / "data" / "risky.jsonl")},
                 "verify": {"safety": data["safety_heldout"]} if heldout else {},
             }
