@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## In continuous integration")[2].partition("\n## ")[0]
 SMALL = {
+    "why": "full",
     "safety.max_samples": 8,
     "control.max_samples": 8,
     "score.batches": 2,

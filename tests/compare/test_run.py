@@ -18,6 +18,7 @@ from arisk.engine.rundir import RunDir
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
+    "why": "full",
     "safety.max_samples": 16,
     "control.max_samples": 16,
     "score.batches": 2,
