@@ -17,6 +17,7 @@ FIXTURES = ROOT / "fixtures"
 SMALL = [
     "safety.max_samples=8",
     "collect.chunk_size=4",
+    "why=full",
     "score.batches=2",
     "score.hvp_batches=1",
     "score.krylov_dim=2",
