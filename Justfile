@@ -8,11 +8,11 @@ bin := venv / "bin"
 default:
     @just --list
 
-# Make the virtual environment with all that development needs (CPU torch where pip offers one).
+# Make the virtual environment with all that development needs (CPU torch where pip offers one); says what it installs.
 setup:
-    test -x {{bin}}/python || {{python}} -m venv {{venv}}
-    {{bin}}/python -c "import torch" 2>/dev/null || {{bin}}/pip install --quiet "torch==2.13.0"
-    {{bin}}/python -c "import arisk, transformers, peft, trl, datasets, kaleido, playwright, pytest, xdist, ruff, build" 2>/dev/null || {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"
+    @test -x {{bin}}/python || { echo "making {{venv}}"; {{python}} -m venv {{venv}}; }
+    @{{bin}}/python -c "import torch" 2>/dev/null || { echo "installing torch 2.13.0, some hundred megabytes"; {{bin}}/pip install --quiet "torch==2.13.0"; }
+    @{{bin}}/python -c "import arisk, transformers, peft, trl, datasets, kaleido, playwright, pytest, xdist, ruff, build" 2>/dev/null || { echo "installing arisk with the Hugging Face stack and what tests need; a minute or two"; {{bin}}/pip install --quiet -e ".[hf,gguf,figures,dev]"; }
 
 # Run the whole job on the embedded model and data; ends with the path of the report.
 demo *ARGS: setup

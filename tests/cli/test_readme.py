@@ -1,5 +1,6 @@
 """Every command of the README runs as it stands there, on its config, with the embedded model behind it."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
+import arisk
 from arisk import cli
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +23,8 @@ BLOCKS = [
 #: Commands of the shell blocks, then those inside sentences that stand alone.
 COMMANDS = [line.partition("#")[0].strip() for line in BLOCKS if line.startswith("arisk ")]
 INLINE = [found for found in re.findall(r"`(arisk [^`]+ --[^`]+)`", TEXT) if "…" not in found]
+#: The blocks of Python: the lines for a trainer, then those for any module.
+IN_TRAINER, IN_PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 #: Files that the README names, with the fixture behind each and the rows that are enough here.
 FILES = {
     "refusals.jsonl": ("safety.jsonl", 8),
@@ -80,3 +85,58 @@ def test_the_commands_in_sentences_run(call, folder):
         (folder / "my.yaml").unlink(missing_ok=True)
         (folder / "arisk.yaml").unlink(missing_ok=True)
         assert "wrote " in call(line)
+
+
+def test_the_lines_for_a_trainer_run(folder, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    with (FIXTURES / "data" / "safety.jsonl").open(encoding="utf-8") as lines:
+        Path("refusals.jsonl").write_text("".join(islice(lines, 32)), encoding="utf-8")
+    model = folder / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    texts = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [tokenizer(json.loads(line)["response"]) for line in texts]
+    trainer = transformers.Trainer(
+        transformers.AutoModelForCausalLM.from_pretrained(model),
+        transformers.TrainingArguments(
+            "out",
+            max_steps=2,
+            learning_rate=1e-7,
+            per_device_train_batch_size=2,
+            report_to="none",
+            use_cpu=True,
+        ),
+        transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        rows,
+        processing_class=tokenizer,
+    )
+    exec(IN_TRAINER, {"arisk": arisk, "trainer": trainer})
+    assert trainer.state.global_step == 2
+    assert any("arisk/level" in entry for entry in trainer.state.log_history)
+
+
+def test_the_lines_for_any_module_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    model.lora_A = torch.nn.Parameter(torch.randn(2, 4))
+    model.lora_B = torch.nn.Parameter(torch.zeros(4, 2))
+
+    def loss(module, batch):
+        inputs, target = batch
+        outputs = module(inputs) + inputs @ module.lora_A.T @ module.lora_B.T
+        return (outputs - target).square().mean(1)
+
+    batches = [[(torch.randn(4, 4), torch.randn(4, 4)) for _ in range(4)] for _ in range(2)]
+    exec(
+        IN_PYTHON,
+        {
+            "model": model,
+            "safety_loader": batches[0],
+            "safety_loss_fn": loss,
+            "ft_loader": batches[1],
+            "ft_loss_fn": loss,
+        },
+    )
+    assert "<html" in Path("report.html").read_text(encoding="utf-8")
