@@ -210,9 +210,10 @@ class _Walk:
             self.behaviour.restore(self.track.behaviour)
             return
         self.measure(0, float("nan"), 1.0)
-        if not bool(torch.isfinite(self.track.safety[0]).all()):
+        finite = torch.isfinite(self.track.safety[0])
+        if not bool(finite.all()):
             raise NumericsError(
-                "the safety loss of the aligned model is not finite",
+                f"the safety loss of the aligned model is not finite (sample {int((~finite).nonzero()[0])})",
                 where="rollout: step 0",
                 fix="check the safety rows, or load the model in float32",
             )

@@ -118,7 +118,7 @@ def test_json_result_is_strict_json(arisk, finished):
 @pytest.mark.parametrize(
     ("changed", "kept"),
     [
-        (["forecast.collapse_threshold=0.2"], ["collect", "subspace", "score", "rollout"]),
+        (["forecast.collapse_threshold=0.2"], ["rollout", "collect", "subspace", "score"]),
         (["training.learning_rate=0.002", "rollout.enabled=false"], ["collect", "subspace", "score"]),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_damaged_stage_is_made_again(arisk, finished):
     assert "the file is not what the stage wrote" in out
     code, _, err = arisk("run", DEMO, "--run-dir", finished, *arguments())
     assert code == 0
-    assert fresh(err) == ["collect", "subspace", "rollout"]
+    assert fresh(err) == ["rollout", "collect", "subspace"]
     assert file.read_bytes() == good
 
 
@@ -294,7 +294,7 @@ def test_newer_artifacts_are_neither_read_nor_overwritten(arisk, finished):
 def test_missing_upstream_names_the_command(arisk, tmp_path):
     code, _, err = arisk("forecast", DEMO, "--run-dir", tmp_path / "run", *arguments())
     assert code == 4
-    assert "arisk collect CONFIG" in err
+    assert "arisk rollout CONFIG" in err
 
 
 def test_missing_extra_prints_the_install_command(tmp_path):
@@ -351,18 +351,19 @@ def interrupted(folder, stage, when):
 def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
     """One run directory, killed once in each stage, ends like a run that was never killed."""
     folder = tmp_path / "run"
-    assert interrupted(folder, "shard", "kill").returncode == -signal.SIGKILL
-    (shard,) = folder.glob(".partial/collect-*/gradients/shard-00000.safetensors")
-    written = shard.stat().st_mtime_ns
-    for done, stage in enumerate(("collect", "subspace", "score", "rollout", "forecast", "report")):
+    assert interrupted(folder, "segment", "kill").returncode == -signal.SIGKILL
+    assert list(folder.glob(".partial/rollout-*/state-*.safetensors"))
+    kept = {"rollout": 0, "forecast": 0, "report": 1, "collect": 3, "subspace": 3, "score": 3}
+    for stage, count in kept.items():
+        if stage == "collect":
+            assert interrupted(folder, "shard", "kill").returncode == -signal.SIGKILL
+            (shard,) = folder.glob(".partial/collect-*/gradients/shard-00000.safetensors")
+            written = shard.stat().st_mtime_ns
         killed = interrupted(folder, stage, "kill")
         assert killed.returncode == -signal.SIGKILL
         # The stage killed before its commit runs again, those before it do not; the run killed in a
-        # segment has committed `score`.
-        assert len(fresh(killed.stderr)) == max(done - 1, 0) + (stage == "rollout")
-        if stage == "score":
-            assert interrupted(folder, "segment", "kill").returncode == -signal.SIGKILL
-            assert list(folder.glob(".partial/rollout-*/state-*.safetensors"))
+        # shard has committed the report, which is made again once `collect` is there.
+        assert len(fresh(killed.stderr)) == count, stage
     assert (folder / "collect" / "gradients" / shard.name).stat().st_mtime_ns == written
     assert arisk("run", DEMO, "--run-dir", folder, *arguments())[0] == 0
     for name, body in snapshot(finished).items():
@@ -372,7 +373,7 @@ def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
 
 def test_ctrl_c_in_every_stage_says_what_is_kept(tmp_path, arisk):
     folder = tmp_path / "run"
-    for stage in ("shard", "subspace", "score", "segment", "rollout", "forecast", "report"):
+    for stage in ("segment", "rollout", "forecast", "report", "shard", "subspace", "score"):
         stopped = interrupted(folder, stage, "interrupt")
         assert stopped.returncode == 130
         assert "run the same command again" in stopped.stderr

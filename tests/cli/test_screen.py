@@ -107,7 +107,7 @@ def test_another_share_scores_nothing_again(arisk, screened, tmp_path, monkeypat
     body = json.loads(out, parse_constant=pytest.fail)
     assert len(body["screen"]["flagged"]) == 3
     assert len(lines(folder, "flagged.jsonl")) == 3
-    assert body["missing"] == "collect"
+    assert body["missing"] == "rollout"
     code, out, err = arisk("screen", folder, "--drop", "5%")
     assert code == 0
     assert "up to date" in err

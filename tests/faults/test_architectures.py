@@ -69,6 +69,7 @@ SHAPES = {
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
 }
 PLAN = {
+    "why": "full",
     "run": {"threads": 1},
     "safety": {"path": str(DATA / "safety.jsonl"), "max_samples": 4},
     "finetune": {"path": str(DATA / "risky.jsonl"), "max_samples": 6},
@@ -133,7 +134,7 @@ def test_an_architecture_runs_or_is_refused(folders, tmp_path, name, mode, cell)
     checked = check_task(config)
     assert checked["trained_parameters"]
     run_stages(
-        catalogue(), config, run_dir=tmp_path, show=StageDisplay(quiet=True), command="", last="rollout"
+        catalogue(), config, run_dir=tmp_path, show=StageDisplay(quiet=True), command="", last="collect"
     )
     collected = json.loads((tmp_path / "collect" / "record.json").read_text())["values"]
     assert f"runs ({collected['engine']['name']})" == cell
