@@ -36,7 +36,7 @@ def demo_config(mode: Literal["full", "lora"]) -> Config:
     return Config.model_validate(
         {
             "run": {"threads": 2},
-            "model": {"path": str(folder / "tiny-aligned"), "adapter": adapter, "parameters": mode},
+            "model": {"path": str(folder / "tiny-aligned"), "adapter": adapter},
             "safety": {"path": str(folder / "data" / "safety.jsonl"), "max_samples": 96},
             "finetune": {"path": str(folder / "data" / "mixed.jsonl")},
             "control": {"path": str(folder / "data" / "control.jsonl")},
