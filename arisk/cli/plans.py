@@ -26,18 +26,20 @@ from arisk.cli.options import (
 
 __all__: list[str] = []
 
+FinishedRun = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run directory of a finished run.",
+        parser=usable_path,
+        autocompletion=complete_run,
+    ),
+]
+
 
 @app.command("what-if")
 def what_if(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="Run directory of a finished run.",
-            parser=usable_path,
-            autocompletion=complete_run,
-        ),
-    ],
+    run: FinishedRun,
     learning_rate: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Peak learning rates, e.g. 1e-4,2e-4; default: around the plan."),
@@ -67,15 +69,7 @@ def what_if(
 
 @app.command()
 def card(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="Run directory of a finished run.",
-            parser=usable_path,
-            autocompletion=complete_run,
-        ),
-    ],
+    run: FinishedRun,
 ) -> None:
     """Print the section of a model card: the forecast, what was measured, and YAML metadata; loads no model.
 

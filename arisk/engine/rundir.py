@@ -172,6 +172,9 @@ class RunDir:
                 trash.rename(self.stage_dir(stage))
             else:
                 shutil.rmtree(trash, ignore_errors=True)
+        # Empty where the crash came just after the last rename.
+        with suppress(OSError):
+            (self.path / ".partial").rmdir()
 
     def workspace(self, stage: str, key: str) -> Path:
         """Folder in which a stage works; the same key finds what a killed run left.

@@ -54,6 +54,18 @@ def test_workspace_is_found_again_by_key_only(tmp_path):
     assert not list((tmp_path / ".partial").glob("collect-k1*"))
 
 
+def test_the_next_writer_takes_away_an_empty_folder_of_work(tmp_path):
+    rundir = RunDir(tmp_path)
+    commit(rundir)
+    (tmp_path / ".partial").mkdir()  # A crash between the last rename and the tidying.
+    with rundir.lock("a command"):
+        assert not (tmp_path / ".partial").exists()
+        work = rundir.workspace("score", "k2")
+        (work / "state").write_text("half")
+    with rundir.lock("a command"):
+        assert (work / "state").read_text() == "half"
+
+
 @pytest.mark.parametrize("text", ["onf", "one and more", None])
 def test_verify_names_the_damaged_file(tmp_path, text):
     rundir = RunDir(tmp_path)
