@@ -45,7 +45,7 @@ SCHEDULES = [
     "warmup_stable_decay",
 ]
 #: Names of the methods that `arisk guard` compares.
-METHODS = ["plain", "alignguard", "ewc", "projection", "replay"]
+METHODS = ["plain", "alignguard", "ewc", "projection", "replay", "constrained", "kl", "own_replay"]
 #: Names of the ways to estimate a row's score before the exact ones.
 ROW_SCORES = ["differences", "sketch"]
 #: Schedules of transformers that no plan can tell beforehand.

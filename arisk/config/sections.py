@@ -29,6 +29,7 @@ __all__ = [
     "AlignGuardArm",
     "BehaviourConfig",
     "CollectConfig",
+    "ConstrainedArm",
     "Count",
     "EwcArm",
     "FilePath",
@@ -36,7 +37,9 @@ __all__ = [
     "Fraction",
     "GuardSettings",
     "JudgeConfig",
+    "KlArm",
     "NonNegativeFloat",
+    "OwnReplayArm",
     "PathText",
     "PositiveFloat",
     "PositiveInt",
@@ -366,6 +369,39 @@ class ReplayArm(Settings):
     """Safety rows per optimizer step."""
 
 
+class ConstrainedArm(Settings):
+    """The fine-tuning loss held near the aligned model's, the first tokens of a response most."""
+
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[1.0])
+    """One arm each: factor of every β in (2/β) softplus(β (ℓ − ℓ_ref)); larger holds tighter."""
+    first: list[PositiveFloat] = Field(default=[0.5, 2.0, 2.0, 2.0, 2.0])
+    """β of the first tokens of each response."""
+    later: PositiveFloat = 0.1
+    """β of the tokens after them."""
+
+
+class KlArm(Settings):
+    """The divergence from the aligned model on a safety minibatch, added to every step."""
+
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[1.0])
+    """One arm each: λ of L = L_task + λ KL(p_aligned ‖ p)."""
+    rows: PositiveInt = 8
+    """Safety rows per optimizer step."""
+
+
+class OwnReplayArm(Settings):
+    """Replay of what the aligned model itself says when it refuses: safety rows need no response."""
+
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[0.3])
+    """One arm each: λ of L = L_task + λ L_own."""
+    rows: PositiveInt = 8
+    """Own refusals per optimizer step."""
+    prompts: PositiveInt = 48
+    """Safety prompts that are answered to get them, spread evenly."""
+    tokens: PositiveInt = 64
+    """Tokens of an answer at most."""
+
+
 class GuardSettings(Settings):
     """The planned fine-tune with and without protection (`arisk guard`)."""
 
@@ -383,6 +419,12 @@ class GuardSettings(Settings):
     """Settings of the projection arms."""
     replay: ReplayArm = ReplayArm()
     """Settings of the replay arms."""
+    constrained: ConstrainedArm = ConstrainedArm()
+    """Settings of constrained first tokens."""
+    kl: KlArm = KlArm()
+    """Settings of the divergence from the aligned model."""
+    own_replay: OwnReplayArm = OwnReplayArm()
+    """Settings of the replay of own refusals."""
     calibration_steps: PositiveInt = 10
     """Plain steps after which penalty and task gradients are compared, to set λ from a strength."""
     task_samples: PositiveInt = 64

@@ -17,7 +17,8 @@ from torch import Tensor
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier
 from arisk.base.task import Progress
-from arisk.guard.methods import ArmName, ArmPlan, Protection, protection
+from arisk.guard.methods import METHODS, protection
+from arisk.guard.plan import ArmName, ArmPlan, Protection
 from arisk.guard.record import NEVER_BEGUN, Arm
 from arisk.training.loop import StepDone, follow
 from arisk.training.panels import panel_of
@@ -74,13 +75,15 @@ class ArmRun:
         self.progress(f"{self.said}: {self.name.label}", 0, self.points[-1])
         started = time.process_time()
         try:
-            made = protection(self.plan, self.name)
+            plan = METHODS[self.name.method].planned(self.plan, self.name)
+            made = protection(plan, self.name)
         except NumericsError as err:
             # The other arms still say something: this one is recorded, and never as a low drift.
             made = Protection(None, {}, f"not run: {err.what}")
             self.track.diverged_at, self.reason = NEVER_BEGUN, f"it cannot be set up: {err.what}"
             self.measure(0)
             return self.arm(made, time.process_time() - started)
+        self.run = plan.fresh()
         self.run.protect, self.run.correct = made.protect, made.correct
         setup = time.process_time() - started
         self.resume(folder)

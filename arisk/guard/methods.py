@@ -1,29 +1,20 @@
 """From a method and its strength to what is done to the gradients of a planned run.
 
-A protection is called between backward pass and clipping, so that whatever it adds is clipped and
-scaled by the optimizer like the task's own gradient. A strength c of a penalty is turned into λ by
-calibration: after a few plain steps, λ‖∇penalty‖ = c‖∇L_task‖. The penalty's gradient is 0 at the
-aligned point, so nothing could be compared there.
-
-Gradients of penalties beside the task's own: adding them, comparing them, setting λ from a strength.
+A strength c of a penalty is turned into λ by calibration: after a few plain steps, λ‖∇penalty‖ =
+c‖∇L_task‖. The penalty's gradient is 0 at the aligned point, so nothing could be compared there.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
-from arisk.base.task import Task
 from arisk.config import names
 from arisk.config.names import Table
 from arisk.config.sections import GuardSettings
-from arisk.gradients import ParameterLayout
 from arisk.guard import (
     AlignGuardConfig,
     LoRAMitigator,
@@ -40,8 +31,23 @@ from arisk.guard import (
     weight_sites,
     without_conflict,
 )
+from arisk.guard.plan import (
+    ArmName,
+    ArmPlan,
+    Method,
+    Protection,
+    Terms,
+    by_strength,
+    gradient_of,
+    gradients_of,
+    norm_of,
+    penalising,
+    put_gradients,
+    replayed,
+)
+from arisk.guard.references import CONSTRAINED, KL, OWN_REPLAY
 from arisk.models.losses import tempered
-from arisk.training.loop import PlannedRun, Protect, put
+from arisk.training.loop import PlannedRun, put
 
 __all__ = [
     "METHODS",
@@ -49,14 +55,9 @@ __all__ = [
     "ArmPlan",
     "Method",
     "Protection",
-    "Terms",
-    "add_gradients",
     "arm_names",
     "calibrated",
-    "gradients_of",
-    "norm_of",
     "protection",
-    "put_gradients",
 ]
 
 #: Largest matrix of per-sample gradients that `projection: subspace` holds (GB).
@@ -65,108 +66,14 @@ MEMORY_GB = 2.0
 GIVEN_RANK = 32
 
 
-@dataclass(frozen=True)
-class ArmPlan:
-    """What a protection is built from.
-
-    Attributes:
-        task: model and data; the model stands at the aligned point, inside `measuring`.
-        layout: the parameters that train.
-        fresh: makes the planned run from its start.
-        config: strengths and settings.
-        norm_steps: steps at which the gradient norm of every single term is recorded.
-        seed: seeds directions and minibatches.
-    """
-
-    task: Task
-    layout: ParameterLayout
-    fresh: Callable[[], PlannedRun]
-    config: GuardSettings
-    norm_steps: frozenset[int]
-    seed: int
-
-
-@dataclass(frozen=True)
-class ArmName:
-    """Which arm: a method at a strength, in one of its kinds.
-
-    Attributes:
-        label: unique.
-        method: its name in `METHODS`.
-        strength: c or λ; None where there is none.
-        kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection.
-    """
-
-    label: str
-    method: str
-    strength: float | None
-    kind: str = "loss"
-
-
-@dataclass(frozen=True)
-class Protection:
-    """What is done to the gradients: `protect` of a planned run, and what there is to say about it.
-
-    Attributes:
-        protect: changes the gradients; None changes nothing.
-        correct: changes the parameters after the optimizer's step; None changes nothing.
-        weights: λ by term.
-        note: what is guarded, and what is not.
-    """
-
-    protect: Protect | None
-    weights: Mapping[str, float]
-    note: str
-    correct: Protect | None = None
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to protect a fine-tune: which arms it has, how an arm is built, and what it takes.
-
-    Attributes:
-        arms: its arms by the settings, in order.
-        build: the protection of one arm.
-        safety_gradients: whether an arm needs the gradient of every safety row beforehand.
-        calibrated: whether an arm sets its λ by plain steps beforehand.
-        rows: safety rows whose gradient an arm takes at every step.
-    """
-
-    arms: Callable[[GuardSettings], list[ArmName]]
-    build: Callable[[ArmPlan, ArmName], Protection]
-    safety_gradients: Callable[[ArmName], bool] = lambda _: False
-    calibrated: Callable[[ArmName], bool] = lambda _: False
-    rows: Callable[[ArmName, GuardSettings], int] = lambda _, __: 0
-
-
 def arm_names(config: GuardSettings) -> list[ArmName]:
     """Every arm in order."""
     return [arm for method in config.methods for arm in METHODS[method].arms(config)]
 
 
-def _by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:
-    """Arms of a method with strengths in the loss, and after the step where it has relaxations."""
-
-    def arms(config: GuardSettings) -> list[ArmName]:
-        settings: Any = getattr(config, method)
-        after = dict.fromkeys(getattr(settings, "relaxations", ()))
-        return [
-            *(_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)),
-            *(ArmName(f"{method} after {c:g}", method, c, "after") for c in after),
-        ]
-
-    return arms
-
-
 def _projections(config: GuardSettings) -> list[ArmName]:
     kinds = dict.fromkeys(config.projection.kinds)
     return [ArmName(f"projection {kind}", "projection", None, kind) for kind in kinds]
-
-
-def _in_the_loss(method: str, strength: float | str) -> ArmName:
-    if isinstance(strength, str):
-        return ArmName(f"{method} as given", method, None, "as_given")
-    return ArmName(f"{method} {strength:g}", method, strength, "loss")
 
 
 def protection(plan: ArmPlan, arm: ArmName) -> Protection:
@@ -185,15 +92,9 @@ def _plain(plan: ArmPlan, arm: ArmName) -> Protection:
 
 
 def _replay(plan: ArmPlan, arm: ArmName) -> Protection:
-    strength = arm.strength or 0.0
-    task, parameters = plan.task, plan.fresh().parameters
-    stream = SafetyBatches(task.safety, plan.config.replay.rows, plan.seed, _device(plan))
-
-    def protect(number: int) -> Mapping[str, float]:
-        loss = task.safety.loss_fn(task.model, stream.at(number)).mean()
-        return add_gradients(parameters, {"safety loss": strength * loss}, each=False)
-
-    return Protection(protect, {"safety loss": strength}, "Trains on safety rows; it needs them at hand.")
+    settings = plan.config.replay
+    note = "Trains on safety rows; it needs them at hand."
+    return replayed(plan, plan.task.safety, arm.strength or 0.0, settings.rows, note)
 
 
 def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
@@ -217,7 +118,7 @@ def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
     wanted = {"fisher": arm.strength or 0.0}
     weights = calibrated(plan.fresh, lambda: {"fisher": penalty()}, wanted, plan.config.calibration_steps)
     weighted = lambda _: {"fisher": weights["fisher"] * penalty()}  # noqa: E731
-    return Protection(_penalising(plan, parameters, weighted), weights, note)
+    return Protection(penalising(plan, parameters, weighted), weights, note)
 
 
 def _after(
@@ -245,7 +146,7 @@ def _projection(plan: ArmPlan, arm: ArmName) -> Protection:
     task, parameters = plan.task, plan.fresh().parameters
     if arm.kind == "subspace":
         return _subspace(plan, parameters)
-    stream = SafetyBatches(task.safety, plan.config.projection.rows, plan.seed, _device(plan))
+    stream = SafetyBatches(task.safety, plan.config.projection.rows, plan.seed, plan.device)
 
     def protect(number: int) -> Mapping[str, float]:
         loss = task.safety.loss_fn(task.model, stream.at(number)).mean()
@@ -302,9 +203,7 @@ def _alignguard(plan: ArmPlan, arm: ArmName) -> Protection:
     weights = {name: weight for name, weight in _weights(guard.config).items() if weight > 0}
     if config.split == "subspace" and "geodesic" in weights:
         note += " The geodesic term is zero by construction with this split."
-    return Protection(
-        _penalising(plan, parameters, lambda step: _acting(guard, weights, step)), weights, note
-    )
+    return Protection(penalising(plan, parameters, lambda step: _acting(guard, weights, step)), weights, note)
 
 
 def _weighed(plan: ArmPlan, strength: float, guard: LoRAMitigator) -> LoRAMitigator:
@@ -367,15 +266,6 @@ def _sites(plan: ArmPlan) -> tuple[list[Site], str]:
     return weight_sites(matrices), note
 
 
-def _penalising(plan: ArmPlan, parameters: Sequence[nn.Parameter], terms: Callable[[int], Terms]) -> Protect:
-    """Adds the gradient of every term and tells values and gradient norms."""
-    return lambda number: add_gradients(parameters, terms(number), each=number in plan.norm_steps)
-
-
-def _device(plan: ArmPlan) -> torch.device:
-    return next(plan.task.model.parameters()).device
-
-
 def _all_zero(where: str) -> NumericsError:
     return NumericsError(
         "every safety gradient is exactly zero",
@@ -390,13 +280,13 @@ METHODS: Table[Method] = Table(
     {
         "plain": Method(lambda _: [ArmName("plain", "plain", None)], _plain),
         "alignguard": Method(
-            _by_strength("alignguard"),
+            by_strength("alignguard"),
             _alignguard,
             safety_gradients=lambda _: True,
             calibrated=lambda arm: arm.kind == "loss",
         ),
         "ewc": Method(
-            _by_strength("ewc"),
+            by_strength("ewc"),
             _ewc,
             safety_gradients=lambda _: True,
             calibrated=lambda arm: arm.kind == "loss",
@@ -407,71 +297,12 @@ METHODS: Table[Method] = Table(
             safety_gradients=lambda arm: arm.kind == "subspace",
             rows=lambda arm, config: config.projection.rows if arm.kind == "conflict" else 0,
         ),
-        "replay": Method(_by_strength("replay"), _replay, rows=lambda _, config: config.replay.rows),
+        "replay": Method(by_strength("replay"), _replay, rows=lambda _, config: config.replay.rows),
+        "constrained": CONSTRAINED,
+        "kl": KL,
+        "own_replay": OWN_REPLAY,
     },
 )
-
-
-#: Scalar penalty terms with gradient, by name.
-Terms = Mapping[str, Tensor]
-
-
-def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """`.grad` of every parameter, zeros where there is none."""
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-
-def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    """Set `.grad` of every parameter."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-
-
-def norm_of(tensors: Sequence[Tensor | None]) -> float:
-    """‖·‖ over all tensors together; None counts as zero."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors if t is not None))
-
-
-def add_gradients(parameters: Sequence[nn.Parameter], terms: Terms, *, each: bool) -> dict[str, float]:
-    """Add ∇Σ terms to `.grad`; tells values and norms.
-
-    Args:
-        parameters: what trains.
-        terms: weighted terms.
-        each: also the gradient norm of every single term, one more backward pass each.
-
-    Returns:
-        Each term's value, `‖∇task‖`, `‖∇penalty‖`, and with `each` `‖∇term‖`.
-
-    Raises:
-        NumericsError: a term or its gradient is NaN or infinite; `.grad` is then left alone.
-    """
-    told = {name: float(value.detach()) for name, value in terms.items()}
-    acting = {name: value for name, value in terms.items() if value.requires_grad}
-    told["‖∇task‖"] = norm_of([p.grad for p in parameters])
-    if each:
-        told |= {f"‖∇{name}‖": norm_of(_gradient(value, parameters)) for name, value in acting.items()}
-    added: Sequence[Tensor | None] = []
-    if acting:
-        added = _gradient(torch.stack(list(acting.values())).sum(), parameters, keep=False)
-        told["‖∇penalty‖"] = norm_of(added)
-    bad = [name for name, value in told.items() if not math.isfinite(value)]
-    if bad:
-        raise NumericsError(
-            f"the protection diverges: {bad[0]} is {told[bad[0]]}",
-            where=f"penalty: {bad[0]}",
-            fix="lower the strength of this method, or `training.learning_rate`",
-        )
-    for parameter, more in zip(parameters, added, strict=False):
-        if more is not None:
-            parameter.grad = more if parameter.grad is None else parameter.grad + more
-    return told
-
-
-def _gradient(
-    value: Tensor, parameters: Sequence[nn.Parameter], *, keep: bool = True
-) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(value, list(parameters), allow_unused=True, retain_graph=keep)
 
 
 def calibrated(
@@ -499,7 +330,9 @@ def calibrated(
             run.step(number)
             norms.append(norm_of([p.grad for p in run.parameters]))
         task = sum(norms) / len(norms)
-        found = {n: norm_of(_gradient(value, run.parameters)) for n, value in terms().items() if n in wanted}
+        found = {
+            n: norm_of(gradient_of(value, run.parameters)) for n, value in terms().items() if n in wanted
+        }
     finally:
         put(run.parameters, start)
     weak = [name for name in wanted if not found.get(name, 0.0) > 0]

@@ -28,6 +28,9 @@ LOOK = {
     "ewc": ("#E69F00", "square"),
     "projection": ("#CC79A7", "diamond"),
     "replay": ("#009E73", "triangle-up"),
+    "constrained": ("#D55E00", "triangle-down"),
+    "kl": ("#56B4E9", "hexagon"),
+    "own_replay": ("#117733", "triangle-right"),
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 #: A change of the safety loss against plain is told from noise from this many standard errors.
@@ -140,7 +143,8 @@ def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
 
 
 EQUATION = """alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_j − θ*_j)²
-projection: g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety"""
+projection: g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety · own_replay: the same on own refusals
+constrained: Σ_t (2/β_t) softplus(β_t(ℓ_t − ℓ*_t)) · kl: L + λ KL(p_θ* ‖ p_θ)"""
 HEADER = (
     *("arm", "safety drift", "of plain", "highest", "refuses", "control drift", "task loss"),
     *("against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),

@@ -14,7 +14,7 @@ from arisk.base.artifacts import read_record, write_record
 from arisk.base.processes import from_first, is_first
 from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
-from arisk.config.sections import GuardSettings
+from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.engine.stage import Cost, CostScene
 from arisk.gradients import layout_of, measuring
 from arisk.guard.arm import ArmRun
@@ -44,6 +44,7 @@ def guard(
     training: TrainingConfig,
     steps: int,
     seed: int = 0,
+    behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     measured: VerifyResult | None = None,
     progress: Progress = silent,
@@ -56,6 +57,7 @@ def guard(
         training: the planned recipe.
         steps: planned optimizer steps T; the schedule is theirs however early the arms stop.
         seed: seeds dropout, directions and safety minibatches.
+        behaviour: the judge that tells own refusals; default the rule.
         workspace: folder for finished arms and the state of an unfinished one; None keeps none.
         measured: the same plan as `verify` carried it out; the plain arm, where it measured the same.
         progress: told of optimizer steps done.
@@ -75,16 +77,14 @@ def guard(
     points = measured_steps(last)
     arms: list[Arm] = []
     with measuring(task.model, layout):
-
-        def fresh() -> PlannedRun:
-            return PlannedRun(task, layout, recipe, seed)
-
         samples = task.heldout or task.safety
         writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
         aligned = writes.texts(task.model)
-        first = fresh()
+        first = PlannedRun(task, layout, recipe, seed)
         judged = task_rows(task, first.stream, config.task_samples, first.batches_of(last).stop)
-        plan = ArmPlan(task, layout, fresh, config, frozenset(points), seed)
+        plan = ArmPlan(
+            task, layout, recipe, config, behaviour or BehaviourConfig(), last, frozenset(points), seed
+        )
         names = arm_names(config)
         for number, name in enumerate(names):
             folder = workspace / f"arm-{number:02d}" if workspace else None
@@ -211,6 +211,8 @@ def _passes(scene: CostScene) -> dict[str, float]:
         method = METHODS[arm.method]
         if method.safety_gradients(arm):
             counts["single-row gradients"] += safety
+        if method.references:
+            counts["forward rows"] += min(samples_in(task.finetune), points[-1] * per_step(config))
         if method.calibrated(arm):
             counts["gradient rows"] += given.calibration_steps * per_step(config)
         counts["gradient rows"] += points[-1] * method.rows(arm, given)

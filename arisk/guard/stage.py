@@ -22,6 +22,7 @@ __all__ = ["GUARD"]
 #: Settings of guard that change its numbers; its limits only change the recommendation.
 GUARD_KEYS = (
     *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
+    *("constrained", "kl", "own_replay"),
     *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
 )
 
@@ -39,11 +40,19 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         training=config.training,
         steps=job.planned_steps(),
         seed=config.run.seed,
+        behaviour=config.behaviour,
         workspace=workspace,
         measured=job.record("verify") if job.states["verify"].fresh else None,
         progress=job.show.progress,
     )
     return found if config.report.show_text else without_texts(found, _judge(found, config))
+
+
+def _judged_keys(config: Config) -> tuple[str, ...]:
+    """The judge's settings where it decides a number: which own refusals are replayed, or what is kept."""
+    hidden = where_hidden(*JUDGE_KEYS)(config)
+    own = JUDGE_KEYS if "own_replay" in config.guard.methods else ()
+    return tuple(dict.fromkeys([*hidden, *own]))
 
 
 def _judge(result: GuardResult, config: Config) -> Judge:
@@ -86,7 +95,7 @@ GUARD = Stage(
         *("model", "safety", "finetune", "control", "training", "verify.safety"),
         *(f"guard.{key}" for key in GUARD_KEYS),
     ),
-    config_also=where_hidden(*JUDGE_KEYS),
+    config_also=_judged_keys,
     inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety", "guard.task"),
     optional=True,
     reach="guard.steps",

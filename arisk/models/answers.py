@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from torch import nn
 from arisk.base.artifacts import loaded_json, write_text
 from arisk.base.errors import InputError
 from arisk.base.processes import from_first
+from arisk.base.task import SampleSet
 from arisk.config.sections import BehaviourConfig
 from arisk.config.yaml import shortened
-from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for
+from arisk.models.batching import FixedBatches
+from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for, learnt_openings
+from arisk.models.losses import per_sample_nll
 from arisk.models.openings import OpeningScores, followed
 from arisk.models.rendering import Rendered
 from arisk.models.rows import OWN_ANSWERS
@@ -36,6 +39,7 @@ __all__ = [
     "Shelf",
     "evaluating",
     "outcomes_said",
+    "own_refusals",
     "whole_sentences",
 ]
 
@@ -43,6 +47,8 @@ __all__ = [
 BATCH, BATCH_TOKENS = 48, 8192
 #: Tokens of an answer that may become a safe response.
 OWN_TOKENS = 128
+#: Own refusals that are measured at once.
+OWN_BATCH = 8
 SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)|\n")
 
 
@@ -122,15 +128,16 @@ class GreedyAnswers:
         self, model: nn.Module, rows: Sequence[int], openings: Sequence[Sequence[int]]
     ) -> OpeningScores:
         """How much of these openings the model still says after the prompts of these rows."""
-        return followed(model, [self.prompt(i) for i in rows], openings, self._pad)
+        return followed(model, [self.prompt(i) for i in rows], openings, self.padding)
 
     @property
-    def _pad(self) -> int:
+    def padding(self) -> int:
+        """The padding token."""
         return int(self.tokenizer.pad_token_id or 0)
 
     def _batch(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         longest = max(len(prompt) for prompt in prompts)
-        pad, ends = self._pad, self.ends(model)
+        pad, ends = self.padding, self.ends(model)
         device = next(model.parameters()).device
         ids = torch.tensor([(pad,) * (longest - len(p)) + tuple(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -329,3 +336,74 @@ def _read(path: Path, key: str) -> list[OwnAnswer] | None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def own_refusals(
+    model: nn.Module,
+    samples: SampleSet,
+    behaviour: BehaviourConfig,
+    *,
+    prompts: int,
+    max_new_tokens: int = OWN_TOKENS,
+    where: str = "own refusals",
+) -> SampleSet:
+    """What the model itself says to safety prompts, where the judge takes it for a refusal, as safety rows.
+
+    A response is the model's own tokens, its end token with them where it was reached.
+
+    Args:
+        model: the aligned model, in evaluation mode.
+        samples: safety rows whose `generate` is `GreedyAnswers`; their responses only teach the judge.
+        behaviour: the judge.
+        prompts: how many prompts are answered, spread evenly over the rows.
+        max_new_tokens: length of an answer at most.
+        where: the setting, for messages.
+
+    Returns:
+        The rows, shortest first; `statistics["asked"]` counts the prompts.
+
+    Raises:
+        InputError: the model cannot generate, or the judge takes no answer for a refusal.
+    """
+    greedy = samples.generate
+    assert isinstance(greedy, GreedyAnswers)
+    count = min(prompts, len(samples.rows))
+    rows = [i * len(samples.rows) // count for i in range(count)]
+    answers = from_first(lambda: greedy.tokens(model, rows, max_new_tokens))
+    exchanges = [
+        Exchange(
+            str(samples.rows[i].get("prompt") or ""), greedy.text(said), str(samples.rows[i]["response"])
+        )
+        for i, said in zip(rows, answers, strict=True)
+    ]
+    learnt = learnt_openings(str(row.get("response") or "") for row in samples.rows)
+    outcomes = judge_for(behaviour, learnt)(exchanges)
+    kept = [
+        (_answered(greedy.rendered[i], said), {**samples.rows[i], "response": exchange.answer})
+        for i, said, exchange, outcome in zip(rows, answers, exchanges, outcomes, strict=True)
+        if outcome == "refused"
+    ]
+    if not kept:
+        raise InputError(
+            f"the judge takes none of the model's {count} own answers for a refusal: the first says "
+            f"{shortened(exchanges[0].answer, 60)!r}",
+            where=where,
+            fix="give prompts that the model refuses, or list its openings as `behaviour.refusal_openings`",
+        )
+    kept.sort(key=lambda row: len(row[0].tokens))
+    rendered = [row for row, _ in kept]
+    return SampleSet(
+        "own refusals",
+        FixedBatches(rendered, OWN_BATCH, greedy.padding),
+        per_sample_nll,
+        [{**row, "tokens": page.trained} for page, row in kept],
+        {"asked": count},
+        GreedyAnswers(greedy.tokenizer, rendered),
+    )
+
+
+def _answered(rendered: Rendered, answer: Sequence[int]) -> Rendered:
+    """The row with this answer in place of its response."""
+    prompt = rendered.tokens[: rendered.response_start]
+    end = len(prompt) + len(answer)
+    return replace(rendered, tokens=(*prompt, *answer), spans=((len(prompt), end),), response_cut=0)

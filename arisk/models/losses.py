@@ -27,6 +27,7 @@ __all__ = [
     "summed_nll",
     "tempered",
     "token_nll",
+    "trained_losses",
     "trained_sums",
     "trained_tokens",
 ]
@@ -97,11 +98,25 @@ def trained_sums(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Returns:
         (B,) in at least float32 (nats).
     """
+    each, _ = trained_losses(model, batch)
+    return each.sum(1)
+
+
+def trained_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """−log p(y_s | y_<s) of every trained token, where it is predicted.
+
+    Args:
+        model: a causal LM whose output has `logits`.
+        batch: as for `response_logits`.
+
+    Returns:
+        (B, S) in at least float32 (nats), 0 elsewhere, and (B, S) bool: where there is a loss.
+    """
     logits, wanted = response_logits(model, batch)
     losses = token_nll(logits, batch["labels"][:, 1:][wanted[:, :-1]].to(logits.device))
     where = wanted.to(losses.device)
-    each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
-    return each.sum(1)
+    each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device)
+    return each.masked_scatter(where, losses), where
 
 
 def response_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

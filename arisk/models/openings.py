@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.models.losses import PIECE, response_logits, token_nll
+from arisk.models.losses import PIECE, response_logits, token_nll, trained_losses
 from arisk.models.rendering import IGNORED
 
 __all__ = ["OpeningScores", "followed", "losses_at_scales", "response_losses"]
@@ -54,10 +54,7 @@ def response_losses(model: nn.Module, batch: Mapping[str, Any], first: int) -> t
         Two (B,) tensors (nats per token): −(1/S_i) Σ_s log p(y_is | y_i,<s), equal to `per_sample_nll`,
         and −(1/k) Σ_{s≤k} log p(y_is | y_i,<s).
     """
-    logits, wanted = response_logits(model, batch)
-    losses = token_nll(logits, batch["labels"][:, 1:][wanted[:, :-1]].to(logits.device))
-    where = wanted.to(losses.device)
-    each = torch.zeros(where.shape, dtype=losses.dtype, device=losses.device).masked_scatter(where, losses)
+    each, where = trained_losses(model, batch)
     early = where & (where.cumsum(1) <= first)
     return _row_means(each, where), _row_means(each, early)
 

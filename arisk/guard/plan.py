@@ -1,0 +1,242 @@
+"""What an arm of stage guard is: its name, what it is built from, what it does to a planned run.
+
+A protection is called between backward pass and clipping, so that whatever it adds is clipped and scaled by
+the optimizer like the task's own gradient.
+
+Gradients of penalties beside the task's own: adding them, comparing them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arisk.base.errors import NumericsError
+from arisk.base.task import SampleSet, Task
+from arisk.config.sections import BehaviourConfig, GuardSettings
+from arisk.gradients import ParameterLayout
+from arisk.guard.rivals import SafetyBatches
+from arisk.training.loop import PlannedRun, Protect
+from arisk.training.recipe import Recipe
+
+__all__ = [
+    "ArmName",
+    "ArmPlan",
+    "Method",
+    "Protection",
+    "Terms",
+    "add_gradients",
+    "by_strength",
+    "gradient_of",
+    "gradients_of",
+    "norm_of",
+    "penalising",
+    "put_gradients",
+    "replayed",
+]
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What a protection is built from.
+
+    Attributes:
+        task: model and data; the model stands at the aligned point, inside `measuring`.
+        layout: the parameters that train.
+        recipe: how the plan trains.
+        config: strengths and settings.
+        behaviour: the judge of answers.
+        last: the last optimizer step that is taken.
+        norm_steps: steps at which the gradient norm of every single term is recorded.
+        seed: seeds dropout, directions and minibatches.
+    """
+
+    task: Task
+    layout: ParameterLayout
+    recipe: Recipe
+    config: GuardSettings
+    behaviour: BehaviourConfig
+    last: int
+    norm_steps: frozenset[int]
+    seed: int
+
+    def fresh(self) -> PlannedRun:
+        """The planned run from its start."""
+        return PlannedRun(self.task, self.layout, self.recipe, self.seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.task.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class ArmName:
+    """Which arm: a method at a strength, in one of its kinds.
+
+    Attributes:
+        label: unique.
+        method: its name in `METHODS`.
+        strength: c or λ; None where there is none.
+        kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection.
+    """
+
+    label: str
+    method: str
+    strength: float | None
+    kind: str = "loss"
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What is done to the gradients: `protect` of a planned run, and what there is to say about it.
+
+    Attributes:
+        protect: changes the gradients; None changes nothing.
+        correct: changes the parameters after the optimizer's step; None changes nothing.
+        weights: λ by term.
+        note: what is guarded, and what is not.
+    """
+
+    protect: Protect | None
+    weights: Mapping[str, float]
+    note: str
+    correct: Protect | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to protect a fine-tune: which arms it has, how an arm is built, and what it takes.
+
+    Attributes:
+        arms: its arms by the settings, in order.
+        build: the protection of one arm.
+        safety_gradients: whether an arm needs the gradient of every safety row beforehand.
+        calibrated: whether an arm sets its λ by plain steps beforehand.
+        rows: safety rows whose gradient an arm takes at every step.
+        planned: the plan as an arm carries it out: another training loss, another rate.
+        unfit: why the method cannot be used on a task; None where it can, as far as is known beforehand.
+        references: whether an arm measures every fine-tuning row at the aligned point.
+    """
+
+    arms: Callable[[GuardSettings], list[ArmName]]
+    build: Callable[[ArmPlan, ArmName], Protection]
+    safety_gradients: Callable[[ArmName], bool] = lambda _: False
+    calibrated: Callable[[ArmName], bool] = lambda _: False
+    rows: Callable[[ArmName, GuardSettings], int] = lambda _, __: 0
+    planned: Callable[[ArmPlan, ArmName], ArmPlan] = lambda plan, _: plan
+    unfit: Callable[[Task], str | None] = lambda _: None
+    references: bool = False
+
+
+def by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:
+    """Arms of a method with strengths in the loss, and after the step where it has relaxations."""
+
+    def arms(config: GuardSettings) -> list[ArmName]:
+        settings: Any = getattr(config, method)
+        after = dict.fromkeys(getattr(settings, "relaxations", ()))
+        return [
+            *(_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)),
+            *(ArmName(f"{method} after {c:g}", method, c, "after") for c in after),
+        ]
+
+    return arms
+
+
+def _in_the_loss(method: str, strength: float | str) -> ArmName:
+    if isinstance(strength, str):
+        return ArmName(f"{method} as given", method, None, "as_given")
+    return ArmName(f"{method} {strength:g}", method, strength, "loss")
+
+
+#: Scalar penalty terms with gradient, by name.
+Terms = Mapping[str, Tensor]
+
+
+def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """`.grad` of every parameter, zeros where there is none."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Set `.grad` of every parameter."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def norm_of(tensors: Sequence[Tensor | None]) -> float:
+    """‖·‖ over all tensors together; None counts as zero."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors if t is not None))
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], terms: Terms, *, each: bool) -> dict[str, float]:
+    """Add ∇Σ terms to `.grad`; tells values and norms.
+
+    Args:
+        parameters: what trains.
+        terms: weighted terms.
+        each: also the gradient norm of every single term, one more backward pass each.
+
+    Returns:
+        Each term's value, `‖∇task‖`, `‖∇penalty‖`, and with `each` `‖∇term‖`.
+
+    Raises:
+        NumericsError: a term or its gradient is NaN or infinite; `.grad` is then left alone.
+    """
+    told = {name: float(value.detach()) for name, value in terms.items()}
+    acting = {name: value for name, value in terms.items() if value.requires_grad}
+    told["‖∇task‖"] = norm_of([p.grad for p in parameters])
+    if each:
+        told |= {f"‖∇{name}‖": norm_of(gradient_of(value, parameters)) for name, value in acting.items()}
+    added: Sequence[Tensor | None] = []
+    if acting:
+        added = gradient_of(torch.stack(list(acting.values())).sum(), parameters, keep=False)
+        told["‖∇penalty‖"] = norm_of(added)
+    bad = [name for name, value in told.items() if not math.isfinite(value)]
+    if bad:
+        raise NumericsError(
+            f"the protection diverges: {bad[0]} is {told[bad[0]]}",
+            where=f"penalty: {bad[0]}",
+            fix="lower the strength of this method, or `training.learning_rate`",
+        )
+    for parameter, more in zip(parameters, added, strict=False):
+        if more is not None:
+            parameter.grad = more if parameter.grad is None else parameter.grad + more
+    return told
+
+
+def gradient_of(
+    value: Tensor, parameters: Sequence[nn.Parameter], *, keep: bool = True
+) -> Sequence[Tensor | None]:
+    """∇value by parameter, None where it does not depend on one; `keep` keeps the graph."""
+    return torch.autograd.grad(value, list(parameters), allow_unused=True, retain_graph=keep)
+
+
+def penalising(plan: ArmPlan, parameters: Sequence[nn.Parameter], terms: Callable[[int], Terms]) -> Protect:
+    """Adds the gradient of every term and tells values and gradient norms."""
+    return lambda number: add_gradients(parameters, terms(number), each=number in plan.norm_steps)
+
+
+def replayed(plan: ArmPlan, samples: SampleSet, strength: float, rows: int, note: str) -> Protection:
+    """L + λ L_safety: a minibatch of these rows at every step.
+
+    Args:
+        plan: model and seed.
+        samples: rows that are replayed, with their loss.
+        strength: λ.
+        rows: rows of a minibatch.
+        note: what is guarded.
+    """
+    model, parameters = plan.task.model, plan.fresh().parameters
+    stream = SafetyBatches(samples, rows, plan.seed, plan.device)
+
+    def protect(number: int) -> Mapping[str, float]:
+        loss = samples.loss_fn(model, stream.at(number)).mean()
+        return add_gradients(parameters, {"safety loss": strength * loss}, each=False)
+
+    return Protection(protect, {"safety loss": strength}, note)
