@@ -291,15 +291,18 @@ def sections_of(
         real=truth.shared.get("real_run"),
         show_text=show_text,
         max_examples=max_examples,
+        anatomy=scored is not None,
     )
+    looked = bool(answer.shared["rows_told"])
     if collected is None or space is None or scored is None:
-        return [answer, anatomy_page.left_out("the setting `why` was off"), truth]
+        return [answer, anatomy_page.left_out("the setting `why` was off", looked=looked), truth]
     why = anatomy_page.section(
         collected,
         space,
         scored,
         threshold=answer.shared["threshold"],
         specificity_told=answer.shared["specificity_told"],
+        rows_told=looked,
         worth=answer.shared["worth"],
         show_text=show_text,
         max_examples=max_examples,

@@ -59,7 +59,7 @@ def section(
     show_text: bool,
     max_examples: int,
     specificity_told: bool = False,
-    screened: bool = False,
+    rows_told: bool = False,
     worth: Callable[[str, str | None], str] = _no_worth,
 ) -> Section:
     """Why, and where safety lives: all that collect, subspace and score show.
@@ -72,7 +72,7 @@ def section(
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table of riskiest rows.
         specificity_told: somebody who measured further along already says how specific the harm is.
-        screened: rows have been screened, which says more than this first look at them.
+        rows_told: somebody who looked at more rows, or further along, already says which push.
         worth: what a predictor was worth on real fine-tunes, as a sentence: of its name, and how to call it.
     """
     harm_worth = worth("lr T sqrt(d'Fd)", "The root of its sum over modules, times the length of the run")
@@ -83,9 +83,9 @@ def section(
         Piece(Part.SPACE + 40, figure=spectrum(space), shape="half"),
         Piece(Part.SPACE + 10, figure=overlap(scored, worth("overlap |Pg|/|g|", None)), shape="half"),
     )
-    findings = _findings(collected, space, scored, specificity_told, screened)
+    findings = _findings(collected, space, scored, specificity_told, rows_told)
     told = worth("second order", "This ranking of single rows")
-    rows = "" if screened else examples(scored, show_text, max_examples, worth=told)
+    rows = "" if rows_told else examples(scored, show_text, max_examples, worth=told)
     return Section(
         "anatomy",
         pieces=[*figures, Piece(Part.ROWS, rows), Piece(Part.SPACE + 50, conditions(scored))],
@@ -103,15 +103,17 @@ def section(
     )
 
 
-def left_out(how: str, *, dear: bool = False) -> Section:
+def left_out(how: str, *, looked: bool = False, dear: bool = False) -> Section:
     """What stands in its place where none of it was measured.
 
     Args:
         how: what adds it, as the end of a sentence.
+        looked: whether rows and layers have been given a first look.
         dear: whether that would have taken more than its share of what the verdict took.
     """
     why = ", as that would take more than its share of what the verdict took" if dear else ""
-    said = f"Where safety lives, and which layers and rows carry the harm, was not measured{why}: {how}."
+    what = " (its subspace and curvature)" if looked else ", and which layers and rows carry the harm,"
+    said = f"Where safety lives{what} was not measured{why}: {how}."
     html = f'<section id="why"><h2>Why</h2><p class="missing">{esc(said)}</p></section>'
     return Section("anatomy", [Piece(Part.ROWS, html)], summary={"why": {"findings": [], "missing": said}})
 
@@ -138,13 +140,13 @@ def _findings(
     space: SubspaceResult,
     scored: ScoreResult,
     specificity_told: bool,
-    screened: bool,
+    rows_told: bool,
 ) -> list[Finding]:
     """Every rule that has something to say."""
     modules, traces, harm = collected.modules, space.module_traces, scored.module_second_order
     said = [
         ("Specificity", None if specificity_told else probed_sentence(scored), "drift", 40, True),
-        ("Training rows", None if screened else row_sentence(scored.examples), "examples", 30, True),
+        ("Training rows", None if rows_told else row_sentence(scored.examples), "examples", 30, True),
         ("Safety lives", layer_sentence(modules, traces, "safety Fisher trace"), "fisher-map", 80, False),
         ("Harm enters", layer_sentence(modules, harm, "second-order harm"), "harm-map", 70, True),
         ("Overlap", overlap_sentence(scored), "overlap", 90, False),

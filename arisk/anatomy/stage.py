@@ -132,7 +132,9 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
 
     if not job.states["score"].fresh:
         return page.left_out(
-            f"`{job.command} --why full` adds it", dear=_settled(job.config, job.rundir) is None
+            f"`{job.command} --why full` adds it",
+            looked=bool(later.get("rows_told")),
+            dear=_settled(job.config, job.rundir) is None,
         )
     shown = job.config.report
     return page.section(
@@ -142,7 +144,7 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
         threshold=later["threshold"],
         specificity_told=later["specificity_told"],
         worth=later["worth"],
-        screened="screen" in later.get("done", ()),
+        rows_told="screen" in later.get("done", ()) or bool(later.get("rows_told")),
         show_text=shown.show_text,
         max_examples=shown.max_examples,
     )

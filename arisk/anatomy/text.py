@@ -25,12 +25,21 @@ OUTSIDE_CARRIES = 0.25
 WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
-def row_sentence(examples: Sequence[Mapping[str, Any]]) -> str | None:
-    """How few of the scored rows carry half of the second-order harm; None where there is no harm.
+def row_sentence(
+    examples: Sequence[Mapping[str, Any]],
+    key: str = "second_order",
+    what: str = "second-order harm of the first update",
+) -> str | None:
+    """How few of the scored rows carry half of the harm; None where there is no harm.
 
     Few are at most a quarter of the rows; they are named where they are at most four.
+
+    Args:
+        examples: rows that were looked at.
+        key: of their harm.
+        what: how the sentence calls it.
     """
-    pairs = [(float(row.get("second_order") or 0.0), row.get("line", row.get("index"))) for row in examples]
+    pairs = [(float(row.get(key) or 0.0), row.get("line", row.get("index"))) for row in examples]
     ranked = sorted((pair for pair in pairs if math.isfinite(pair[0]) and pair[0] > 0), key=lambda p: -p[0])
     total = sum(harm for harm, _ in ranked)
     if len(pairs) < 4 or total <= 0:
@@ -41,12 +50,12 @@ def row_sentence(examples: Sequence[Mapping[str, Any]]) -> str | None:
     if count > FEW_ROWS * len(pairs):
         return (
             f"The harm is spread over the data: the {count} worst of {len(pairs)} scored fine-tuning rows "
-            f"carry {share} of the second-order harm of the first update."
+            f"carry {share} of the {what}."
         )
     named = f" ({', '.join(str(line) for _, line in ranked[:count])})" if count <= 4 else ""
     return (
         f"{_counted(count, 'scored fine-tuning row')}{named} of {len(pairs)} {_verb(count)} {share} of the "
-        "second-order harm of the first update."
+        f"{what}."
     )
 
 

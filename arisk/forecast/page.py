@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from arisk.forecast.first_screen import advice_of, evidence_text, verdict_section
-from arisk.forecast.record import Curve, ForecastResult, RealRun, RolloutResult
+from arisk.forecast.record import Account, Curve, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
     EQUATION as REFUSAL_EQUATION,
 )
@@ -28,7 +28,14 @@ from arisk.forecast.refusals_page import (
     refusal_summary,
     refusal_traces,
 )
-from arisk.forecast.rollout_page import method, rollout_section, sample_drift, sample_table
+from arisk.forecast.rollout_page import (
+    account_findings,
+    account_section,
+    method,
+    rollout_section,
+    sample_drift,
+    sample_table,
+)
 from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
 from arisk.forecast.worth import worth, worth_line, worth_rows
@@ -68,6 +75,7 @@ def section(
     show_text: bool,
     max_examples: int,
     done: Sequence[str] = (),
+    anatomy: bool = True,
 ) -> Section:
     """Whether safety survives, and when it goes: all that rollout and forecast show.
 
@@ -78,7 +86,10 @@ def section(
         show_text: show prompts and responses, or only their numbers.
         max_examples: rows of the table of safety rows.
         done: commands that have been run on this plan already.
+        anatomy: whether the layers are told by those who looked more closely.
     """
+    account = measured.account
+    looked = account is not None and "screen" not in done
     specificity = drift_sentence(forecast)
     lost = lost_section(forecast.refusals, measured, show_text)
     said = [
@@ -87,6 +98,9 @@ def section(
         ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 50, False),
         ("What if", forecast.what_if.rate_sentence(), "what-if", 60, False),
     ]
+    if account is not None and looked:
+        row, layer = account_findings(account)
+        said += [(*row, 30, True), *([] if anatomy else [(*layer, 70, True)])]
     rows = sample_table(measured, forecast, show_text, max_examples)
     return Section(
         "forecast",
@@ -100,12 +114,13 @@ def section(
             Piece(Part.CAUSE, lost),
             Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="half"),
             Piece(Part.DRIFT, figure=drift_map(forecast), shape="half"),
+            Piece(Part.ROWS, account_section(account, show_text, max_examples) if account and looked else ""),
             Piece(Part.METHOD + 30, rows, sample_drift(measured, forecast)),
             Piece(Part.METHOD, rollout_section(measured, forecast)),
             Piece(Part.METHOD + 10, method()),
             Piece(Part.QUALITY - 10, worth()),
         ],
-        summary={**_summary(forecast), "evidence": evidence_text(forecast, measured.task)},
+        summary={**_summary(forecast, account), "evidence": evidence_text(forecast, measured.task)},
         markdown=_markdown(forecast),
         findings=[
             Finding(topic, sentence, at, place, cause)
@@ -124,6 +139,7 @@ def section(
         shared={
             "threshold": forecast.threshold,
             "specificity_told": specificity is not None,
+            "rows_told": looked,
             "worth": worth_line,
             "task": measured.task,
         },
@@ -135,7 +151,7 @@ def section(
     )
 
 
-def _summary(forecast: ForecastResult) -> dict[str, Any]:
+def _summary(forecast: ForecastResult, account: Account | None) -> dict[str, Any]:
     """Plain values for `summary.json`."""
     return {
         "verdict": asdict(forecast.verdict),
@@ -151,6 +167,18 @@ def _summary(forecast: ForecastResult) -> dict[str, Any]:
             "control_change": forecast.control_change[-1] if forecast.control_change else None,
             "carried_out": forecast.carried_out,
         },
+        "account": None if account is None else _account_summary(account),
+    }
+
+
+def _account_summary(found: Account) -> dict[str, Any]:
+    """Plain values; rows by their place and number alone."""
+    rows = sorted(found.rows, key=lambda row: -float(row["first_order"]))
+    return {
+        "modules": dict(zip(found.modules, found.parts, strict=True)),
+        "change": found.change,
+        "rows": [{"row": row.get("line", row["index"]), "first_order": row["first_order"]} for row in rows],
+        "rows_of": found.finetune_rows,
     }
 
 

@@ -19,6 +19,7 @@ from arisk.training.behaviour import BehaviourResult
 
 __all__ = [
     "FEW",
+    "Account",
     "AnswerCount",
     "Curve",
     "ForecastResult",
@@ -164,6 +165,29 @@ FEW = 10
 
 
 @dataclass(frozen=True)
+class Account:
+    """Who carries the change of the safety loss over the virtual run, to first order.
+
+    Attributes:
+        modules: names of the trained modules.
+        parts: what each adds to the change of the loss (nats per response token); negative protects.
+        change: measured change of the same safety rows' mean loss, which the parts add up to but for the
+            error of three nodes on the chord.
+        safety_rows: how many those are.
+        rows: fine-tuning rows that were looked at, spread over the data: `index`, what the loader knows of
+            each, `first_order`: what it adds over the whole plan (nats per response token), `loss`.
+        finetune_rows: how many there are; None where that is not known.
+    """
+
+    modules: Sequence[str]
+    parts: Sequence[float]
+    change: float
+    safety_rows: int
+    rows: Sequence[Mapping[str, Any]]
+    finetune_rows: int | None
+
+
+@dataclass(frozen=True)
 class RolloutResult:
     """Losses measured along an accelerated virtual run of the planned fine-tune.
 
@@ -195,6 +219,7 @@ class RolloutResult:
         precision: of the losses, where it is narrower than the weights, as in the plan's own forward passes.
         precision_error: root mean square over samples of what that changes at the aligned point (nats per
             token); None where nothing was narrowed.
+        account: which layers and rows carry the change; None where the run diverged.
     """
 
     status: Literal["measured", "skipped"]
@@ -224,6 +249,7 @@ class RolloutResult:
     safety_error: Sequence[float] = ()
     precision: str | None = None
     precision_error: float | None = None
+    account: Account | None = None
 
     @property
     def carried_out(self) -> bool:

@@ -24,8 +24,9 @@ from arisk.base.processes import barrier, gathered, share, world
 from arisk.base.task import Batch, Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
+from arisk.forecast.account import account
 from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block, planned_points
-from arisk.forecast.record import RolloutResult
+from arisk.forecast.record import Account, RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.losses import per_sample_nll, response_logits
@@ -150,7 +151,8 @@ def rollout(
         walk = _Walk(task, layout, config, recipe, seed, start, progress, behaviour)
         walk.resume(workspace)
         walk.run(workspace)
-    return walk.result()
+        found = walk.account(layout)
+    return replace(walk.result(), account=found)
 
 
 class _Walk:
@@ -362,6 +364,15 @@ class _Walk:
         yield
         put(parameters, here)
         torch.clear_autocast_cache()
+
+    def account(self, layout: ParameterLayout) -> Account | None:
+        """Who carries the change up to the end; None where the run did not get there."""
+        track = self.track
+        if track.diverged_at is not None or track.steps[-1] < self.horizon:
+            return None
+        lead = torch.tensor(self.safety.places)
+        change = (track.safety[-1] - track.safety[0])[lead].mean()
+        return account(self.planned, layout, self.start, self.safety.lead, float(change))
 
     def result(self) -> RolloutResult:
         """The record: changes against the start."""

@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.forecast.record import ForecastResult, RolloutResult
+import torch
+
+from arisk.anatomy.text import layer_sentence, row_sentence
+from arisk.forecast.record import Account, ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
 from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
@@ -17,7 +20,15 @@ from arisk.report.section import Column, esc, folded, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.training.behaviour import DECIDING
 
-__all__ = ["cost_text", "method", "rollout_section", "sample_drift", "sample_table"]
+__all__ = [
+    "account_findings",
+    "account_section",
+    "cost_text",
+    "method",
+    "rollout_section",
+    "sample_drift",
+    "sample_table",
+]
 
 #: How the forecast is made, in words and in equations; symbols as in `arisk.forecast.leap`.
 METHOD = (
@@ -181,6 +192,66 @@ def method() -> str:
         "token.</p>"
         f"{parts}</section>"
     )
+
+
+#: Headings of the rows that were looked at, with the keys of `Account.rows` behind them.
+ACCOUNT_COLUMNS = (
+    (Column("row"), "line"),
+    (Column("first-order share", "descending"), "first_order"),
+    (Column("loss"), "loss"),
+    (Column("tokens"), "tokens"),
+)
+ACCOUNT_EQUATION = """row i: −(Σ_k η_k / N) ⟨∇L_s, D g_i⟩ at the middle of the chord Δ = θ_T − θ*
+module: ∫₀¹ ⟨∇L_s(θ* + tΔ), Δ⟩ dt, its part of the inner product (nats per token)"""
+#: Rows, and modules, that are shown at once.
+FIRST_ROWS, FIRST_MODULES = 5, 8
+
+
+def account_findings(found: Account) -> list[tuple[str, str | None, str]]:
+    """Which rows and layers carry the change: (topic, sentence, section)."""
+    values = torch.tensor(found.parts, dtype=torch.float64)
+    layers = layer_sentence(found.modules, values, "rise of the safety loss") if found.change > 0 else None
+    rows = row_sentence(found.rows, "first_order", "push against safety over the plan (first order)")
+    return [("Training rows", rows, "account"), ("Harm enters", layers, "account")]
+
+
+def account_section(found: Account, show_text: bool, limit: int) -> str:
+    """The fine-tuning rows and the modules that carry the change of safety, to first order.
+
+    Args:
+        found: the account of the rollout.
+        show_text: show prompts and responses, or only their numbers.
+        limit: rows shown.
+    """
+    said = "".join(f'<p class="says">{esc(says)}</p>' for _, says, _ in account_findings(found) if says)
+    total = sum(found.parts)
+    of = "" if found.finetune_rows is None else f" of {found.finetune_rows}"
+    reading = (
+        f"{len(found.rows)} fine-tuning rows{of} were looked at, evenly over the data; `arisk screen` looks "
+        "at every row. A row's number is what it would add to the safety loss over the plan if all were "
+        "linear: it says who pushes, not how far. Modules are those of the virtual run's whole move: their "
+        f"parts add up to {number(total)} where {number(found.change)} nats per token were measured on the "
+        f"same {found.safety_rows} safety rows."
+    )
+    ranked = sorted(found.rows, key=lambda row: -float(row["first_order"]))
+    told = [([_account_value(row, key) for _, key in ACCOUNT_COLUMNS], row) for row in ranked[:limit]]
+    rows = rows_table([c for c, _ in ACCOUNT_COLUMNS], told, show_text, "riskiest rows", first=FIRST_ROWS)
+    if not told:
+        rows = '<p class="missing">Single rows were not looked at. That is not the same as no risk.</p>'
+    parts = sorted(zip(found.modules, found.parts, strict=True), key=lambda pair: -abs(pair[1]))
+    heaviest = table(("module", "nats/token"), [[name, number(part)] for name, part in parts[:FIRST_MODULES]])
+    return (
+        f'<section id="account"><h2>Riskiest training rows and layers, a first look</h2>{said}{rows}'
+        f'<div class="folds">{folded("The modules that carry most", heaviest)}'
+        f"</div>{notes(reading, ACCOUNT_EQUATION)}</section>"
+    )
+
+
+def _account_value(row: Mapping[str, Any], key: str) -> Any:
+    if key == "line":
+        return row.get("line", row.get("index"))
+    value = row.get(key)
+    return None if value is None else float(value)
 
 
 LOST, KEPT = "#D55E00", "#0072B2"

@@ -53,8 +53,10 @@ def _rollout(job: Job, workspace: Path) -> RolloutResult:
     )
     if config.report.show_text:
         return found
-    rows = [without_text(row) for row in found.rows]
-    return replace(found, rows=rows, behaviour=kept_of(config, found.behaviour))
+    rows, account = [without_text(row) for row in found.rows], found.account
+    if account is not None:
+        account = replace(account, rows=[without_text(row) for row in account.rows])
+    return replace(found, rows=rows, account=account, behaviour=kept_of(config, found.behaviour))
 
 
 @overload
@@ -110,12 +112,13 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section:
         show_text=shown.show_text,
         max_examples=shown.max_examples,
         done=later.get("done", ()),
+        anatomy=job.states["score"].fresh,
     )
 
 
 ROLLOUT = Stage(
     name="rollout",
-    version=6,
+    version=7,
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
     config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),

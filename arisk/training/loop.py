@@ -326,7 +326,7 @@ class PlannedRun:
         trained = None
         if self.by_tokens and tokens is not None:
             trained = max(float(tokens.counts(batch).sum()), 1.0)
-        with self._training(number), self._autocast():
+        with self._training(number), self.autocasting():
             return training_loss(self.task.finetune, self.task.model, batch, trained)
 
     @contextmanager
@@ -335,7 +335,7 @@ class PlannedRun:
 
         Weights that move inside need `torch.clear_autocast_cache`.
         """
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocasting():
             yield
 
     def clear(self) -> None:
@@ -404,10 +404,11 @@ class PlannedRun:
                 return torch.zeros((), device=self.stream.device)
             batch = slice_batch(batch, own.start, own.stop)
             share = share if trained is not None else share * (own.stop - own.start) / size
-        with self._autocast():
+        with self.autocasting():
             return training_loss(samples, model, batch, trained) * share
 
-    def _autocast(self) -> torch.autocast:
+    def autocasting(self) -> torch.autocast:
+        """Inside: forward passes in the plan's own precision."""
         kind = self.stream.device.type
         return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 

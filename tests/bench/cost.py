@@ -73,7 +73,7 @@ def plain_step(run: PlannedRun, number: int) -> None:
     labels = torch.nn.functional.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
     batch.pop("logits_to_keep")
     run.task.model.train()
-    with run._autocast():
+    with run.autocasting():
         logits = run.task.model(**batch).logits.float()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
