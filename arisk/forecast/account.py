@@ -3,14 +3,14 @@
 Layers, by the path integral along the chord Δ = θ_T − θ* (integrated gradients, Sundararajan et al. 2017,
 with parameters in the place of inputs), which adds up to the whole change:
 
-    L_s(θ_T) − L_s(θ*) = ∫₀¹ ⟨∇L_s(θ* + tΔ), Δ⟩ dt ≈ Σ_q w_q ⟨∇L_s(θ* + t_q Δ), Δ⟩,  three Gauss nodes.
+    L_s(θ_T) − L_s(θ*) = ∫₀¹ ⟨∇L_s(θ* + tΔ), Δ⟩ dt ≈ ⟨ḡ, Δ⟩,  ḡ the mean of ∇L_s at two Gauss nodes.
 
 Rows: a plan that meets N rows equally often moves by about −(Σ_k η_k / N) Σ_i D g_i, so row i adds
 
-    a_i = −(Σ_k η_k / N) ⟨∇L_s, D g_i⟩
+    a_i = −(Σ_k η_k / N) ⟨ḡ, D g_i⟩
 
-with both gradients at the chord's middle and D the optimizer's step per unit gradient at the end. The product
-with g_i is a central difference of the row's own loss: two forward passes a row, no gradient of it.
+with g_i at the chord's middle and D the optimizer's step per unit gradient at the end. The product with g_i
+is a central difference of the row's own loss: two forward passes a row, no gradient of it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from arisk.gradients import ParameterLayout, batch_size, recomputing, slice_batc
 from arisk.training.loop import PlannedRun, put
 from arisk.training.panels import Panel, panel_of
 
-__all__ = ["NODES", "account", "looked_at"]
+__all__ = ["NODES", "PANEL", "account", "looked_at"]
 
-#: Nodes on the chord and their weights, the middle last: its gradient serves the rows as well.
-_OUTER = math.sqrt(0.6) / 2
-NODES = ((0.5 - _OUTER, 5 / 18), (0.5 + _OUTER, 5 / 18), (0.5, 8 / 18))
-#: Length of a difference for a row's product, as a share of the chord's.
-REACH = 0.1
-#: Rows looked at, as a share of the rows that the rollout took gradients of, and its limits: two forward
-#: passes of each take about a twentieth of the rollout.
-SHARE_OF_GRADIENTS, FEWEST, MOST = 1 / 12, 8, 64
+#: Gauss–Legendre nodes on the chord, of equal weight.
+NODES = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
+#: Safety rows whose gradient is taken.
+PANEL = 8
+#: Length of a difference for a row's product, as a share of the chord's: far enough for bfloat16.
+REACH = 0.25
+#: Rows looked at, as a share of the rows that the rollout took gradients of, and its limits: all of this is
+#: about a twentieth of a short rollout.
+SHARE_OF_GRADIENTS, FEWEST, MOST = 1 / 24, 8, 64
 #: Bytes of a number that differences can be taken in.
 SINGLE = 4
 
@@ -83,29 +84,35 @@ def _between(
     panel: Panel,
     change: float,
 ) -> Account | None:
-    parts = torch.zeros(len(layout.modules), dtype=torch.float64)
-    length = 0.0
-    for t, weight in NODES:
-        with torch.no_grad():
-            for parameter, first, last in zip(run.parameters, start, end, strict=True):
-                parameter.copy_(torch.lerp(first, last, t))
-        _safety_gradient(run, panel)
-        length = 0.0
-        for place, owner in enumerate(layout.module_of_parameter):
-            moved = (end[place] - start[place]).to(torch.float64)
-            length += float(moved.square().sum())
-            gradient = run.parameters[place].grad
-            if gradient is not None:
-                parts[owner] += weight * float((gradient.to(torch.float64) * moved).sum())
-    if length == 0 or not bool(parts.isfinite().all()):
+    run.clear()
+    for t in NODES:
+        _move_to(run, start, end, t)
+        _add_safety_gradient(run, panel)
+    parts, squares = torch.zeros(len(layout.modules), dtype=torch.float64), 0.0
+    for parameter, first, last, owner in zip(
+        run.parameters, start, end, layout.module_of_parameter, strict=True
+    ):
+        moved = (last - first).to(torch.float64)
+        squares += float(moved.square().sum())
+        if parameter.grad is not None:
+            parts[owner] += float((parameter.grad.to(torch.float64) * moved).sum())
+    if squares == 0 or not bool(parts.isfinite().all()):
         return None
-    rows, of = _rows(run, math.sqrt(length))
+    _move_to(run, start, end, 0.5)
+    rows, of = _rows(run, math.sqrt(squares))
     return Account(list(layout.modules), parts.tolist(), change, len(panel), rows, of)
 
 
-def _safety_gradient(run: PlannedRun, panel: Panel) -> None:
-    """∇L_s into `.grad`, a few rows at a time: no more than a training step has."""
-    run.clear()
+@torch.no_grad()
+def _move_to(run: PlannedRun, start: Sequence[Tensor], end: Sequence[Tensor], t: float) -> None:
+    """The parameters at a place of the chord."""
+    for parameter, first, last in zip(run.parameters, start, end, strict=True):
+        parameter.copy_(torch.lerp(first, last, t))
+    torch.clear_autocast_cache()
+
+
+def _add_safety_gradient(run: PlannedRun, panel: Panel) -> None:
+    """Add a node's part of ḡ to `.grad`, a few rows at a time: no more than a training step has."""
     model, most = run.task.model, max(batch_size(run.stream.at(0)), 1)
     for batch in panel.batches:
         for first in range(0, batch_size(batch), most):
@@ -114,14 +121,14 @@ def _safety_gradient(run: PlannedRun, panel: Panel) -> None:
                 losses = panel.loss_fn(model, piece)
             # A foreign loss is the mean of its batch.
             total = losses.sum() if losses.ndim else losses * batch_size(piece)
-            (total / len(panel)).backward()
+            (total / len(panel) / len(NODES)).backward()
 
 
 def _rows(run: PlannedRun, length: float) -> tuple[list[dict[str, Any]], int | None]:
     """The part of some rows, spread over the data, and of how many rows they are.
 
     Args:
-        run: at the chord's middle, with ∇L_s in `.grad`; its parameters are left elsewhere.
+        run: at the chord's middle, with ḡ in `.grad`; its parameters are left elsewhere.
         length: ‖Δ‖.
     """
     data = run.task.finetune
@@ -166,7 +173,9 @@ def _losses_at(run: PlannedRun, panel: Panel, way: float) -> Tensor:
     for parameter in run.parameters:
         if parameter.grad is not None:
             parameter.add_(parameter.grad, alpha=way)
-    return panel.losses(run.task.model)
+    torch.clear_autocast_cache()
+    with run.reading():
+        return panel.losses(run.task.model)
 
 
 def _weights(run: PlannedRun, panel: Panel) -> Tensor:

@@ -172,7 +172,7 @@ class Account:
         modules: names of the trained modules.
         parts: what each adds to the change of the loss (nats per response token); negative protects.
         change: measured change of the same safety rows' mean loss, which the parts add up to but for the
-            error of three nodes on the chord.
+            error of two nodes on the chord.
         safety_rows: how many those are.
         rows: fine-tuning rows that were looked at, spread over the data: `index`, what the loader knows of
             each, `first_order`: what it adds over the whole plan (nats per response token), `loss`.

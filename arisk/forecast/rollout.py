@@ -24,7 +24,7 @@ from arisk.base.processes import barrier, gathered, share, world
 from arisk.base.task import Batch, Progress, RowBatches, Task, silent
 from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
-from arisk.forecast.account import account
+from arisk.forecast.account import PANEL, account
 from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block, planned_points
 from arisk.forecast.record import Account, RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
@@ -370,9 +370,10 @@ class _Walk:
         track = self.track
         if track.diverged_at is not None or track.steps[-1] < self.horizon:
             return None
-        lead = torch.tensor(self.safety.places)
-        change = (track.safety[-1] - track.safety[0])[lead].mean()
-        return account(self.planned, layout, self.start, self.safety.lead, float(change))
+        few = split_panel(self.task.safety, self.config.eval_samples, PANEL, self.planned.stream.device)
+        # At both ends every row has been measured.
+        change = (track.safety[-1] - track.safety[0])[few.places].mean()
+        return account(self.planned, layout, self.start, few.lead, float(change))
 
     def result(self) -> RolloutResult:
         """The record: changes against the start."""

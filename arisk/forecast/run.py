@@ -24,7 +24,7 @@ from arisk.base.artifacts import FORMAT_VERSION
 from arisk.base.task import Task
 from arisk.config.plan import Config, ForecastConfig, RolloutConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene, forward_tokens
-from arisk.forecast.account import NODES, looked_at
+from arisk.forecast.account import NODES, PANEL, looked_at
 from arisk.forecast.forecasters import (
     PATH_BUDGET,
     PATH_POINTS,
@@ -343,7 +343,7 @@ def _walked(task: Task, config: Config, settings: RolloutConfig) -> dict[str, fl
     prompts = min(followed, config.behaviour.prompts)
     rows = {"safety": safety, "control": control, "followed": prompts, "ordinary": followed - prompts}
     return {
-        "gradient rows": rolled * per_step + len(NODES) * lead,
+        "gradient rows": rolled * per_step + len(NODES) * min(PANEL, lead),
         "forward rows": forward_rows(steps, settings, rows)
         + 2 * looked_at(rolled * per_step, samples_in(task.finetune))
         + leaps * per_step  # The loss before a leap.
