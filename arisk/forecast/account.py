@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arisk.forecast.record import Account
+from arisk.forecast.record import DriftAccount
 from arisk.gradients import ParameterLayout, batch_size, recomputing, slice_batch
 from arisk.training.loop import PlannedRun, put
 from arisk.training.panels import Panel, panel_of
@@ -54,7 +54,7 @@ def looked_at(gradient_rows: float, rows: int) -> int:
 
 def account(
     run: PlannedRun, layout: ParameterLayout, start: Sequence[Tensor], panel: Panel, change: float
-) -> Account | None:
+) -> DriftAccount | None:
     """Who carries the change of safety between the aligned model and where the run stands.
 
     Args:
@@ -83,7 +83,7 @@ def _between(
     end: Sequence[Tensor],
     panel: Panel,
     change: float,
-) -> Account | None:
+) -> DriftAccount | None:
     run.clear()
     for t in NODES:
         _move_to(run, start, end, t)
@@ -100,7 +100,7 @@ def _between(
         return None
     _move_to(run, start, end, 0.5)
     rows, of = _rows(run, math.sqrt(squares))
-    return Account(list(layout.modules), parts.tolist(), change, len(panel), rows, of)
+    return DriftAccount(list(layout.modules), parts.tolist(), change, len(panel), rows, of)
 
 
 @torch.no_grad()

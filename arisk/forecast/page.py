@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from arisk.forecast.first_screen import advice_of, evidence_text, verdict_section
-from arisk.forecast.record import Account, Curve, ForecastResult, RealRun, RolloutResult
+from arisk.forecast.record import Curve, DriftAccount, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
     EQUATION as REFUSAL_EQUATION,
 )
@@ -151,7 +151,7 @@ def section(
     )
 
 
-def _summary(forecast: ForecastResult, account: Account | None) -> dict[str, Any]:
+def _summary(forecast: ForecastResult, account: DriftAccount | None) -> dict[str, Any]:
     """Plain values for `summary.json`."""
     return {
         "verdict": asdict(forecast.verdict),
@@ -171,7 +171,7 @@ def _summary(forecast: ForecastResult, account: Account | None) -> dict[str, Any
     }
 
 
-def _account_summary(found: Account) -> dict[str, Any]:
+def _account_summary(found: DriftAccount) -> dict[str, Any]:
     """Plain values; rows by their place and number alone."""
     rows = sorted(found.rows, key=lambda row: -float(row["first_order"]))
     return {

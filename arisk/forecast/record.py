@@ -19,9 +19,9 @@ from arisk.training.behaviour import BehaviourResult
 
 __all__ = [
     "FEW",
-    "Account",
     "AnswerCount",
     "Curve",
+    "DriftAccount",
     "ForecastResult",
     "RealRun",
     "RefusalForecast",
@@ -165,7 +165,7 @@ FEW = 10
 
 
 @dataclass(frozen=True)
-class Account:
+class DriftAccount:
     """Who carries the change of the safety loss over the virtual run, to first order.
 
     Attributes:
@@ -249,7 +249,7 @@ class RolloutResult:
     safety_error: Sequence[float] = ()
     precision: str | None = None
     precision_error: float | None = None
-    account: Account | None = None
+    account: DriftAccount | None = None
 
     @property
     def carried_out(self) -> bool:

@@ -26,7 +26,7 @@ from arisk.config.plan import RolloutConfig, TrainingConfig
 from arisk.config.sections import BehaviourConfig
 from arisk.forecast.account import PANEL, account
 from arisk.forecast.leap import Block, Leaper, RareRows, block_from, kept_block, planned_points
-from arisk.forecast.record import Account, RolloutResult
+from arisk.forecast.record import DriftAccount, RolloutResult
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.curvature import losses_between, outputs_of
 from arisk.models.losses import per_sample_nll, response_logits
@@ -365,7 +365,7 @@ class _Walk:
         put(parameters, here)
         torch.clear_autocast_cache()
 
-    def account(self, layout: ParameterLayout) -> Account | None:
+    def account(self, layout: ParameterLayout) -> DriftAccount | None:
         """Who carries the change up to the end; None where the run did not get there."""
         track = self.track
         if track.diverged_at is not None or track.steps[-1] < self.horizon:

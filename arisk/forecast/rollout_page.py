@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from arisk.anatomy.text import layer_sentence, row_sentence
-from arisk.forecast.record import Account, ForecastResult, RolloutResult
+from arisk.forecast.record import DriftAccount, ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
 from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
@@ -194,7 +194,7 @@ def method() -> str:
     )
 
 
-#: Headings of the rows that were looked at, with the keys of `Account.rows` behind them.
+#: Headings of the rows that were looked at, with the keys of `DriftAccount.rows` behind them.
 ACCOUNT_COLUMNS = (
     (Column("row"), "line"),
     (Column("first-order share", "descending"), "first_order"),
@@ -207,7 +207,7 @@ module: ∫₀¹ ⟨∇L_s(θ* + tΔ), Δ⟩ dt, its part of the inner product (
 FIRST_ROWS, FIRST_MODULES = 5, 8
 
 
-def account_findings(found: Account) -> list[tuple[str, str | None, str]]:
+def account_findings(found: DriftAccount) -> list[tuple[str, str | None, str]]:
     """Which rows and layers carry the change: (topic, sentence, section)."""
     values = torch.tensor(found.parts, dtype=torch.float64)
     layers = layer_sentence(found.modules, values, "rise of the safety loss") if found.change > 0 else None
@@ -215,7 +215,7 @@ def account_findings(found: Account) -> list[tuple[str, str | None, str]]:
     return [("Training rows", rows, "account"), ("Harm enters", layers, "account")]
 
 
-def account_section(found: Account, show_text: bool, limit: int) -> str:
+def account_section(found: DriftAccount, show_text: bool, limit: int) -> str:
     """The fine-tuning rows and the modules that carry the change of safety, to first order.
 
     Args:
