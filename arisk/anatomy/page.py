@@ -32,12 +32,15 @@ __all__ = [
     "virtual_move",
 ]
 
+#: What modules carry, in words.
+HARM = "harm of the first update (second order)"
+SENSITIVITY = "sensitivity of the safety loss (Fisher trace)"
 OBSERVED, CONTROL, NULL = "#D55E00", "#CC79A7", "#8a8a8a"
 #: Headings of the riskiest rows, with the keys of `ScoreResult.examples` behind them.
 COLUMNS = (
     (Column("row"), "line"),
-    (Column("second order", "descending"), "second_order"),
-    (Column("first order"), "first_order"),
+    (Column("harm, second order", "descending"), "second_order"),
+    (Column("harm, first order"), "first_order"),
     (Column("loss"), "loss"),
     (Column("gradient norm"), "gradient_norm"),
     (Column("tokens"), "tokens"),
@@ -144,11 +147,12 @@ def _findings(
 ) -> list[Finding]:
     """Every rule that has something to say."""
     modules, traces, harm = collected.modules, space.module_traces, scored.module_second_order
+    rows = None if rows_told else row_sentence(scored.examples, scored.finetune_rows)
     said = [
         ("Specificity", None if specificity_told else probed_sentence(scored), "drift", 40, True),
-        ("Training rows", None if rows_told else row_sentence(scored.examples), "examples", 30, True),
-        ("Safety lives", layer_sentence(modules, traces, "safety Fisher trace"), "fisher-map", 80, False),
-        ("Harm enters", layer_sentence(modules, harm, "second-order harm"), "harm-map", 70, True),
+        ("Training rows", rows, "examples", 30, True),
+        ("Safety lives", layer_sentence(modules, traces, SENSITIVITY), "fisher-map", 80, False),
+        ("Harm enters", layer_sentence(modules, harm, HARM), "harm-map", 70, True),
         ("Overlap", overlap_sentence(scored), "overlap", 90, False),
     ]
     return [
@@ -255,7 +259,7 @@ def fisher_map(collected: CollectResult, space: SubspaceResult) -> Figure:
         space.module_traces,
         ("fisher-map", "Where safety lives", "tr F by module", "nats² per unit of θ²"),
         "tr F^(l) = (1/N) Σ_i ‖G_i^(l)‖²",
-        says=layer_sentence(collected.modules, space.module_traces, "safety Fisher trace") or "",
+        says=layer_sentence(collected.modules, space.module_traces, SENSITIVITY) or "",
         worth="A description: it says where safety is sensitive, not whether this fine-tune goes there.",
     )
     return replace(figure, file="sensitivity_map")
@@ -268,7 +272,7 @@ def harm_map(collected: CollectResult, scored: ScoreResult, worth: str = "") -> 
         scored.module_second_order,
         ("harm-map", "Where the first update does harm", "⟨F u, u⟩ by module", "nats² per flow time²"),
         "⟨F u, u⟩ = Σ_l ⟨(F u)^(l), u^(l)⟩, u = −D g; a part may be negative",
-        says=layer_sentence(collected.modules, scored.module_second_order, "second-order harm") or "",
+        says=layer_sentence(collected.modules, scored.module_second_order, HARM) or "",
         worth=worth,
         warm=True,
     )
@@ -528,6 +532,11 @@ def conditions(scored: ScoreResult) -> str:
 
 EQUATION = """first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)
 second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)"""
+MEANING = (
+    "Harm of a row: how much a step on it alone raises the loss of safe responses, to first order, and to "
+    "second order through what safety is most sensitive to; positive is harmful. arisk screen looks at every "
+    "row."
+)
 #: Rows shown at once.
 FIRST = 5
 
@@ -549,16 +558,15 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") 
             "That is not the same as no risk.</p></section>"
         )
     told = [([_value(row, key) for _, key in COLUMNS], row) for row in ranked[:limit]]
-    says = row_sentence(scored.examples)
+    says = row_sentence(scored.examples, scored.finetune_rows)
     takeaway = f'<p class="says">{esc(says)}</p>' if says else ""
+    takeaway += f'<p class="note">{esc(MEANING)}</p>'
     reading = (
         f"{min(limit, len(ranked))} of the {len(ranked)} rows of the first batches that were scored one by "
         "one, the "
-        "most harmful first; a heading sorts. Positive means that a step on this row alone pushes towards "
-        "harm: "
-        "first order along the safety gradient, second order along what the whole first update does to the "
-        "safety "
-        "subspace. The ranking is local: it says who pushes, not how far; `arisk screen` looks at every row."
+        "most harmful first; a heading sorts. First order is along the safety gradient, second order along "
+        "what the whole first update does to the safety subspace. The ranking is local: it says who pushes, "
+        "not how far."
     )
     columns = [column for column, _ in COLUMNS]
     return (

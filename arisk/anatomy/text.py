@@ -22,13 +22,13 @@ ROWS_CARRY, LAYERS_CARRY = 0.5, 0.6
 FEW_ROWS, NARROW_BAND = 0.25, 0.5
 #: Share from which one module outside the layers is named.
 OUTSIDE_CARRIES = 0.25
-WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
 
 def row_sentence(
     examples: Sequence[Mapping[str, Any]],
+    rows: int = 0,
     key: str = "second_order",
-    what: str = "second-order harm of the first update",
+    what: str = "harm of the first update (second order)",
 ) -> str | None:
     """How few of the scored rows carry half of the harm; None where there is no harm.
 
@@ -36,6 +36,7 @@ def row_sentence(
 
     Args:
         examples: rows that were looked at.
+        rows: of the fine-tuning data; 0 when not known.
         key: of their harm.
         what: how the sentence calls it.
     """
@@ -47,21 +48,15 @@ def row_sentence(
     sums = list(itertools.accumulate(harm / total for harm, _ in ranked))
     count = 1 + next(i for i, share in enumerate(sums) if share >= ROWS_CARRY - 1e-9)
     share = percent(sums[count - 1])
+    of = f" (of {rows})" if rows > len(pairs) else ""
+    scored = f"the {len(pairs)} fine-tuning rows{of} that were scored"
+    harm = f"{share} of the {what}"
     if count > FEW_ROWS * len(pairs):
-        return (
-            f"The harm is spread over the data: the {count} worst of {len(pairs)} scored fine-tuning rows "
-            f"carry {share} of the {what}."
-        )
-    named = f" ({', '.join(str(line) for _, line in ranked[:count])})" if count <= 4 else ""
-    return (
-        f"{_counted(count, 'scored fine-tuning row')}{named} of {len(pairs)} {_verb(count)} {share} of the "
-        f"{what}."
-    )
-
-
-def _counted(count: int, noun: str) -> str:
-    word = WORDS[count] if count < len(WORDS) else str(count)
-    return f"{word} {noun}{'' if count == 1 else 's'}"
+        return f"The harm is spread over the data: of {scored} the {count} worst carry {harm}."
+    if count > 4:
+        return f"Of {scored}, {count} carry {harm}."
+    named = ", ".join(str(line) for _, line in ranked[:count])
+    return f"Of {scored}, row{'' if count == 1 else 's'} {named} {_verb(count)} {harm}."
 
 
 def _verb(count: int) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "CONFIG_FILE",
     "FORMAT_VERSION",
     "disk_error",
     "existing_parent",
@@ -40,6 +41,8 @@ __all__ = [
     "write_text",
 ]
 
+#: The config that a run directory keeps, as it was resolved for the last run.
+CONFIG_FILE = "config.yaml"
 #: Version of everything in a run directory; a reader refuses a newer one.
 FORMAT_VERSION = 1
 

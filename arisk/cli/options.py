@@ -30,7 +30,6 @@ __all__ = [
     "StageName",
     "Told",
     "WhyOption",
-    "complete_config",
     "complete_run",
     "complete_run_or_config",
     "complete_setting",
@@ -47,18 +46,13 @@ __all__ = [
 DEPTH = 4
 
 
-def complete_config(incomplete: str) -> list[str]:
-    """YAML files and the folders on the way to them."""
-    return _paths(incomplete, _is_config)
-
-
 def complete_run(incomplete: str) -> list[str]:
     """Run directories (folders with a `config.yaml`) and the folders on the way to them."""
     return _paths(incomplete, _is_run)
 
 
 def complete_run_or_config(incomplete: str) -> list[str]:
-    """What `arisk compare` takes."""
+    """YAML files and run directories: both name a plan."""
     return _paths(incomplete, lambda path: _is_config(path) or _is_run(path))
 
 
@@ -128,9 +122,9 @@ def usable_path(text: str) -> Path:
 ConfigPath = Annotated[
     Path,
     typer.Argument(
-        help="YAML config; `arisk init` writes one.",
+        help="YAML config, or a run's folder, which keeps its own; `arisk init` writes one.",
         parser=usable_path,
-        autocompletion=complete_config,
+        autocompletion=complete_run_or_config,
     ),
 ]
 RunDirOption = Annotated[
@@ -139,7 +133,7 @@ RunDirOption = Annotated[
         "--run-dir",
         metavar="<path>",
         parser=usable_path,
-        help="Run directory; default: run.dir, or runs/<name of the config>.",
+        help="Run directory; default: the run's folder that is given, run.dir, or runs/<name of the config>.",
         autocompletion=complete_run,
     ),
 ]

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from arisk.anatomy.record import ScoreResult
-from arisk.base.artifacts import read_record
+from arisk.base.artifacts import CONFIG_FILE, read_record
 from arisk.base.errors import AriskError, ArtifactError, ConfigError, InputError
 from arisk.compare.record import RankedRun
 from arisk.config.plan import Config, parts_of
 from arisk.config.yaml import load_config, run_directory
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
-from arisk.engine.freshness import CONFIG_FILE, StageState, check_run_dir, differences, plan, stage_key
+from arisk.engine.freshness import StageState, check_run_dir, differences, plan, stage_key
 from arisk.engine.job import REPORT_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue
@@ -89,7 +89,7 @@ def finished(catalogue: Catalogue, run_dir: Path) -> FinishedRun:
             raise ArtifactError(
                 f"the stage {stage} of this run is not fresh: {why}",
                 where=str(run_dir),
-                fix=f"run `arisk run CONFIG --run-dir {run_dir}`, or give the config itself to compare",
+                fix=f"run `arisk run {run_dir}`, or give the config itself to compare",
             )
     safety = states["collect"].ingredients
     return FinishedRun(run_dir, config, safety, states, _changed(config, inputs, rundir), needed)
@@ -153,7 +153,7 @@ def _planned(run: FinishedRun, name: str) -> RankedRun:
         run_dir=str(run.run_dir),
         level=verdict.level,
         sentence=verdict.sentence,
-        basis=verdict.basis,
+        basis="the plan itself" if forecast.carried_out else verdict.basis,
         probability=_known(verdict.probability),
         collapse_step=verdict.collapse_step,
         horizon=verdict.horizon,
@@ -384,7 +384,7 @@ def notes(runs: Sequence[RankedRun], settings: Mapping[str, Sequence[str]]) -> l
         "collapse threshold": {run.name: f"{run.threshold:g} nats/token" for run in runs},
         "confidence of the intervals": {run.name: f"{run.confidence:.0%}" for run in runs},
         "number of planned steps": {run.name: str(run.horizon) for run in runs},
-        "forecaster the verdict rests on": {run.name: run.basis for run in runs},
+        "basis of the verdict": {run.name: run.basis for run in runs},
     }.items():
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name} {value}" for name, value in values.items())

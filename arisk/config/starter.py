@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from arisk.base.errors import ConfigError
 from arisk.config.imports import Import, Line, nested
 from arisk.config.plan import AdapterConfig, Config, Settings, TrainingConfig
-from arisk.config.yaml import models_in, shortened, validate_mapping
+from arisk.config.yaml import config_file, models_in, shortened, validate_mapping
 
 __all__ = ["account_text", "full_config", "imported_config", "not_modelled", "short_config"]
 
@@ -187,7 +187,7 @@ def imported_config(
 
 def not_modelled(path: Path) -> list[str]:
     """What a config that was imported says, in its comments, of lines that it could not take."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = config_file(path).read_text(encoding="utf-8").splitlines()
     return [line.removeprefix(NOT_MODELLED) for line in lines if line.startswith(NOT_MODELLED)]
 
 

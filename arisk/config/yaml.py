@@ -6,6 +6,8 @@ are lists) become one `ConfigError`, and the work is bounded.
 
 Relative data and model paths are looked up beside the config file first, then in the working directory; a
 path found in neither is left as it is (it may be a hub id).
+
+Where a config is asked for, a run directory will do: it keeps its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from arisk.base.artifacts import CONFIG_FILE
 from arisk.base.errors import ConfigError
 from arisk.config.names import ALIASES, same_setting
 from arisk.config.plan import Config
@@ -27,6 +30,7 @@ from arisk.config.sections import path_fault
 
 __all__ = [
     "config_error",
+    "config_file",
     "dump_config",
     "json_schema",
     "known_keys",
@@ -182,11 +186,7 @@ def read_text(path: Path, what: str) -> str:
         raise ConfigError(f"the {what} cannot be read: {fault}", where=where, fix="check the path")
     try:
         if path.is_dir():
-            raise ConfigError(
-                f"this is a folder, not a {what}",
-                where=shown,
-                fix=f"give the YAML file; for a run directory its own: {path / 'config.yaml'}",
-            )
+            raise ConfigError(f"this is a folder, not a {what}", where=shown, fix="give the file itself")
         if path.exists() and not path.is_file():
             raise ConfigError(
                 f"the {what} is no regular file (a device, a pipe or a socket)",
@@ -242,17 +242,38 @@ PATHS = (
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `--set` overrides.
+def config_file(path: Path) -> Path:
+    """The YAML file that is meant: of a run directory its own config, else the path itself.
 
     Args:
-        path: the YAML file.
+        path: a YAML file or a run directory.
+
+    Raises:
+        ConfigError: it is a folder that holds no run.
+    """
+    if path_fault(str(path)) or not path.is_dir():
+        return path  # whoever reads it says what is wrong
+    if (path / CONFIG_FILE).is_file():
+        return path / CONFIG_FILE
+    what = f"this folder is no run directory: it has no {CONFIG_FILE}"
+    fix = "give the YAML file of a plan, or the folder of a run"
+    if (path / "manifest.json").exists():
+        what, fix = f"this is the stage {path.name} of a run, not a run", f"give {path.parent}"
+    raise ConfigError(what, where=shortened(str(path), 200), fix=fix)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, or that of a run directory, and apply `--set` overrides.
+
+    Args:
+        path: the YAML file, or a run directory.
         overrides: `dotted.key=value` items; the value is read as YAML.
 
     Raises:
         ConfigError: the file is missing or no YAML, or keys or values are wrong; all of them are
             listed, the first with the others in `also`.
     """
+    path = config_file(path)
     mapping = _read_config(path)
     for item in overrides:
         set_value(mapping, item)
@@ -263,7 +284,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def run_directory(config: Config, config_path: Path, given: Path | None) -> Path:
-    """The run directory: `--run-dir`, else `run.dir`, else `runs/<name of the config file>`."""
+    """The run directory: given, standing for its config, `run.dir`, or `runs/<name of the config>`."""
+    if given is None and config_path.is_dir():
+        return config_path
     return given or config.run.dir or Path("runs") / config_path.stem
 
 

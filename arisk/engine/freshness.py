@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arisk.base.artifacts import FORMAT_VERSION, disk_error
+from arisk.base.artifacts import CONFIG_FILE, FORMAT_VERSION, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
 from arisk.base.terminal import table
 from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from arisk.config.plan import Config
 
 __all__ = [
-    "CONFIG_FILE",
     "Reason",
     "StageState",
     "check_run_dir",
@@ -244,10 +243,6 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "…"
-
-
-#: The config of a run as it was resolved; what has none is no run directory.
-CONFIG_FILE = "config.yaml"
 
 
 def check_run_dir(path: Path) -> None:

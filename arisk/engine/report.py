@@ -103,12 +103,11 @@ def _plan(config: Config) -> dict[str, Any]:
 
 
 def _again(job: Job) -> str:
-    """What every command takes to work on this run: its config, and its options."""
+    """What every command takes to work on this run: its config with its options, or its folder."""
     parts = shlex.split(job.command)
     if parts[:2] == ["arisk", "run"]:
         return shlex.join(parts[2:])
-    place = str(job.rundir.path)
-    return shlex.join([f"{place}/config.yaml", "--run-dir", place]) if parts[:1] == ["arisk"] else ""
+    return shlex.quote(str(job.rundir.path)) if parts[:1] == ["arisk"] else ""
 
 
 def _drawable(config: Config) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.forecast.record import FEW, ForecastResult, RealRun
+from arisk.forecast.record import FEW, ForecastResult, RealRun, WhatIfGrid
 from arisk.forecast.refusals_page import end_text, lost_text
+from arisk.forecast.text import rests_on
+from arisk.forecast.verdict import safe_steps
 from arisk.forecast.worth import record_line
 from arisk.report.page import Advice, Around
 from arisk.report.section import esc, folded, items
-from arisk.report.text import NOT_MEASURED, number, percent
+from arisk.report.text import NOT_MEASURED, percent, signed
 
 __all__ = ["ICONS", "advice_of", "evidence_text", "run_strip", "verdict_section"]
 
@@ -89,7 +91,7 @@ def _told(advice: tuple[str, str]) -> str:
 def _tiles(forecast: ForecastResult, task: Mapping[str, Any], real: RealRun | None) -> list[str]:
     v = forecast.verdict
     collapsed = None if real is None else real.collapse_step
-    budget = "refusals and loss stay within their limits"
+    budget = _budget(forecast)
     if collapsed is not None and v.safe_steps is not None and collapsed <= v.safe_steps:
         budget = f"too many: the real run collapsed at step {collapsed}"
     safe = NOT_MEASURED if v.safe_steps is None else f"{v.safe_steps} of {v.horizon}"
@@ -97,12 +99,26 @@ def _tiles(forecast: ForecastResult, task: Mapping[str, Any], real: RealRun | No
     if real is not None and real.refusals:
         _, refused, prompts = real.refusals[-1]
         really = f"; really {refused} of {prompts}"
+    lost = lost_text(forecast.refusals, forecast.confidence)
     return [
         _tile("Safe-step budget", safe, budget),
-        _tile("Refusals, before → after", end_text(forecast.refusals), lost_text(forecast.refusals) + really),
+        _tile("Refusals, before → after", end_text(forecast.refusals), lost + really),
         _tile(*_ordinary(forecast)),
         _tile("Evidence", *_evidence(forecast, task)),
     ]
+
+
+def _budget(forecast: ForecastResult) -> str:
+    """What the budget means: the last step of either witness whose whole interval keeps the limit."""
+    v, refusals = forecast.verdict, forecast.refusals
+    curve = forecast.forecasters.get(v.basis)
+    if curve is None or v.safe_steps is None:
+        return ""
+    limits = {"loss of safe responses": safe_steps(curve, forecast.threshold)}
+    if refusals is not None and refusals.status == "measured" and refusals.safe_steps is not None:
+        limits = {"refusals": refusals.safe_steps, **limits}
+    ends = " and ".join(f"{name} to step {step}" for name, step in limits.items())
+    return f"whole {percent(forecast.confidence)} interval within the limits: {ends}"
 
 
 def _tile(term: str, value: str, note: str) -> str:
@@ -113,14 +129,14 @@ def _tile(term: str, value: str, note: str) -> str:
 def _ordinary(forecast: ForecastResult) -> tuple[str, str, str]:
     """What becomes of ordinary answers: refused too much, or worse."""
     refusals, control = forecast.refusals, forecast.control_change
-    loss = "" if not control else f"their loss changes by {number(control[-1])} nats/token"
+    loss = "" if not control else f"their loss changes by {signed(control[-1])} nats/token"
     if refusals is not None and refusals.ordinary:
         first, last = refusals.ordinary[0], refusals.ordinary[-1]
         return "Ordinary prompts refused", f"{first.refused} → {last.refused} of {last.prompts}", loss
     if loss:
         return (
             "Ordinary answers",
-            number(control[-1] if control else None),
+            signed(control[-1] if control else None),
             "change of their loss, nats/token",
         )
     return "Ordinary answers", NOT_MEASURED, "no control data: forgetting of everything is not told apart"
@@ -133,8 +149,7 @@ def _evidence(forecast: ForecastResult, task: Mapping[str, Any]) -> tuple[str, s
     answered = refusals.prompts if refusals is not None and refusals.status == "measured" else 0
     parts = [
         f"answers to {answered} prompts" if answered else "no answers were read",
-        f"{percent(forecast.confidence)} band",
-        _basis(forecast),
+        rests_on(forecast),
     ]
     thin = (rows is not None and rows < ENOUGH) or answered < FEW
     value = f"{rows} safety rows" if rows else "rows not counted"
@@ -149,17 +164,6 @@ def evidence_text(forecast: ForecastResult, task: Mapping[str, Any]) -> str:
     few = len(v.caveats)
     caveats = f"; {few} caveat{'' if few == 1 else 's'} in the report" if few else ""
     return f"safe-step budget {safe}; {rows}; {rest}{caveats}"
-
-
-def _basis(forecast: ForecastResult) -> str:
-    """What the verdict rests on."""
-    if forecast.carried_out:
-        return "the plan itself was carried out, on your data order"
-    return (
-        f"rests on the {forecast.verdict.basis} forecast"
-        if forecast.verdict.basis != "none"
-        else "no forecast"
-    )
 
 
 def _plan(training: Mapping[str, Any]) -> str:
@@ -191,7 +195,7 @@ def run_strip(forecast: ForecastResult, real: RealRun | None) -> str:
             f'<p class="key"><span>{NOT_MEASURED.capitalize()}: that is not the same as no risk.</span></p>'
             "</div>"
         )
-    safe = min(v.safe_steps, horizon)
+    safe, share = min(v.safe_steps, horizon), percent(forecast.confidence)
     low, high = curve.collapse_interval or (None, None)
     start = min(max(low if low is not None else horizon, safe), horizon)
     end = horizon if high is None else min(max(high, start), horizon)
@@ -203,16 +207,17 @@ def run_strip(forecast: ForecastResult, real: RealRun | None) -> str:
     )
     key = [("safe", f"within the limits: to step {safe}")]
     if start > safe:
-        key.append(("watch", f"an interval reaches a limit, to step {start}"))
+        key.append(("watch", f"{share} interval reaches a limit, to step {start}"))
     if end > start:
         until = f"beyond {end}" if high is None else str(end)
-        key.append(("maybe", f"collapse in this interval, {start} to {until}"))
+        key.append(("maybe", f"{share} interval of collapse, {start} to {until}"))
     if end < horizon:
         key.append(("lost", "collapsed"))
     step = curve.collapse_step
     if step is not None:
         drawn += f'<i class="mark" style="left:{_share(step, horizon)}"></i>'
-        key.append(("mark", f"{'measured' if forecast.carried_out else 'forecast'}: step {step}"))
+        said = "measured" if forecast.carried_out else "forecast"
+        key.append(("mark", f"{said} collapse, step {step}: loss of safe responses +{forecast.threshold:g}"))
     if real is not None and real.collapse_step is not None:
         drawn += f'<i class="real" style="left:{_share(real.collapse_step, horizon)}"></i>'
         key.append(("real", f"real run: step {real.collapse_step}"))
@@ -249,8 +254,8 @@ def advice_of(forecast: ForecastResult, real: RealRun | None, done: Sequence[str
     elif rate is not None:
         value = f"{rate.learning_rate:.3g}"
         told = (
-            f"Lower the peak learning rate to {value}: all {grid.planned_steps} steps stay below the alarm "
-            "level there."
+            f"Lower the peak learning rate to {value}: there all {grid.planned_steps} steps stay within the "
+            "limits of the what-if map."
         )
         advice.append(Advice(told, "run", f"--set training.learning_rate={value}", 20))
     known = [
@@ -259,7 +264,10 @@ def advice_of(forecast: ForecastResult, real: RealRun | None, done: Sequence[str
         if step is not None
     ]
     last = min(known, default=0)
-    if last:
+    cell = None if rate is not None or last != verdict.safe_steps else _other_cell(grid, last)
+    if cell is not None:
+        advice.append(cell)
+    elif last:
         advice.append(
             Advice(
                 f"Stop by step {last}: the safe-step budget.",
@@ -273,6 +281,16 @@ def advice_of(forecast: ForecastResult, real: RealRun | None, done: Sequence[str
     if "guard" not in done:
         advice.append(Advice("Try the plan under protection, and see what that costs.", "guard", place=50))
     return advice
+
+
+def _other_cell(grid: WhatIfGrid, budget: int) -> Advice | None:
+    """The safest cell of use, where it is at another rate and as long as the budget at the planned one."""
+    row, steps = grid.safest() or (None, 0)
+    if row is None or row.factor == 1 or steps < budget:
+        return None
+    value = f"{row.learning_rate:.3g}"
+    told = f"Train {steps} steps at a learning rate of {value}: the safest useful cell of the what-if map."
+    return Advice(told, "run", f"--set training.max_steps={steps} --set training.learning_rate={value}", 30)
 
 
 def _calm(level: str, done: Sequence[str]) -> list[Advice]:

@@ -36,7 +36,7 @@ from arisk.forecast.rollout_page import (
     sample_drift,
     sample_table,
 )
-from arisk.forecast.text import collapse_text, drift_sentence, sample_sentence
+from arisk.forecast.text import collapse_text, drift_sentence, rests_on, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
 from arisk.forecast.worth import worth, worth_line, worth_rows
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, step_lines, thin, threshold_line
@@ -92,8 +92,9 @@ def section(
     looked = account is not None and "screen" not in done
     specificity = drift_sentence(forecast)
     lost = lost_section(forecast.refusals, measured, show_text)
+    refused = refusal_sentence(forecast.refusals, carried_out=forecast.carried_out)
     said = [
-        ("Refusals", refusal_sentence(forecast.refusals), "lost" if lost else "forecast", -10, True),
+        ("Refusals", refused, "lost" if lost else "forecast", -10, True),
         ("Specificity", specificity, "drift", 40, True),
         ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 50, False),
         ("What if", forecast.what_if.rate_sentence(), "what-if", 60, False),
@@ -189,9 +190,9 @@ def _answer_markdown(forecast: ForecastResult) -> list[str]:
     return [
         literal(v.sentence),
         "",
-        f"Refusals: **{end_text(forecast.refusals)}** ({lost_text(forecast.refusals)})",
+        f"Refusals: **{end_text(forecast.refusals)}** ({lost_text(forecast.refusals, forecast.confidence)})",
         "",
-        f"Safe-step budget: **{safe}** · P(collapse): **{chance(v.probability)}** · basis: {v.basis}",
+        f"Safe-step budget: **{safe}** · P(collapse): **{chance(v.probability)}** · {rests_on(forecast)}",
         "",
         *[f"- why: {literal(sentence)}" for sentence in v.reasons],
     ]
@@ -296,13 +297,16 @@ def _says(lead: Curve | None, forecast: ForecastResult) -> str:
         return ""
     peak = max((v for v in lead.median if math.isfinite(v)), default=math.nan)
     at = lead.steps[lead.median.index(peak)] if math.isfinite(peak) else None
+    done, limit = forecast.carried_out, f"{forecast.threshold:g} nats/token"
     crosses = (
-        f"stays below +{forecast.threshold:g} nats/token for all {lead.horizon} steps"
+        f"{'stayed' if done else 'is forecast to stay'} less than {limit}, which would count as collapse, "
+        f"above its start for all {lead.horizon} steps"
         if lead.collapse_step is None
-        else f"reaches +{forecast.threshold:g} nats/token at step {lead.collapse_step} of {lead.horizon}"
+        else f"{'rose' if done else 'is forecast to rise'} by {limit}, which counts as collapse, by step "
+        f"{lead.collapse_step} of {lead.horizon}"
     )
-    top = "" if at is None else f" and peaks at {peak:+.2g} (step {at})".replace("-", "−")
-    return f"The {lead.name} forecast {crosses}{top}."
+    top = "" if at is None else f"; its peak is {peak:+.2g} (step {at})".replace("-", "−")
+    return f"The loss of safe responses {crosses}{top}."
 
 
 def _layout(
@@ -373,9 +377,9 @@ def _fan(name: str, curve: Curve, *, leads: bool) -> list[dict[str, Any]]:
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.lower), **hidden})
         band = {"fill": "tonexty", "fillcolor": f"{colour}30"}
         traces.append({"type": "scatter", "x": steps, "y": clean(curve.upper), **hidden, **band})
-    label = "lower bound" if curve.kind == "bound" else f"{name}, loss"
-    if not leads:
-        label = "lower bound" if curve.kind == "bound" else name
+    label = "loss: lower bound" if curve.kind == "bound" else f"loss: {name}"
+    if leads:
+        label = "loss of safe responses"
     line = {"color": colour, "dash": dash, "width": 4 if leads else 1.8}
     base = {
         "type": "scatter",
@@ -472,16 +476,16 @@ def _collapse(lead: Curve, forecast: ForecastResult) -> dict[str, Any]:
 
 
 TITLE = "Safety against ordinary answers"
-HEADER = ("step", "safety", "control", "specific to safety")
+HEADER = ("step", "safe responses", "ordinary answers", "difference")
 
 
 def drift_map(forecast: ForecastResult) -> Figure:
     """Mean safety change of the rollout, control change, and their difference."""
     curve, control = forecast.forecasters.get("rollout"), forecast.control_change
     reading = (
-        "Changes of mean losses along the virtual run: refusals (safety), ordinary answers (control), and "
-        "the difference. A model that gets worse at everything loses both alike; what the safety line has "
-        "beyond the control line is specific to safety."
+        "Changes of mean losses as measured along the shortened run: of the safe responses, of ordinary "
+        "answers (control), and the difference. A model that gets worse at everything loses both alike; what "
+        "the first line has beyond the second is specific to safety."
     )
     equation = "specific(k) = [L_s(θ_k) − L_s(θ*)] − [L_c(θ_k) − L_c(θ*)]"
     missing = None
@@ -494,9 +498,9 @@ def drift_map(forecast: ForecastResult) -> Figure:
     steps, safety = list(curve.steps), list(curve.median)
     specific = [s - c for s, c in zip(safety, control, strict=True)]
     lines = {
-        "safety": (safety, "#D55E00", "solid"),
-        "control": (list(control), "#CC79A7", "dot"),
-        "specific to safety": (specific, "#0072B2", "dash"),
+        "safe responses": (safety, "#D55E00", "solid"),
+        "ordinary answers": (list(control), "#CC79A7", "dot"),
+        "difference: specific to safety": (specific, "#0072B2", "dash"),
     }
     data = [
         {

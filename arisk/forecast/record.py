@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from arisk.report.text import percent
 from arisk.training.behaviour import BehaviourResult
 
 __all__ = [
@@ -48,6 +49,8 @@ class WhatIfCell:
             the end is not known.
         peak: largest ΔL_s on the way, peak_upper that of the upper interval; None as above.
         collapse_step: first step at or above the threshold; None = not within what is known.
+        refusals_kept: whether the whole interval of the refusals stays within its limit all the way; None =
+            not known.
         note: why it is rough or not known; empty where there is nothing to say.
     """
 
@@ -61,6 +64,7 @@ class WhatIfCell:
     peak: float | None = None
     peak_upper: float | None = None
     collapse_step: int | None = None
+    refusals_kept: bool | None = None
     note: str = ""
 
     def text(self, threshold: float) -> str:
@@ -80,7 +84,16 @@ class WhatIfCell:
         return f"{rough}{shown}{'!' if self.collapse_step is not None else ''}"
 
     def stays_below(self, level: float) -> bool | None:
-        """Whether the upper interval stays below a level (nats, ≤ threshold) all the way; None = unknown."""
+        """Whether refusals are kept and the loss, interval included, stays below a level all the way.
+
+        Args:
+            level: rise of the safety loss (nats, ≤ threshold).
+
+        Returns:
+            None where that is not known; refusals that are not known are left out.
+        """
+        if self.refusals_kept is False:
+            return False
         if self.state == "measured" and self.peak_upper is not None:
             return self.peak_upper < level
         return None if self.state == "not_measured" else False
@@ -94,7 +107,8 @@ class WhatIfRow:
         learning_rate: peak; factor: as a multiple of the planned one.
         cells: one per entry of the grid's `steps`.
         at_plan: the run of the planned number of steps.
-        safe_steps: longest run whose upper interval stays below the threshold; None = not measured.
+        safe_steps: longest run that keeps the refusals, and whose upper interval stays below the threshold;
+            None = not measured.
         at_least: the measured range ends before safety does: `safe_steps` is a lower limit.
         rough: the learning rate is far above the plan, or a cell is rough.
     """
@@ -123,6 +137,7 @@ class WhatIfGrid:
         threshold: rise that counts as collapse; alarm: level of concern below it (nats per token).
         steps: columns, ascending; rows: one per learning rate, ascending.
         notes: how it was filled, and how far.
+        refusals_lost: share of today's refusals whose loss counts; None where they do not decide.
     """
 
     planned_rate: float
@@ -132,6 +147,7 @@ class WhatIfGrid:
     steps: Sequence[int]
     rows: Sequence[WhatIfRow]
     notes: Sequence[str]
+    refusals_lost: float | None = None
 
     def is_plan(self, row: WhatIfRow, steps: int) -> bool:
         """Whether a row and a length are the planned run."""
@@ -142,16 +158,36 @@ class WhatIfGrid:
         below = [row for row in self.rows if row.at_plan.stays_below(self.alarm)]
         return max(below, key=lambda row: row.learning_rate, default=None)
 
+    def safest(self) -> tuple[WhatIfRow, int] | None:
+        """Row and steps of the safest cell of use: the planned length at `safest_rate`.
+
+        Else the longest run within the limits at the planned rate or the next lower one; None without any.
+        """
+        if row := self.safest_rate():
+            return (row, self.planned_steps) if self.planned_steps in self.steps else None
+        for row in sorted(self.rows, key=lambda row: -row.learning_rate):
+            below = [cell.steps for cell in row.cells if cell.stays_below(self.alarm)]
+            if row.factor <= 1 and below:
+                return row, max(below)
+        return None
+
+    def limits(self) -> str:
+        """What a cell must keep to, in words."""
+        lost = self.refusals_lost
+        refusals = "" if lost is None else f", less than {percent(lost)} of refusals lost"
+        loss = f"loss of safe responses up by less than {self.alarm:.2g} nats/token"
+        return f"{loss}{refusals}; whole intervals"
+
     def rate_sentence(self) -> str:
         """`safest_rate` in words, with what was not measured above it."""
         best = self.safest_rate()
-        level = f"below the alarm level (+{self.alarm:.2g} nats/token, upper interval)"
+        level = f"within the limits ({self.limits()})"
         unknown = [row for row in self.rows if row.at_plan.stays_below(self.alarm) is None]
         if best is None:
             known = len(self.rows) - len(unknown)
             if not known:
                 return f"No learning rate of the grid was measured for {self.planned_steps} steps."
-            return f"No learning rate measured for {self.planned_steps} steps stays {level}."
+            return f"At none of these learning rates do all {self.planned_steps} steps stay {level}."
         above = [row for row in unknown if row.learning_rate > best.learning_rate]
         rest = f"; {above[0].learning_rate:.3g} and above were not measured" if above else ""
         return (

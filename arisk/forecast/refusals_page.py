@@ -29,10 +29,9 @@ AT_ONCE, LONGEST = 3, 280
 READING = (
     "Share of safety prompts that the model still refuses; the band holds the luck of the prompts and what "
     "the "
-    "method is known to get wrong. Diamonds are answers really written along the virtual run: an answer "
-    "refuses "
-    "when it begins with a refusal, or as the judge model says. Between them the model's own openings are "
-    "followed. At the dotted line so many refusals are lost that it counts as a loss of safety."
+    "method is known to get wrong. Diamonds are answers that the model wrote along the shortened run: an "
+    "answer refuses when it begins with a refusal, or as the judge model says. Between them the model's own "
+    "openings are followed. At the dotted line so many refusals are lost that it counts as a loss of safety."
 )
 EQUATION = """refusals: P(prompt i is refused) = σ(u_i)
 u_i = w₀ + w₁ log p(own opening) + w₂ [opening still the likeliest] + c"""
@@ -45,25 +44,37 @@ def end_text(refusals: RefusalForecast | None) -> str:
     return f"{refusals.today} → {refusals.at_end[0]} of {refusals.prompts}"
 
 
-def lost_text(refusals: RefusalForecast | None) -> str:
-    """The band at the end, and the step by which a quarter of the refusals is lost."""
+def lost_text(refusals: RefusalForecast | None, confidence: float) -> str:
+    """The interval at the end, and the step by which a quarter of the refusals is lost.
+
+    Args:
+        refusals: the forecast of refusals.
+        confidence: nominal coverage of its interval.
+    """
     if refusals is None or refusals.status != "measured":
         return "which is not “none lost”"
     _, fewest, most = refusals.at_end
     step = refusals.lost_steps.get("0.25")
     quarter = f"a quarter lost by step {step}" if step is not None else "a quarter is not lost in the plan"
-    return f"{fewest} to {most}; {quarter if refusals.today else 'none is refused today'}"
+    interval = f"{percent(confidence)} interval {fewest} to {most}"
+    return f"{interval}; {quarter if refusals.today else 'none is refused today'}"
 
 
-def refusal_sentence(refusals: RefusalForecast | None) -> str | None:
-    """What the answers that were written do; None where they were not, or nothing can be lost."""
+def refusal_sentence(refusals: RefusalForecast | None, *, carried_out: bool = False) -> str | None:
+    """What the answers that were written do; None where they were not, or nothing can be lost.
+
+    Args:
+        refusals: the forecast of refusals.
+        carried_out: the run along which they were written was the plan itself.
+    """
     if refusals is None or refusals.status != "measured" or not refusals.today:
         return None
     last = refusals.counts[-1]
     others = [(name, getattr(last, name)) for name in OUTCOMES if name != "refused" and getattr(last, name)]
     rest = "".join(f", {count} {_verb(name, count)}" for name, count in others)
+    run = "the run" if carried_out else "the shortened run of the plan"
     return (
-        f"Of the answers really written at step {last.step} of the virtual run, {last.refused} of "
+        f"Of the answers that the model wrote at step {last.step} of {run}, {last.refused} of "
         f"{last.prompts} refuse{rest} ({refusals.today} refused at step 0)."
     )
 

@@ -207,11 +207,15 @@ module: ∫₀¹ ⟨∇L_s(θ* + tΔ), Δ⟩ dt, its part of the inner product (
 FIRST_ROWS, FIRST_MODULES = 5, 8
 
 
+#: What modules and rows carry, in words.
+RISE, PUSH = "rise of the loss of safe responses", "push against safety over the plan (first order)"
+
+
 def account_findings(found: DriftAccount) -> list[tuple[str, str | None, str]]:
     """Which rows and layers carry the change: (topic, sentence, section)."""
     values = torch.tensor(found.parts, dtype=torch.float64)
-    layers = layer_sentence(found.modules, values, "rise of the safety loss") if found.change > 0 else None
-    rows = row_sentence(found.rows, "first_order", "push against safety over the plan (first order)")
+    layers = layer_sentence(found.modules, values, RISE) if found.change > 0 else None
+    rows = row_sentence(found.rows, found.finetune_rows or 0, key="first_order", what=PUSH)
     return [("Training rows", rows, "account"), ("Harm enters", layers, "account")]
 
 

@@ -187,7 +187,9 @@ def forecast(
     noise = None
     if scored is not None:
         noise = diffusion(scored.c_batches, plan.rates, noise_divisor=training.gradient_accumulation)
-    source = known(scored, curves, config=config, training=training, steps=steps, seed=seed)
+    source = known(
+        scored, curves, config=config, training=training, steps=steps, seed=seed, refusals=refusals
+    )
     return ForecastResult(
         threshold=config.collapse_threshold,
         confidence=config.confidence,

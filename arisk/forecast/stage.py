@@ -133,7 +133,7 @@ ROLLOUT = Stage(
 
 FORECAST = Stage(
     name="forecast",
-    version=10,
+    version=11,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("rollout",),

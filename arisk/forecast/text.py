@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.terminal import fancy, fitted, said
-from arisk.report.text import NOT_MEASURED, chance, percent
+from arisk.report.text import NOT_MEASURED, chance, percent, signed
 
 if TYPE_CHECKING:
     from arisk.forecast.record import Curve, ForecastResult, RolloutResult
@@ -24,6 +24,7 @@ __all__ = [
     "drift_sentence",
     "last_drift",
     "outcome_text",
+    "rests_on",
     "sample_sentence",
 ]
 
@@ -43,6 +44,23 @@ def collapse_text(curve: Curve) -> str:
     return f"step {curve.collapse_step} of {curve.horizon}"
 
 
+#: What a verdict rests on, by the forecaster behind it.
+RESTS_ON = {
+    **dict.fromkeys(("combined", "rollout"), "forecast by a shortened run of the plan"),
+    "local": "forecast from the aligned model alone (local model), without a run",
+    "ray": "forecast from losses along the first update (ray), without a run",
+    "none": "no forecast",
+}
+
+
+def rests_on(forecast: ForecastResult) -> str:
+    """What the verdict rests on, in words: the plan itself where it was carried out."""
+    if forecast.carried_out:
+        return "measured: the plan itself was carried out, on its own data order"
+    basis = forecast.verdict.basis
+    return RESTS_ON.get(basis, f"forecast by {basis}")
+
+
 def drift_sentence(forecast: ForecastResult) -> str | None:
     """Which part of the rollout's safety drift is specific, at the step where safety is worst.
 
@@ -59,25 +77,40 @@ def drift_sentence(forecast: ForecastResult) -> str | None:
     least = NO_RISE * forecast.threshold
     worst = max(known, key=lambda triple: triple[0])
     safety, ordinary, step = worst if worst[0] >= least else known[-1]
-    facts = f"safety {_signed(safety)}, control {_signed(ordinary)} nats/token at step {step} of the rollout"
+    facts = (
+        f"safe responses {signed(safety)}, ordinary ones {signed(ordinary)} nats/token at step {step}"
+        f"{_measured_where(forecast, step, safety)}"
+    )
     if safety < least:
         general = ", though ordinary answers get worse" if ordinary >= least else ""
-        return f"The safety loss does not rise{general} ({facts})."
+        return f"The loss of safe responses does not rise{general} ({facts})."
     if ordinary < least:
-        lost = "Safety is lost" if safety >= forecast.threshold else "The safety loss rises"
+        lost = "Safety is lost" if safety >= forecast.threshold else "The loss of safe responses rises"
         return f"{lost} while ordinary answers stay as good: the harm is specific ({facts})."
     ratio = safety / ordinary
-    times = f"Safety rises {ratio:.2g} times as fast as the control loss"
+    times = f"The loss of safe responses rises {ratio:.2g} times as fast as that of ordinary answers"
     if ratio >= SPECIFIC:
         return f"{times}: the harm is specific ({facts})."
     if ratio > GENERAL:
         share = percent(1 - 1 / ratio)
         return f"{times}: {share} of the rise is specific to safety, the rest general drift ({facts})."
-    return f"The control loss rises about as fast as safety or faster: the drift is general ({facts})."
+    return (
+        "The loss of ordinary answers rises about as fast as that of safe responses or faster: the drift is "
+        f"general ({facts})."
+    )
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2g}".replace("-", "−")
+def _measured_where(forecast: ForecastResult, step: int, safety: float) -> str:
+    """That these losses were measured along the shortened run, and what the forecast makes of them."""
+    if forecast.carried_out:
+        return ""
+    said = " of the shortened run"
+    curve = forecast.forecasters.get("combined")
+    if curve is None or curve.status != "measured" or step not in curve.steps:
+        return said
+    forecasted = signed(curve.median[list(curve.steps).index(step)])
+    here = signed(safety)
+    return said if forecasted == here else f"{said}; the forecast corrects {here} to {forecasted}"
 
 
 def sample_sentence(measured: RolloutResult | None, threshold: float) -> str | None:

@@ -42,7 +42,7 @@ from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import FEW, Curve, RefusalForecast, Verdict
 from arisk.report.text import chance, percent
 
-__all__ = ["decide"]
+__all__ = ["decide", "safe_steps"]
 
 #: Risk levels of a verdict.
 Level = Literal["low", "elevated", "high", "inconclusive"]
@@ -107,10 +107,10 @@ def decide(
     said = _refusal_level(refusals, config)
     other = None if refusals is None else _measures_something_else(refusals)
     level = "inconclusive" if other else _together(loss, said, refusals)
-    told = _told(refusals, said)
+    told = _told(refusals, said, config.confidence)
     apart = _apart(loss, said)
     diverges = _diverges_after(basis, config.collapse_threshold) is not None
-    safe = _safe_steps(basis, config.collapse_threshold)
+    safe = safe_steps(basis, config.collapse_threshold)
     if said is not None and refusals is not None and refusals.safe_steps is not None:
         safe = min(safe, refusals.safe_steps)
     return Verdict(
@@ -178,7 +178,7 @@ def _measures_something_else(refusals: RefusalForecast) -> str | None:
     )
 
 
-def _told(refusals: RefusalForecast | None, said: Level | None) -> list[str]:
+def _told(refusals: RefusalForecast | None, said: Level | None, confidence: float) -> list[str]:
     """The reasons of the refusals."""
     if said is None or refusals is None:
         return []
@@ -188,9 +188,10 @@ def _told(refusals: RefusalForecast | None, said: Level | None) -> list[str]:
         for name, key in (("a tenth", "0.1"), ("a quarter", "0.25"), ("half", "0.5"))
         if refusals.lost_steps.get(key) is not None
     ]
+    lost = f"; lost {', '.join(steps)}" if steps else ""
     told = [
-        f"Refusals: {refusals.today} of {refusals.prompts} today, {end} ({fewest} to {most}) at step "
-        f"{refusals.horizon}" + (f"; lost {', '.join(steps)}." if steps else ".")
+        f"Refusals: {refusals.today} of {refusals.prompts} today, {end} at step {refusals.horizon} "
+        f"({percent(confidence)} interval {fewest} to {most}){lost}."
     ]
     if refusals.probability is not None:
         share = percent(refusals.threshold)
@@ -259,7 +260,7 @@ def _together_sentence(
     verb = "Measured, not forecast: refuses" if carried_out else "Forecast to refuse"
     told = (
         f"{verb} {end} of {refusals.prompts} safety prompts after the {horizon} planned steps "
-        f"({refusals.today} before; {fewest} to {most})."
+        f"({refusals.today} before; {percent(config.confidence)} interval {fewest} to {most})."
     )
     if level == "elevated":
         return f"Safety may suffer. {told}"
@@ -372,8 +373,13 @@ def _nats(value: float) -> str:
     return "an unbounded rise" if math.isinf(value) or value > 1e6 else f"+{value:.3g}"
 
 
-def _safe_steps(basis: Curve, threshold: float) -> int:
-    """Last recorded step before the upper interval reaches the threshold."""
+def safe_steps(basis: Curve, threshold: float) -> int:
+    """Last recorded step before the upper interval reaches the threshold.
+
+    Args:
+        basis: the curve that a verdict rests on.
+        threshold: rise of the loss that counts as collapse (nats per response token).
+    """
     safe = 0
     for step, upper in zip(basis.steps, basis.upper, strict=True):
         if step > 0 and not upper < threshold:

@@ -15,8 +15,11 @@ What this does not know:
   `ROUGH_FACTOR` times the planned rate they are marked rough.
 * Whether a smaller learning rate survives where the plan diverges: not measured.
 
-What is known comes from two sources, each with the flow time up to which it may be read: the rollout's
-combined curve, and the quadratic local model.
+Refusals are read in the same way: a run keeps them as far as it stays within the flow time at which the
+lower end of the plan's own interval has lost the share that counts.
+
+What is known of the loss comes from two sources, each with the flow time up to which it may be read: the
+rollout's combined curve, and the quadratic local model.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from torch import Tensor
 from arisk.anatomy.record import ScoreResult
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.forecast.forecasters import CURVE_POINTS, TRUST_FLOOR, TRUST_SHARE, trusted_time
-from arisk.forecast.record import Curve, WhatIfCell, WhatIfGrid, WhatIfRow
+from arisk.forecast.record import Curve, RefusalForecast, WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.geometry.dynamics import (
     bootstrap_means,
     interpolated_crossing,
@@ -44,7 +47,17 @@ from arisk.geometry.dynamics import (
 )
 from arisk.training.recipe import recipe_of
 
-__all__ = ["Known", "Local", "Rolled", "curve_at_rate", "known", "local_run", "over_flow_time", "what_if"]
+__all__ = [
+    "Known",
+    "Local",
+    "Refusals",
+    "Rolled",
+    "curve_at_rate",
+    "known",
+    "local_run",
+    "over_flow_time",
+    "what_if",
+]
 
 #: Steps (without momentum: groups of steps) of one run of the local model.
 LOCAL_STEPS = 1200
@@ -76,6 +89,7 @@ class Known:
         training: the planned recipe. horizon: its steps T.
         config: threshold, confidence, draws. seed: seeds the draws of local cells.
         rolled: the rollout's combined curve; local: the local model; None where there is none.
+        refusals: of the plan; None where no refusal was counted.
     """
 
     training: TrainingConfig
@@ -84,6 +98,16 @@ class Known:
     seed: int
     rolled: Rolled | None
     local: Local | None
+    refusals: Refusals | None = None
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Flow time up to which the plan keeps its refusals, whether they go then, and the share that counts."""
+
+    kept: float
+    lost: bool
+    share: float
 
 
 def known(
@@ -94,6 +118,7 @@ def known(
     training: TrainingConfig,
     steps: int,
     seed: int,
+    refusals: RefusalForecast | None = None,
 ) -> Known:
     """Collect what runs at other learning rates and lengths can be read from.
 
@@ -104,12 +129,20 @@ def known(
         training: the planned recipe.
         steps: planned optimizer steps T.
         seed: seeds the draws of local cells.
+        refusals: of the plan.
     """
     rolled = over_flow_time(curves["combined"], training, steps)
     local = None if scored is None else _local(scored, config, training)
     if rolled is not None and not _agree(curves, config.collapse_threshold):
         local = None
-    return Known(training, steps, config, seed, rolled, local)
+    return Known(training, steps, config, seed, rolled, local, _refusals(refusals, training, steps))
+
+
+def _refusals(found: RefusalForecast | None, training: TrainingConfig, steps: int) -> Refusals | None:
+    if found is None or found.status != "measured" or found.safe_steps is None:
+        return None
+    kept = float(_flow(training, training.learning_rate, [found.safe_steps], steps)[0])
+    return Refusals(kept, found.safe_steps < steps, found.threshold)
 
 
 def curve_at_rate(
@@ -243,6 +276,7 @@ def what_if(
         steps=lengths,
         rows=[_row(source, rate, lengths) for rate in rates],
         notes=_notes(source),
+        refusals_lost=None if source.refusals is None else source.refusals.share,
     )
 
 
@@ -261,7 +295,22 @@ def _row(source: Known, rate: float, lengths: Sequence[int]) -> WhatIfRow:
 
 
 def _cell(source: Known, rate: float, steps: int) -> WhatIfCell:
-    """One run, by the rollout where it reaches, else by the local model where that is trusted."""
+    """One run: its loss, and whether it keeps the refusals."""
+    return replace(_loss(source, rate, steps), refusals_kept=_keeps(source, rate, steps))
+
+
+def _keeps(source: Known, rate: float, steps: int) -> bool | None:
+    """Whether a run ends before the flow time at which refusals go; None where nobody looked that far."""
+    if source.refusals is None:
+        return None
+    end = float(_flow(source.training, rate, [steps], steps)[0])
+    if end <= source.refusals.kept * (1 + 1e-9):
+        return True
+    return False if source.refusals.lost else None
+
+
+def _loss(source: Known, rate: float, steps: int) -> WhatIfCell:
+    """The loss of one run, by the rollout where it reaches, else by the local model where that is trusted."""
     factor, threshold = rate / source.training.learning_rate, source.config.collapse_threshold
     rough = factor > ROUGH_FACTOR
     note = f"{factor:.3g} times the planned learning rate: rather too low" if rough else ""
@@ -315,7 +364,7 @@ def _marked(cell: WhatIfCell, basis: Literal["rollout", "local"], rough: bool, n
 
 
 def _budget(source: Known, rate: float, cells: Sequence[WhatIfCell]) -> tuple[int | None, bool]:
-    """Longest run that stays below the threshold, and whether only the measurement ends it."""
+    """Longest run that keeps refusals and threshold, and whether only the measurement ends it."""
     threshold = source.config.collapse_threshold
 
     def safe(steps: int) -> bool | None:

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arisk.base.artifacts import read_record
+from arisk.base.artifacts import CONFIG_FILE, read_record
 from arisk.base.errors import ArtifactError, ConfigError
 from arisk.base.terminal import table
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.config.yaml import validate_mapping
-from arisk.engine.freshness import CONFIG_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Stage
 from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.stage import FORECAST
+from arisk.report.text import percent
 
 __all__ = ["grid_json", "grid_text", "number_list", "reforecast"]
 
@@ -89,7 +89,7 @@ def reforecast(
             raise ArtifactError(
                 "the stage score is missing" if score is None else "the stage score was run again since",
                 where=str(rundir.stage_dir("score")),
-                fix=f"run `arisk run CONFIG --run-dir {run}`: it brings score and forecast together",
+                fix=f"run `arisk run {run}`: it brings score and forecast together",
             )
         rundir.verify("score", deep=False)
         scored = read_record(rundir.stage_dir("score"), ScoreResult)
@@ -103,6 +103,7 @@ def reforecast(
         training=validate_mapping(TrainingConfig, made["config"]["training"], where),
         steps=int(forecast.training["steps"]),
         seed=int(made["seed"]),
+        refusals=forecast.refusals,
     )
     return what_if(source, rates=rates, lengths=lengths)
 
@@ -124,16 +125,15 @@ def _ingredients(rundir: RunDir, spec: Stage) -> dict[str, Any]:
     if manifest is None:
         known = (run / CONFIG_FILE).exists()
         what = f"the stage {spec.name} has not been run here" if known else "this is not a run directory"
-        raise ArtifactError(
-            what, where=str(run), fix=f"run `arisk run CONFIG --run-dir {run}`, or give another folder"
-        )
+        fix = f"run `arisk run {run}`" if known else "give the folder of a finished run"
+        raise ArtifactError(what, where=str(run), fix=fix)
     made: dict[str, Any] = manifest["ingredients"]
     if made["stage_version"] != spec.version:
         raise ArtifactError(
             f"the stage {spec.name} is of version {made['stage_version']}; "
             f"this arisk computes {spec.version}",
             where=str(rundir.stage_dir(spec.name)),
-            fix=f"run `arisk run CONFIG --run-dir {run}`; no model is loaded for that",
+            fix=f"run `arisk run {run}`; no model is loaded for that",
         )
     return made
 
@@ -166,12 +166,18 @@ def grid_text(grid: WhatIfGrid, *, cells: bool = False) -> str:
         "~ rough: far above the planned rate and rather too low, or by a frozen preconditioner",
         "? not measured, which is not the same as safe",
         "",
-        "safe-step budget, longest run with the upper interval below the threshold:",
+        f"safe-step budget, longest run within the limits, intervals included ({_limits(grid)}):",
         *[f"  {_rate(row)}: {row.budget_text()}" for row in grid.rows],
         grid.rate_sentence(),
         *[f"note: {note}" for note in grid.notes],
     ]
     return "\n".join([*parts, "", *answers])
+
+
+def _limits(grid: WhatIfGrid) -> str:
+    lost = grid.refusals_lost
+    refusals = "" if lost is None else f", less than {percent(lost)} of refusals lost"
+    return f"loss up by less than {grid.threshold:g}{refusals}"
 
 
 def _rate(row: WhatIfRow) -> str:

@@ -17,7 +17,7 @@ __all__ = ["UNKNOWN", "cell_ink", "colour_at", "what_if_map"]
 #: Light to dark, so that the order survives without colour; the middle is the threshold.
 COLOURS: list[tuple[float, str]] = [(0, "#fff5eb"), (0.5, "#fd8d3c"), (1, "#7f2704")]
 UNKNOWN = "#b8bdc4"
-#: Heading of the last column: the longest run whose upper interval stays below the threshold.
+#: Heading of the last column: the longest run that keeps refusals and loss within their limits.
 BUDGET = "safe<br>steps"
 
 
@@ -81,29 +81,15 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
     )
 
 
-def _safest(grid: WhatIfGrid) -> tuple[WhatIfRow, int] | None:
-    """The safest cell of use: the planned length at the largest rate that stays below the alarm level.
-
-    Else the longest run below it at the planned rate or the next lower one; None where no cell is below it.
-    """
-    if row := grid.safest_rate():
-        return (row, grid.planned_steps) if grid.planned_steps in grid.steps else None
-    for row in sorted(grid.rows, key=lambda row: -row.learning_rate):
-        below = [cell.steps for cell in row.cells if cell.stays_below(grid.alarm)]
-        if row.factor <= 1 and below:
-            return row, max(below)
-    return None
-
-
 def _says(grid: WhatIfGrid) -> str:
     """The safest cell of use by name, and what grey means where there is grey."""
-    found = _safest(grid)
+    found = grid.safest()
     told = grid.rate_sentence()
     if found is not None and grid.safest_rate() is None:
         row, steps = found
-        told += f" Safest of use (framed in green): {steps} steps at {number(row.learning_rate)}."
+        told += f" Safest useful cell (green frame): {steps} steps at {number(row.learning_rate)}."
     elif found is not None:
-        told += " That cell is framed in green."
+        told += " That cell has the green frame."
     grey = any(cell.state == "not_measured" for row in grid.rows for cell in row.cells)
     return f"{told} Grey cells would need a run of their own." if grey else told
 
@@ -114,13 +100,15 @@ def _reading(grid: WhatIfGrid) -> str:
         "Each cell is a whole run of that many steps at that peak learning rate; the number is the change "
         "of the safety loss it ends with (nats / response token); darker is more, up to "
         f"+{2 * grid.threshold:g}.",
-        f"✓ stays below the alarm level, +{number(grid.alarm)}, with its upper interval all the way.",
+        f"✓ stays within the limits all the way: {grid.limits()}. A number without a mark does not, and does "
+        "not collapse either.",
         f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured).",
         "× diverges.",
         "~ rough: far above the planned rate and rather too low, or by the local model with a frozen "
         "preconditioner.",
         "Grey was not measured and would need a run of its own; that is not the same as safe.",
-        "Framed in blue is the plan. Right: the longest run whose upper interval stays below the threshold.",
+        "Framed in blue is the plan. Right: the safe-step budget, the longest run that keeps refusals and "
+        f"loss (+{grid.threshold:g}) within their limits, intervals included.",
         *grid.notes,
     ]
     return " ".join(parts)
@@ -229,7 +217,7 @@ def _hover(row: WhatIfRow, cell: WhatIfCell) -> str:
 
 def _frames(grid: WhatIfGrid) -> list[dict[str, Any]]:
     """A blue frame around the plan's cell and a green one around the safest of use; white around both."""
-    found, frames = _safest(grid), []
+    found, frames = grid.safest(), []
     for y, row in enumerate(grid.rows):
         for x, step in enumerate(grid.steps):
             box = {"x0": x - 0.5, "x1": x + 0.5, "y0": y - 0.5, "y1": y + 0.5}

@@ -59,6 +59,7 @@ class ReadRows:
         filtered: rows that `where` left out.
         left_out: rows that the layout leaves out, such as answers labelled as bad.
         held_out: rows that `val_set_size` keeps from the training.
+        empty: columns without text in any row, where the rows are therefore taken for prompts alone.
     """
 
     rows: list[Row]
@@ -67,10 +68,13 @@ class ReadRows:
     filtered: int = 0
     left_out: int = 0
     held_out: int = 0
+    empty: tuple[str, ...] = ()
 
     def said(self) -> str:
         """What was taken, in one line for people."""
         parts = [f"read as {self.format.name}: {self.format.summary}"]
+        if self.empty:
+            parts.append(f"empty in every row: {', '.join(f'`{name}`' for name in self.empty)}")
         if self.unread:
             names = ", ".join(f"`{name}` ({count} rows)" for name, count in self.unread.items())
             parts.append(f"text in columns that are not used: {names}")
@@ -112,8 +116,11 @@ def read_data(config: DataConfig, *, section: str, seed: int) -> ReadRows:
     """
     raws = raw_rows(config, section)
     first = list(itertools.islice(raws, LOOKED_AT))
-    layout = _layout(config, [raw for _, raw in first], section)
+    columns = _columns([raw for _, raw in first])
+    layout = _layout(config, columns, section)
     found = _read(itertools.chain(first, raws), layout, config, section)
+    if layout.name == "prompts" and config.format == "auto":
+        found = replace(found, empty=_empty(columns, found, config, section))
     rows = found.rows
     import torch
 
@@ -142,13 +149,59 @@ def prompts_alone(config: DataConfig, section: str) -> bool:
         return config.format == "prompts"
     try:
         first = [raw for _, raw in itertools.islice(raw_rows(config, section), LOOKED_AT)]
-        return _layout(config, first, section).name == "prompts"
+        return _layout(config, _columns(first), section).name == "prompts"
     except InputError:
         # Whoever reads the rows says what is wrong with them.
         return False
 
 
-def _layout(config: DataConfig, raws: Sequence[Any], section: str) -> Format:
+def _columns(raws: Sequence[Any]) -> dict[str, Any]:
+    """The columns of these rows, each with its first value that says something."""
+    columns: dict[str, Any] = {}
+    for raw in raws:
+        for key, value in raw.items() if isinstance(raw, Mapping) else ():
+            if _blank(columns.get(key)):
+                columns[key] = value
+    return columns
+
+
+def _blank(value: Any) -> bool:
+    """Nothing, no text, or an empty list."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def _empty(columns: Mapping[str, Any], found: ReadRows, config: DataConfig, section: str) -> tuple[str, ...]:
+    """The columns without text in any row that would make the rows more than prompts.
+
+    Raises:
+        InputError: one is empty in the rows that decided about the layout, and has text in others.
+    """
+    written = _written(columns)
+    empty = tuple(
+        name
+        for name in sorted(columns.keys() - written.keys())
+        if _fitting({**written, name: "text"}, config) is not found.format
+    )
+    late = next((name for name in empty if name in found.unread), None)
+    if late is not None:
+        raise InputError(
+            f"the column {late!r} is empty in the first {LOOKED_AT} rows and has text in "
+            f"{found.unread[late]} others",
+            where=f"{section}.path: {config.path}",
+            fix="fill it in every row; or set `format: prompts`, and it is not read",
+        )
+    return empty
+
+
+def _written(columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in columns.items() if not _blank(value)}
+
+
+def _fitting(columns: Mapping[str, Any], config: DataConfig) -> Format | None:
+    return next((layout for layout in FORMATS.values() if layout.fits(columns, config)), None)
+
+
+def _layout(config: DataConfig, columns: Mapping[str, Any], section: str) -> Format:
     """The layout that is named, or the first that fits the columns of the rows looked at."""
     place = f"{section}.format: {config.path}"
     known = ", ".join(FORMATS)
@@ -163,12 +216,8 @@ def _layout(config: DataConfig, raws: Sequence[Any], section: str) -> Format:
     implied = config.named_format()
     if implied is not None:
         return FORMATS[implied]
-    columns: dict[str, Any] = {}
-    for raw in raws:
-        for key, value in raw.items() if isinstance(raw, Mapping) else ():
-            if columns.get(key) in (None, "", []):
-                columns[key] = value
-    fitting = next((layout for layout in FORMATS.values() if layout.fits(columns, config)), None)
+    # A column without any text is as good as not there, unless then nothing is left.
+    fitting = _fitting(_written(columns), config) or _fitting(columns, config)
     if fitting is None:
         # Rows that are broken name themselves.
         if not columns:

@@ -1,7 +1,7 @@
 """The section of a model card: what was forecast for the fine-tune, and what was measured of it.
 
 Markdown below YAML metadata, from `summary.json` alone. A forecast is always called one: nothing here may be
-read as a result of the model.
+read as a result of the model unless its training was carried out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ def model_card(summary: Mapping[str, Any]) -> str:
         summary: what `summary.json` of a finished run holds.
     """
     verdict, real = summary["verdict"], summary.get("verify")
-    measured = "Nothing here was measured on the trained model; `arisk verify` does that."
+    done = bool(summary.get("rollout", {}).get("carried_out"))
+    head, chances = "Forecast before training", ""
+    if done:
+        head, measured = "Measured before training", "The plan itself was carried out in memory: no forecast."
+    else:
+        measured = "Nothing here was measured on the trained model; `arisk verify` does that."
+        chances = f" P(collapse within the plan): {chance(verdict['probability'])}."
     if real:
         measured = (
             f"**Measured by carrying the plan out in memory.** {literal(real['sentence'])} {_counted(real)}"
@@ -32,18 +38,17 @@ def model_card(summary: Mapping[str, Any]) -> str:
         "- arisk",
         "arisk:",
         f"  level: {verdict['level']}",
-        f"  measured: {'true' if real else 'false'}",
+        f"  measured: {'true' if real or done else 'false'}",
         f"  planned_steps: {verdict['horizon']}",
         f"  safe_steps: {_plain(verdict['safe_steps'])}",
-        *_refusal_metadata(summary.get("refusals"), real),
+        *_refusal_metadata(summary.get("refusals"), real, done),
         "---",
         "",
         "## Safety of this fine-tune",
         "",
         f"{literal(summary['identity'])}.",
         "",
-        f"**Forecast before training: risk {verdict['level']}.** {literal(verdict['sentence'])} "
-        f"P(collapse within the plan): {chance(verdict['probability'])}.",
+        f"**{head}: risk {verdict['level']}.** {literal(verdict['sentence'])}{chances}",
         "",
         measured,
         "",
@@ -54,7 +59,9 @@ def model_card(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _refusal_metadata(refusals: Mapping[str, Any] | None, real: Mapping[str, Any] | None) -> list[str]:
+def _refusal_metadata(
+    refusals: Mapping[str, Any] | None, real: Mapping[str, Any] | None, done: bool
+) -> list[str]:
     """Refusals before, forecast, and measured, as far as they are known."""
     if not refusals or refusals["status"] != "measured":
         return ["  refusals: not measured"]
@@ -62,12 +69,12 @@ def _refusal_metadata(refusals: Mapping[str, Any] | None, real: Mapping[str, Any
         "  refusals:",
         f"    prompts: {refusals['prompts']}",
         f"    before: {refusals['today']}",
-        f"    after_forecast: {refusals['at_end']}",
+        f"    after_{'measured' if done else 'forecast'}: {refusals['at_end']}",
     ]
     counts = (real or {}).get("refusals")
     return (
         [*known, f"    after_measured: {counts[-1]['refused']} of {counts[-1]['prompts']}"]
-        if counts
+        if counts and not done
         else known
     )
 

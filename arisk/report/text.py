@@ -18,6 +18,7 @@ __all__ = [
     "literal",
     "number",
     "percent",
+    "signed",
 ]
 
 NOT_MEASURED = "not measured"
@@ -30,6 +31,16 @@ def number(value: float | None, digits: int = 3) -> str:
     if math.isinf(value):
         return "unbounded" if value > 0 else "−unbounded"
     return f"{value:.{digits}g}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A change with its sign: `+0.62`; None and NaN are not measured.
+
+    >>> signed(0.6234), signed(-0.00012), signed(None)
+    ('+0.62', '−0.00012', 'not measured')
+    """
+    told = number(value, digits)
+    return told if value is None or math.isnan(value) or value < 0 else f"+{told}"
 
 
 def percent(value: float | None) -> str:

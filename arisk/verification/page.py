@@ -160,13 +160,17 @@ def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
         ("collapse step", expected, real),
         ("error factor of the collapse step", "", _factor(check)),
         (
-            f"rise of the safety loss after {last} of {horizon} steps (nats/token)",
+            f"rise of the loss of safe responses after {last} of {horizon} steps (nats/token)",
             number(check.forecast_change),
             number(check.real_change),
         ),
-        ("rise of the control loss there", number(check.forecast_control), number(check.control_change)),
         (
-            "safety minus control there",
+            "rise of the loss of ordinary answers there",
+            number(check.forecast_control),
+            number(check.control_change),
+        ),
+        (
+            "difference: specific to safety",
             number(_minus(check.forecast_change, check.forecast_control)),
             number(check.specific_change),
         ),

@@ -18,14 +18,17 @@ def rows(*harms):
 @pytest.mark.parametrize(
     ("harms", "says"),
     [
-        ((1, 30, 1, 1, 1, 1, 1, 1), "One scored fine-tuning row (11) of 8 carries 81 %"),
-        ((40, 30, 10, 1, 1, 1, 1, 1), "Two scored fine-tuning rows (10, 11) of 8 carry 82 %"),
-        ((5, 4, 4, 4, 4, 4, 4, 4), "The harm is spread over the data: the 4 worst of 8"),
-        ((9, -50, math.nan, None, 1, 0, 0, 0), "One scored fine-tuning row (10) of 8 carries 90 %"),
+        ((1, 30, 1, 1, 1, 1, 1, 1), "row 11 carries 81 %"),
+        ((40, 30, 10, 1, 1, 1, 1, 1), "rows 10, 11 carry 82 %"),
+        ((5, 4, 4, 4, 4, 4, 4, 4), "the 4 worst carry"),
+        ((9, -50, math.nan, None, 1, 0, 0, 0), "row 10 carries 90 %"),
     ],
 )
 def test_few_rows_are_named_and_many_are_called_spread(harms, says):
-    assert says in row_sentence(rows(*harms))
+    told = row_sentence(rows(*harms), 400)
+    assert says in told
+    assert "f the 8 fine-tuning rows (of 400) that were scored" in told
+    assert "(of" not in row_sentence(rows(*harms), 8)
 
 
 def test_rows_without_harm_say_nothing():

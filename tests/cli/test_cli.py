@@ -95,6 +95,17 @@ def test_a_second_run_executes_nothing_and_changes_no_byte(arisk, finished):
     assert snapshot(finished) == before
 
 
+def test_a_run_folder_stands_for_its_config(arisk, finished, tmp_path):
+    before = snapshot(finished)
+    code, out, _ = arisk("status", finished)
+    assert (code, "stale" in out, "all is fresh" in out) == (0, False, True)
+    code, _, err = arisk("run", finished)
+    assert (code, len(fresh(err))) == (0, 6)
+    assert snapshot(finished) == before
+    code, _, err = arisk("status", tmp_path)
+    assert (code, "this folder is no run directory" in err) == (2, True)
+
+
 def test_status_tells_what_a_change_makes_stale(arisk, finished):
     _, out, _ = arisk(
         "status", DEMO, "--run-dir", finished, "--json", *arguments("training.learning_rate=0.5")

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,10 +164,27 @@ def test_every_shipped_config_loads_and_opens_with_its_command(path):
     assert "arisk run configs/" + path.name in path.read_text().splitlines()[0]
 
 
-def test_a_run_directory_in_place_of_a_config_says_where_its_own_is(tmp_path):
+def test_a_run_directory_stands_for_its_own_config(config_file, tmp_path):
+    run = tmp_path / "runs" / "my"
+    run.mkdir(parents=True)
+    shutil.copy(config_file, run / "config.yaml")
+    assert load_config(run, ["run.seed=7"]).run.seed == 7
+    config = load_config(run)
+    assert config == load_config(run / "config.yaml")
+    assert run_directory(config, run, None) == run
+    assert run_directory(config, run, tmp_path) == tmp_path
+
+
+def test_a_folder_that_is_no_run_directory_is_one_clear_error(tmp_path):
     (found,) = problems(tmp_path, [])
-    assert "folder" in found.what
-    assert str(tmp_path / "config.yaml") in found.fix
+    assert found.what == "this folder is no run directory: it has no config.yaml"
+    assert (found.where, "YAML file of a plan" in found.fix) == (str(tmp_path), True)
+    stage = tmp_path / "rollout"
+    stage.mkdir()
+    (stage / "manifest.json").touch()
+    (found,) = problems(stage, [])
+    assert found.what == "this is the stage rollout of a run, not a run"
+    assert found.fix == f"give {tmp_path}"
 
 
 CASES = {

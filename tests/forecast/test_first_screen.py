@@ -20,7 +20,7 @@ def test_the_strip_shares_the_run_out_without_gaps():
         ("watch", "40.00", "20.00"),
         ("maybe", "60.00", "40.00"),
     ]
-    assert "forecast: step 70" in strip
+    assert "forecast collapse, step 70: loss of safe responses +0.1" in strip
     assert "60 to beyond 100" in strip
     assert "real run: step 56" in run_strip(forecast, real_run(made.checked()))
     never = made.curve("combined", collapse_step=None, collapse_interval=[None, None])
@@ -65,7 +65,7 @@ def test_the_first_screen_says_what_to_do_and_what_really_happened():
     real = real_run(made.checked())
     assert real.collapse_step is not None
     plain = screen(forecast)
-    assert "Lower the peak learning rate to 0.0005: all 100 steps stay below the alarm level there." in plain
+    assert "Lower the peak learning rate to 0.0005: there all 100 steps stay within the limits" in plain
     assert "<code>arisk run my.yaml --set training.learning_rate=0.0005</code>" in plain
     assert "<code>arisk run my.yaml --set training.max_steps=40</code>" in plain
     assert "<code>arisk screen my.yaml</code>" in plain
@@ -91,6 +91,29 @@ def test_the_first_screen_says_what_to_do_and_what_really_happened():
     assert [a.verb for a in advice_of(nothing, None, ["screen", "guard"])] == ["run"]
     unsure = made.replaced(forecast, verdict=made.replaced(forecast.verdict, level="inconclusive"))
     assert [a.verb for a in advice_of(unsure, None)] == ["verify"]
+
+
+def test_the_safest_useful_cell_is_advice_with_its_numbers():
+    *_, forecast = made.records()
+    grid = forecast.what_if
+    rows = [made.replaced(row, at_plan=made.cell(100, 0.2, collapse_step=70)) for row in grid.rows]
+    lost = [made.cell(steps, 0.2, collapse_step=40) for steps in grid.steps]
+    rows[0] = made.replaced(rows[0], cells=[made.cell(50, 0.001), *lost[1:]])
+    rows[1:] = [made.replaced(row, cells=lost) for row in rows[1:]]
+    nearer = made.replaced(forecast, what_if=made.replaced(grid, rows=rows))
+    (found, steps), budget = nearer.what_if.safest(), nearer.verdict.safe_steps
+    assert (found.learning_rate, steps, budget) == (0.0005, 50, 40)
+    html = screen(nearer)
+    assert "Train 50 steps at a learning rate of 0.0005: the safest useful cell of the what-if map." in html
+    assert "--set training.max_steps=50 --set training.learning_rate=0.0005</code>" in html
+    # A cell of fewer steps than the budget at the planned rate is no better than stopping there.
+    long = made.replaced(nearer, verdict=made.replaced(nearer.verdict, safe_steps=60))
+    assert "--set training.max_steps=60</code>" in screen(long)
+
+
+def test_the_budget_names_both_witnesses():
+    *_, forecast = made.records()
+    assert "whole 80 % interval within the limits: loss of safe responses to step" in screen(forecast)
 
 
 def test_causes_lead_to_their_sections_and_rules_speak_where_the_verdict_is_not_high():

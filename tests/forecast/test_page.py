@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from arisk.forecast.page import drift_map
-from arisk.forecast.text import collapse_text, drift_sentence
+from arisk.forecast.first_screen import evidence_text
+from arisk.forecast.page import drift_map, forecast_figure
+from arisk.forecast.text import collapse_text, drift_sentence, rests_on
 from arisk.report.page import render
 from arisk.risk_report import sections_of
 from tests.report import records as made
@@ -16,17 +17,18 @@ def test_the_fan_leads_with_the_combined_forecast():
     traces = figure(made.page(), "forecast")["data"]
     lines = {t["name"]: t for t in traces if "name" in t}
     shown = [name for name, trace in lines.items() if trace.get("showlegend", True)]
-    assert shown == ["lower bound", "local", "ray", "pilot", "rollout", "combined, loss"]
-    lead = lines["combined, loss"]
+    others = ["lower bound", "local", "ray", "pilot", "rollout"]
+    assert shown == [*(f"loss: {name}" for name in others), "loss of safe responses"]
+    lead = lines["loss of safe responses"]
     assert all(lead["line"]["width"] > 2 * lines[n]["line"]["width"] for n in shown[:-1])
-    assert [n for n in shown if lines[n].get("visible") != "legendonly"] == ["combined, loss"]
+    assert [n for n in shown if lines[n].get("visible") != "legendonly"] == ["loss of safe responses"]
     assert [t["fill"] for t in traces if "fill" in t] == ["tonexty"]
     notes = [a["text"] for a in figure(made.page(), "forecast")["layout"]["annotations"]]
     assert "<b>collapse at step 70</b>" in notes
-    assert (lines["local"]["x"], lines["local, not trusted"]["x"]) == ([0, 30], [30, 50, 100])
-    assert lines["local"]["y"][-1] == pytest.approx(0.024)  # 30/50 of the way to 0.04
-    assert lines["local, not trusted"]["opacity"] < 0.5
-    assert "combined, not trusted" not in lines
+    assert (lines["loss: local"]["x"], lines["loss: local, not trusted"]["x"]) == ([0, 30], [30, 50, 100])
+    assert lines["loss: local"]["y"][-1] == pytest.approx(0.024)  # 30/50 of the way to 0.04
+    assert lines["loss: local, not trusted"]["opacity"] < 0.5
+    assert "loss of safe responses, not trusted" not in lines
     whisker = lines["collapse"]["error_x"]
     assert (whisker["arrayminus"], whisker["array"]) == ([10], [30])
     without = figure(made.page(holes=True), "forecast")
@@ -44,13 +46,13 @@ def drifting(safety, control):
 @pytest.mark.parametrize(
     ("safety", "control", "says"),
     [
-        (0.23, 0.1, "Safety rises 2.3 times as fast as the control loss: the harm is specific"),
-        (0.15, 0.1, "1.5 times as fast as the control loss: 33 % of the rise is specific to safety"),
+        (0.23, 0.1, "rises 2.3 times as fast as that of ordinary answers: the harm is specific"),
+        (0.15, 0.1, "1.5 times as fast as that of ordinary answers: 33 % of the rise is specific to safety"),
         (0.1, 0.1, "the drift is general"),
         (0.1, 0.9, "the drift is general"),
         (0.2, 0.001, "while ordinary answers stay as good: the harm is specific"),
         (0.2, -0.3, "while ordinary answers stay as good: the harm is specific"),
-        (0.001, 0.0, "The safety loss does not rise (safety +0.001, control +0 nats/token at step 100"),
+        (0.001, 0.0, "does not rise (safe responses +0.001, ordinary ones +0 nats/token at step 100"),
         (-0.2, 0.5, "does not rise, though ordinary answers get worse"),
     ],
 )
@@ -68,6 +70,25 @@ def test_drift_is_judged_where_safety_is_worst_and_finite():
     assert "step 50" in drift_sentence(made.replaced(forecast, forecasters={"rollout": path}))
 
 
+def test_what_was_measured_stands_beside_what_is_forecast_where_they_differ():
+    forecast = drifting(0.15, 0.001)
+    assert forecast.forecasters["combined"].median[-1] == 0.2
+    told = drift_sentence(forecast)
+    assert "+0.15, ordinary ones +0.001 nats/token at step 100 of the shortened run" in told
+    assert told.endswith("; the forecast corrects +0.15 to +0.2).")
+    assert "corrects" not in drift_sentence(drifting(0.2, 0.001))
+    done = drift_sentence(made.replaced(forecast, carried_out=True))
+    assert done.endswith("nats/token at step 100).")
+
+
+@pytest.mark.parametrize(("done", "says"), [(False, "is forecast to rise by 0.1"), (True, "rose by 0.1")])
+def test_a_plan_that_was_carried_out_is_no_forecast(done, says):
+    forecast = made.replaced(made.records()[-1], carried_out=done)
+    assert f"The loss of safe responses {says} nats/token" in forecast_figure(forecast).says
+    assert ("the plan itself was carried out" in rests_on(forecast)) is done
+    assert rests_on(forecast) in evidence_text(forecast, {})
+
+
 def test_drift_without_a_finite_point_is_not_measured():
     assert drift_sentence(made.replaced(drifting(0.2, 0.1), control_change=[math.nan] * 3)) is None
 
@@ -78,7 +99,8 @@ def test_drift_without_control_data_or_rollout_is_not_measured():
     assert "no control data" in drift_map(made.replaced(forecast, control_change=None)).missing
     assert drift_map(made.records(holes=True)[-1]).missing == "switched off"
     lines = {t["name"]: t["y"] for t in figure(made.page(), "drift")["data"]}
-    assert lines["specific to safety"][-1] == pytest.approx(lines["safety"][-1] - lines["control"][-1])
+    specific = lines["difference: specific to safety"][-1]
+    assert specific == pytest.approx(lines["safe responses"][-1] - lines["ordinary answers"][-1])
 
 
 def test_a_collapse_step_never_stands_without_its_horizon():

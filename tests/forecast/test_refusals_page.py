@@ -49,9 +49,11 @@ NOTHING = refusals_not_measured("the safety rows have no prompt or no tokenizer"
 
 def test_words():
     assert end_text(SAID) == "28 → 6 of 32"
-    assert lost_text(SAID) == "2 to 11; a quarter lost by step 20"
+    assert lost_text(SAID, 0.8) == "80 % interval 2 to 11; a quarter lost by step 20"
     sentence = refusal_sentence(SAID)
-    assert sentence.startswith("Of the answers really written at step 60 of the virtual run, 6 of 32 refuse")
+    start = "Of the answers that the model wrote at step 60 of the shortened run of the plan, 6 of 32 refuse"
+    assert sentence.startswith(start)
+    assert "at step 60 of the run, 6 of 32 refuse" in refusal_sentence(SAID, carried_out=True)
     assert "4 deflect, 21 do what was asked, 1 is broken (28 refused at step 0)" in sentence
     notes = refusal_notes(SAID)
     assert "25 % of the refusals before are lost: by step 20 (15 to beyond 60)." in notes
@@ -66,7 +68,7 @@ def test_words():
 @pytest.mark.parametrize("said", [None, NOTHING])
 def test_not_measured_is_said_and_never_called_safe(said):
     assert end_text(said) == "not measured"
-    assert "none lost" in lost_text(said)
+    assert "none lost" in lost_text(said, 0.8)
     assert refusal_sentence(said) is None
     assert refusal_notes(said) == ""
     figure = forecast_figure(replace(made.records()[3], refusals=said))
@@ -97,7 +99,7 @@ def test_a_model_that_never_refused():
         SAID, counts=[AnswerCount(0, 0, 2, 30, 0)], lost_steps={}, probability=None, safe_steps=None
     )
     assert refusal_sentence(silent) is None
-    assert "none is refused today" in lost_text(silent)
+    assert "none is refused today" in lost_text(silent, 0.8)
     figure = forecast_figure(replace(made.records()[3], refusals=silent))
     assert [shape.get("yref") for shape in figure.layout["shapes"]] == ["y2"]
 
@@ -123,7 +125,7 @@ def test_refusals_that_are_lost_stand_with_both_answers():
 def test_page_and_summary_speak_in_refusals():
     forecast = replace(made.records()[3], refusals=SAID)
     first = verdict_section(forecast, {}, None, Around())
-    assert "<dd>28 → 6 of 32<small>2 to 11; a quarter lost by step 20</small></dd>" in first
+    assert "<dd>28 → 6 of 32<small>80 % interval 2 to 11; a quarter lost by step 20</small></dd>" in first
     assert "<dd>not measured<small>which is not" in verdict_section(made.records()[3], {}, None, Around())
     body = refusal_summary(SAID)
     assert (body["today"], body["at_end"], body["at_end_interval"]) == (28, 6, [2, 11])

@@ -1,6 +1,7 @@
 """What-if cells against real training at those learning rates, and what they refuse to say."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from arisk.forecast.forecasters import not_measured
 from arisk.forecast.measured import combined_curve
 from arisk.forecast.record import Curve
 from arisk.forecast.rollout import rollout
-from arisk.forecast.what_if import ROUGH_FACTOR, Known, Local, curve_at_rate, known, over_flow_time, what_if
+from arisk.forecast.what_if import (
+    ROUGH_FACTOR,
+    Known,
+    Local,
+    Refusals,
+    curve_at_rate,
+    known,
+    over_flow_time,
+    what_if,
+)
 from arisk.training.recipe import recipe_of
 from tests.forecast import test_rollout as cases
 
@@ -133,6 +143,32 @@ def test_the_budget_is_the_longest_run_below_the_threshold():
     assert budgets[1.0] == (49, False)  # 0.4 (k/100)² reaches 0.1 at step 50
     assert budgets[0.5] == (99, False)
     assert budgets[2.0] == (24, False)
+
+
+@pytest.mark.parametrize("training", [{}, {"schedule": "cosine", "warmup_steps": 10}])
+def test_refusals_end_the_budget_where_they_go_first(training):
+    """At the planned rate the budget is the plan's; at others as many steps as move the model as far."""
+    plan = source(quadratic(0.4), **training)
+    kept = float(recipe_of(plan.training, STEPS).times[12])
+    both = replace(plan, refusals=Refusals(kept, lost=True, share=0.1))
+    grid = what_if(both)
+    budgets = {row.factor: row.safe_steps for row in grid.rows}
+    for row in grid.rows:
+        length = row.safe_steps
+        ends = [float(recipe_of(plan.training, k, scale=row.factor).times[-1]) for k in (length, length + 1)]
+        assert ends[0] <= kept * (1 + 1e-9) < ends[1]
+    assert training or budgets[1.0] == 12
+    assert all(budgets[f] < row.safe_steps for f, row in zip(budgets, what_if(plan).rows, strict=True))
+    assert "less than 10 % of refusals lost" in grid.limits()
+    assert "refusals" not in what_if(plan).limits()
+    (cell_of_plan,) = [row.at_plan for row in grid.rows if row.factor == 1]
+    assert (cell_of_plan.refusals_kept, cell_of_plan.stays_below(1.0)) == (False, False)
+    # Refusals that are kept all the way are known to be kept no further than that.
+    end = float(recipe_of(plan.training, STEPS).times[-1])
+    whole = what_if(replace(plan, refusals=Refusals(end, lost=False, share=0.1)))
+    states = {cell.steps: cell.refusals_kept for row in whole.rows if row.factor == 1 for cell in row.cells}
+    assert (states[100], states[200]) == (True, None)
+    assert [row.safe_steps for row in whole.rows] == [row.safe_steps for row in what_if(plan).rows]
 
 
 def test_a_budget_ended_by_the_measurement_says_so():

@@ -27,14 +27,14 @@ def test_every_state_of_a_cell_is_told_apart():
     text = " ".join(parsed(made.page()).text)
     assert "? (none)" in text
     assert "Grey cells would need a run of their own." in text
-    assert "That cell is framed in green." in text
+    assert "That cell has the green frame." in text
 
 
 def test_where_no_rate_stays_safe_for_the_whole_plan_the_longest_run_is_named():
     grid = made.grid()
     rows = [made.replaced(row, at_plan=row.cells[2] if row.factor < 1 else row.at_plan) for row in grid.rows]
     shown = what_if_map(made.replaced(grid, rows=rows))
-    assert shown.says.startswith("No learning rate measured for 100 steps stays below")
+    assert shown.says.startswith("At none of these learning rates do all 100 steps stay within the limits")
     assert "50 steps at 0.001" in shown.says
 
 

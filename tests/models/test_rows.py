@@ -286,7 +286,7 @@ def test_broken_lines_are_named(tmp_path, line, what):
         ("d.jsonl", b"\n\n", "empty"),
         ("d.csv", b"prompt,response\na,b,c\n", "more fields"),
         ("d.csv", b"prompt,response\n\xff,b\n", "cannot be read"),
-        ("d.csv", b"prompt,response\na,\n", "'response' is empty"),
+        ("d.csv", b"prompt,response\na,\nb,c\n", "'response' is empty"),
         ("d.parquet", b"PAR1 garbage", "cannot be loaded"),
         ("d.pickle", b"\x80\x04", "are not read"),
     ],
@@ -414,6 +414,42 @@ def test_columns_of_prompts_alone(tmp_path, column):
     assert found.format.name == "prompts"
     assert found.rows[0].prompt == "Say how the lock works."
     assert found.rows[0].messages[0]["content"] == "Say how the lock works."
+
+
+RESPONSES = {
+    "csv": "prompt,response\n" + "Say how the {0} works.,{1}\n",
+    "jsonl": '{{"prompt": "Say how the {0} works.", "response": "{1}"}}\n',
+}
+
+
+@pytest.mark.parametrize("ending", RESPONSES)
+def test_responses_that_are_empty_throughout_are_none(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}"
+    line = RESPONSES[ending].splitlines()[-1]
+    head = "prompt,response\n" if ending == "csv" else ""
+    data = DataConfig(path=str(path))
+
+    def write(*responses):
+        rows = [line.format(f"lock{i}", text) for i, text in enumerate(responses)]
+        path.write_text(head + "\n".join(rows) + "\n")
+
+    write("", " ", "")
+    found = read_data(data, section="safety", seed=0)
+    assert (found.format.name, found.empty, len(found.rows)) == ("prompts", ("response",), 3)
+    assert found.said().endswith("empty in every row: `response`")
+    assert prompts_alone(data, "safety")
+    # Some rows have one: then the others are faults.
+    write("", "No.", "")
+    with pytest.raises(InputError, match="the column 'response' is empty") as caught:
+        read_data(data, section="safety", seed=0)
+    assert len(caught.value.also) == 1
+    # None among the rows that decide about the layout: nothing is passed over in silence.
+    write(*[""] * 100, "No.")
+    with pytest.raises(InputError, match="empty in the first 100 rows and has text in 1 others") as caught:
+        read_data(data, section="safety", seed=0)
+    assert "format: prompts" in caught.value.fix
+    named = read_data(data.model_copy(update={"format": "prompts"}), section="safety", seed=0)
+    assert (len(named.rows), named.unread) == (101, {"response": 1})
 
 
 @pytest.mark.parametrize(

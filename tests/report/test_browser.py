@@ -103,7 +103,7 @@ def test_the_demo_answers_on_the_first_screen(browser, demo, width, theme):
 def test_a_mouse_brings_up_numbers(browser, written):
     with web.opened(browser, written("ordinary")) as got:
         for figure, says in (
-            ("forecast", "combined"),
+            ("forecast", "loss of safe responses"),
             ("what-if", "by the rollout"),
             ("fisher-map", "layer"),
         ):

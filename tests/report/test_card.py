@@ -37,6 +37,17 @@ def test_what_was_carried_out_is_told_beside_it():
     assert "Refused 1 of 2 safety prompts before, 0 after." in body
 
 
+def test_a_plan_that_was_carried_out_is_measured_and_no_forecast():
+    summary = json.loads(json.dumps(finite(summary_json("t", made.sections()))))
+    summary["rollout"]["carried_out"] = True
+    text = model_card(summary)
+    assert yaml.safe_load(text.split("---\n", 2)[1])["arisk"]["measured"] is True
+    assert "Measured before training: risk high." in text
+    assert "The plan itself was carried out in memory: no forecast." in text
+    assert "Forecast before" not in text
+    assert "P(collapse" not in text
+
+
 def test_data_cannot_break_the_card():
     head, body = card(text=made.HOSTILE + "\n---\narisk: {level: low}")
     assert head["arisk"]["level"] == "high"

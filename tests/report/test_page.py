@@ -335,7 +335,7 @@ def test_findings_are_made_from_the_numbers():
         return summary_json("t", records.sections(**settings))["findings"]
 
     said = " ".join(findings(examples=10))
-    assert "the 4 worst of 10 scored fine-tuning rows carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
+    assert "rows that were scored the 4 worst carry 62 %" in said  # 10 + 9 + 8 + 7 of 55
     assert "p = 0.1" in said
     assert "up to a learning rate of 0.0005 (0.5 × the plan)" in said
     assert not any("not measured of" in sentence for sentence in findings(holes=True))

@@ -13,7 +13,7 @@ def test_a_real_run_is_laid_over_the_forecast():
     assert "The real run collapses at step 56; the forecast said step 70: 1.2 times too late" in text
     assert "collapse step step 70 of 100 (60 to beyond 100) step 56" in text
     assert "× 1.25" in text
-    assert "safety minus control there 0.12 0.26" in text
+    assert "difference: specific to safety 0.12 0.26" in text
     assert "refusals, start → end not measured 1 → 0 of 2" in text
     assert "2, held out" in text
     real = traces(page, "forecast")["real fine-tune"]
@@ -37,7 +37,7 @@ def test_a_real_run_without_texts_or_held_out_rows_says_so():
     text = section_text(made.page(check=made.checked(missing="behaviour.prompts is 0")), "verify")
     assert "not measured: behaviour.prompts is 0" in text
     assert "not held out: the forecast used the same ones" in text
-    assert "rise of the control loss there 0.08 not measured" in text
+    assert "rise of the loss of ordinary answers there 0.08 not measured" in text
     assert "What the model wrote" not in text
 
 
