@@ -51,7 +51,7 @@ def verdict_section(
         f'<div><h3>What to do</h3><ul class="plain">{"".join(map(_told, around.advice))}</ul></div>'
         f'<div><h3>How far to trust this</h3><ul class="plain">'
         f"{items([*happened, *caveats[:MOST], *worth])}</ul></div></div>"
-        f'<div class="folds">{folded("The rules that fired", rules)}'
+        f'<div class="folds">{folded("The rules behind this verdict", rules)}'
         f"{folded('More caveats', more) if more else ''}</div></section>"
     )
 

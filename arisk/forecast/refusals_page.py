@@ -226,7 +226,7 @@ def lost_section(refusals: RefusalForecast | None, measured: RolloutResult, show
         '<section id="lost"><h2>Refusals that are lost</h2>'
         f'<p class="says">{len(lost)} of {refusals.today} prompts refused before are no longer refused at '
         "step "
-        f"{last.step} of the virtual run.</p>"
+        f"{last.step} of the {'run' if measured.carried_out else 'shortened run'}.</p>"
     )
     if not show_text:
         return f'{head}<p class="note">Texts are not shown (report.show_text is off).</p></section>'

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
-from arisk.base.terminal import clock
+from arisk.report.text import duration
 
 __all__ = ["identity", "subject"]
 
@@ -36,7 +36,7 @@ def identity(provenance: Mapping[str, Any]) -> str:
 
     Returns:
         `SmolLM2 + LoRA r = 8 on train.jsonl, 200 rows · judged on 64 safety rows · 26 Nov 2026 · arisk 0.1.0
-        · 41 s`.
+        · took 41 s`.
     """
     task, plan = provenance.get("task") or {}, provenance.get("plan") or {}
     stages: Sequence[Mapping[str, Any]] = list((provenance.get("stages") or {}).values())
@@ -48,7 +48,7 @@ def identity(provenance: Mapping[str, Any]) -> str:
         _judged(task, plan),
         _day(stages),
         f"arisk {version}" if version else "",
-        clock(sum(spent)) if spent else "",
+        f"took {duration(sum(spent))}" if spent else "",
     ]
     return " · ".join(part for part in parts if part)
 

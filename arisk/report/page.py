@@ -18,7 +18,7 @@ from typing import Any, Literal
 from arisk.report.figure import Figure, axes
 from arisk.report.identity import identity
 from arisk.report.section import esc, folded, notes, provenance_section, quality_section, script_json, table
-from arisk.report.text import NOT_MEASURED, bounded, literal, number, percent
+from arisk.report.text import NOT_MEASURED, bounded, duration, literal, number, percent
 
 __all__ = [
     "Advice",
@@ -45,8 +45,8 @@ TITLE = "Cost of the stages"
 def stage_costs(provenance: Mapping[str, Any]) -> Figure:
     """Wall-clock seconds of every stage, as its manifest keeps them."""
     reading = (
-        "Wall-clock seconds of each stage on the machine that ran it. A fresh stage is not run again, so a "
-        "changed threshold or learning rate costs only what depends on it (`arisk status` says which)."
+        "Wall-clock seconds of each stage on the machine that ran it. A stage that is up to date is not run "
+        "again, so a changed threshold or learning rate costs only what depends on it (`arisk status` says which)."
     )
     equation = "seconds from the start of a stage to its commit, reading its inputs included"
     header = ["stage", "seconds", "share", "MB on disk"]
@@ -62,7 +62,7 @@ def stage_costs(provenance: Mapping[str, Any]) -> Figure:
         "orientation": "h",
         "y": names,
         "x": [known[name] for name in names],
-        "text": [_duration(known[name]) for name in names],
+        "text": [duration(known[name]) for name in names],
         "textposition": "outside",
         "cliponaxis": False,
         "marker": {"color": "#0072B2"},
@@ -80,16 +80,8 @@ def stage_costs(provenance: Mapping[str, Any]) -> Figure:
         ]
         for name, s in stages.items()
     ]
-    says = f"{_duration(total)} in all; {worst} took {percent(known[worst] / total)} of it."
+    says = f"{duration(total)} in all; {worst} took {percent(known[worst] / total)} of it."
     return Figure("costs", TITLE, [bars], layout, reading, equation, header, rows, says=says)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds with three digits up to two minutes, then minutes, then hours and minutes."""
-    if seconds < 120:
-        return f"{number(seconds)} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"

@@ -15,6 +15,7 @@ __all__ = [
     "NOT_MEASURED",
     "bounded",
     "chance",
+    "duration",
     "literal",
     "number",
     "percent",
@@ -41,6 +42,18 @@ def signed(value: float | None, digits: int = 2) -> str:
     """
     told = number(value, digits)
     return told if value is None or math.isnan(value) or value < 0 else f"+{told}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds with three digits up to two minutes, then minutes, then hours and minutes.
+
+    >>> duration(24.12), duration(185), duration(7500)
+    ('24.1 s', '3 min', '2 h 5 min')
+    """
+    if seconds < 120:
+        return f"{number(seconds)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(value: float | None) -> str:
