@@ -46,7 +46,8 @@ def stage_costs(provenance: Mapping[str, Any]) -> Figure:
     """Wall-clock seconds of every stage, as its manifest keeps them."""
     reading = (
         "Wall-clock seconds of each stage on the machine that ran it. A stage that is up to date is not run "
-        "again, so a changed threshold or learning rate costs only what depends on it (`arisk status` says which)."
+        "again, so a changed threshold or learning rate costs only what depends on it (`arisk status` says "
+        "which)."
     )
     equation = "seconds from the start of a stage to its commit, reading its inputs included"
     header = ["stage", "seconds", "share", "MB on disk"]

@@ -216,7 +216,7 @@ def test_the_first_line_and_the_title_say_what_it_is_about():
     line = (
         "SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl, 200 rows · judged on 64 safety rows · 26 Nov "
         "2026 · "
-        "arisk 0.2 · 41.0 s"
+        "arisk 0.2 · took 41 s"
     )
     assert identity(provenance) == line
     assert subject(provenance) == "SmolLM2-135M-Instruct + LoRA r = 8 on train.jsonl"
