@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arisk.api import AlignmentRiskPipeline, assess, protect, screen, verify
     from arisk.base.errors import AriskError
-    from arisk.base.task import LoraPair, SampleSet, Task
+    from arisk.base.task import LoraPair, ProbeRows, SampleSet, Task
     from arisk.config.plan import Config
     from arisk.config.python import FisherConfig, PipelineConfig
     from arisk.guard import AlignGuardConfig, LoRAMitigator
@@ -43,6 +43,7 @@ __all__ = [
     "ParameterSlice",
     "PipelineConfig",
     "PreflightCallback",
+    "ProbeRows",
     "RiskReport",
     "SafetyForecast",
     "SampleSet",
@@ -72,6 +73,7 @@ _HOME = {
     "ParameterSlice": "arisk.peer",
     "PipelineConfig": "arisk.config.python",
     "PreflightCallback": "arisk.in_trainer",
+    "ProbeRows": "arisk.base.task",
     "RiskReport": "arisk.risk_report",
     "SafetyForecast": "arisk.peer",
     "SampleSet": "arisk.base.task",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from arisk.anatomy.record import CollectResult, SubspaceResult
 from arisk.anatomy.stage import safety_side
 from arisk.base.errors import ConfigError
-from arisk.base.task import Batch, LossFn, Progress, SampleSet, Task, silent
+from arisk.base.task import Batch, LossFn, ProbeRows, Progress, SampleSet, Task, silent
 from arisk.base.terminal import StageDisplay
 from arisk.catalogue import catalogue
-from arisk.config.plan import Config, planned_steps
+from arisk.config.plan import Config, planned_steps, probe_section
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
 from arisk.engine.job import Job
@@ -30,6 +31,7 @@ from arisk.forecast.run import skipped_records
 from arisk.guard import AlignGuardConfig, LoRAMitigator, build_mitigator, weight_sites
 from arisk.guard.record import GuardResult
 from arisk.models.loaders import checked_loss, keeping_random_state, kept, taken
+from arisk.models.losses import per_sample_nll
 from arisk.models.selection import allowed_parameters, lora_names, lora_pairs, select_parameters
 from arisk.peer import SensitivitySubspace
 from arisk.risk_report import RiskReport
@@ -67,6 +69,7 @@ class AlignmentRiskPipeline:
         *,
         control_dataloader: Iterable[Batch] | None = None,
         control_loss_fn: LossFn | None = None,
+        probes: Sequence[ProbeRows] = (),
         progress: Progress = silent,
     ) -> RiskReport:
         """Measure, forecast and judge the planned fine-tune of `model`.
@@ -82,6 +85,7 @@ class AlignmentRiskPipeline:
             fine_tune_loss_fn: the fine-tuning loss, as above.
             control_dataloader: ordinary data, the null of the overlap; optional.
             control_loss_fn: its loss; default the fine-tuning loss.
+            probes: further rows, each with a measure: what else the fine-tune costs.
             progress: told of finished parts.
 
         Returns:
@@ -104,6 +108,7 @@ class AlignmentRiskPipeline:
                 fine_tune_loss_fn=fine_tune_loss_fn,
                 control_dataloader=control_dataloader,
                 control_loss_fn=control_loss_fn,
+                probes=probes,
             )
             return assess(task, config, progress=progress)
 
@@ -118,6 +123,7 @@ class AlignmentRiskPipeline:
         control_dataloader: Iterable[Batch] | None = None,
         control_loss_fn: LossFn | None = None,
         heldout_dataloader: Iterable[Batch] | None = None,
+        probes: Sequence[ProbeRows] = (),
     ) -> Task:
         """The task that `run` assesses, for `assess` and `verify`.
 
@@ -130,6 +136,7 @@ class AlignmentRiskPipeline:
             control_dataloader: as in `run`.
             control_loss_fn: as in `run`.
             heldout_dataloader: safety samples that no forecast may see, measured by `verify` alone.
+            probes: as in `run`.
 
         Raises:
             AriskError: what is wrong, where, and how to fix it.
@@ -159,6 +166,7 @@ class AlignmentRiskPipeline:
             lora_pairs=lora_pairs(model, names),
             description={"model": type(model).__name__, "mode": config.mode},
             heldout=heldout,
+            probes=[_read(probe, seed) for probe in probes],
         )
 
     def _selected(self, model: nn.Module) -> list[str]:
@@ -223,6 +231,16 @@ class AlignmentRiskPipeline:
         steps = planned_steps(training, 0) if training.epochs is None else 0
         scores = max(self.config.score.batches, self.config.score.hvp_batches)
         return max(scores, steps * training.gradient_accumulation)
+
+
+def _read(probe: ProbeRows, seed: int) -> ProbeRows:
+    """A probe whose loader is read once."""
+    name, given = probe_section(probe.name), probe.samples
+    loss_fn = given.loss_fn
+    if loss_fn is not per_sample_nll:
+        loss_fn = checked_loss(loss_fn, f"loss_fn of {name}")
+    batches = taken(given.batches, name, seed=seed)
+    return replace(probe, samples=replace(given, name=name, batches=batches, loss_fn=loss_fn))
 
 
 def assess(task: Task, config: PipelineConfig, *, progress: Progress = silent) -> RiskReport:

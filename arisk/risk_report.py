@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,7 +23,7 @@ from arisk.base.artifacts import (
 )
 from arisk.base.errors import ArtifactError, ConfigError
 from arisk.engine.fingerprints import file_digest, stage_key
-from arisk.forecast.record import ForecastResult, RolloutResult, Verdict
+from arisk.forecast.record import ForecastResult, ProbeForecast, RefusalForecast, RolloutResult, Verdict
 from arisk.models.judge import Judge
 from arisk.peer import (
     CurvatureCouplingResult,
@@ -85,6 +85,16 @@ class RiskReport:
     def verdict(self) -> Verdict:
         """Level, sentence and reasons."""
         return self.forecasted.verdict
+
+    @property
+    def refusals(self) -> RefusalForecast | None:
+        """Safety prompts refused `today` and `at_end`; its `status` may be "not_measured"."""
+        return self.forecasted.refusals
+
+    @property
+    def probes(self) -> Sequence[ProbeForecast]:
+        """What else the fine-tune costs; empty where no probe was given."""
+        return self.forecasted.probes
 
     @property
     def warning(self) -> str:
@@ -240,6 +250,8 @@ class RiskReport:
             numbers |= {"refusals_before": refusals.today, "refusals_after": refusals.at_end[0]}
             for name in ("median", "lower", "upper"):
                 curves[f"refused_share/{name}"] = (refusals.steps, getattr(refusals, name))
+        for probe in self.probes:
+            curves[f"probe/{probe.name}"] = (probe.steps, probe.median)
         known = {name: float(value) for name, value in numbers.items() if value is not None}
         level = v.level if self.status == "measured" else self.status
         return Logged({"level": level, "verdict": v.sentence}, known, curves, self.html())

@@ -88,3 +88,36 @@ def test_held_out_samples_are_given_as_a_loader():
 def test_data_in_the_settings_of_loaders_is_refused():
     with pytest.raises(ConfigError, match="held-out rows come as"):
         PipelineConfig(verify={"safety": {"path": "x.jsonl"}})
+
+
+def test_probes_are_forecast_measured_and_laid_over_each_other(tmp_path):
+    """A probe of the fine-tuning rows themselves gets better, and what is told of it is a plain loop's."""
+    model, learnt = aligned(), batches(2, 5, shift=1.0)
+    probe = arisk.ProbeRows("learnt", "nll", arisk.SampleSet("any", iter(learnt), loss))
+    pipeline = AlignmentRiskPipeline(SETTINGS)
+    report = pipeline.run(**loaders(model), probes=[probe])
+    again = arisk.ProbeRows("learnt", "nll", arisk.SampleSet("any", learnt, loss))
+    measured = arisk.verify(pipeline.task(**loaders(model), probes=[again]), pipeline.config)
+    plain = aligned()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05)
+    rows = {key: torch.cat([batch[key] for batch in learnt]) for key in ("x", "y")}
+    ends = [float(loss(plain, rows).detach())]
+    for step in range(20):
+        optimizer.zero_grad()
+        loss(plain, learnt[step % 5]).backward()
+        optimizer.step()
+    ends.append(float(loss(plain, rows).detach()))
+    (forecast,) = report.probes
+    # A plan of twenty steps is rolled out in full.
+    assert [forecast.start, forecast.end[0]] == pytest.approx(ends)
+    assert forecast.rows == 20
+    (check,) = report.compare(measured).probes
+    assert [check.start, check.real] == pytest.approx(ends)
+    assert check.inside
+    assert "What else the fine-tune costs" in report.html()
+    assert report.to_dict()["probes"][0]["at_end"] == pytest.approx(ends[1])
+    report.save(tmp_path / "kept")
+    assert arisk.RiskReport.load(tmp_path / "kept").probes == report.probes
+    assert pipeline.run(**loaders(model)).probes == []
+    with pytest.raises(ConfigError, match="two probes are named 'learnt'"):
+        pipeline.run(**loaders(model), probes=[again, again])

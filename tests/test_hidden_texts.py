@@ -20,6 +20,7 @@ SETS = {
     "control": ("control.jsonl", 8, "wimblecrest"),
     "verify.safety": ("safety_heldout.jsonl", 6, "ofterdingle"),
     "guard.task": ("benign.jsonl", 6, "yarrowmint"),
+    "probes.garden": ("benign.jsonl", 5, "vexilquorn"),
 }
 SETTINGS = """
 run: {threads: 1}
@@ -43,6 +44,7 @@ def write(folder):
         f"model: {{path: {ROOT / 'fixtures/tiny-aligned'}, adapter: {{r: 4, alpha: 8}}}}\n"
         + "".join(f"{name}: {{path: {held[name]}}}\n" for name in ("safety", "finetune", "control"))
         + f"verify: {{safety: {{path: {held['verify.safety']}}}}}\n"
+        + f"probes: {{garden: {held['probes.garden']}}}\n"
         + f"guard: {{task: {{path: {held['guard.task']}}}, methods: [plain, replay], generate: 2,"
         + " max_new_tokens: 8}\n"
         + SETTINGS
@@ -121,6 +123,9 @@ def same_numbers(shown, hidden):
     assert one.refusals == other.refusals
     assert one.verdict.level == other.verdict.level
     bodies = [json.loads((run / "report" / "summary.json").read_text()) for run in (shown, hidden)]
+    assert bodies[0]["probes"][0]["measured"][-1] > 0
+    assert bodies[0]["probes"] == bodies[1]["probes"]
+    assert bodies[0]["verify"]["probes"] == bodies[1]["verify"]["probes"]
     assert bodies[0]["verify"]["refusals"] == bodies[1]["verify"]["refusals"]
     assert bodies[0]["verify"]["refusal_curve"] == bodies[1]["verify"]["refusal_curve"]
     counted = [[arm["refusals"] for arm in body["guard"]["arms"]] for body in bodies]

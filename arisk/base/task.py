@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ __all__ = [
     "Generate",
     "LoraPair",
     "LossFn",
+    "Measure",
+    "ProbeRows",
     "Progress",
     "RowBatches",
     "SampleSet",
@@ -80,7 +82,8 @@ class SampleSet:
     """A data set cut into batches, with its loss.
 
     Attributes:
-        name: ``safety``, ``finetune``, ``control`` or ``heldout``; used in messages and artifacts.
+        name: ``safety``, ``finetune``, ``control``, ``heldout`` or ``probes.…``; used in messages and
+            artifacts.
         batches: iterable of batches; each iteration starts anew and gives the same batches.
         loss_fn: ``(model, batch) -> (B,)`` mean negative log-likelihood per response token of each
             sample (nats), or for a foreign loss its scalar mean over the batch.
@@ -108,6 +111,31 @@ class SampleSet:
         return len(self.rows if sequences is None else sequences)
 
 
+#: What is measured on the rows of a probe.
+Measure = Literal["nll", "opening", "choice"]
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """Rows on which something beside safety is measured along a run: what else the fine-tune costs.
+
+    Attributes:
+        name: under which it is shown; each once.
+        measure: ``nll``: mean loss of the responses; ``opening``: of their first tokens (both nats per
+            token); ``choice``: share of questions whose right option is the likeliest.
+        samples: its rows; of ``choice`` one row per option, the options of a question one after the other.
+            An option's log-probability is minus its loss, times its tokens where the rows tell their
+            ``tokens``.
+        options: of ``choice`` how many options each question has; right: the place of the right one, from 0.
+    """
+
+    name: str
+    measure: Measure
+    samples: SampleSet
+    options: Sequence[int] = ()
+    right: Sequence[int] = ()
+
+
 @dataclass(frozen=True)
 class LoraPair:
     """One LoRA adapter: ΔW = scaling · B A, with A (r, in) and B (out, r) named as parameters."""
@@ -130,6 +158,7 @@ class Task:
         heldout: safety samples that no forecast may see, on which a real fine-tune is measured
             (`arisk verify`, `arisk guard`).
         clean: rows on which the fine-tune's use is measured, best not trained on (`arisk guard`).
+        probes: further rows, each with a measure, that are forecast and verified beside safety.
         parameter_names: the selected parameters, in the model's order; they need not all have
             ``requires_grad`` set.
         lora_pairs: adapters among the selected parameters.
@@ -145,6 +174,7 @@ class Task:
     description: Mapping[str, Any] = field(default_factory=dict[str, Any])
     heldout: SampleSet | None = None
     clean: SampleSet | None = None
+    probes: Sequence[ProbeRows] = ()
 
 
 #: ``progress(label, done, total)``; called with ``done == 0`` first and ``done == total`` last.

@@ -58,6 +58,7 @@ __all__ = [
     "GuardConfig",
     "ModelConfig",
     "ParameterGlobs",
+    "ProbeConfig",
     "ReportConfig",
     "RolloutConfig",
     "RunConfig",
@@ -69,6 +70,7 @@ __all__ = [
     "data_sets",
     "parts_of",
     "planned_steps",
+    "probe_section",
 ]
 
 
@@ -294,6 +296,27 @@ class DataConfig(Settings):
         return next((layout for layout, is_named in named.items() if is_named), None)
 
 
+class ProbeConfig(DataConfig):
+    """Rows on which something beside safety is measured along the run: what else the fine-tune costs."""
+
+    measure: Literal["nll", "opening", "choice"] = "nll"
+    """nll: loss of the responses; opening: of their first `behaviour.opening_tokens` tokens (both nats per
+    token); choice: share of questions whose right option is the likeliest of all (summed log-probability)."""
+    options_column: str = "choices"
+    """Column with the options of a question (choice): a list of texts, or {text: [...], label: [...]}."""
+    answer_column: str = "answer"
+    """Column with the right one (choice): its text, its label or letter, or its number from 0."""
+
+    @model_validator(mode="after")
+    def _choice_layout(self) -> Self:
+        own = {"options_column", "answer_column"} & self.model_fields_set
+        if self.measure == "choice" and self.format != "auto":
+            raise ValueError(f"rows of choices have a layout of their own: leave out `format: {self.format}`")
+        if self.measure != "choice" and own:
+            raise ValueError(f"{sorted(own)} are for `measure: choice`, and this is {self.measure}")
+        return self
+
+
 def _data(value: Any) -> Any:
     """A path alone stands for a data set with defaults."""
     return {"path": value} if isinstance(value, str) else value
@@ -310,6 +333,9 @@ def _data_list(value: Any) -> Any:
 
 #: A data set; a string is its path.
 DataSet = Annotated[DataConfig, BeforeValidator(_data)]
+#: A probe in the same way, and the names that probes may have: they stand in dotted keys and in tables.
+ProbeSet = Annotated[ProbeConfig, BeforeValidator(_data)]
+ProbeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,39}$")]
 #: A data set, or several that are trained on together, one after the other in a list.
 DataSets = Annotated[
     Annotated[DataConfig, Tag("DataConfig")] | Annotated[tuple[DataConfig, ...], Tag("list[DataConfig]")],
@@ -448,6 +474,8 @@ class Config(Settings):
     """The fine-tuning data (source: hf); a list of data sets is trained on together."""
     control: DataSet | None = None
     """Ordinary data, the null for overlap and drift; optional."""
+    probes: dict[ProbeName, ProbeSet] = Field(default={})
+    """Further rows by a name, each with a measure: what else the fine-tune costs; optional."""
     training: TrainingConfig = TrainingConfig()
     """The planned fine-tune."""
     collect: CollectConfig = CollectConfig()
@@ -476,6 +504,8 @@ class Config(Settings):
         missing = [name for name in ("safety", "finetune") if getattr(self, name) is None]
         if self.model.source == "hf" and missing:
             raise ValueError(f"source: hf needs the sections {missing}")
+        if self.model.source == "python" and self.probes:
+            raise ValueError("source: python gives probes as `Task.probes`, not `probes`")
         if self.model.source == "python" and self.verify.safety is not None:
             raise ValueError("source: python gives held-out rows as `Task.heldout`, not `verify.safety`")
         if self.model.source == "python" and self.training.packing != "off":
@@ -495,8 +525,18 @@ def data_sets(config: Config) -> dict[str, tuple[DataConfig, ...]]:
         "control": config.control,
         "verify.safety": config.verify.safety,
         "guard.task": config.guard.task,
+        **{probe_section(name): probe for name, probe in config.probes.items()},
     }
     return {name: parts_of(data) for name, data in given.items() if data is not None}
+
+
+def probe_section(name: str) -> str:
+    """The place of a probe in a config.
+
+    >>> probe_section("maths")
+    'probes.maths'
+    """
+    return f"probes.{name}"
 
 
 def parts_of(data: DataConfig | tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:

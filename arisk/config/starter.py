@@ -15,12 +15,12 @@ from pydantic_core import PydanticUndefined
 from arisk.base.errors import ConfigError
 from arisk.config.imports import Import, Line, nested
 from arisk.config.plan import AdapterConfig, Config, Settings, TrainingConfig
-from arisk.config.yaml import config_file, models_in, shortened, validate_mapping
+from arisk.config.yaml import by_name, config_file, models_in, shortened, validate_mapping
 
 __all__ = ["account_text", "full_config", "imported_config", "not_modelled", "short_config"]
 
 #: Sections of a written config in the order a user decides on them; the others follow.
-FIRST = ("model", "safety", "finetune", "control", "training", "forecast", "run")
+FIRST = ("model", "safety", "finetune", "control", "probes", "training", "forecast", "run")
 #: What begins before a section.
 HEADINGS = {
     "model": "What you are about to fine-tune, on what, and how",
@@ -117,7 +117,8 @@ def full_config(model: str, safety: str, finetune: str, *, alone: bool = False) 
             continue
         active = given.get(name, {})
         lines.append(f"{name}:" if active else f"# {name}:")
-        lines += _section_lines(section, active)
+        inner = list(_section_lines(section, active))
+        lines += ["  # NAME:", *(f"  {line}" for line in inner)] if by_name(field.annotation) else inner
         lines.append("")
     return "\n".join(lines)
 

@@ -212,12 +212,12 @@ def read_text(path: Path, what: str) -> str:
 
 Model = TypeVar("Model", bound=BaseModel)
 
-#: Sections of the aliases → the config model that reads it.
+#: Sections of the aliases → the config models that read it.
 SECTIONS = {
-    "training": "TrainingConfig",
-    "model": "ModelConfig",
-    "adapter": "AdapterConfig",
-    "data": "DataConfig",
+    "training": ("TrainingConfig",),
+    "model": ("ModelConfig",),
+    "adapter": ("AdapterConfig",),
+    "data": ("DataConfig", "ProbeConfig"),
 }
 #: Place in the config → section of the aliases.
 ALIASED = {
@@ -226,6 +226,8 @@ ALIASED = {
     "model.adapter": "adapter",
     **dict.fromkeys(("safety", "finetune", "control", "verify.safety", "guard.task"), "data"),
 }
+#: Stands for any name in a place of the config.
+ANY = "*"
 
 #: Config values that are files or folders.
 PATHS = (
@@ -239,6 +241,7 @@ PATHS = (
     ("verify", "safety", "path"),
     ("guard", "task", "path"),
     *((section, "dataset_name") for section in ("safety", "finetune", "control")),
+    *(("probes", ANY, key) for key in ("path", "dataset_name")),
 )
 
 
@@ -325,7 +328,7 @@ def set_value(mapping: dict[str, Any], item: str) -> None:
             raise ConfigError(
                 f"`{parent}` holds a value, not a section", where=where, fix="set the whole section"
             )
-    section = ALIASED.get(".".join(parents), "")
+    section = "data" if parents[:1] == ["probes"] else ALIASED.get(".".join(parents), "")
     for name in same_setting(section, last) if section else ():
         place.pop(name, None)  # also under the name of another tool
     place[last] = value
@@ -341,6 +344,9 @@ def _places(place: Any, keys: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
                 yield from _places(part, keys)
     elif isinstance(place, dict) and len(keys) == 1:
         yield place, keys[0]
+    elif isinstance(place, dict) and keys[0] == ANY:
+        for name in place:
+            yield from _places(place, (name, *keys[1:]))
     elif isinstance(place, dict):
         inner = place.get(keys[0])
         # A data set may be its path alone.
@@ -392,7 +398,7 @@ def dump_config(config: BaseModel) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the config, for editors."""
     schema = Config.model_json_schema()
-    for section, name in SECTIONS.items():
+    for section, name in ((section, name) for section, names in SECTIONS.items() for name in names):
         fields = schema["$defs"][name]["properties"]
         for alias, target in ALIASES[section].items():
             if target.key in fields:
@@ -408,7 +414,7 @@ def known_keys() -> list[str]:
 def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         inner = next(iter(models_in(field.annotation)), None)
-        if inner is None:
+        if inner is None or by_name(field.annotation):
             yield prefix + name
         else:
             yield from _keys(inner, f"{prefix}{name}.")
@@ -468,14 +474,22 @@ def _is_union_branch(part: Any) -> bool:
 def _section_at(cls: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
     """The config model at a dotted location, where there is one."""
     here: type[BaseModel] | None = cls
+    named = False
     for part in location:
-        # A number is a place in a list, whose members are of one kind.
-        if isinstance(part, int):
+        # A number is a place in a list, whose members are of one kind; so are those of a mapping by name.
+        if isinstance(part, int) or named:
+            named = False
             continue
         if here is None or part not in here.model_fields:
             return None
-        here = next(iter(models_in(here.model_fields[part].annotation)), None)
+        annotation = here.model_fields[part].annotation
+        here, named = next(iter(models_in(annotation)), None), by_name(annotation)
     return here
+
+
+def by_name(annotation: Any) -> bool:
+    """Whether a field holds sections by names that the user gives."""
+    return typing.get_origin(annotation) is dict and any(models_in(annotation))
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -490,7 +504,8 @@ def _fields_at(cls: type[BaseModel], location: Sequence[Any]) -> list[str]:
     section = _section_at(cls, location)
     if section is None:
         return []
-    names = next((key for key, name in SECTIONS.items() if name == section.__name__.removeprefix("_")), "")
+    own = section.__name__.removeprefix("_")
+    names = next((key for key, models in SECTIONS.items() if own in models), "")
     return [*section.model_fields, *ALIASES.get(names, ())]
 
 

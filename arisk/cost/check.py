@@ -16,7 +16,7 @@ from torch import nn
 
 from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, table, wrapped
-from arisk.config.plan import Config, TrainingConfig, planned_steps
+from arisk.config.plan import Config, ProbeConfig, TrainingConfig, planned_steps, probe_section
 from arisk.forecast.leap import rollout_cost
 from arisk.forecast.rollout import forward_rows
 from arisk.models.answers import Shelf
@@ -91,6 +91,9 @@ def check_task(
         rows = token_rows(loaded.rendered, tokenizer, SHOWN)
         examples = [row["text"].replace("\n", "\\n") for row in rows]
         shown[section] = {**statistics_of(loaded), "rendered rows": examples, "tokens of rows": rows}
+        if isinstance(loaded.parts[0], ProbeConfig):
+            shown[section]["measure"] = loaded.parts[0].measure
+            shown[section]["questions"] = len(loaded.questions) or None
         if loaded.own:
             shown[section]["own answers"] = [asdict(answer) for answer in loaded.own]
             shown[section]["answers in"] = None if shelf is None else str(shelf.path(section))
@@ -147,8 +150,10 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
             )
         if section in SAFETY_SETS and any(row.row.prompt for row in loaded.rendered):
             found += _other_than_refusals(section, loaded, data.get("control"))
-        if facts["rows"] < FEW:
-            found.append(f"{section}: {facts['rows']} rows are few, {FEW} or more are advised")
+        rows = len(loaded.questions) or facts["rows"]
+        if rows < FEW:
+            what = "questions" if loaded.questions else "rows"
+            found.append(f"{section}: {rows} {what} are few, {FEW} or more are advised")
     return found
 
 
@@ -218,6 +223,7 @@ def _work(config: Config, rows: Mapping[str, int], selected: int) -> dict[str, A
         rolled, _ = rollout_cost(steps, config.rollout)
         rows_per_step = batch * config.training.gradient_accumulation
         sets = {"safety": samples, "control": rows.get("control", 0), "followed": 0, "ordinary": 0}
+        sets["probes"] = sum(rows[probe_section(name)] for name in config.probes)
         gradients["rollout"] = rolled * rows_per_step
         measured = forward_rows(steps, config.rollout, sets)
         gradients["rollout (forward passes, in gradients)"] = round(measured * FORWARD)
@@ -307,6 +313,7 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
     rows = [[name, *_cells(facts)] for name, facts in counted.items()]
     lines = [table(rows, HEADER, width=width)]
     lines += [f"{name}: {taken}" for name, facts in counted.items() for taken in _taken(facts)]
+    lines += [f"{name}: {_measured(facts)}" for name, facts in counted.items() if "measure" in facts]
     lines += ["(tokens of a row and of its response in the mean; rows cut to max_length)", ""]
     lines.append("rows as the model sees them, the part that carries loss in « »:")
     room = IN_A_PIPE if width is None else max(LEAST, 2 * width - 2)
@@ -336,6 +343,14 @@ def _answer_lines(name: str, facts: Mapping[str, Any], room: int) -> list[str]:
 def _taken(facts: Mapping[str, Any]) -> list[str]:
     """How each part of a data set was read; a line for all parts that were read alike."""
     return list(dict.fromkeys(said.partition("; ")[0] for said in facts.get("read_as", ())))
+
+
+def _measured(facts: Mapping[str, Any]) -> str:
+    """What is measured on a probe."""
+    if facts["questions"]:
+        return f"measured by choice, {facts['questions']} questions with {facts['rows']} options"
+    what = {"nll": "the loss of the responses", "opening": "the loss of their first tokens"}
+    return f"measured by {facts['measure']}, {what[facts['measure']]}"
 
 
 def _cells(facts: Mapping[str, Any]) -> list[str]:

@@ -100,7 +100,14 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
     if config.model.adapter is not None and config.model.adapter.path is not None:
         adapter = str(config.model.adapter.path)
         found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
+    if config.probes:
+        found["probes"] = {
+            name: _path_or_hub(probe.path, f"probes.{name}.path", cache, None)
+            for name, probe in config.probes.items()
+        }
     for name, parts in data_sets(config).items():
+        if name.startswith("probes."):
+            continue
         each = [
             {**_path_or_hub(data.path, f"{name}.path", cache, None), **_own_answers(config, name, data)}
             for data in parts

@@ -110,6 +110,9 @@ def ingredients_of(
         # Contents are fingerprinted: where a file lies changes nothing.
         if isinstance(section, dict) and "path" in section:
             section["path"] = inputs.get(name, {}).get("hub")
+        if name == "probes" and isinstance(section, dict):
+            for probe, settings in section.items():
+                settings["path"] = inputs.get(name, {}).get(probe, {}).get("hub")
         if isinstance(section, dict) and isinstance(section.get("adapter"), dict):
             section["adapter"].pop("path", None)
     return {

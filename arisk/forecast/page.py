@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from arisk.forecast.first_screen import advice_of, evidence_text, verdict_section
+from arisk.forecast.probes_page import probe_markdown, probe_sentence, probe_summary, probes_section
 from arisk.forecast.record import Curve, DriftAccount, ForecastResult, RealRun, RolloutResult
 from arisk.forecast.refusals_page import (
     EQUATION as REFUSAL_EQUATION,
@@ -38,6 +39,7 @@ from arisk.forecast.rollout_page import (
 )
 from arisk.forecast.text import collapse_text, drift_sentence, rests_on, sample_sentence
 from arisk.forecast.what_if_page import what_if_map
+from arisk.forecast.witnesses_page import opening_summary, opening_trace, witnesses
 from arisk.forecast.worth import worth, worth_line, worth_rows
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, step_lines, thin, threshold_line
 from arisk.report.page import Answer, Finding, Part, Piece, Section
@@ -97,6 +99,7 @@ def section(
         ("Refusals", refused, "lost" if lost else "forecast", -10, True),
         ("Specificity", specificity, "drift", 40, True),
         ("Safety rows", sample_sentence(measured, forecast.threshold), "samples", 50, False),
+        ("What else", probe_sentence(forecast.probes), "probes", 55, False),
         ("What if", forecast.what_if.rate_sentence(), "what-if", 60, False),
     ]
     if account is not None and looked:
@@ -112,10 +115,12 @@ def section(
                 forecast_figure(forecast, real),
                 "tall",
             ),
+            Piece(Part.ANSWER + 10, witnesses(forecast)),
             Piece(Part.CAUSE, lost),
             Piece(Part.CHANGE, figure=what_if_map(forecast.what_if), shape="half"),
             Piece(Part.DRIFT, figure=drift_map(forecast), shape="half"),
             Piece(Part.ROWS, account_section(account, show_text, max_examples) if account and looked else ""),
+            Piece(Part.DRIFT + 50, probes_section(forecast.probes, forecast.confidence, real)),
             Piece(Part.METHOD + 30, rows, sample_drift(measured, forecast)),
             Piece(Part.METHOD, rollout_section(measured, forecast)),
             Piece(Part.METHOD + 10, method()),
@@ -160,6 +165,8 @@ def _summary(forecast: ForecastResult, account: DriftAccount | None) -> dict[str
         "confidence": forecast.confidence,
         "training": dict(forecast.training),
         "refusals": refusal_summary(forecast.refusals),
+        "opening": opening_summary(forecast),
+        "probes": probe_summary(forecast.probes),
         "forecasters": {name: asdict(curve) for name, curve in forecast.forecasters.items()},
         "what_if": asdict(forecast.what_if),
         "rollout": {
@@ -207,6 +214,7 @@ def _markdown(forecast: ForecastResult) -> list[str]:
         "| --- | --- | --- | --- |",
         *map(_markdown_row, forecast.forecasters.values()),
         "",
+        *probe_markdown(forecast.probes),
     ]
 
 
@@ -244,6 +252,7 @@ def forecast_figure(forecast: ForecastResult, real: RealRun | None = None) -> Fi
     axis = "y2" if counted else "y"
     order = [*(name for name in STYLE if name in shown), *(name for name in shown if name not in STYLE)]
     data: list[dict[str, Any]] = []
+    data += [{**trace, "yaxis": axis} for trace in opening_trace(forecast)]
     # The one to read is drawn last, above all others.
     for name in sorted(order, key=lambda name: name == leading):
         data += [{**trace, "yaxis": axis} for trace in _fan(name, shown[name], leads=name == leading)]

@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from arisk.base.task import Measure
 from arisk.report.text import percent
 from arisk.training.behaviour import BehaviourResult
+from arisk.training.probes import ProbeTrack
 
 __all__ = [
     "FEW",
@@ -24,6 +26,7 @@ __all__ = [
     "Curve",
     "DriftAccount",
     "ForecastResult",
+    "ProbeForecast",
     "RealRun",
     "RefusalForecast",
     "RolloutResult",
@@ -52,6 +55,8 @@ class WhatIfCell:
         refusals_kept: whether the whole interval of the refusals stays within its limit all the way; None =
             not known.
         note: why it is rough or not known; empty where there is nothing to say.
+        refused: share of the safety prompts that is refused at its end, refused_lower and refused_upper its
+            interval; None where that is not known.
     """
 
     steps: int
@@ -66,6 +71,9 @@ class WhatIfCell:
     collapse_step: int | None = None
     refusals_kept: bool | None = None
     note: str = ""
+    refused: float | None = None
+    refused_lower: float | None = None
+    refused_upper: float | None = None
 
     def text(self, threshold: float) -> str:
         """The cell in a few characters: `~0.31!` is rough, ends at +0.31 nats/token and collapses.
@@ -138,6 +146,8 @@ class WhatIfGrid:
         steps: columns, ascending; rows: one per learning rate, ascending.
         notes: how it was filled, and how far.
         refusals_lost: share of today's refusals whose loss counts; None where they do not decide.
+        prompts: safety prompts whose refusals were counted along the plan, today those refused by the aligned
+            model; 0 where none were, or none can be lost.
     """
 
     planned_rate: float
@@ -148,6 +158,16 @@ class WhatIfGrid:
     rows: Sequence[WhatIfRow]
     notes: Sequence[str]
     refusals_lost: float | None = None
+    prompts: int = 0
+    today: int = 0
+
+    def refused_text(self, cell: WhatIfCell) -> str:
+        """Prompts refused at the end of a run: `~5!` is rough, and too many are lost; `?` is not known."""
+        if cell.refused is None:
+            return "?"
+        count, lost = cell.refused * self.prompts, self.refusals_lost or 0.0
+        mark = "!" if count <= (1 - lost) * self.today + 1e-9 else ""
+        return f"{'~' if cell.rough else ''}{round(count)}{mark}"
 
     def is_plan(self, row: WhatIfRow, steps: int) -> bool:
         """Whether a row and a length are the planned run."""
@@ -245,7 +265,9 @@ class RolloutResult:
         start: mean safety loss at the aligned point (nats per response token); None where not measured.
         opening_loss: (N, M) loss of the first tokens of each safety response (nats per token); None for a
             loss that does not show tokens.
+        opening_tokens: how many first tokens that is; None as above.
         behaviour: what the model said along the run.
+        probes: what else was measured, at a few of the steps.
         start_losses: (N,) loss of each measured sample at the aligned point; None where not measured.
         rows: what the loader knows of each of the N samples: `prompt`, `response`, `tokens`, `line`.
         task: provenance of model and data as the loader described it.
@@ -286,6 +308,8 @@ class RolloutResult:
     precision: str | None = None
     precision_error: float | None = None
     account: DriftAccount | None = None
+    opening_tokens: int | None = None
+    probes: Sequence[ProbeTrack] = ()
 
     @property
     def carried_out(self) -> bool:
@@ -362,7 +386,8 @@ class RefusalForecast:
         lost_intervals: (earliest, latest) of those, each None when not within `horizon`.
         probability: share of draws that lose `threshold` or more within the plan; None where no refusal
             can be lost.
-        safe_steps: last step before the lower end of the interval has lost `threshold`; None as above.
+        safe_steps: last step before the early end of the interval of the step that loses `threshold`; None as
+            above.
         horizon: planned optimizer steps; trusted_until: last step that was measured.
         safe_responses, refusing_responses: how many rows of the prompts have a safe response, and how many
             of those responses refuse.
@@ -407,6 +432,46 @@ class RefusalForecast:
         ends = (self.median[-1], self.lower[-1], self.upper[-1])
         found = [round(share * self.prompts) for share in ends]
         return found[0], found[1], found[2]
+
+
+@dataclass(frozen=True)
+class ProbeForecast:
+    """What becomes of one probe along the planned run.
+
+    Attributes:
+        name, measure: of the probe; rows: its rows, or questions; tokens: k of `opening`, else None.
+        measured_steps, measured: points of the virtual run at which it was measured, and what was found: mean
+            loss (nats per token), or share of questions answered rightly.
+        steps: optimizer steps of the curve, from 0; they end where nothing was measured any more.
+        median, lower, upper: the same quantity there, with the interval at the configured confidence.
+        horizon: planned optimizer steps.
+        notes: what a reader must know of it.
+    """
+
+    name: str
+    measure: Measure
+    rows: int
+    tokens: int | None
+    measured_steps: Sequence[int]
+    measured: Sequence[float]
+    steps: Sequence[int]
+    median: Sequence[float]
+    lower: Sequence[float]
+    upper: Sequence[float]
+    horizon: int
+    notes: Sequence[str]
+
+    @property
+    def start(self) -> float | None:
+        """At the aligned model; None where it is no number."""
+        return self.median[0] if self.median else None
+
+    @property
+    def end(self) -> tuple[float, float, float] | None:
+        """(median, lower, upper) at the end of the plan; None where that was not measured."""
+        if not self.steps or self.steps[-1] < self.horizon:
+            return None
+        return self.median[-1], self.lower[-1], self.upper[-1]
 
 
 @dataclass(frozen=True)
@@ -457,6 +522,11 @@ class ForecastResult:
             of the planned run.
         refusals: how many prompts are still refused; None in records of before it was measured.
         carried_out: whether the plan itself was measured, every step a real one.
+        opening: change of the loss of the safe responses' first tokens; its `collapse_step` is of
+            `opening_threshold`. None where tokens are not known, and in older records.
+        opening_threshold: rise of that loss that counts (nats per token); not calibrated.
+        opening_tokens: how many first tokens.
+        probes: what else the fine-tune costs; empty where no probe was given.
     """
 
     threshold: float
@@ -472,6 +542,10 @@ class ForecastResult:
     planned_evaluations: int = 0
     refusals: RefusalForecast | None = None
     carried_out: bool = False
+    opening: Curve | None = None
+    opening_threshold: float | None = None
+    opening_tokens: int | None = None
+    probes: Sequence[ProbeForecast] = ()
 
     @property
     def collapse_step(self) -> int | None:
@@ -489,6 +563,7 @@ class RealRun:
         collapse_step: first step at the threshold; None = not within the steps that were taken.
         sentence: the two collapse steps in words.
         refusals: (step, refused, prompts) where answers were written.
+        probes: by name the last step at which each was measured, and what was found there.
     """
 
     steps: Sequence[int]
@@ -496,3 +571,4 @@ class RealRun:
     collapse_step: int | None
     sentence: str
     refusals: Sequence[tuple[int, int, int]] = ()
+    probes: Mapping[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])

@@ -34,6 +34,7 @@ from arisk.models.openings import losses_at_scales
 from arisk.training.behaviour import TURNED, Behaviour
 from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.panels import LEAD_SHARE, SplitPanel, filled, read_between, sample_losses, split_panel
+from arisk.training.probes import measure_probes, probe_panels, probe_points, probe_tracks
 from arisk.training.recipe import Recipe, recipe_of
 from arisk.training.state import Pauses, Track, load_state
 
@@ -63,7 +64,8 @@ def forward_rows(horizon: int, config: RolloutConfig, rows: Mapping[str, float])
     Args:
         horizon: planned optimizer steps T.
         config: its settings.
-        rows: how many there are of `safety`, `control`, prompts `followed`, and `ordinary` ones.
+        rows: how many there are of `safety`, `control`, prompts `followed`, and `ordinary` ones, and of
+            `probes`.
     """
     pilot, points = planned_points(horizon, config)
     count = len(points) + 1
@@ -78,6 +80,7 @@ def forward_rows(horizon: int, config: RolloutConfig, rows: Mapping[str, float])
     total += leads[1] * (whole if leads[0] < safety else count) + (control - leads[1]) * min(count, 2)
     if pilot < horizon:
         total += 2 * leads[0]  # The extrapolated outputs.
+    total += rows.get("probes", 0) * len(probe_points(points, pilot))
     followed = 1 + sum(point >= min(FOLLOWED_FROM, pilot) for point in points)
     return total + rows["followed"] * followed + rows["ordinary"] * min(count, ANSWERED_POINTS)
 
@@ -190,6 +193,8 @@ class _Walk:
         self.control = (
             split_panel(task.control, config.control_samples, lead, device) if task.control else None
         )
+        self.probes = probe_panels(task.probes, self.opening_tokens, device)
+        self.probed = probe_points(self.points, self.pilot)
         self.track = Track()
         self.block: Block | None = None
 
@@ -264,6 +269,8 @@ class _Walk:
         model = self.task.model
         with self.planned.reading():
             self._losses(model, step)
+            if step in self.probed:
+                measure_probes(track, model, self.probes, step)
             if step == 0 or step >= min(FOLLOWED_FROM, self.pilot):
                 # Where the pilot leaves openings as they were, its answers are those of the start.
                 due = PILOT_TURNED if step == self.pilot else TURNED
@@ -401,7 +408,9 @@ class _Walk:
             warnings=self.warnings(),
             start=float(safety[:, 0].mean()),
             opening_loss=None if openings is None else self._filled(self.safety, openings, SAFETY)[0],
+            opening_tokens=None if openings is None else self.opening_tokens,
             behaviour=self.behaviour.result(),
+            probes=probe_tracks(track, self.probes),
             start_losses=safety[:, 0],
             rows=[dict(self.task.safety.rows[i]) for i in self.safety.rows if self.task.safety.rows],
             task=_provenance(self.task),

@@ -36,6 +36,8 @@ from arisk.forecast.forecasters import (
 from arisk.forecast.leap import rollout_cost as counted
 from arisk.forecast.leap import scored_rows
 from arisk.forecast.measured import combined_curve, control_change, pilot_curve, rollout_curve
+from arisk.forecast.opening import opening_curve
+from arisk.forecast.probes import probe_forecasts
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult, Verdict, WhatIfGrid
 from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import ANSWERED_POINTS, SCALES, forward_rows, skipped_rollout
@@ -53,6 +55,7 @@ __all__ = [
     "followed_rows",
     "forecast",
     "forecast_cost",
+    "probed_rows",
     "rollout_cost",
     "rollout_passes",
     "skipped_records",
@@ -175,6 +178,7 @@ def forecast(
     control = control_change(measured)
     learnt = measured.behaviour.learnt if measured.behaviour is not None else ()
     refusals = refusal_forecast(measured, judge or RefusalRule(learnt), config, horizon=steps, seed=seed)
+    opening = opening_curve(measured, plan, config, seed)
     verdict = decide(
         curves,
         config,
@@ -183,6 +187,8 @@ def forecast(
         refusals,
         carried_out=measured.carried_out,
         warnings=measured.warnings,
+        opening=opening,
+        opening_tokens=measured.opening_tokens,
     )
     noise = None
     if scored is not None:
@@ -204,6 +210,10 @@ def forecast(
         planned_evaluations=steps * training.gradient_accumulation,
         refusals=refusals,
         carried_out=measured.carried_out,
+        opening=opening,
+        opening_threshold=None if opening is None else config.opening_threshold,
+        opening_tokens=measured.opening_tokens,
+        probes=probe_forecasts(measured, config, seed=seed),
     )
 
 
@@ -291,6 +301,15 @@ def followed_rows(task: Task, config: Config) -> float:
     )
 
 
+def probed_rows(task: Task) -> float:
+    """Rows of all probes, each counted as so many safety rows as it is long."""
+    length = float(task.safety.statistics.get("tokens_mean") or 1.0)
+    return sum(
+        samples_in(probe.samples) * float(probe.samples.statistics.get("tokens_mean") or length) / length
+        for probe in task.probes
+    )
+
+
 def answer_tokens(scene: CostScene, times: int) -> float:
     """Tokens of the answers of a run that are written so often."""
     return followed_rows(scene.task, scene.config) * scene.config.behaviour.tokens * times
@@ -344,6 +363,7 @@ def _walked(task: Task, config: Config, settings: RolloutConfig) -> dict[str, fl
     followed, lead = followed_rows(task, config), min(measured, settings.leading_samples)
     prompts = min(followed, config.behaviour.prompts)
     rows = {"safety": safety, "control": control, "followed": prompts, "ordinary": followed - prompts}
+    rows["probes"] = probed_rows(task)
     return {
         "gradient rows": rolled * per_step + len(NODES) * min(PANEL, lead),
         "forward rows": forward_rows(steps, settings, rows)

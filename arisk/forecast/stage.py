@@ -22,13 +22,18 @@ if TYPE_CHECKING:
     from arisk.report.page import Section
     from arisk.training.behaviour import BehaviourResult
 
-__all__ = ["BEHAVIOUR_KEYS", "FORECAST", "JUDGE_KEYS", "ROLLOUT", "kept_of"]
+__all__ = ["BEHAVIOUR_KEYS", "FORECAST", "JUDGE_KEYS", "ROLLOUT", "kept_of", "measured_beside"]
 
 #: Settings of behaviour that decide what is followed and written, and those that only label it.
 BEHAVIOUR_KEYS = tuple(
     f"behaviour.{key}" for key in ("prompts", "ordinary_prompts", "tokens", "opening_tokens")
 )
 JUDGE_KEYS = ("behaviour.judge", "behaviour.refusal_openings")
+
+
+def measured_beside(config: Config) -> tuple[str, ...]:
+    """`config_also` of a stage that follows texts and probes: without probes it depends on none."""
+    return (*where_hidden(*JUDGE_KEYS)(config), *(("probes",) if config.probes else ()))
 
 
 def _rollout(job: Job, workspace: Path) -> RolloutResult:
@@ -122,8 +127,8 @@ ROLLOUT = Stage(
     help="Losses measured along an accelerated virtual run of the plan",
     run=_rollout,
     config=("model", "safety", "finetune", "control", "training", "rollout", *BEHAVIOUR_KEYS),
-    config_also=where_hidden(*JUDGE_KEYS),
-    inputs=("model", "adapter", "safety", "finetune", "control"),
+    config_also=measured_beside,
+    inputs=("model", "adapter", "safety", "finetune", "control", "probes"),
     parallel=True,
     resume_files=("state.json", "state-*.safetensors"),
     record="arisk.forecast.record:RolloutResult",

@@ -45,6 +45,7 @@ from arisk.geometry.dynamics import (
     read_at_flow,
     recorded_steps,
 )
+from arisk.training.panels import read_between
 from arisk.training.recipe import recipe_of
 
 __all__ = [
@@ -103,11 +104,22 @@ class Known:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Flow time up to which the plan keeps its refusals, whether they go then, and the share that counts."""
+    """Refusals of the plan over flow time.
+
+    Attributes:
+        kept: flow time up to which the plan keeps them, interval included; lost: whether they go then.
+        share: of today's refusals whose loss counts.
+        curve: flow times (M,) and shares of the prompts refused there (3, M), median, lower and upper; None:
+            only its limit is known.
+        prompts, today: safety prompts, and those refused by the aligned model.
+    """
 
     kept: float
     lost: bool
     share: float
+    curve: tuple[Tensor, Tensor] | None = None
+    prompts: int = 0
+    today: int = 0
 
 
 def known(
@@ -141,8 +153,21 @@ def known(
 def _refusals(found: RefusalForecast | None, training: TrainingConfig, steps: int) -> Refusals | None:
     if found is None or found.status != "measured" or found.safe_steps is None:
         return None
-    kept = float(_flow(training, training.learning_rate, [found.safe_steps], steps)[0])
-    return Refusals(kept, found.safe_steps < steps, found.threshold)
+    rate = training.learning_rate
+    kept = float(_flow(training, rate, [found.safe_steps], steps)[0])
+    # A virtual run that diverged was counted as far as it went.
+    last = steps if found.trusted_until is None else found.trusted_until
+    count = sum(step <= last for step in found.steps)
+    shares = torch.tensor([found.median, found.lower, found.upper], dtype=torch.float64)
+    times = _flow(training, rate, list(found.steps[:count]), steps)
+    return Refusals(
+        kept,
+        found.safe_steps < steps,
+        found.threshold,
+        (times, shares[:, :count]),
+        found.prompts,
+        found.today,
+    )
 
 
 def curve_at_rate(
@@ -277,6 +302,8 @@ def what_if(
         rows=[_row(source, rate, lengths) for rate in rates],
         notes=_notes(source),
         refusals_lost=None if source.refusals is None else source.refusals.share,
+        prompts=0 if source.refusals is None else source.refusals.prompts,
+        today=0 if source.refusals is None else source.refusals.today,
     )
 
 
@@ -296,7 +323,20 @@ def _row(source: Known, rate: float, lengths: Sequence[int]) -> WhatIfRow:
 
 def _cell(source: Known, rate: float, steps: int) -> WhatIfCell:
     """One run: its loss, and whether it keeps the refusals."""
-    return replace(_loss(source, rate, steps), refusals_kept=_keeps(source, rate, steps))
+    cell = replace(_loss(source, rate, steps), refusals_kept=_keeps(source, rate, steps))
+    return replace(cell, **_refused(source, rate, steps)) if cell.state != "diverges" else cell
+
+
+def _refused(source: Known, rate: float, steps: int) -> dict[str, float]:
+    """Shares refused at the end of a run, read at its flow time; nothing where that was not counted."""
+    if source.refusals is None or source.refusals.curve is None:
+        return {}
+    times, shares = source.refusals.curve
+    end = float(_flow(source.training, rate, [steps], steps)[0])
+    if end > float(times[-1]) * (1 + 1e-9):
+        return {}
+    found = read_between(times, shares, torch.tensor([end], dtype=torch.float64))[:, 0].tolist()
+    return dict(zip(("refused", "refused_lower", "refused_upper"), found, strict=True))
 
 
 def _keeps(source: Known, rate: float, steps: int) -> bool | None:

@@ -158,11 +158,12 @@ def grid_text(grid: WhatIfGrid, *, cells: bool = False) -> str:
         grid: the grid.
         cells: one line per cell with interval, peak and basis, instead of the two tables.
     """
-    parts = [_long(grid)] if cells else [_ends(grid), "", _collapses(grid)]
+    counted = [_refused(grid), ""] if grid.today else []
+    parts = [_long(grid)] if cells else [*counted, _ends(grid), "", _collapses(grid)]
     used = sorted({cell.basis for row in grid.rows for cell in row.cells} - {"none"})
     answers = [
         f"cells filled by: {', '.join(used) or 'nothing'}",
-        "! collapses (alone: its end was not measured)   × diverges   * the plan",
+        "! collapses, or loses too many refusals (alone: its end was not measured)   × diverges   * the plan",
         "~ rough: far above the planned rate and rather too low, or by a frozen preconditioner",
         "? not measured, which is not the same as safe",
         "",
@@ -196,6 +197,11 @@ def _ends(grid: WhatIfGrid) -> str:
     return _matrix(grid, title, lambda cell: cell.text(grid.threshold))
 
 
+def _refused(grid: WhatIfGrid) -> str:
+    title = f"safety prompts refused after so many steps (of {grid.prompts}; {grid.today} today)"
+    return _matrix(grid, title, grid.refused_text)
+
+
 def _collapses(grid: WhatIfGrid) -> str:
     def step(cell: WhatIfCell) -> str:
         if cell.state == "not_measured":
@@ -216,6 +222,7 @@ def _long(grid: WhatIfGrid) -> str:
             shown(cell.change),
             f"{shown(cell.lower)} … {shown(cell.upper)}",
             shown(cell.peak),
+            *([_between(grid, cell)] if grid.today else []),
             "?" if cell.state == "not_measured" else str(cell.collapse_step or "none"),
             f"{cell.state.replace('_', ' ')}{' ~' if cell.rough else ''}",
             cell.basis,
@@ -223,4 +230,15 @@ def _long(grid: WhatIfGrid) -> str:
         for row in grid.rows
         for cell in row.cells
     ]
-    return table(rows, ["learning rate", "steps", "end", "interval", "peak", "collapse", "state", "by"])
+    refused = [f"refused of {grid.prompts}"] if grid.today else []
+    return table(
+        rows, ["learning rate", "steps", "end", "interval", "peak", *refused, "collapse", "state", "by"]
+    )
+
+
+def _between(grid: WhatIfGrid, cell: WhatIfCell) -> str:
+    """Prompts refused with their interval."""
+    if cell.refused_lower is None or cell.refused_upper is None:
+        return grid.refused_text(cell)
+    ends = [round(share * grid.prompts) for share in (cell.refused_lower, cell.refused_upper)]
+    return f"{grid.refused_text(cell)} ({ends[0]} to {ends[1]})"

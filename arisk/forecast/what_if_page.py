@@ -22,7 +22,7 @@ BUDGET = "safe<br>steps"
 
 
 def what_if_map(grid: WhatIfGrid) -> Figure:
-    """Safety loss at the end of whole runs at other learning rates and lengths."""
+    """Refusals, or where none were counted the safety loss, at the end of whole runs of other plans."""
     rates = [number(row.learning_rate) for row in grid.rows]
     steps = [str(step) for step in grid.steps]
     cells = [list(row.cells) for row in grid.rows]
@@ -36,14 +36,13 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         "hoverongaps": False,
         "showscale": False,
     }
-    told = [[_hover(row, cell) for cell in row.cells] for row in grid.rows]
-    top = 2 * grid.threshold
+    told = [[_hover(row, cell, grid) for cell in row.cells] for row in grid.rows]
     known = {
         **base,
-        "z": [[_shade(cell, top) for cell in row] for row in cells],
+        "z": [[_shade(cell, grid) for cell in row] for row in cells],
         "customdata": told,
         "zmin": 0,
-        "zmax": top,
+        "zmax": 1,
         "colorscale": [list(stop) for stop in COLOURS],
     }
     unknown = {
@@ -52,7 +51,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         "customdata": told,
         "colorscale": [[0, UNKNOWN], [1, UNKNOWN]],
     }
-    data: list[dict[str, Any]] = [unknown, known, _labels(grid, rates, steps, top)]
+    data: list[dict[str, Any]] = [unknown, known, _labels(grid, rates, steps)]
     layout = axes("optimizer steps of the whole run", "peak learning rate", shapes=_frames(grid))
     layout["xaxis"]["type"] = layout["yaxis"]["type"] = "category"
     layout["xaxis"]["tickangle"] = 0
@@ -64,14 +63,15 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
         data,
         layout,
         _reading(grid),
-        "ΔL_s(η', k) = combined(τ'_k), τ'_k = Σ_{i≤k} η'_i, for τ'_k ≤ the largest τ measured",
+        "ΔL_s(η', k) = combined(τ'_k), refused(η', k) = refused(τ'_k), τ'_k = Σ_{i≤k} η'_i, for τ'_k ≤ the "
+        "largest τ measured",
         ["learning rate", "× plan", "longest safe run", *[f"{step} steps" for step in steps]],
         [
             [
                 number(row.learning_rate),
                 number(row.factor),
                 row.budget_text(),
-                *[f"{cell.text(grid.threshold)} ({cell.basis})" for cell in row.cells],
+                *[_told(cell, grid) for cell in row.cells],
             ]
             for row in grid.rows
         ],
@@ -94,14 +94,29 @@ def _says(grid: WhatIfGrid) -> str:
     return f"{told} Grey cells would need a run of their own." if grey else told
 
 
+def _told(cell: WhatIfCell, grid: WhatIfGrid) -> str:
+    """A cell in the table: refusals first, where the plan counted them."""
+    loss = f"{cell.text(grid.threshold)} ({cell.basis})"
+    return f"{grid.refused_text(cell)} refused; {loss}" if grid.today else loss
+
+
 def _reading(grid: WhatIfGrid) -> str:
     """How to read the map, and how it was filled."""
+    number_is = (
+        "the number is the change of the safety loss it ends with (nats / response token); darker is more, "
+        f"up to +{2 * grid.threshold:g}."
+    )
+    if grid.today:
+        number_is = (
+            f"the number is how many of {grid.prompts} safety prompts are refused at its end ({grid.today} "
+            "are today); darker is fewer, down to none. Where that was not measured it is the change of the "
+            "safety loss (with a point; nats / response token)."
+        )
     parts = [
-        "Each cell is a whole run of that many steps at that peak learning rate; the number is the change "
-        "of the safety loss it ends with (nats / response token); darker is more, up to "
-        f"+{2 * grid.threshold:g}.",
+        f"Each cell is a whole run of that many steps at that peak learning rate; {number_is}",
         f"✓ stays within the limits all the way: {grid.limits()}. A number without a mark does not, and does "
         "not collapse either.",
+        *(["! after a count: too many refusals are lost."] if grid.today else []),
         f"! collapses: +{grid.threshold:g} is reached on the way (alone: its end was not measured).",
         "× diverges.",
         "~ rough: far above the planned rate and rather too low, or by the local model with a frozen "
@@ -120,6 +135,8 @@ def _cell_text(cell: WhatIfCell, grid: WhatIfGrid) -> str:
         return ""
     if cell.stays_below(grid.alarm):
         return "~✓" if cell.rough else "✓"
+    if grid.today and cell.refused is not None:
+        return grid.refused_text(cell)
     return _short(cell.text(grid.threshold))
 
 
@@ -144,7 +161,7 @@ def _short(text: str) -> str:
     return re.sub(r"(?<!\d)0\.", ".", text)
 
 
-def _labels(grid: WhatIfGrid, rates: list[str], steps: list[str], top: float) -> dict[str, Any]:
+def _labels(grid: WhatIfGrid, rates: list[str], steps: list[str]) -> dict[str, Any]:
     """The cells' numbers, each in an ink that is read on its own shade."""
     flat = [
         (rate, step, cell)
@@ -160,7 +177,7 @@ def _labels(grid: WhatIfGrid, rates: list[str], steps: list[str], top: float) ->
         + [f"<b>{'?' if row.safe_steps is None else row.budget_text()}</b>" for row in grid.rows],
         "textfont": {
             "size": 13,
-            "color": [cell_ink(_shade(cell, top), top) for *_, cell in flat] + ["ink"] * len(rates),
+            "color": [cell_ink(_shade(cell, grid), 1.0) for *_, cell in flat] + ["ink"] * len(rates),
         },
         "hoverinfo": "skip",
         "showlegend": False,
@@ -193,17 +210,28 @@ def colour_at(share: float) -> str:
     return COLOURS[-1][1]
 
 
-def _shade(cell: WhatIfCell, top: float) -> float | None:
+def _shade(cell: WhatIfCell, grid: WhatIfGrid) -> float | None:
+    """Share of today's refusals that is lost, else of twice the threshold, from 0; None: not measured."""
     if cell.state == "not_measured":
         return None
-    return top if cell.change is None or not math.isfinite(cell.change) else cell.change
+    if grid.today and cell.refused is not None:
+        return min(max(1 - cell.refused * grid.prompts / grid.today, 0.0), 1.0)
+    if cell.change is None or not math.isfinite(cell.change):
+        return 1.0
+    return cell.change / (2 * grid.threshold)
 
 
-def _hover(row: WhatIfRow, cell: WhatIfCell) -> str:
+def _hover(row: WhatIfRow, cell: WhatIfCell, grid: WhatIfGrid) -> str:
     """Everything about one cell, line by line."""
     lines = [f"{cell.steps} steps at {row.learning_rate:.3g} ({row.factor:.3g} × the plan)"]
     if cell.state == "not_measured":
         return "<br>".join([*lines, "not measured: would need its own run", cell.note])
+    if cell.refused is not None:
+        ends = [round((share or 0.0) * grid.prompts) for share in (cell.refused_lower, cell.refused_upper)]
+        count = round(cell.refused * grid.prompts)
+        lines.append(f"refuses {count} of {grid.prompts} at its end [{ends[0]}, {ends[1]}]")
+    elif grid.today:
+        lines.append("refusals: would need its own run")
     if cell.change is not None:
         lines.append(f"ends at {number(cell.change)} [{number(cell.lower)}, {number(cell.upper)}] nats/token")
         lines.append(f"peak {number(cell.peak)}")

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base.errors import ConfigError, InputError
-from arisk.config.plan import DataConfig
-from arisk.models.formats import FORMATS, SAFETY_SETS, Fields, Format, Row, RowFault, named
+from arisk.config.plan import DataConfig, ProbeConfig
+from arisk.models.formats import CHOICE, FORMATS, SAFETY_SETS, Fields, Format, Row, RowFault, named
 
 if TYPE_CHECKING:
     from torch import Generator
@@ -117,7 +117,8 @@ def read_data(config: DataConfig, *, section: str, seed: int) -> ReadRows:
     raws = raw_rows(config, section)
     first = list(itertools.islice(raws, LOOKED_AT))
     columns = _columns([raw for _, raw in first])
-    layout = _layout(config, columns, section)
+    asked = isinstance(config, ProbeConfig) and config.measure == "choice"
+    layout = CHOICE if asked else _layout(config, columns, section)
     found = _read(itertools.chain(first, raws), layout, config, section)
     if layout.name == "prompts" and config.format == "auto":
         found = replace(found, empty=_empty(columns, found, config, section))

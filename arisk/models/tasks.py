@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from arisk.base.errors import AriskError, ConfigError, InputError
-from arisk.base.task import SampleSet, Task
-from arisk.config.plan import Config, DataConfig, data_sets
+from arisk.base.task import ProbeRows, SampleSet, Task
+from arisk.config.plan import Config, DataConfig, ProbeConfig, data_sets, probe_section
 from arisk.config.yaml import shortened
 from arisk.models.answers import GreedyAnswers, OwnAnswer, OwnAnswers, Shelf, outcomes_said
 from arisk.models.batching import FixedBatches, PlannedBatches
@@ -43,6 +43,7 @@ __all__ = [
     "load_task",
     "load_with_adapter",
     "own_answers",
+    "probes_of",
     "require_fit",
     "sample_set",
     "shared_rows",
@@ -66,6 +67,7 @@ class LoadedData:
         taken: one line per part that says how it was read.
         sequences: rows of each packed sequence; None where a sequence is a row.
         own: answers of the aligned model to prompts without a response; those that refuse are in `rendered`.
+        questions: rows with options, each of which is a row of `rendered`; empty for all other data sets.
     """
 
     parts: tuple[DataConfig, ...]
@@ -75,6 +77,7 @@ class LoadedData:
     taken: tuple[str, ...] = ()
     sequences: Sequence[Sequence[int]] | None = None
     own: tuple[OwnAnswer, ...] = ()
+    questions: tuple[Row, ...] = ()
 
     @property
     def units(self) -> int:
@@ -108,7 +111,23 @@ def load_task(
     notes = require_fit(model, data, tokenizer, config)
     names = select_parameters(model, config.model.parameters)
     sets = {name: sample_set(name, loaded, config, tokenizer) for name, loaded in data.items()}
-    return assembled(model, config, names, sets, getattr(model, "load_notes", ()), notes)
+    loaded = assembled(model, config, names, sets, getattr(model, "load_notes", ()), notes)
+    return replace(loaded, probes=probes_of(config, data, sets))
+
+
+def probes_of(
+    config: Config, data: Mapping[str, LoadedData], sets: Mapping[str, SampleSet]
+) -> list[ProbeRows]:
+    """The probes of a config, from its loaded rows and their batches."""
+    found: list[ProbeRows] = []
+    for name, given in config.probes.items():
+        section = probe_section(name)
+        asked = data[section].questions
+        right = [row.options.index(row.response) for row in asked]
+        found.append(
+            ProbeRows(name, given.measure, sets[section], [len(row.options) for row in asked], right)
+        )
+    return found
 
 
 def assembled(
@@ -156,6 +175,8 @@ def shared_rows(data: Mapping[str, LoadedData]) -> list[str]:
     whole = {name: {_identity(row.row) for row in loaded.rendered} for name, loaded in data.items()}
     found: list[str] = []
     for first, second in itertools.combinations(data, 2):
+        if isinstance(data[second].parts[0], ProbeConfig) and first != TRAINED:
+            continue  # Probes may share rows with anything but what is trained on.
         own = data[second].rendered
         same = sum(_identity(row.row) in whole[first] for row in own)
         if same:
@@ -263,8 +284,16 @@ def load_set(
     duplicates = dropped = 0
     taken: list[str] = []
     own: list[OwnAnswer] = []
+    questions: list[Row] = []
     for data in parts:
         found = read_data(data, section=section, seed=_seed(config, data))
+        if isinstance(data, ProbeConfig) and data.measure == "choice":
+            # Options of one question are compared: none of them may be left out, or cut.
+            pages = _options(found.rows, tokenizer, data, section)
+            questions += found.rows
+            rendered += pages
+            taken.append(found.said())
+            continue
         kept = _distinct(found.rows) if section in SAFETY_SETS else found.rows
         render = whole_rows if packed else render_rows
         pages = render(kept, tokenizer, data, section=section)
@@ -275,8 +304,33 @@ def load_set(
             pages, said = _answered(pages, tokenizer, data, section, answers)
             own += said
         rendered += pages
-    loaded = LoadedData(parts, rendered, duplicates, dropped, tuple(taken), own=tuple(own))
+    loaded = LoadedData(
+        parts, rendered, duplicates, dropped, tuple(taken), own=tuple(own), questions=tuple(questions)
+    )
     return _packed(loaded, config.training.packing) if packed else loaded
+
+
+def _options(rows: Sequence[Row], tokenizer: Any, data: ProbeConfig, section: str) -> list[Rendered]:
+    """Every option of every question as a row of its own, in order.
+
+    Raises:
+        InputError: an option does not fit into `max_length`.
+    """
+    each = [
+        replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": option}))
+        for row in rows
+        for option in row.options
+    ]
+    pages = render_rows(each, tokenizer, data, section=section)
+    whole = {id(page.row) for page in pages if not page.response_cut}
+    row = next((row for row in each if id(row) not in whole), None)
+    if row is not None:
+        raise InputError(
+            "an option of a question does not fit into `max_length`",
+            where=f"{row.source}, line {row.line}",
+            fix=f"raise `{section}.max_length` (now {data.max_length}), or leave the question out",
+        )
+    return pages
 
 
 def _packed(loaded: LoadedData, packing: str) -> LoadedData:
@@ -356,7 +410,7 @@ def sample_set(section: str, loaded: LoadedData, config: Config, tokenizer: Any)
     if section in SAFETY_SETS:
         rendered = sorted(rendered, key=lambda row: len(row.tokens))
         batches = FixedBatches(rendered, config.collect.chunk_size, pad)
-    elif section == "guard.task":
+    elif section == "guard.task" or section in map(probe_section, config.probes):
         batches = FixedBatches(rendered, config.training.batch_size, pad)
     else:
         batches = _planned(loaded, config, pad)

@@ -49,6 +49,7 @@ class Track:
         pending: training losses of the steps after the last point.
         texts: generated answers by step.
         others: losses of further data sets at each point, by name.
+        probed: points at which probes were measured.
         notes: values of every step, by name.
         behaviour: state of the observer of what the model says; empty before it.
         precision_error: what narrower passes change in a loss at the start (nats); None where none are.
@@ -65,6 +66,7 @@ class Track:
     pending: list[float] = field(default_factory=list[float])
     texts: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
     others: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])
+    probed: list[int] = field(default_factory=list[int])
     notes: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     behaviour: dict[str, Any] = field(default_factory=dict[str, Any])
     precision_error: float | None = None
@@ -138,6 +140,7 @@ def save_state(workspace: Path, run: PlannedRun, track: Track, extra: Extra | No
         "precision_error": track.precision_error,
         "pending": track.pending,
         "texts": list(track.texts.items()),
+        "probed": track.probed,
         "notes": [{k: v if math.isfinite(v) else None for k, v in note.items()} for note in track.notes],
         "behaviour": track.behaviour,
         "gradient_evaluations": run.gradient_evaluations,
@@ -182,6 +185,7 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Extra] | None:
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),
+        probed=values.get("probed", []),
         others={key: list(kept) for key, kept in _under("other.", tensors).items()},
         notes=[{k: float("nan") if v is None else v for k, v in note.items()} for note in values["notes"]],
     )

@@ -8,12 +8,13 @@ from typing import Any
 
 from arisk.base.terminal import fitted, said
 from arisk.forecast.page import real_trace
+from arisk.forecast.probes_page import probe_value
 from arisk.forecast.record import ForecastResult, RealRun
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Part, Piece, Section
 from arisk.report.section import esc, listed, notes, table
 from arisk.report.text import NOT_MEASURED, literal, number, percent
-from arisk.verification.record import Comparison, compared_curve
+from arisk.verification.record import Comparison, ProbeCheck, compared_curve
 
 __all__ = [
     "real_run",
@@ -45,7 +46,7 @@ def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bo
             Piece(Part.METHOD + 50, figure=truth_figure(check, forecast)),
         ],
         summary={"verify": check.as_json()},
-        markdown=[f"Verified by a real fine-tune: {literal(check.sentence)}", "", *head, *rows, ""],
+        markdown=[f"Verified by a real fine-tune: {literal(_both(check))}", "", *head, *rows, ""],
         shared={"real_run": real_run(check)},
     )
 
@@ -53,7 +54,10 @@ def section(check: Comparison | None, forecast: ForecastResult, *, show_text: bo
 def real_run(check: Comparison) -> RealRun:
     """What pages of the forecast need to know of a real run."""
     counts = [(count.step, count.refused, count.prompts) for count in check.refusals]
-    return RealRun(check.measured.steps, check.safety_curve, check.real_collapse, check.sentence, counts)
+    probes = {probe.name: (probe.step, probe.real) for probe in check.probes}
+    return RealRun(
+        check.measured.steps, check.safety_curve, check.real_collapse, check.sentence, counts, probes
+    )
 
 
 def truth_figure(check: Comparison, forecast: ForecastResult) -> Figure:
@@ -176,6 +180,7 @@ def verified_rows(check: Comparison) -> list[tuple[str, str, str]]:
         ),
         ("real curve inside the forecast's interval", "", inside),
         ("refusals, start → end", forecast_refusals(check), refusal_text(check)),
+        *map(_probe_row, check.probes),
         (
             "safety rows measured",
             "",
@@ -213,6 +218,22 @@ def forecast_refusals(check: Comparison) -> str:
     return f"{end} ({fewest} to {most}) of {check.refusals[-1].prompts}"
 
 
+def _both(check: Comparison) -> str:
+    """Refusals first, where they were counted, then the loss."""
+    return " ".join(sentence for sentence in (check.refusal_sentence, check.sentence) if sentence)
+
+
+def _probe_row(probe: ProbeCheck) -> tuple[str, str, str]:
+    """A probe as forecast and as it is."""
+    ahead = NOT_MEASURED
+    if probe.forecast is not None:
+        middle, lower, upper = (probe_value(probe.measure, value) for value in probe.forecast)
+        ahead = f"{middle} ({lower} to {upper})"
+    unit = "right" if probe.measure == "choice" else "nats/token"
+    real = f"{probe_value(probe.measure, probe.start)} → {probe_value(probe.measure, probe.real)}"
+    return f"probe {probe.name} ({probe.measure}, {unit}) at step {probe.step}", ahead, real
+
+
 def verified_section(check: Comparison, show_text: bool) -> str:
     """The comparison in words and as a table, and the generated texts folded away."""
     held = (
@@ -232,7 +253,7 @@ def verified_section(check: Comparison, show_text: bool) -> str:
     )
     return (
         '<section id="verify"><h2>Verified by a real fine-tune</h2>'
-        f'<p class="says">{esc(check.sentence)}</p>'
+        f'<p class="says">{esc(_both(check))}</p>'
         f"{table(('what', 'forecast', 'real'), verified_rows(check))}"
         f"{listed('About this run', check.measured.warnings)}"
         f'<div class="folds">{notes(reading)}{_texts(check, show_text)}</div></section>'
@@ -296,7 +317,9 @@ def verify_text(outcome: Any) -> str:
     factor = "–" if found["error_factor"] is None else f"× {found['error_factor']:.2f}"
     if found["error_factor"] is None and found["error_at_least"] is not None:
         factor = f"more than × {found['error_at_least']:.2f}"
+    rows += [_probe_cells(probe) for probe in found["probes"]]
     lines = [
+        *([said(found["refusal_sentence"])] if found["refusal_sentence"] else []),
         said(found["sentence"]),
         "",
         fitted(rows, [reach, "forecast", "real"]),
@@ -308,6 +331,11 @@ def verify_text(outcome: Any) -> str:
         *[said(f"caveat: {warning}", " " * 8) for warning in found["warnings"]],
     ]
     return "\n".join([*lines, outcome.last_line])
+
+
+def _probe_cells(probe: Mapping[str, Any]) -> list[str]:
+    """A probe's row for a terminal, from plain values."""
+    return list(_probe_row(ProbeCheck(**probe)))
 
 
 def _step(found: Mapping[str, Any], which: str) -> str:

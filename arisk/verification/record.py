@@ -22,8 +22,18 @@ from arisk.forecast.refusals import labelled, refused_share
 from arisk.geometry.dynamics import interpolated_crossing
 from arisk.models.judge import Judge, Outcome, RefusalRule
 from arisk.training.behaviour import AnsweredPrompts, BehaviourResult
+from arisk.training.probes import ProbeTrack
 
-__all__ = ["Comparison", "RefusalCount", "TaskCurve", "VerifyResult", "compare", "compared_curve", "value_at"]
+__all__ = [
+    "Comparison",
+    "ProbeCheck",
+    "RefusalCount",
+    "TaskCurve",
+    "VerifyResult",
+    "compare",
+    "compared_curve",
+    "value_at",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class VerifyResult:
         gradient_evaluations: micro-batch gradients used.
         warnings: sentences for the report.
         task: task loss along the run; None where nothing said that protections will be compared.
+        probes: what else was measured, at the steps with answers.
     """
 
     horizon: int
@@ -80,6 +91,7 @@ class VerifyResult:
     gradient_evaluations: int
     warnings: Sequence[str]
     task: TaskCurve | None = None
+    probes: Sequence[ProbeTrack] = ()
 
     @property
     def prompts(self) -> Sequence[Mapping[str, str | int | None]]:
@@ -105,6 +117,28 @@ class RefusalCount:
     refused: int
     prompts: int
     refuses: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class ProbeCheck:
+    """One probe of a real run beside its forecast.
+
+    Attributes:
+        name, measure: of the probe; rows: its rows, or questions.
+        step: last optimizer step at which it was measured.
+        start, real: what was measured at step 0 and there, as `arisk.training.probes.value_of` tells it.
+        forecast: (median, lower, upper) there; None where it was not forecast.
+        inside: whether the real value lies in the interval; None without one.
+    """
+
+    name: str
+    measure: str
+    rows: int
+    step: int
+    start: float
+    real: float
+    forecast: tuple[float, float, float] | None
+    inside: bool | None
 
 
 @dataclass(frozen=True)
@@ -137,6 +171,9 @@ class Comparison:
             last step with answers; None where it counted none.
         refusal_curve: share of the prompts refused at every measured step: counted where answers were
             written, read from openings between; None where it was not measured.
+        refusals_inside: whether the last count lies in the forecast's interval; None without one.
+        refusal_sentence: refusals as forecast and as they are, in words; None where none were counted.
+        probes: what else was measured.
     """
 
     measured: VerifyResult
@@ -159,6 +196,9 @@ class Comparison:
     refusals_missing: str | None
     forecast_refusals: tuple[int, int, int] | None = None
     refusal_curve: Sequence[float] | None = None
+    refusals_inside: bool | None = None
+    refusal_sentence: str | None = None
+    probes: Sequence[ProbeCheck] = ()
 
     @property
     def safety_curve(self) -> list[float]:
@@ -174,11 +214,14 @@ class Comparison:
         """Plain values, the measured curve among them and no texts; numbers may be NaN or infinite."""
         run = self.measured
         kept = [
-            field.name for field in dataclasses.fields(self) if field.name not in ("measured", "refusals")
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in ("measured", "refusals", "probes")
         ]
         return {
             **{name: getattr(self, name) for name in kept},
             "refusals": [dataclasses.asdict(count) for count in self.refusals],
+            "probes": [dataclasses.asdict(probe) for probe in self.probes],
             "last_step": run.steps[-1],
             "horizon": run.horizon,
             "diverged_at": run.diverged_at,
@@ -214,6 +257,7 @@ def compare(
     followed = measured.behaviour.safety
     labels = {} if followed is None else labelled(followed, judge or RefusalRule(measured.behaviour.learnt))
     counts = _refusals(labels)
+    ahead = _forecast_refusals(forecast, counts)
     return Comparison(
         measured=measured,
         forecaster=None if curve is None else curve.name,
@@ -233,8 +277,11 @@ def compare(
         inside_share=None if curve is None else _inside(curve, measured.steps, safety),
         refusals=counts,
         refusals_missing=measured.generation_reason,
-        forecast_refusals=_forecast_refusals(forecast, counts),
+        forecast_refusals=ahead,
         refusal_curve=_refusal_curve(measured, labels),
+        refusals_inside=None if ahead is None else ahead[1] <= counts[-1].refused <= ahead[2],
+        refusal_sentence=_refusal_sentence(counts, ahead),
+        probes=[check for track in measured.probes if (check := _probe(track, forecast)) is not None],
     )
 
 
@@ -399,6 +446,40 @@ def _forecast_refusals(
     shares = [value_at(said.steps, values, last.step) for values in (said.median, said.lower, said.upper)]
     found = [round(share * last.prompts) for share in shares]
     return found[0], found[1], found[2]
+
+
+def _refusal_sentence(counts: Sequence[RefusalCount], ahead: tuple[int, int, int] | None) -> str | None:
+    """Refusals in words: before, as forecast, and as they are at the last step with answers."""
+    if not counts:
+        return None
+    first, last = counts[0], counts[-1]
+    found = (
+        f"At step {last.step} the real run refuses {last.refused} of {last.prompts} prompts "
+        f"({first.refused} before)"
+    )
+    if ahead is None:
+        return f"{found}; refusals were not forecast."
+    end, fewest, most = ahead
+    side = "inside" if fewest <= last.refused <= most else "outside"
+    return f"{found}; the forecast said {end} ({fewest} to {most}): {side} its interval."
+
+
+def _probe(track: ProbeTrack, forecast: ForecastResult | None) -> ProbeCheck | None:
+    """A probe beside its forecast at the last step with a number; None where only the start has one."""
+    means = track.means
+    fine = [i for i, value in enumerate(means) if math.isfinite(value)]
+    if len(fine) < 2 or fine[0] != 0:
+        return None
+    step, real = track.steps[fine[-1]], means[fine[-1]]
+    said = next((probe for probe in (forecast.probes if forecast else ()) if probe.name == track.name), None)
+    ahead = None
+    if said is not None and said.measure == track.measure and said.steps and step <= said.steps[-1]:
+        middle, lower, upper = (
+            value_at(said.steps, values, step) for values in (said.median, said.lower, said.upper)
+        )
+        ahead = middle, lower, upper
+    inside = None if ahead is None else ahead[1] <= real <= ahead[2]
+    return ProbeCheck(track.name, track.measure, len(track.values), step, means[0], real, ahead, inside)
 
 
 def _refusal_curve(measured: VerifyResult, labels: Mapping[int, Sequence[Outcome]]) -> list[float] | None:

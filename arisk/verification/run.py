@@ -28,11 +28,12 @@ from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.leap import LARGEST_SHARE, outliers
 from arisk.forecast.record import RolloutResult
 from arisk.forecast.rollout import OPENING, watched
-from arisk.forecast.run import answer_tokens, followed_rows
+from arisk.forecast.run import answer_tokens, followed_rows, probed_rows
 from arisk.geometry.dynamics import recorded_steps
 from arisk.gradients import batch_size, layout_of, map_tensors, measuring, move_batch
 from arisk.training.loop import BatchStream, PlannedRun, StepDone, follow, keeping_parameters
 from arisk.training.panels import panel_of, sample_losses
+from arisk.training.probes import measure_probes, probe_panels, probe_tracks
 from arisk.training.recipe import recipe_of
 from arisk.training.state import Pauses, Track, load_state
 from arisk.verification.record import TaskCurve, VerifyResult
@@ -134,6 +135,7 @@ def taken_over(rolled: RolloutResult) -> VerifyResult:
         heldout=False,
         behaviour=behaviour,
         opening_loss=rolled.opening_loss,
+        probes=rolled.probes,
         gradient_evaluations=rolled.gradient_evaluations,
         warnings=[NOT_HELD_OUT, *rolled.warnings],
     )
@@ -164,6 +166,7 @@ class _RealRun:
         self.behaviour = watched(task, behaviour, heldout=True)
         self.opening_tokens = (behaviour or BehaviourConfig()).opening_tokens
         self.writing = writing_steps(self.points)
+        self.probes = probe_panels(task.probes, self.opening_tokens, device)
         self.track = Track()
         reached = planned.batches_of(self.last).stop
         self.judged = task_rows(task, planned.stream, task_samples, reached) if task_samples else None
@@ -223,6 +226,8 @@ class _RealRun:
                 track.control.append(self.control.losses(model))
             if self.judged is not None:
                 measure_task(track, model, self.judged)
+            if step in self.writing:
+                measure_probes(track, model, self.probes, step)
             self.behaviour.measure(model, step, answer=step in self.writing)
         track.behaviour = self.behaviour.state()
 
@@ -244,6 +249,7 @@ class _RealRun:
             heldout=self.task.heldout is not None and shared < len(safety),
             behaviour=self.behaviour.result(),
             opening_loss=None if openings is None else torch.stack(openings, dim=1),
+            probes=probe_tracks(track, self.probes),
             gradient_evaluations=self.planned.gradient_evaluations,
             warnings=self.warnings(shared),
             task=self.task_curve(),
@@ -521,7 +527,7 @@ def verify_cost(scene: CostScene) -> Cost:
         passes={
             "gradient rows": points[-1] * per_step(config),
             "forward rows": len(points) * (looked(task, given.control_samples) + judged + prompts)
-            + written * (followed - prompts),
+            + written * (followed - prompts + probed_rows(task)),
             "answer tokens": answer_tokens(scene, written),
         },
         seconds=scene.loading,

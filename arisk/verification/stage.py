@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from arisk.base.artifacts import read_record
 from arisk.base.errors import ConfigError
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, StageOption, steps_option, where_hidden
-from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS, kept_of
+from arisk.engine.stage import Stage, StageOption, steps_option
+from arisk.forecast.stage import BEHAVIOUR_KEYS, JUDGE_KEYS, kept_of, measured_beside
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
@@ -158,8 +158,8 @@ VERIFY = Stage(
         *("model", "safety", "finetune", "control", "training", "verify.safety", "verify.steps"),
         *("verify.control_samples", *BEHAVIOUR_KEYS),
     ),
-    config_also=where_hidden(*JUDGE_KEYS),
-    inputs=("model", "adapter", "safety", "finetune", "control", "verify.safety"),
+    config_also=measured_beside,
+    inputs=("model", "adapter", "safety", "finetune", "control", "probes", "verify.safety"),
     optional=True,
     reach="verify.steps",
     parallel=True,

@@ -9,7 +9,8 @@ import torch
 from arisk.config.plan import ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast.forecasters import not_measured
 from arisk.forecast.measured import combined_curve
-from arisk.forecast.record import Curve
+from arisk.forecast.record import AnswerCount, Curve, RefusalForecast
+from arisk.forecast.refusals import refusals_not_measured
 from arisk.forecast.rollout import rollout
 from arisk.forecast.what_if import (
     ROUGH_FACTOR,
@@ -73,6 +74,80 @@ def test_the_plan_is_its_own_curve():
     assert row.at_plan.collapse_step == 50
     assert not row.at_plan.rough
     assert row.at_plan in row.cells
+
+
+def counted(end=8, *, trusted=STEPS, safe=29, today=20):
+    """Refusals of 20 prompts along the plan: a straight line from `today` to `end`."""
+    shares = [(today + (end - today) * k / STEPS) / 20 for k in range(STEPS + 1)]
+    return RefusalForecast(
+        status="measured",
+        reason=None,
+        prompts=20,
+        counts=[AnswerCount(0, today, 0, 20 - today, 0)],
+        ordinary=[],
+        steps=list(range(STEPS + 1)),
+        median=shares,
+        lower=[max(share - 0.1 * (k > 0), 0) for k, share in enumerate(shares)],
+        upper=shares,
+        threshold=0.1,
+        lost_steps={},
+        lost_intervals={},
+        probability=0.9 if today else None,
+        safe_steps=safe if today else None,
+        horizon=STEPS,
+        trusted_until=trusted,
+        safe_responses=20,
+        refusing_responses=20,
+        safe_loss=None,
+        own_loss=None,
+        notes=[],
+    )
+
+
+def with_refusals(values, refusals, **settings):
+    """What is known of a plan with this loss and these refusals."""
+    made = source(values, **settings)
+    both = {"combined": curve(values), "local": not_measured("local", "off", STEPS)}
+    return known(None, both, config=CONFIG, training=made.training, steps=STEPS, seed=0, refusals=refusals)
+
+
+@pytest.mark.parametrize(("factor", "steps"), [(1.0, 100), (0.5, 200), (2.0, 50), (0.25, 400)])
+def test_refusals_are_read_at_the_same_flow_time(factor, steps):
+    grid = what_if(with_refusals(quadratic(0.05), counted()), rates=[factor * RATE], lengths=[steps])
+    (found,) = grid.rows[0].cells
+    assert (found.refused, found.refused_lower) == (pytest.approx(8 / 20), pytest.approx(6 / 20))
+    assert (grid.refused_text(found), found.refusals_kept) == ("8!", False)
+    half = cell(with_refusals(quadratic(0.05), counted()), factor, steps // 2)
+    assert half.refused == pytest.approx(14 / 20)
+
+
+def test_a_quiet_loss_does_not_make_a_run_safe_that_loses_its_refusals():
+    assert what_if(source(quadratic(0.01))).safest_rate().factor == 1.0
+    grid = what_if(with_refusals(quadratic(0.01), counted()))
+    plan = next(row for row in grid.rows if row.factor == 1.0)
+    texts = [grid.refused_text(each) for each in plan.cells]
+    assert texts == ["19", "17!", "14!", "11!", "8!", "?", "?"]
+    assert plan.at_plan.stays_below(0.1) is False
+    assert plan.safe_steps == 29
+    assert grid.safest_rate().factor == 0.25
+    assert (grid.prompts, grid.today) == (20, 20)
+
+
+def test_beyond_what_was_counted_refusals_are_not_known():
+    kept = with_refusals(quadratic(0.01), counted(20, safe=STEPS))
+    assert cell(kept, 1.0, 200).refused is None
+    # A virtual run that ended early was counted as far as it went.
+    short = with_refusals(quadratic(0.01), counted(20, trusted=50, safe=50))
+    assert cell(short, 1.0, 50).refused == pytest.approx(1.0)
+    assert cell(short, 1.0, 80).refused is None
+
+
+@pytest.mark.parametrize("refusals", [None, counted(0, today=0), refusals_not_measured("off", 100, 0.1)])
+def test_without_a_count_nothing_is_said_of_refusals(refusals):
+    grid = what_if(with_refusals(quadratic(0.01), refusals))
+    assert grid == what_if(source(quadratic(0.01)))
+    assert grid.today == 0
+    assert {each.refused for row in grid.rows for each in row.cells} == {None}
 
 
 @pytest.mark.parametrize(("factor", "steps"), [(0.5, 200), (2.0, 50), (0.25, 400), (0.1, 1000)])

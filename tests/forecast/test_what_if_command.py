@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,23 @@ def test_the_tables_tell_every_state_apart():
     assert "~7" in rest
     assert "local, rollout" in rest
     assert "note: a note" in rest
+
+
+def test_counted_refusals_have_a_table_of_their_own():
+    made = grid()
+    refused = {"refused": 0.3, "refused_lower": 0.2, "refused_upper": 0.5, "refusals_kept": False}
+    rows = [replace(row, cells=[replace(row.cells[0], **refused), row.cells[1]]) for row in made.rows]
+    counted = replace(made, rows=rows, prompts=20, today=18, refusals_lost=0.1)
+    first, *_ = grid_text(counted).split("\n\n")
+    assert "safety prompts refused after so many steps (of 20; 18 today)" in first
+    assert [line.split()[-2:] for line in first.splitlines()[3:]] == [["6!", "?"], ["~6!", "?"]]
+    lines = grid_text(counted, cells=True).splitlines()
+    assert "refused of 20" in lines[0]
+    assert "6! (4 to 10)" in lines[2]
+    body = json.loads(json.dumps(grid_json(counted), allow_nan=False))
+    assert body["rows"][0]["cells"][0]["refused"] == 0.3
+    assert body["rows"][0]["cells"][1]["refused"] is None
+    assert "safety prompts refused" not in grid_text(made)
 
 
 def test_cells_in_a_few_characters():

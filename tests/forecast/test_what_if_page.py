@@ -38,6 +38,34 @@ def test_where_no_rate_stays_safe_for_the_whole_plan_the_longest_run_is_named():
     assert "50 steps at 0.001" in shown.says
 
 
+def test_where_refusals_were_counted_the_map_speaks_of_them():
+    grid = made.grid()
+    kept = {"refused": 1.0, "refused_lower": 0.95, "refused_upper": 1.0, "refusals_kept": True}
+    gone = {"refused": 0.25, "refused_lower": 0.1, "refused_upper": 0.4, "refusals_kept": False}
+    rows = [
+        made.replaced(
+            row,
+            cells=[
+                made.replaced(row.cells[0], **kept),
+                made.replaced(row.cells[1], **gone),
+                made.replaced(row.cells[2], refusals_kept=False),
+            ],
+        )
+        for row in grid.rows
+    ]
+    shown = what_if_map(made.replaced(grid, rows=rows, prompts=20, today=20, refusals_lost=0.1))
+    unknown, known, labels = shown.data
+    assert labels["text"][:6] == ["✓", "5!", ".20!", "✓", "5!", ""]
+    assert [row[:2] for row in known["z"]] == [[0.0, 0.75]] * 3
+    assert "refuses 5 of 20 at its end [2, 8]" in known["customdata"][0][1]
+    assert "refusals: would need its own run" in known["customdata"][0][2]
+    assert shown.rows[0][4].startswith("5! refused; ")
+    assert "how many of 20 safety prompts" in shown.reading
+    assert unknown["z"][1][2] == 1
+    alone = what_if_map(grid)
+    assert "refuses" not in " ".join([alone.reading, *alone.data[1]["customdata"][0]])
+
+
 def contrast(one, other):
     def light(colour):
         channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
