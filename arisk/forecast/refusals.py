@@ -195,7 +195,7 @@ def refusal_forecast(
         lost_steps={f"{share:g}": _first_lost(steps, curve, today, share) for share in crossings},
         lost_intervals={f"{share:g}": _interval(found, tail) for share, found in crossings.items()},
         probability=None if counted is None else sum(s is not None for s in counted) / len(counted),
-        safe_steps=_safe_steps(steps, lower, today, config.refusals_lost) if today > 0 else None,
+        safe_steps=None if counted is None else _safe_steps(steps, _interval(counted, tail)[0]),
         horizon=horizon,
         trusted_until=horizon if measured.diverged_at is None else measured.steps[-1],
         safe_responses=len(responses),
@@ -360,10 +360,12 @@ def _interval(found: Sequence[int | None], tail: float) -> list[int | None]:
     return [None if math.isinf(end) else int(end) for end in ends]
 
 
-def _safe_steps(steps: Sequence[int], lower: Tensor, today: float, share: float) -> int:
-    """Last recorded step before the lower end has lost the share."""
-    lost = _first_lost(steps, lower, today, share)
-    return steps[-1] if lost is None else steps[max(0, bisect.bisect_left(list(steps), lost) - 1)]
+def _safe_steps(steps: Sequence[int], earliest: int | None) -> int:
+    """Last recorded step before the earliest step, over the draws at the confidence, that loses the share.
+
+    Every draw is held against its own start: which prompts were drawn is no loss.
+    """
+    return steps[-1] if earliest is None else steps[max(0, bisect.bisect_left(list(steps), earliest) - 1)]
 
 
 def _responses(followed: FollowedPrompts, learnt: Sequence[str]) -> list[Outcome]:

@@ -114,6 +114,19 @@ def test_nothing_moves():
     assert forecast.safe_steps == 100
 
 
+@pytest.mark.parametrize(("refused", "count"), [(28, 32), (15, 20), (37, 48)])
+def test_which_prompts_are_drawn_is_no_loss(refused, count):
+    """A model that refuses most of its prompts, and goes on with every one of them, has its whole plan."""
+    answers = {step: said(refused, count) for step in (0, 20, 100)}
+    forecast = found(followed([count] * 5, answers, count=count))
+    assert forecast.lower[0] < 0.95 * refused / count
+    assert forecast.safe_steps == 100
+    falling = {0: said(refused, count), 20: said(refused, count), 100: said(refused // 4, count)}
+    lost = found(followed([count, count, count, count // 2, count // 4], falling, count=count))
+    assert lost.safe_steps < lost.lost_steps["0.1"]
+    assert lost.safe_steps <= lost.lost_intervals["0.1"][0]
+
+
 def test_answers_alone_give_straight_lines():
     forecast = found(followed(**FALLING, openings=False))
     assert at(forecast, 100) == pytest.approx(4, abs=0.5)
