@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arisk.compare.record import RULE, Ranked, RankedRun
+from arisk.compare.record import Ranked, RankedRun, rule_of
 from arisk.compare.text import (
     COLUMNS,
     MEANING,
@@ -20,16 +20,18 @@ from arisk.compare.text import (
     final_text,
     headline,
     rank_text,
+    refused_text,
     signed,
 )
 from arisk.forecast.first_screen import ICONS
+from arisk.forecast.probes_page import probe_value
 from arisk.forecast.text import collapse_text
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line
 from arisk.report.page import Piece, page
 from arisk.report.section import esc, listed, notes, table
 from arisk.report.text import NOT_MEASURED
 
-__all__ = ["budget_bars", "drift_scatter", "forecast_lines", "render_comparison"]
+__all__ = ["budget_bars", "drift_scatter", "forecast_lines", "refusal_lines", "render_comparison"]
 
 #: Icon of a run without a forecast.
 UNKNOWN = "?"
@@ -45,9 +47,11 @@ def render_comparison(told: Comparative, folder: Path) -> str:
     pieces = [
         Piece(0, _first_screen(told)),
         Piece(1, _ranked_table(told, folder)),
+        *([Piece(2, figure=refusal_lines(told), shape="tall")] if _counted(told) else []),
         Piece(2, figure=forecast_lines(told), shape="tall"),
         Piece(3, figure=drift_scatter(told), shape="half"),
         Piece(4, figure=budget_bars(told), shape="half"),
+        Piece(5, _probes(told)),
         Piece(5, _settings(told)),
         Piece(6, _provenance(told)),
     ]
@@ -76,7 +80,7 @@ def _ranked_table(told: Comparative, folder: Path) -> str:
         '<section id="ranking"><h2>Ranking</h2>'
         '<div class="scroll" tabindex="0" role="region" aria-label="ranking"><table class="rows rank" '
         f'role="table"><thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{rows}'
-        f"</tbody></table></div>{notes(RULE + ' ' + MEANING + MORE)}</section>"
+        f"</tbody></table></div>{notes(rule_of(told.runs) + ' ' + MEANING + MORE)}</section>"
     )
 
 
@@ -109,7 +113,8 @@ def _values(entry: Ranked) -> list[float | None]:
     numbers = [
         None if entry.rank is None else float(entry.rank),
         None if entry.rank is None else float(entry.rank),
-        None if entry.rank is None else run.order[0],
+        None if entry.rank is None else run.order(refusals=False)[0],
+        run.refusals.median[-1] if run.refusals is not None and run.refusals.median else None,
         None if run.safe_steps is None else float(run.safe_steps),
         collapse,
         run.probability,
@@ -128,6 +133,27 @@ def _linked(run: RankedRun, folder: Path) -> str:
         return esc(run.name)
     target = Path(os.path.relpath(run.report, folder)).as_posix()
     return f'<a href="{esc(target)}">{esc(run.name)}</a>'
+
+
+def _probes(told: Comparative) -> str:
+    """What else each plan costs, where probes were given."""
+    names = list(dict.fromkeys(probe.name for run in told.runs for probe in run.probes))
+    if not names:
+        return ""
+    rows = [[name, *(_probe(run, name) for run in told.runs)] for name in names]
+    return (
+        '<section id="probes"><h2>What else the plans cost</h2>'
+        '<p class="note">Before and at the end of the plan: loss in nats per token, or questions answered '
+        f"rightly.</p>{table(['probe', *(run.name for run in told.runs)], rows)}</section>"
+    )
+
+
+def _probe(run: RankedRun, name: str) -> str:
+    found = next((probe for probe in run.probes if probe.name == name), None)
+    if found is None:
+        return NOT_MEASURED
+    end = None if found.end is None else found.end[0]
+    return f"{probe_value(found.measure, found.start)} → {probe_value(found.measure, end)}"
 
 
 def _settings(told: Comparative) -> str:
@@ -167,6 +193,47 @@ def look(index: int) -> tuple[str, str]:
 def short(name: str) -> str:
     """A name that fits an axis: its end tells more than its beginning."""
     return name if len(name) <= NAME else "…" + name[-(NAME - 1) :]
+
+
+def _counted(told: Comparative) -> list[tuple[int, RankedRun]]:
+    """Runs whose refusals were counted, with their places."""
+    return [(i, run) for i, run in enumerate(told.runs) if run.counted is not None]
+
+
+def refusal_lines(told: Comparative) -> Figure:
+    """Share of safety prompts that each plan's model still refuses, with its band."""
+    data: list[dict[str, Any]] = []
+    for i, run in _counted(told):
+        said = run.counted
+        assert said is not None
+        colour, dash = look(i)
+        hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        group = {"type": "scatter", "x": list(said.steps), "legendgroup": f"run{i}"}
+        band = {"fill": "tonexty", "fillcolor": f"{colour}24"}
+        line = {"color": colour, "dash": dash, "width": 2.5}
+        lower, median, upper = (
+            [round(100 * value, 2) for value in values] for values in (said.lower, said.median, said.upper)
+        )
+        data += [
+            {**group, **hidden, "y": lower},
+            {**group, **hidden, **band, "y": upper},
+            {**group, "name": run.name, "mode": "lines", "y": median, "line": line},
+        ]
+    layout = axes("optimizer step", "safety prompts refused (%)", hovermode="x unified", legend=LEGEND)
+    layout["yaxis"]["range"] = [-4, 106]
+    return Figure(
+        "refusals",
+        "Refusals of all plans",
+        data,
+        layout,
+        "Share of safety prompts that the model is forecast to refuse along each plan; the highest line is "
+        "the safest plan. The band is the interval at the run's confidence. A plan whose refusals were not "
+        "counted has no line, which is not the same as none lost.",
+        "P(prompt i is refused) = σ(u_i), see the run's own report",
+        ["run", "refused at the end"],
+        [[run.name, refused_text(run)] for run in told.runs],
+        None if data else "no run has counted refusals",
+    )
 
 
 def forecast_lines(told: Comparative) -> Figure:
@@ -314,16 +381,16 @@ def budget_bars(told: Comparative) -> Figure:
     layout = axes("optimizer steps", "", barmode="overlay", legend=LEGEND)
     layout["yaxis"].update(autorange="reversed", type="category")
     layout["xaxis"]["range"] = [0, 1.45 * max(planned, default=1)]
-    rows = [[*cells(entry)[:4]] for entry in told.ranked]
+    rows = [[*cells(entry)[:3], cells(entry)[4]] for entry in told.ranked]
     return Figure(
         "budgets",
         "Safe-step budgets",
         data if shown else [],
         layout,
-        "How many optimizer steps each plan can take before the upper end of its interval reaches the "
-        "threshold (narrow bar), of those planned (pale bar), safest plan on top. An inconclusive plan (–) "
+        "How many optimizer steps each plan can take before an interval, of refusals or of the loss, reaches "
+        "its limit (narrow bar), of those planned (pale bar), safest plan on top. An inconclusive plan (–) "
         "may look long here: its forecast is not trusted to the end. No bar means not measured.",
-        "largest k with upper(L_s(θ_j) − L_s(θ*)) < threshold for all j ≤ k",
+        "largest k with upper(L_s(θ_j) − L_s(θ*)) < threshold, and refusals above their limit, for all j ≤ k",
         ["rank", "run", "verdict", "safe-step budget"],
         rows,
         None if shown else "no run has a forecast",

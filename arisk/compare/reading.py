@@ -173,6 +173,8 @@ def _planned(run: FinishedRun, name: str) -> RankedRun:
         training=dict(forecast.training),
         report=str(page) if run.states["report"].fresh and page.exists() else None,
         notes=[f"The {section} files changed since this run." for section in run.changed],
+        refusals=forecast.refusals,
+        probes=forecast.probes,
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from arisk.base.terminal import table
-from arisk.compare.record import RULE, Ranked, RankedRun
+from arisk.compare.record import Ranked, RankedRun, rule_of
+from arisk.forecast.probes_page import probe_summary
 from arisk.forecast.text import GENERAL, NO_RISE, collapse_text
 from arisk.report.text import NOT_MEASURED, bounded, chance, literal, number
 
@@ -28,7 +29,12 @@ __all__ = [
     "compare_text",
     "headline",
     "rank_text",
+    "refused_text",
 ]
+
+
+#: Heading of the change of the safety loss, in a terminal.
+DRIFT = "safety drift (nats/token)"
 
 
 def compare_text(told: Comparative, page: str) -> str:
@@ -39,7 +45,7 @@ def compare_text(told: Comparative, page: str) -> str:
             "",
             table(
                 [_outcome(entry) for entry in told.ranked],
-                ["rank", "run", "verdict", "safe steps", "collapse", "P", "safety drift (nats/token)"],
+                ["rank", "run", "verdict", "refused at the end", "safe steps", "collapse", "P", DRIFT],
             ),
             "",
             table(
@@ -49,7 +55,7 @@ def compare_text(told: Comparative, page: str) -> str:
             "",
             *[f"- {sentence}" for sentence in compare_findings(told)],
             *[f"care: {sentence}" for sentence in told.notes],
-            f"ranking: {RULE}",
+            f"ranking: {rule_of(told.runs)}",
             f"report: {page}",
         ]
     )
@@ -60,8 +66,8 @@ def _outcome(entry: Ranked) -> list[str]:
     row = cells(entry)
     if entry.run.curve is not None:
         step = entry.run.collapse_step
-        row[4] = f"none in {entry.run.horizon}" if step is None else f"{step} of {entry.run.horizon}"
-    return row[:7]
+        row[5] = f"none in {entry.run.horizon}" if step is None else f"{step} of {entry.run.horizon}"
+    return row[:8]
 
 
 def _measured(entry: Ranked) -> list[str]:
@@ -77,7 +83,7 @@ def compare_json(told: Comparative) -> dict[str, Any]:
     return {
         "title": told.title,
         "headline": headline(told),
-        "rule": RULE,
+        "rule": rule_of(told.runs),
         "runs": [_run_json(entry) for entry in told.ranked],
         "findings": compare_findings(told),
         "notes": list(told.notes),
@@ -92,7 +98,9 @@ def compare_json(told: Comparative) -> dict[str, Any]:
 def _run_json(entry: Ranked) -> dict[str, Any]:
     run = entry.run
     values = {
-        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "curve"
+        field.name: getattr(run, field.name)
+        for field in dataclasses.fields(run)
+        if field.name not in ("curve", "refusals", "probes")
     }
     final = None if run.final is None else dict(zip(("median", "lower", "upper"), run.final, strict=True))
     curve = None if run.curve is None else dataclasses.asdict(run.curve)
@@ -104,6 +112,24 @@ def _run_json(entry: Ranked) -> dict[str, Any]:
         "finetune_rows": rows,
         "final": final,
         "curve": curve,
+        "refusals": _refusals_json(run),
+        "probes": probe_summary(run.probes),
+    }
+
+
+def _refusals_json(run: RankedRun) -> dict[str, Any] | None:
+    """Refusals at the end of the plan; None where none were counted."""
+    said = run.refusals
+    if said is None or said.status != "measured":
+        return None
+    end, fewest, most = said.at_end
+    return {
+        "prompts": said.prompts,
+        "today": said.today,
+        "at_end": end,
+        "at_end_interval": [fewest, most],
+        "threshold": said.threshold,
+        "lost_step": said.lost_steps.get(f"{said.threshold:g}"),
     }
 
 
@@ -122,7 +148,7 @@ def compare_markdown(told: Comparative) -> str:
         *[f"- {literal(sentence)}" for sentence in compare_findings(told)],
         *[f"- care: {literal(sentence)}" for sentence in told.notes],
         "",
-        f"{MEANING} {RULE}",
+        f"{MEANING} {rule_of(told.runs)}",
         "",
     ]
     return bounded(lines, "Curves and differences are in `compare.html`, beside this text.")
@@ -130,16 +156,19 @@ def compare_markdown(told: Comparative) -> str:
 
 #: What the columns of the ranked table mean, and their units.
 MEANING = (
-    "Safe steps: the largest number of optimizer steps whose upper interval stays below the collapse "
-    "threshold. Drifts: changes of mean losses at the end of the plan, in nats per token, with the interval "
-    "at the run's confidence. Overlap: of the first update with the safety subspace, in multiples of a "
-    "random direction's. Cost: gradients of the rollout against those of the planned run, and wall time."
+    "Refused at the end: safety prompts forecast to be refused after the last planned step, with the "
+    "interval at the run's confidence, and those refused today. Safe steps: the largest number of optimizer "
+    "steps up to which refusals and loss stay within their limits. Drifts: changes of mean losses at the end "
+    "of the plan, in nats per token, with the interval at the run's confidence. Overlap: of the first update "
+    "with the safety subspace, in multiples of a random direction's. Cost: gradients of the rollout against "
+    "those of the planned run, and wall time."
 )
 #: Columns of the ranked table.
 COLUMNS = (
     "rank",
     "run",
     "verdict",
+    "refused at the end",
     "safe steps",
     "collapse",
     "P(collapse)",
@@ -187,6 +216,7 @@ def cells(entry: Ranked) -> list[str]:
         rank_text(entry),
         run.name,
         run.level if run.place != "not measured" else NOT_MEASURED,
+        refused_text(run),
         NOT_MEASURED if run.safe_steps is None else f"{run.safe_steps} of {run.horizon}",
         collapse_text(run.curve) if run.curve else NOT_MEASURED,
         chance(run.probability),
@@ -196,6 +226,15 @@ def cells(entry: Ranked) -> list[str]:
         cost_text(run),
         f"{run.finetune}, {run.finetune_rows or 'unknown number of'} rows",
     ]
+
+
+def refused_text(run: RankedRun) -> str:
+    """Prompts refused at the end of the plan with their interval, and today."""
+    said = run.refusals
+    if said is None or said.status != "measured":
+        return NOT_MEASURED
+    end, fewest, most = said.at_end
+    return f"{end} of {said.prompts} ({fewest} to {most}; {said.today} today)"
 
 
 def final_text(run: RankedRun) -> str:
@@ -265,16 +304,22 @@ def _tied(ranked: Sequence[Ranked]) -> str | None:
     ]
     if not pairs:
         return None
-    return (
-        "Their intervals overlap, at the end of the plan and of the collapse step, so the order is not sure: "
-        f"{'; '.join(pairs)}."
-    )
+    return f"Their intervals overlap, so the order is not sure: {'; '.join(pairs)}."
 
 
 def _alike(first: RankedRun, second: RankedRun) -> bool:
-    """One level, and intervals with a value in common: of the end of the plan and of the collapse step."""
+    """One level, and intervals with a value in common.
+
+    Of the refusals at the end of the plan where both counted them; else of the loss there and of the collapse
+    step.
+    """
     if first.level != second.level or first.final is None or second.final is None:
         return False
+    if first.counted is not None and second.counted is not None:
+        (low, high), (other_low, other_high) = (
+            [share[-1] for share in (said.lower, said.upper)] for said in (first.counted, second.counted)
+        )
+        return high >= other_low and other_high >= low
     ends = first.final[2] >= second.final[1] and second.final[2] >= first.final[1]
     (low, high), (other_low, other_high) = _collapses(first), _collapses(second)
     return ends and high >= other_low and other_high >= low

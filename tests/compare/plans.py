@@ -2,6 +2,7 @@
 
 from arisk.compare.record import Ranked, RankedRun
 from arisk.compare.text import Comparative
+from arisk.forecast.record import AnswerCount, RefusalForecast
 from tests.report import records as made
 
 HOSTILE = made.HOSTILE
@@ -47,6 +48,34 @@ def plan(name, *, level="low", probability=0.0, peak=0.05, collapse_step=None, *
         collapse_step=collapse_step,
         curve=curve,
         **{**fields, **changes},
+    )
+
+
+def refusing(end, band=(0, 0), *, today=28, lost=None):
+    """A forecast of refusals: `today` of 32 before, `end` at the end, and how far the band reaches."""
+    fewest, most = end - band[0], end + band[1]
+    return RefusalForecast(
+        status="measured",
+        reason=None,
+        prompts=32,
+        counts=[AnswerCount(0, today, 0, 32 - today, 0), AnswerCount(100, end, 0, 32 - end, 0)],
+        ordinary=[],
+        steps=[0, 50, 100],
+        median=[today / 32, (today + end) / 64, end / 32],
+        lower=[today / 32, (today + fewest) / 64, fewest / 32],
+        upper=[today / 32, (today + most) / 64, most / 32],
+        threshold=0.1,
+        lost_steps={"0.1": lost, "0.25": None, "0.5": None} if today else {},
+        lost_intervals={},
+        probability=0.5 if today else None,
+        safe_steps=40 if today else None,
+        horizon=100,
+        trusted_until=100,
+        safe_responses=32,
+        refusing_responses=32,
+        safe_loss=0.1,
+        own_loss=0.1,
+        notes=[],
     )
 
 

@@ -9,13 +9,28 @@ from pathlib import Path
 import pytest
 
 from arisk.base.artifacts import finite
-from arisk.compare.page import drift_scatter, forecast_lines, render_comparison
+from arisk.compare.page import drift_scatter, forecast_lines, refusal_lines, render_comparison
 from arisk.compare.text import cells, compare_findings, compare_json, compare_markdown, compare_text, headline
+from arisk.forecast.record import ProbeForecast
 from tests.compare import plans
 from tests.report import browser as web
 from tests.report.reading import parsed
 
-plan, compared, HOSTILE = plans.plan, plans.compared, plans.HOSTILE
+plan, compared, refusing, HOSTILE = plans.plan, plans.compared, plans.refusing, plans.HOSTILE
+QUIZ = ProbeForecast(
+    name="quiz",
+    measure="choice",
+    rows=20,
+    tokens=None,
+    measured_steps=[0, 100],
+    measured=[0.8, 0.5],
+    steps=[0, 100],
+    median=[0.8, 0.5],
+    lower=[0.8, 0.4],
+    upper=[0.8, 0.6],
+    horizon=100,
+    notes=[],
+)
 
 
 def three(**changes):
@@ -80,11 +95,11 @@ def test_what_was_not_measured_is_never_a_number_nor_safe():
     told = compared(holes())
     row = {entry.run.name: cells(entry) for entry in told.ranked}
     assert row["nothing"][0] == "–"
-    assert row["nothing"][2:8] == ["not measured"] * 6
+    assert row["nothing"][2:9] == ["not measured"] * 7
     assert row["unsure"][0] == "–"
     assert row["unsure"][2] == "inconclusive"
-    assert "unbounded" in row["wild"][6]
-    assert row["wild"][10] == "wild.jsonl, unknown number of rows"
+    assert "unbounded" in row["wild"][7]
+    assert row["wild"][11] == "wild.jsonl, unknown number of rows"
     assert "safest" not in headline(told).lower()
     assert "2 of 3 cannot be ranked" in headline(told)
     by_name = {run["name"]: run for run in finite(compare_json(told))["runs"]}
@@ -147,6 +162,42 @@ def test_the_overlap_is_said_to_disagree_only_where_it_does():
     assert said(9.0, 2.0)
     assert not said(2.0, 9.0)
     assert not said(None, 2.0)
+
+
+def test_refusals_stand_in_every_form_and_bands_that_overlap_are_not_told_apart():
+    runs = [
+        plan("safe", refusals=refusing(28, (2, 1)), probes=[QUIZ]),
+        plan("near", refusals=refusing(26, (3, 2))),
+        plan("far", refusals=refusing(5, (2, 2), lost=12)),
+    ]
+    told = compared(runs)
+    assert [cells(entry)[3] for entry in told.ranked] == [
+        "28 of 32 (26 to 29; 28 today)",
+        "26 of 32 (23 to 28; 28 today)",
+        "5 of 32 (3 to 7; 28 today)",
+    ]
+    assert headline(told) == "Safest: safe and near (low, not told apart); riskiest: far (low)."
+    found = {run["name"]: run for run in finite(compare_json(told))["runs"]}
+    assert found["far"]["refusals"] == {
+        "prompts": 32,
+        "today": 28,
+        "at_end": 5,
+        "at_end_interval": [3, 7],
+        "threshold": 0.1,
+        "lost_step": 12,
+    }
+    assert found["safe"]["probes"][0]["at_end"] == 0.5
+    assert "28 of 32 (26 to 29; 28 today)" in compare_text(told, "page.html")
+    page = rendered(runs)
+    assert "Refusals of all plans" in page
+    assert "What else the plans cost" in page
+    assert "80 % → 50 %" in page
+    lines = [trace["name"] for trace in refusal_lines(told).data if trace.get("name")]
+    assert lines == ["safe", "near", "far"]
+    without = rendered(three())
+    assert "Refusals of all plans" not in without
+    assert "What else the plans cost" not in without
+    assert "Refusals do not enter" in without
 
 
 def test_figures_carry_bands_and_say_what_is_missing():

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from arisk.compare.record import Ranked, worst_level
+from arisk.compare.record import Ranked, by_refusals, rule_of, worst_level
+from arisk.forecast.refusals import refusals_not_measured
 from tests.compare import plans as made
 
-plan = made.plan
+plan, refusing = made.plan, made.refusing
 
 
 #: Safest first; each differs from the one before by the next part of the rule.
@@ -35,6 +36,45 @@ def test_the_rule_orders_every_pair():
     for first, second in itertools.combinations([*IN_ORDER, *UNRANKED], 2):
         for given in ([first, second], [second, first]):
             assert [entry.run.name for entry in Ranked.all(given)] == [first.name, second.name]
+
+
+#: Safest first, by refusals; the loss alone would order them otherwise.
+BY_REFUSALS = [
+    plan("a", peak=0.09, probability=0.3, refusals=refusing(28)),
+    plan("b", peak=0.01, refusals=refusing(26, lost=None)),
+    plan("c", peak=0.001, refusals=refusing(24, lost=90)),
+    plan("d", peak=0.001, refusals=refusing(24, lost=40)),
+    plan("e", peak=0.09, refusals=refusing(24, lost=40)),
+    plan("f", level="elevated", peak=0.001, refusals=refusing(28)),
+    plan("g", level="high", probability=1.0, peak=0.001, refusals=refusing(6, lost=10)),
+]
+
+
+def test_refusals_decide_after_the_level():
+    assert by_refusals(BY_REFUSALS)
+    for first, second in itertools.combinations(BY_REFUSALS, 2):
+        for given in ([first, second], [second, first]):
+            assert [entry.run.name for entry in Ranked.all(given)] == [first.name, second.name]
+    assert "still refused at the end" in rule_of(BY_REFUSALS)
+    assert "do not enter" not in rule_of(BY_REFUSALS)
+
+
+@pytest.mark.parametrize(
+    "without", [None, refusals_not_measured("no tokenizer", 100, 0.1), refusing(0, today=0)]
+)
+def test_a_run_without_a_count_puts_all_back_to_the_loss_and_that_is_said(without):
+    runs = [
+        plan("kept", peak=0.05, refusals=refusing(28)),
+        plan("lost", peak=0.02, refusals=refusing(2)),
+        plan("unknown", peak=0.03, refusals=without),
+    ]
+    assert not by_refusals(runs)
+    assert [entry.run.name for entry in Ranked.all(runs)] == ["lost", "unknown", "kept"]
+    assert "Refusals do not enter: in 1 of 3 ranked plans none were counted" in rule_of(runs)
+    assert "still refused" not in rule_of(runs)
+    # A run that gets no rank has no say in how the others are ranked.
+    aside = [*runs[:2], plan("unknown", level="inconclusive", refusals=without)]
+    assert [entry.run.name for entry in Ranked.all(aside)] == ["kept", "lost", "unknown"]
 
 
 def test_ranks_count_from_one_and_what_is_not_known_has_none():
