@@ -53,6 +53,30 @@ def test_the_command_line_is_what_the_inputs_say(tmp_path, settings, words):
     assert done.stdout.splitlines() == ["run", "my plan.yaml", "--run-dir", "runs/x", *words]
 
 
+@pytest.mark.parametrize(
+    ("package", "installed"),
+    [
+        ("", f"arisk[hf] @ file://{ROOT}"),
+        ("git+https://host/arisk@v1", "arisk[hf] @ git+https://host/arisk@v1"),
+        ("a wheel.whl", "arisk[hf] @ file://{here}/a wheel.whl"),
+    ],
+)
+def test_what_is_installed_is_this_checkout_or_what_was_named(tmp_path, package, installed):
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "a wheel.whl").touch()
+    here = str(ROOT / ".github" / "actions" / "arisk")
+    done = subprocess.run(
+        ["bash", "-euc", STEPS["Install arisk"]["run"]],
+        env={"PACKAGE": package, "HERE": here, "PATH": f"{tmp_path}:/usr/bin:/bin"},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == ["-m", "pip", "install", installed.format(here=tmp_path)]
+
+
 def test_the_hook_checks_every_plan_and_fails_with_the_first(tmp_path):
     (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
     assert re.search(hook["files"], "plans/arisk-7b.yaml")

@@ -197,7 +197,7 @@ def method() -> str:
 #: Headings of the rows that were looked at, with the keys of `DriftAccount.rows` behind them.
 ACCOUNT_COLUMNS = (
     (Column("row"), "line"),
-    (Column("first-order share", "descending"), "first_order"),
+    (Column("push against safety", "descending"), "first_order"),
     (Column("loss"), "loss"),
     (Column("tokens"), "tokens"),
 )
@@ -209,6 +209,11 @@ FIRST_ROWS, FIRST_MODULES = 5, 8
 
 #: What modules and rows carry, in words.
 RISE, PUSH = "rise of the loss of safe responses", "push against safety over the plan (first order)"
+
+PUSH_MEANING = (
+    "Push against safety: what a row would add to the loss of safe responses over the plan if all were "
+    "linear (nats/token); arisk screen looks at every row."
+)
 
 
 def account_findings(found: DriftAccount) -> list[tuple[str, str | None, str]]:
@@ -231,9 +236,8 @@ def account_section(found: DriftAccount, show_text: bool, limit: int) -> str:
     total = sum(found.parts)
     of = "" if found.finetune_rows is None else f" of {found.finetune_rows}"
     reading = (
-        f"{len(found.rows)} fine-tuning rows{of} were looked at, evenly over the data; `arisk screen` looks "
-        "at every row. A row's number is what it would add to the safety loss over the plan if all were "
-        "linear: it says who pushes, not how far. Modules are those of the virtual run's whole move: their "
+        f"{len(found.rows)} fine-tuning rows{of} were looked at, evenly over the data. The numbers say who "
+        "pushes, not how far. Modules are those of the shortened run's whole move: their "
         f"parts add up to {number(total)} where {number(found.change)} nats per token were measured on the "
         f"same {found.safety_rows} safety rows."
     )
@@ -246,8 +250,8 @@ def account_section(found: DriftAccount, show_text: bool, limit: int) -> str:
     heaviest = table(("module", "nats/token"), [[name, number(part)] for name, part in parts[:FIRST_MODULES]])
     return (
         f'<section id="account"><h2>Riskiest training rows and layers, a first look</h2>{said}{rows}'
-        f'<div class="folds">{folded("The modules that carry most", heaviest)}'
-        f"</div>{notes(reading, ACCOUNT_EQUATION)}</section>"
+        f'<p class="note">{PUSH_MEANING}</p><div class="folds">{notes(reading, ACCOUNT_EQUATION)}'
+        f"{folded('The modules that carry most', heaviest)}</div></section>"
     )
 
 
@@ -270,9 +274,9 @@ COLUMNS = (
 def sample_drift(measured: RolloutResult, forecast: ForecastResult) -> Figure:
     """Every safety sample's change at the last finite point of the rollout, in ascending order."""
     reading = (
-        "One dot per safety row, sorted: how much its loss has changed at the end of the virtual run. A line "
-        "that is flat and then shoots up means that a few rows are lost; one that lies above the threshold "
-        "as a whole means that safety is lost everywhere. The mean is what the forecast shows."
+        "One dot per safety row, sorted: how much its loss has changed at the end of the shortened run. A "
+        "line that is flat and then shoots up means that a few rows are lost; one that lies above the "
+        "threshold as a whole means that safety is lost everywhere. The mean is what the forecast shows."
     )
     equation = "ℓ_i(θ_k) − ℓ_i(θ*) for each safety row i, ascending"
     header = ["share of rows", "change at most"]

@@ -82,7 +82,7 @@ def what_if_map(grid: WhatIfGrid) -> Figure:
 
 
 def _says(grid: WhatIfGrid) -> str:
-    """The safest cell of use by name, and what grey means where there is grey."""
+    """The safest cell of use by name, and what the marks mean."""
     found = grid.safest()
     told = grid.rate_sentence()
     if found is not None and grid.safest_rate() is None:
@@ -90,8 +90,18 @@ def _says(grid: WhatIfGrid) -> str:
         told += f" Safest useful cell (green frame): {steps} steps at {number(row.learning_rate)}."
     elif found is not None:
         told += " That cell has the green frame."
-    grey = any(cell.state == "not_measured" for row in grid.rows for cell in row.cells)
-    return f"{told} Grey cells would need a run of their own." if grey else told
+    states = {cell.state for row in grid.rows for cell in row.cells}
+    rough = any(cell.rough for row in grid.rows for cell in row.cells)
+    marks = [
+        "✓ within the limits",
+        "a number: rise of the loss at the end",
+        "! collapses",
+        *(["× diverges"] if "diverges" in states else []),
+        *(["~ rough"] if rough else []),
+        "blue frame: the plan",
+        *(["grey: would need a run of its own"] if "not_measured" in states else []),
+    ]
+    return f"{told} {'; '.join(marks)}."
 
 
 def _told(cell: WhatIfCell, grid: WhatIfGrid) -> str:

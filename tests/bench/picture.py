@@ -24,10 +24,10 @@ def main() -> None:
     if browser is None:
         sys.exit("no Chromium found: install the package chromium")
     with tempfile.TemporaryDirectory() as folder:
-        arisk = [sys.executable, "-m", "arisk"]
-        subprocess.run([*arisk, "demo", "--output-dir", folder], check=True)
-        subprocess.run([*arisk, "verify", f"{folder}/config.yaml", "--run-dir", folder], check=True)
-        take(browser, Path(folder) / "report" / "report.html")
+        # There, so that the page's commands are those of the README.
+        for command in (["demo"], ["verify", "runs/demo"]):
+            subprocess.run([sys.executable, "-m", "arisk", *command], check=True, cwd=folder)
+        take(browser, Path(folder) / "runs" / "demo" / "report" / "report.html")
 
 
 def take(browser: str, report: Path) -> None:

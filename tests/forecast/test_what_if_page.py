@@ -26,7 +26,7 @@ def test_every_state_of_a_cell_is_told_apart():
     assert (inks["#0072B2"], inks["#009E73"]) == ((0.5, 0.5), (0.5, -0.5))
     text = " ".join(parsed(made.page()).text)
     assert "? (none)" in text
-    assert "Grey cells would need a run of their own." in text
+    assert "grey: would need a run of its own." in text
     assert "That cell has the green frame." in text
 
 
