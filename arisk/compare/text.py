@@ -300,7 +300,8 @@ def _tied(ranked: Sequence[Ranked]) -> str | None:
     pairs = [
         f"{first.name} and {second.name}"
         for first, second in itertools.pairwise(placed)
-        if _alike(first, second)
+        # One plan run twice is not a question of order.
+        if _alike(first, second) and first.curve != second.curve
     ]
     if not pairs:
         return None
