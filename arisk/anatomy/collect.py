@@ -563,4 +563,4 @@ def _group_products(run: SafetyPass, names: Sequence[str], file: Path) -> dict[s
         made[f"gram.{name}"] = products.gram
         made[f"mean.{name}"], made[f"diagonal.{name}"] = products.mean, products.diagonal
     write_tensors(file, made)
-    return made
+    return read_tensors(file)  # As a run that was killed finds them.

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from arisk.base.artifacts import write_tensors
+from arisk.base.artifacts import aligned, write_tensors
 from arisk.base.errors import ArtifactError
 from arisk.base.processes import rank, share, summed, world
 from arisk.base.task import Batch, LossFn
@@ -106,7 +106,8 @@ class GradientStore:
             return
         tensors, table = _packed(listed)
         self._room -= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if self._room >= 0:
+        # Batches behind one on disk go there too, as in the run that was killed after it.
+        if self._room >= 0 and index <= min(self._shards(), default=index):
             self._memory[index] = listed
             return
         size = samples_of(next(iter(listed.values())))
@@ -292,7 +293,7 @@ def _packed(parts: Mapping[str, Sequence[Part]]) -> tuple[dict[str, Tensor], dic
 
 
 def _unpacked(row: Sequence[Any], shard: Any) -> Part:
-    read = [shard.get_tensor(key) for key in row if isinstance(key, str)]
+    read = [aligned(shard.get_tensor(key)) for key in row if isinstance(key, str)]
     if len(read) == 1:
         return widened(read[0])
     return widened(Outer(*read) if len(row) == 2 else Rows(read[0], read[1], row[2]))

@@ -409,12 +409,11 @@ class Passes:
 
     def _shard(self, shard: Sequence[RowGroup], name: str, measure: Estimate) -> Tensor:
         path = self.workspace / f"{name.replace(' ', '-')}.safetensors" if self.workspace else None
-        if path is not None and path.exists():
-            return read_tensors(path)["products"]
-        made = measure(shard)
-        if path is not None:
-            write_tensors(path, {"products": made})
-        return made
+        if path is None:
+            return measure(shard)
+        if not path.exists():
+            write_tensors(path, {"products": measure(shard)})
+        return read_tensors(path)["products"]
 
 
 def _spread(samples: SampleSet) -> list[int] | None:

@@ -24,7 +24,7 @@ from arisk.anatomy.subspace import recomputed_side
 from arisk.anatomy.update import first_batches, measure_update
 from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import InputError, NumericsError
-from arisk.base.processes import from_first, is_first, share, summed
+from arisk.base.processes import barrier, from_first, is_first, share, summed
 from arisk.base.task import Batch, LossFn, Progress, RowBatches, SampleSet, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import (
@@ -396,10 +396,15 @@ def places(
             found = [_weighed(found[0], 1 - late)]
         found.append(walk.place(step, late))
         put(walk.run.parameters, start)
-    for i, place in enumerate(found):
-        if workspace and is_first():
-            _write(workspace / f"point-{i}.safetensors", place)
-    return found
+    if workspace is None:
+        return found
+    files = [workspace / f"point-{i}.safetensors" for i in range(len(found))]
+    for file, place in zip(files, found, strict=True):
+        if is_first():
+            _write(file, place)
+    barrier()
+    # As a run that was killed finds them.
+    return [_read(file) for file in files]
 
 
 def _weighed(place: Place, weight: float) -> Place:

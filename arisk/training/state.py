@@ -178,18 +178,23 @@ def load_state(workspace: Path, run: PlannedRun) -> tuple[Track, Extra] | None:
         steps=values["steps"],
         finetune_loss=[float("nan") if loss is None else loss for loss in values["finetune_loss"]],
         kept_share=values["kept_share"],
-        safety=list(tensors["safety"]),
-        control=list(tensors["control"]) if "control" in tensors else [],
+        safety=_apart(tensors["safety"]),
+        control=_apart(tensors["control"]) if "control" in tensors else [],
         whole=values["whole"],
         precision_error=values["precision_error"],
         extrapolated=tensors.get("extrapolated"),
         pending=values["pending"],
         texts=dict(values["texts"]),
         probed=values.get("probed", []),
-        others={key: list(kept) for key, kept in _under("other.", tensors).items()},
+        others={key: _apart(kept) for key, kept in _under("other.", tensors).items()},
         notes=[{k: float("nan") if v is None else v for k, v in note.items()} for note in values["notes"]],
     )
     return track, Extra(_under("extra.", tensors), values["extra"])
+
+
+def _apart(losses: Tensor) -> list[Tensor]:
+    """The rows (n,) of losses (points, n), each in memory of its own as when it was measured."""
+    return [row.clone() for row in losses]
 
 
 def _under(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

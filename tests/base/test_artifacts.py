@@ -169,6 +169,16 @@ def test_tensors_that_share_memory_are_written(tmp_path):
     assert torch.equal(back["c"], base.view(2, 5).T)
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([torch.float32, torch.float64]))
+def test_tensors_are_read_into_memory_that_begins_as_torchs_own(tmp_path_factory, sizes, dtype):
+    """Kernels round by where memory begins, so what is read back must lie as what was computed."""
+    path = tmp_path_factory.mktemp("aligned") / "t.safetensors"
+    write_tensors(path, {f"{i}": torch.arange(float(size), dtype=dtype) for i, size in enumerate(sizes)})
+    for name, tensor in read_tensors(path).items():
+        assert tensor.tolist() == list(range(sizes[int(name)]))
+        assert tensor.data_ptr() % 64 == torch.zeros(sizes[int(name)]).data_ptr() % 64 == 0
+
+
 def test_full_disk_keeps_the_old_text(tmp_path):
     """A limit on file size refuses bytes in the middle of a write, as a full disk does."""
     write_text(tmp_path / "a.json", "old")

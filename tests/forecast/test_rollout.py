@@ -279,7 +279,12 @@ def test_resumes_inside_a_run(tmp_path, monkeypatch):
     steps_taken = []
     step = PlannedRun.step
     monkeypatch.setattr(PlannedRun, "step", lambda self, n: (steps_taken.append(n), step(self, n))[1])
+    load, loaded = run_state.load_state, []
+    watched = lambda *args: loaded.append(load(*args)) or loaded[-1]  # noqa: E731 - a wrapper
+    monkeypatch.setattr("arisk.forecast.rollout.load_state", watched)
     resumed = rollout(telling(task_of()), **settings, workspace=tmp_path)
+    # Kernels round by where memory begins: losses lie apart, as when they were measured.
+    assert all(losses.untyped_storage().nbytes() == losses.nbytes for losses in loaded[0][0].safety)
     assert min(steps_taken) > stopped[0]
     assert torch.equal(resumed.safety, whole.safety)
     assert torch.equal(resumed.control, whole.control)

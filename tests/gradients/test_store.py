@@ -6,7 +6,7 @@ from torch import nn
 
 from arisk.base.errors import ArtifactError, NumericsError
 from arisk.gradients import GradientStore, layout_of, measuring
-from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, weighted_sum_of
+from arisk.gradients.factors import Outer, Rows, block_of, dots_of, entries_of, tensors_of, weighted_sum_of
 from arisk.gradients.hooks import hook_parts
 from arisk.gradients.store import Sides, Sketch, balanced, per_sample_sketches, sketch_of, sketch_products
 from tests.gradients import cases
@@ -67,6 +67,29 @@ def test_damaged_shards_are_measured_again(tmp_path):
     shard.write_bytes(shard.read_bytes()[:200])
     assert store.finished() == [0, 2]
     assert not shard.exists()
+
+
+def test_gradients_from_disk_lie_in_memory_as_those_that_were_kept_there(tmp_path):
+    """A kernel rounds by where memory begins; a resumed pass reads what a whole one kept."""
+    store, _ = filled(tmp_path)
+    for name in LAYOUT.names:
+        for part in (part for parts in store.parts(name) for part in parts):
+            assert {tensor.data_ptr() % 64 for tensor in tensors_of(part)} == {0}
+
+
+def test_behind_a_batch_on_disk_none_stays_in_memory(tmp_path):
+    """A pass that goes on keeps every batch where the pass that was killed would have kept it."""
+    whole = GradientStore(tmp_path, memory=100)
+    small, large = torch.ones(2, 3, dtype=torch.float64), torch.ones(9, 3, dtype=torch.float64)
+    for index, gradients in enumerate((small, large, small)):
+        whole.write_shard(index, {"w": gradients})
+    on_disk = sorted(tmp_path.iterdir())
+    assert [path.name for path in on_disk] == ["shard-00001.safetensors", "shard-00002.safetensors"]
+    on_disk[1].unlink()
+    again = GradientStore(tmp_path, memory=100)
+    for index in {0, 2}.difference(again.finished()):
+        again.write_shard(index, {"w": small})
+    assert sorted(tmp_path.iterdir()) == on_disk
 
 
 def test_reading_damage_is_an_error(tmp_path):
