@@ -76,12 +76,17 @@ def card(
     Example: arisk card runs/my >> README.md
     """
     from arisk.base.artifacts import read_json
-    from arisk.engine.freshness import check_run_dir
+    from arisk.engine.freshness import check_run_dir, made_from
     from arisk.engine.job import SUMMARY_FILE
+    from arisk.engine.report import REPORT
+    from arisk.engine.rundir import RunDir
     from arisk.report.card import model_card
 
     check_run_dir(run)
-    say(model_card(read_json(run / "report" / SUMMARY_FILE)).rstrip())
+    rundir, spec = RunDir(run), catalogue().get(REPORT)
+    there = [name for name in catalogue().names if rundir.stage_dir(name).exists()]
+    made_from(rundir, spec, reads=there)
+    say(model_card(read_json(rundir.stage_dir(REPORT) / SUMMARY_FILE)).rstrip())
 
 
 @app.command()

@@ -37,6 +37,7 @@ __all__ = [
     "describe",
     "differences",
     "ingredients_of",
+    "made_from",
     "plan",
     "stage_key",
     "status_rows",
@@ -264,6 +265,53 @@ def check_run_dir(path: Path) -> None:
     else:
         what = "this is not a run directory: it has no config.yaml"
     raise ArtifactError(what, where=str(path), fix=fix)
+
+
+def made_from(rundir: RunDir, spec: Stage, *, reads: Sequence[str] = ()) -> dict[str, Any]:
+    """What a committed, undamaged stage of this version of arisk was made from, for a reader of its files.
+
+    Args:
+        rundir: where it lies.
+        spec: the stage.
+        reads: stages before it that are still those it was made from, as far as it read them.
+
+    Raises:
+        ArtifactError: there is none, it is damaged or of another version, or one of `reads` is another now.
+    """
+    run = rundir.path
+    if not run.is_dir():
+        raise ArtifactError(
+            "this is a file, not a run directory" if run.exists() else "the run directory does not exist",
+            where=str(run),
+            fix="give the folder that `arisk run CONFIG --run-dir FOLDER` wrote",
+        )
+    manifest, again = rundir.manifest(spec.name), f"run `arisk run {run}`"
+    if manifest is None:
+        known = (run / CONFIG_FILE).exists()
+        what = f"the stage {spec.name} has not been run here" if known else "this is not a run directory"
+        raise ArtifactError(
+            what, where=str(run), fix=again if known else "give the folder of a finished run"
+        )
+    made: dict[str, Any] = manifest["ingredients"]
+    old = made.get("stage_version")
+    if old != spec.version or not isinstance(made.get("upstream"), dict):
+        raise ArtifactError(
+            f"the stage {spec.name} is of version {old}; this arisk computes {spec.version}",
+            where=str(rundir.stage_dir(spec.name)),
+            fix=f"{again}; no model is loaded for that",
+        )
+    for name in reads:
+        if (key := made["upstream"].get(name)) is None:
+            continue
+        before = rundir.manifest(name)
+        if before is None or before["key"] != key:
+            raise ArtifactError(
+                f"the stage {name} is missing" if before is None else f"the stage {name} was run again since",
+                where=str(rundir.stage_dir(name)),
+                fix=f"{again}: it brings {name} and {spec.name} together",
+            )
+    rundir.verify(spec.name, deep=False)
+    return made
 
 
 def take(rundir: RunDir, state: StageState, sources: Sequence[Path]) -> Path | None:

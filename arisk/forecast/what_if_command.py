@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arisk.base.artifacts import CONFIG_FILE, read_record
-from arisk.base.errors import ArtifactError, ConfigError
+from arisk.base.artifacts import read_record
+from arisk.base.errors import ConfigError
 from arisk.base.terminal import table
 from arisk.config.plan import ForecastConfig, TrainingConfig
 from arisk.config.yaml import validate_mapping
+from arisk.engine.freshness import made_from
 from arisk.engine.rundir import RunDir
-from arisk.engine.stage import Stage
 from arisk.forecast.record import WhatIfCell, WhatIfGrid, WhatIfRow
 from arisk.forecast.stage import FORECAST
 from arisk.report.text import percent
@@ -81,19 +81,11 @@ def reforecast(
     from arisk.forecast.what_if import known, what_if
 
     rundir = RunDir(run)
-    made = _ingredients(rundir, FORECAST)
+    made = made_from(rundir, FORECAST, reads=("score",))
     scored = None
-    if (key := made["upstream"].get("score")) is not None:
-        score = rundir.manifest("score")
-        if score is None or score.get("key") != key:
-            raise ArtifactError(
-                "the stage score is missing" if score is None else "the stage score was run again since",
-                where=str(rundir.stage_dir("score")),
-                fix=f"run `arisk run {run}`: it brings score and forecast together",
-            )
+    if "score" in made["upstream"]:
         rundir.verify("score", deep=False)
         scored = read_record(rundir.stage_dir("score"), ScoreResult)
-    rundir.verify("forecast", deep=False)
     forecast = read_record(rundir.stage_dir("forecast"), ForecastResult)
     where = str(rundir.stage_dir("forecast"))
     source = known(
@@ -106,36 +98,6 @@ def reforecast(
         refusals=forecast.refusals,
     )
     return what_if(source, rates=rates, lengths=lengths)
-
-
-def _ingredients(rundir: RunDir, spec: Stage) -> dict[str, Any]:
-    """What a committed stage of this version of arisk was made from.
-
-    Raises:
-        ArtifactError: there is none.
-    """
-    run = rundir.path
-    if not run.is_dir():
-        raise ArtifactError(
-            "the run directory does not exist" if not run.exists() else "this is a file, not a run directory",
-            where=str(run),
-            fix="give the folder that `arisk run CONFIG --run-dir FOLDER` wrote",
-        )
-    manifest = rundir.manifest(spec.name)
-    if manifest is None:
-        known = (run / CONFIG_FILE).exists()
-        what = f"the stage {spec.name} has not been run here" if known else "this is not a run directory"
-        fix = f"run `arisk run {run}`" if known else "give the folder of a finished run"
-        raise ArtifactError(what, where=str(run), fix=fix)
-    made: dict[str, Any] = manifest["ingredients"]
-    if made["stage_version"] != spec.version:
-        raise ArtifactError(
-            f"the stage {spec.name} is of version {made['stage_version']}; "
-            f"this arisk computes {spec.version}",
-            where=str(rundir.stage_dir(spec.name)),
-            fix=f"run `arisk run {run}`; no model is loaded for that",
-        )
-    return made
 
 
 def grid_json(grid: WhatIfGrid) -> dict[str, Any]:

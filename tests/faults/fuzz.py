@@ -266,6 +266,7 @@ class Campaign:
         folder: where it lay when it was made, and where each case lies.
         keep: where failures are kept.
         tries, failures: numbers by class; kinds: numbers by what went wrong.
+        kills: processes that a signal ended, by the stage they were at work on and by the signal.
     """
 
     base: Path
@@ -274,6 +275,7 @@ class Campaign:
     tries: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     ends: dict[str, tuple[dict[str, str], int]] = field(default_factory=dict)
 
     def _laid_out(self, *, with_run: bool) -> None:
@@ -362,6 +364,8 @@ class Campaign:
                 seconds = rng.random() * 2
                 done = command(args, place.folder, setup=lambda s=seconds, n=number: _timed(s, n))
                 told.append(f"{number.name} after {seconds:.3f} s of work")
+            if done.code in (-number, 128 + number):
+                self.kills[_at_work(place.run), number.name] += 1
             if done.code == -number and number != signal.SIGKILL:
                 faults.append(f"signal: {number.name} was not handled")
             faults += [fault for fault in judged(done, Case(args), place) if number != signal.SIGKILL]
@@ -620,6 +624,13 @@ def _stages(run: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def _at_work(run: Path) -> str:
+    """The stage whose unfinished work lies in a run directory."""
+    with contextlib.suppress(OSError, StopIteration):
+        return next((run / ".partial").iterdir()).name.partition("-")[0]
+    return "between stages"
+
+
 def _stages_of(tree: dict[str, str]) -> dict[str, dict[str, str]]:
     """A tree by stages."""
     stages: dict[str, dict[str, str]] = {}
@@ -655,7 +666,23 @@ def _table(campaign: Campaign, seconds: float) -> str:
     ]
     total = f"{'all':<{width}}  {campaign.tries.total():>6}  {campaign.failures.total():>8}"
     kinds = ", ".join(f"{kind}: {count}" for kind, count in campaign.kinds.most_common())
-    return "\n".join([*lines, total, f"{seconds / 60:.0f} minutes; {kinds or 'nothing found'}"])
+    found = f"{seconds / 60:.0f} minutes; {kinds or 'nothing found'}"
+    return "\n".join([*lines, total, *_killed(campaign.kills), found])
+
+
+def _killed(kills: Counter[tuple[str, str]]) -> list[str]:
+    """How many processes a signal ended, in all and by the stage at work; empty where there were none."""
+    if not kills:
+        return []
+    signals, stages = Counter[str](), Counter[str]()
+    for (stage, name), count in kills.items():
+        signals[name] += count
+        stages[stage] += count
+
+    def counts(found: Counter[str]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in found.most_common())
+
+    return [f"{kills.total()} processes killed ({counts(signals)}), at work on: {counts(stages)}"]
 
 
 def _tell(text: str) -> None:
@@ -692,6 +719,7 @@ def main() -> None:
     _imports()
     names = given.only or [*CLASSES, KILLS, TWO]
     seed = given.seed if given.seed is not None else int(time.time()) % 10**6 * 1000
+    _tell(f"first seed {seed}")
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="arisk-fuzz-"))
     work.chmod(0o755)  # some cases run as nobody

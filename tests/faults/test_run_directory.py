@@ -13,6 +13,7 @@ from arisk.base.errors import ArtifactError, ConfigError
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, stage_key
+from arisk.engine.freshness import made_from
 from arisk.engine.run import run_stages
 from arisk.engine.rundir import RunDir
 
@@ -205,6 +206,59 @@ def test_from_a_stage_behind_the_last_one_is_a_slip(tmp_path):
             last="collect",
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """A run whose report was made from its forecast; what the report says is no matter here."""
+    rundir = RunDir(tmp_path / "run")
+    with rundir.lock("test"):
+        rundir.write("config.yaml", "{}")
+        keys = {}
+        for stage in map(catalogue().get, ("forecast", "report")):
+            ingredients = {"stage_version": stage.version, "upstream": dict(keys)}
+            keys[stage.name] = stage_key(ingredients)
+            work = rundir.workspace(stage.name, keys[stage.name])
+            write_text(work / "summary.json", json.dumps({"format_version": 1, "verdict": {"level": "low"}}))
+            rundir.commit(
+                stage.name, key=keys[stage.name], ingredients=ingredients, workspace=work, seconds=1.0
+            )
+    return rundir
+
+
+def another_forecast(rundir):
+    ingredients = {"stage_version": 1, "upstream": {}}
+    with rundir.lock("test"):
+        work = rundir.workspace("forecast", stage_key(ingredients))
+        write_text(work / "x", "x")
+        rundir.commit(
+            "forecast", key=stage_key(ingredients), ingredients=ingredients, workspace=work, seconds=1.0
+        )
+
+
+def of_another_version(rundir):
+    path = rundir.path / "report" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["ingredients"]["stage_version"] += 1
+    path.write_text(json.dumps({**body, "key": stage_key(body["ingredients"])}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda run: (run.path / "report" / "summary.json").write_text("{}"), "not what the stage wrote"),
+        (lambda run: shutil.rmtree(run.path / "report"), "has not been run here"),
+        (lambda run: (run.path / "report" / "manifest.json").unlink(), "has not been run here"),
+        (another_forecast, "forecast was run again since"),
+        (of_another_version, "is of version"),
+    ],
+)
+def test_a_model_card_is_made_of_what_belongs_together(arisk, reported, harm, says):
+    made_from(reported, catalogue().get("report"), reads=["forecast"])
+    harm(reported)
+    code, out, err = arisk("card", reported.path)
+    assert (code, out) == (4, "")
+    assert says in err
 
 
 @pytest.mark.parametrize("there", ["/dev/null", "/dev/null/run", "file"])
