@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -192,6 +193,18 @@ def _quiet_others() -> None:
         warnings.simplefilter("ignore")
 
 
+#: What a shell puts into `_ARISK_COMPLETE` to ask for completions, or for the script that asks.
+COMPLETION = re.compile("(source|complete)_(bash|zsh|fish|powershell|pwsh)")
+
+
+def _completing() -> None:
+    """Leave completion to who asks for it: with anything else in the variable the command is meant."""
+    asked = COMPLETION.fullmatch(os.environ.get("_ARISK_COMPLETE", ""))
+    typed = "COMP_WORDS" in os.environ and os.environ.get("COMP_CWORD", "").isdecimal()
+    if asked is None or (asked.group() == "complete_bash" and not typed):
+        os.environ.pop("_ARISK_COMPLETE", None)
+
+
 def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
@@ -203,6 +216,7 @@ def main() -> None:
     try:
         add_stage_verbs()
         _quiet_others()
+        _completing()
         code = app(standalone_mode=False, prog_name="arisk")
         if code:  # Typer makes 130 of every interruption.
             sys.exit(TERMINATED if _Terminated.seen else code)

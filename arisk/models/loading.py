@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -197,6 +197,7 @@ def require_causal(model: nn.Module, tokens: Sequence[int], where: str) -> None:
 
     Raises:
         InputError: it cannot be run, or looks ahead, so that no loss of it is the likelihood of a text.
+        NumericsError: its logits are NaN.
     """
     row = list(tokens[:PROBED])
     if len(row) < 2:
@@ -220,6 +221,13 @@ def require_causal(model: nn.Module, tokens: Sequence[int], where: str) -> None:
         ) from err
     finally:
         model.train(mode)
+    if bool(logits.isnan().any()):
+        raise NumericsError(
+            "the model's logits are NaN for a row",
+            where=where,
+            fix="see that config.json belongs to these weights (positions, scales, norms), or give a wider "
+            "`model.dtype` where it overflows",
+        )
     change, size = float((logits[0] - logits[1]).abs().max()), float(logits.abs().max())
     rounding = max(ROUNDING, *(4 * torch.finfo(p.dtype).eps for p in model.parameters() if p.dtype in WIDE))
     if change > rounding * size:
@@ -381,6 +389,9 @@ def first_line(err: BaseException) -> str:
 def cause_of(err: Exception) -> str:
     """The cause in the words of its library, and in ours where those say nothing to a reader."""
     line = first_line(err)
+    lines = str(err).strip().splitlines()
+    if line.endswith(":") and len(lines) > 1:  # A heading, and what it is about.
+        line = shortened(f"{line} {lines[1].strip()}", 300)
     if type(err).__name__ == "SafetensorError":
         return f"its weights are cut off or damaged ({line}); an interrupted download looks like this"
     if isinstance(err, KeyError):
@@ -415,6 +426,62 @@ def _require_tensors(config: ModelConfig) -> None:
         where=f"model.path: {path}",
         fix="give a folder made by save_pretrained, with config.json, weights and tokenizer files",
     )
+
+
+#: Counts and sizes in a model's config; each layer has a weight, the others are a dimension of some, or near.
+LAYERS = re.compile("num_hidden_layers|num_layers|n_layers?")
+SIZES = re.compile("expert|head|vocab|hidden_size|n_embd|d_model|intermediate|n_inner|ffn|state_size")
+#: How many times the tensors there may be layers, and how many times the largest dimension a size may be: of
+#: less the missing and resized weights are told one by one.
+MORE_LAYERS, MORE = 8, 64
+#: A dimension that is no burden, whatever the weights hold.
+ORDINARY = 1000
+
+
+def _require_sizes(settings: Any, config: ModelConfig) -> None:
+    """Refuse a config.json that asks for far more than the weights hold: building that would take all memory.
+
+    Raises:
+        InputError: names the setting.
+    """
+    tensors, largest = _extent(Path(str(config.path)))
+    if tensors == 0:
+        return
+    for key, value in _numbers(settings.to_dict()):
+        most = MORE * max(tensors, largest, ORDINARY) if SIZES.search(key) else None
+        most = MORE_LAYERS * max(tensors, MORE_LAYERS) if LAYERS.fullmatch(key) else most
+        if most is not None and value > most:
+            raise InputError(
+                f"config.json says {key} = {shortened(str(value))}, and its weights are {tensors} tensors of "
+                f"{largest} rows or columns at most",
+                where=f"model.path: {config.path}",
+                fix="give the config.json of these very weights",
+            )
+
+
+def _numbers(values: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
+    """Whole numbers of a config and of the configs in it, by key."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(key, str) and isinstance(value, int):
+            yield key, value
+
+
+def _extent(folder: Path) -> tuple[int, int]:
+    """Tensors in a folder's safetensors files, and their largest dimension; 0 where none can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = largest = 0
+    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+        try:
+            with safe_open(file, framework="pt") as held:
+                shapes = [held.get_slice(name).get_shape() for name in held.keys()]  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, ValueError):
+            return 0, 0  # said when they are read
+        tensors += len(shapes)
+        largest = max(largest, *(max(shape, default=1) for shape in shapes)) if shapes else largest
+    return tensors, largest
 
 
 def model_config(config: ModelConfig) -> Any:
@@ -456,7 +523,9 @@ def load_model(
     transformers = _quiet()
     _require_model_folder(config)
     _require_tensors(config)
-    if getattr(model_config(config), "is_encoder_decoder", False):
+    settings = model_config(config)
+    _require_sizes(settings, config)
+    if getattr(settings, "is_encoder_decoder", False):
         raise InputError(
             "the model is an encoder–decoder, and forecasts are of causal language models",
             where=f"model.path: {config.path}",

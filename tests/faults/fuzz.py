@@ -316,7 +316,8 @@ class Campaign:
             if before.get(path) != after.get(path)
         ]
         faults += _lost(stages, place.run)
-        if name == "artifacts" and done.code == 0 and case.args[:2] == ["run", "plan.yaml"]:
+        same = case.args[:2] == ["run", "plan.yaml"] and "--why" not in case.args
+        if name == "artifacts" and done.code == 0 and same:
             new = place.folder / "new" if "new" in case.args else place.run
             faults += _differing(
                 self._undisturbed("run")[0], _tree(new), "damage changed the result in silence"
@@ -485,7 +486,7 @@ def judged(done: Ending, case: Case, place: Place) -> list[str]:
     faults = _broken(done, text, _bugs(place))
     if found := OBEYED.search(text.replace("\r\n", "\n")):
         faults.append(f"terminal: {found.group()!r} reaches it")
-    if done.code in ERRORS:
+    if done.code in ERRORS and case.args:  # `arisk` alone shows its help
         faults += _badly_told(done.err, first=case.args[:1] == ["check"])
     elif done.code == 0 and case.args[:1] == ["check"] and done.err:
         faults.append(f"foreign line: {done.err[:200]}")

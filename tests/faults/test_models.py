@@ -1,6 +1,7 @@
 """Models that would run and be judged, and are not what they seem: each is refused, and named."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -74,6 +75,32 @@ def test_weights_that_are_not_there_are_listed(folder, part, count):
     with pytest.raises(InputError, match=f"{count} of the model's weights are not in its files") as caught:
         load(folder)
     assert part in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**6),
+        ("hidden_size", 10**9),
+        ("vocab_size", 10**9),
+        ("intermediate_size", 10**9),
+        ("head_dim", 10**9),
+    ],
+)
+def test_a_config_that_asks_for_more_than_the_weights_hold_is_refused_at_once(folder, key, value):
+    """Building what it says would take minutes and all memory."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(InputError, match=f"config.json says {key} = {value}"):
+        load(folder)
+
+
+def test_a_model_that_says_nan_is_at_fault_and_not_its_rows(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": math.nan}))
+    with pytest.raises(NumericsError, match="the model's logits are NaN") as caught:
+        task(folder)
+    assert "config.json" in caught.value.fix
 
 
 def test_tied_weights_are_not_missed(folder):

@@ -86,6 +86,28 @@ def test_a_command_line_that_means_nothing_is_an_error_like_others(monkeypatch, 
     assert not OBEYED.search(told)
 
 
+@pytest.mark.parametrize(
+    "value", ["", "x", "complete_x", "source_", "complete_bash", "{}", "complete_bash\n"]
+)
+def test_what_no_shell_asks_is_no_completion(monkeypatch, capsys, value):
+    monkeypatch.setenv("_ARISK_COMPLETE", value)
+    monkeypatch.delenv("COMP_WORDS", raising=False)
+    monkeypatch.setattr(sys, "argv", ["arisk", "--version"])
+    cli.main()
+    assert re.fullmatch(r"\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_a_shell_that_asks_is_answered(monkeypatch, capsys):
+    monkeypatch.setenv("_ARISK_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "arisk ru")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setattr(sys, "argv", ["arisk"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    assert "run" in capsys.readouterr().out.split()
+
+
 def test_other_libraries_say_nothing_before_us(monkeypatch, capsys):
     def noisy(*_, **__):
         logging.getLogger("datasets.packaged").critical("Failed to read schema")
