@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -295,12 +296,23 @@ def init(
     """
     from arisk.base.errors import ConfigError
     from arisk.config.imports import import_files
+    from arisk.config.sections import path_fault
     from arisk.config.starter import account_text, full_config, imported_config, short_config
 
     if path.exists() and not force:
         raise ConfigError(
             f"{path} exists already", where=str(path), fix="choose another name, or give --force"
         )
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            "something else than a file is there", where=str(path), fix="choose another name for the config"
+        )
+    named = {"--model": model, "--safety": safety, "--safety-prompts": safety_prompts, "--finetune": finetune}
+    for option, text in named.items():
+        if text is not None and (fault := path_fault(text)):
+            raise ConfigError(
+                fault, where=option, fix="give a file or folder that a config can name, or a hub id"
+            )
     if imported and full:
         raise ConfigError("--full shows defaults, and --from a plan", where="--full", fix="give one of them")
     if safety and safety_prompts:
@@ -323,7 +335,8 @@ def init(
             where=str(path),
             fix="choose a folder that exists and may be written to",
         ) from err
-    say(f"wrote {path}; next: arisk check {path} && arisk run {path}")
+    name = shlex.quote(str(path))
+    say(f"wrote {path}; next: arisk check {name} && arisk run {name}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -91,6 +92,7 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
         InputError: a file named in the config does not exist.
     """
     from arisk.config.plan import data_sets
+    from arisk.models.rows import require_data
 
     found: dict[str, Any] = {}
     if config.model.source == "python":
@@ -100,6 +102,9 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
     if config.model.adapter is not None and config.model.adapter.path is not None:
         adapter = str(config.model.adapter.path)
         found["adapter"] = _path_or_hub(adapter, "model.adapter", cache, None)
+    for name, parts in data_sets(config).items():
+        for data in parts:
+            require_data(data, name)
     if config.probes:
         found["probes"] = {
             name: _path_or_hub(probe.path, f"probes.{name}.path", cache, None)
@@ -133,8 +138,7 @@ def _path_or_hub(value: str, where: str, cache: DigestCache, revision: str | Non
     if path.is_file():
         return {"sha256": cache.digest(path)}
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
-        return {str(file.relative_to(path)): cache.digest(file) for file in files}
+        return {str(file.relative_to(path)): cache.digest(file) for file in sorted(_files(path, where))}
     if path.exists():
         raise InputError(
             f"{value} is neither a file nor a folder (a device, a pipe or a socket)",
@@ -151,8 +155,28 @@ def _path_or_hub(value: str, where: str, cache: DigestCache, revision: str | Non
     return {"hub": value, "revision": revision}
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+#: Files of one model or data set at most: a home folder has more.
+MOST_FILES = 10_000
+
+
+def _files(folder: Path, where: str) -> list[Path]:
+    """All files under a folder, hidden ones and those behind links to folders apart.
+
+    Raises:
+        InputError: there are too many to be one model or data set.
+    """
+    found: list[Path] = []
+    for at, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(at) / name for name in names if not name.startswith("."))
+        found += [file for file in files if file.is_file()]
+        if len(found) > MOST_FILES:
+            raise InputError(
+                f"this folder holds more than {MOST_FILES:,} files, and all of them would be read",
+                where=f"{where}: {folder}",
+                fix="give the folder that holds nothing else",
+            )
+    return found
 
 
 def _looks_like_path(value: str) -> bool:

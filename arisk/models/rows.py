@@ -24,7 +24,16 @@ from arisk.models.formats import CHOICE, FORMATS, SAFETY_SETS, Fields, Format, R
 if TYPE_CHECKING:
     from torch import Generator
 
-__all__ = ["OWN_ANSWERS", "ReadRows", "Row", "prompts_alone", "raw_rows", "read_data", "read_rows"]
+__all__ = [
+    "OWN_ANSWERS",
+    "ReadRows",
+    "Row",
+    "prompts_alone",
+    "raw_rows",
+    "read_data",
+    "read_rows",
+    "require_data",
+]
 
 #: Version of the way in which the model's own answers become responses.
 OWN_ANSWERS = 1
@@ -378,15 +387,7 @@ def raw_rows(config: DataConfig, section: str) -> Iterator[tuple[int, Any]]:
     Raises:
         InputError: the file is missing or cannot be read.
     """
-    path = Path(config.path)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        mode = None
-    except (OSError, ValueError) as err:
-        raise _unreadable(err, path, section) from err
-    if mode is not None and not stat.S_ISREG(mode):
-        _require_data(path, mode, section)
+    path, mode = Path(config.path), require_data(config, section)
     whole, first, last = _part(config, section)
     rows = _source(config.model_copy(update={"split": whole}), path, mode, section)
     try:
@@ -533,23 +534,44 @@ def _texts(path: Path, column: str) -> Iterator[tuple[int, Any]]:
                 yield number, RowFault(what, "save the file as UTF-8")
 
 
-def _require_data(path: Path, mode: int, section: str) -> None:
-    """Refuse devices, pipes, and folders without data files: everything in them would be read for them."""
-    if not stat.S_ISDIR(mode):
-        raise InputError(
-            "this is a device or a pipe, not a file",
-            where=f"{section}.path: {path}",
-            fix="give a file: it is read several times",
-        )
-    inside = itertools.chain(
-        itertools.islice(path.glob("*"), LISTED**3), itertools.islice(path.glob("*/*"), LISTED**3)
-    )
-    if not any(file.suffix in ENDINGS and file.is_file() for file in inside):
+def require_data(config: DataConfig, section: str) -> int | None:
+    """Refuse devices, pipes, and folders without data files: everything in them would be read for them.
+
+    Args:
+        config: path of the data set.
+        section: name of the config section, for messages.
+
+    Returns:
+        Mode of what is there; None where nothing is, as with a hub id.
+
+    Raises:
+        InputError: no data can be read from it.
+    """
+    path = Path(config.path)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            inside = itertools.chain(
+                itertools.islice(path.glob("*"), LISTED**3), itertools.islice(path.glob("*/*"), LISTED**3)
+            )
+            empty = not any(file.suffix in ENDINGS and file.is_file() for file in inside)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as err:
+        raise _unreadable(err, path, section) from err
+    if stat.S_ISDIR(mode) and empty:
         raise InputError(
             "this folder has no data files",
             where=f"{section}.path: {path}",
             fix=f"give a file, or a folder with files ending in {', '.join(ENDINGS)}",
         )
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise InputError(
+            "this is a device or a pipe, not a file",
+            where=f"{section}.path: {path}",
+            fix="give a file: it is read several times",
+        )
+    return mode
 
 
 def _with_datasets(config: DataConfig, section: str) -> Any:
