@@ -289,9 +289,7 @@ def made_from(rundir: RunDir, spec: Stage, *, reads: Sequence[str] = ()) -> dict
     if manifest is None:
         known = (run / CONFIG_FILE).exists()
         what = f"the stage {spec.name} has not been run here" if known else "this is not a run directory"
-        raise ArtifactError(
-            what, where=str(run), fix=again if known else "give the folder of a finished run"
-        )
+        raise ArtifactError(what, where=str(run), fix=again if known else "give the folder of a finished run")
     made: dict[str, Any] = manifest["ingredients"]
     old = made.get("stage_version")
     if old != spec.version or not isinstance(made.get("upstream"), dict):

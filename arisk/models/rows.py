@@ -547,7 +547,7 @@ def require_data(config: DataConfig, section: str) -> int | None:
     Raises:
         InputError: no data can be read from it.
     """
-    path = Path(config.path)
+    path, empty = Path(config.path), False
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -559,7 +559,7 @@ def require_data(config: DataConfig, section: str) -> int | None:
         return None
     except (OSError, ValueError) as err:
         raise _unreadable(err, path, section) from err
-    if stat.S_ISDIR(mode) and empty:
+    if empty:
         raise InputError(
             "this folder has no data files",
             where=f"{section}.path: {path}",
