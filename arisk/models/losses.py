@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError
-from arisk.base.task import SampleSet, TokenLoss
+from arisk.base.task import LossFn, SampleSet, TokenLoss
 from arisk.models.rendering import IGNORED
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "trained_losses",
     "trained_sums",
     "trained_tokens",
+    "twice_differentiable",
 ]
 
 #: Argument of Hugging Face models: how many of the last positions get logits.
@@ -218,6 +219,11 @@ def _pieces(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def twice_differentiable(sums: LossFn) -> LossFn:
+    """The same sums by a function that can be differentiated twice; `sums` itself where it can already."""
+    return summed_nll if sums is trained_sums else sums
 
 
 #: The loss of a training step.

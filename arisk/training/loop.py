@@ -22,6 +22,7 @@ from arisk.base.processes import rank, summed, world
 from arisk.base.task import Batch, RowBatches, SampleSet, Task
 from arisk.gradients import ParameterLayout, batch_size, move_batch, recomputing, slice_batch
 from arisk.gradients.layout import parameters_of
+from arisk.models.losses import twice_differentiable
 from arisk.training.optimizers import Built
 from arisk.training.recipe import Recipe, parameter_groups, step_batches
 
@@ -35,6 +36,7 @@ __all__ = [
     "follow",
     "keeping_parameters",
     "put",
+    "row_terms",
     "training_loss",
 ]
 
@@ -189,6 +191,24 @@ def training_loss(samples: SampleSet, model: nn.Module, batch: Batch, trained: f
     return samples.tokens.sums(model, batch).sum() / trained
 
 
+def row_terms(samples: SampleSet, model: nn.Module, batch: Batch, trained: float | None) -> Tensor:
+    """What every row adds to `training_loss`, (B,), by losses that can be differentiated twice.
+
+    Args:
+        samples: the fine-tuning data with its losses.
+        model: the model.
+        batch: rows of a micro-batch.
+        trained: trained tokens of the whole step; None for the mean over the rows.
+    """
+    tokens, count = samples.tokens, batch_size(batch)
+    if trained is not None and tokens is not None:
+        return twice_differentiable(tokens.sums)(model, batch) / trained
+    losses = samples.loss_fn(model, batch)
+    if losses.ndim == 0 and count > 1:
+        losses = torch.stack([samples.loss_fn(model, slice_batch(batch, i, i + 1)) for i in range(count)])
+    return losses.reshape(-1) / count
+
+
 class PlannedRun:
     """Steps of the planned fine-tune on a model's selected parameters, inside `measuring`.
 
@@ -314,6 +334,36 @@ class PlannedRun:
         if self.training.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.training.max_grad_norm)
         return total
+
+    def row_terms(self, number: int) -> Generator[tuple[int, Tensor]]:
+        """What every row adds to the loss of step `number`, micro-batch by micro-batch, with its graph.
+
+        The sum over all of them is the loss that `gradient` is that of; it can be differentiated twice.
+
+        Yields:
+            The micro-batch's number, counted from 0 over the run, and its terms (B,).
+        """
+        batches, trained = self._batches(number)
+        samples, share = self.task.finetune, 1.0 if trained is not None else 1 / len(batches)
+        with self._training(number):
+            for place, batch in zip(self.batches_of(number), batches, strict=True):
+                with self._autocast():
+                    terms = row_terms(samples, self.task.model, batch, trained)
+                yield place, terms * share
+
+    def terms_per_loss(self, number: int, batch: Batch) -> Tensor:
+        """Term in step `number` of rows over their loss, (B,), were they among those of that step.
+
+        Args:
+            number: the step.
+            batch: B rows.
+        """
+        batches, trained = self._batches(number)
+        tokens = self.task.finetune.tokens
+        if trained is not None and tokens is not None:
+            return tokens.counts(batch).to("cpu", torch.float64) / trained
+        rows = sum(batch_size(batch) for batch in batches)
+        return torch.full((batch_size(batch),), 1 / rows, dtype=torch.float64)
 
     def loss_on(self, batch: Batch, number: int) -> Tensor:
         """The training loss of any rows as a step of their own, with its graph.

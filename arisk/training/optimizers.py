@@ -34,6 +34,8 @@ TINY = 1e-30
 #: Parameter groups as torch takes them: `params`, `weight_decay`, `ratio` of the learning rate, …
 Groups = list[dict[str, Any]]
 State = dict[str, Any]
+#: Derivatives of one number with respect to a parameter, its gradient and the tensors of its state, by name.
+Slopes = Mapping[str, Tensor]
 #: Selected parameters in order, with their shapes.
 Shapes = Mapping[str, Sequence[int]]
 
@@ -69,6 +71,11 @@ class OptimizerKind:
         start: (gradient, noise, training, shapes) → D (P,) at θ*, from the mean gradient (P,) and the
             variance (P,) of a step's gradient over all selected parameters; `shapes` names them in order.
         gain: group → long-run displacement of a steady step, 1/(1 − μ) with momentum.
+        adjoint: (state, group, gradient, slopes, smoothing) → slopes before a step, from those after it:
+            `state` is that before it, `gradient` what the step was given, `slopes` has `parameter` and the
+            state's tensors (0 where absent), and what comes back has `gradient` as well. `smoothing` levels
+            an adaptive scale by this share of its root mean square; 0 is exact. None where a step has no
+            useful derivative.
         recursion: update of the local model's own recursion, see `arisk.geometry.dynamics`; None where D
             stays that of the start.
         reads: fields of `training` that only some optimizers read.
@@ -83,6 +90,7 @@ class OptimizerKind:
     admit: Callable[[State, Mapping[str, Any], Tensor, float, int], None] | None
     start: Callable[[Tensor, Tensor, TrainingConfig, Shapes], Tensor]
     gain: Callable[[Mapping[str, Any]], float] = lambda group: 1.0  # noqa: ARG005 - one step moves once
+    adjoint: Callable[[State, Mapping[str, Any], Tensor, Slopes, float], Slopes] | None = None
     recursion: str | None = None
     reads: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -172,6 +180,34 @@ def _start_adamw(gradient: Tensor, noise: Tensor, training: TrainingConfig, shap
     return 1 / (second.clamp(min=RELATIVE_FLOOR * typical) + training.eps)
 
 
+def _adjoint_adamw(
+    state: State, group: Mapping[str, Any], gradient: Tensor, slopes: Slopes, smoothing: float
+) -> Slopes:
+    """θ' = (1 − ηλ)θ − η m̂/(√v̂ + ε), m' = β₁m + (1 − β₁)g, v' = β₂v + (1 − β₂)g², taken backwards.
+
+    Smoothed: √(v̂ + (share × root mean square of √v̂)²) for √v̂.
+    """
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    step, none = float(state.get("step", 0)) + 1, torch.zeros_like(gradient)
+    first = beta1 * state.get("exp_avg", none) + (1 - beta1) * gradient
+    second = beta2 * state.get("exp_avg_sq", none) + (1 - beta2) * gradient.square()
+    correction = 1 - beta2**step
+    square = second / correction
+    root = (square + smoothing**2 * square.mean()).sqrt()
+    scale = root + group["eps"]
+    pull = slopes["parameter"] * (-rate / (1 - beta1**step))
+    by_first = slopes.get("exp_avg", none) + pull / scale
+    # Where no gradient ever was, m is 0 too, and the step does not move with v.
+    bend = pull * first / (2 * correction * root * scale.square())
+    by_second = slopes.get("exp_avg_sq", none) - bend.masked_fill(root == 0, 0.0)
+    return {
+        "parameter": (1 - rate * group["weight_decay"]) * slopes["parameter"],
+        "gradient": (1 - beta1) * by_first + 2 * (1 - beta2) * gradient * by_second,
+        "exp_avg": beta1 * by_first,
+        "exp_avg_sq": beta2 * by_second,
+    }
+
+
 ADAMW = OptimizerKind(
     "adamw",
     _build_adamw,
@@ -179,6 +215,7 @@ ADAMW = OptimizerKind(
     _age_adamw,
     _admit_adamw,
     _start_adamw,
+    adjoint=_adjoint_adamw,
     recursion="adamw",
     reads=("betas", "eps"),
 )
@@ -216,6 +253,30 @@ def _start_one(gradient: Tensor, noise: Tensor, training: TrainingConfig, shapes
     return torch.ones_like(gradient)
 
 
+def _adjoint_sgd(
+    state: State, group: Mapping[str, Any], gradient: Tensor, slopes: Slopes, smoothing: float
+) -> Slopes:
+    """Derivatives of θ' = θ − η b', b' = μb + (1 − τ)(g + λθ) without b and τ in the first step.
+
+    Nesterov: θ' = θ − η (u + μb').
+    """
+    del gradient, smoothing
+    rate, momentum = group["lr"], group["momentum"]
+    pull = -rate * slopes["parameter"]
+    if not momentum:
+        return {"parameter": slopes["parameter"] + group["weight_decay"] * pull, "gradient": pull}
+    by_buffer = slopes.get("momentum_buffer", torch.zeros_like(pull)) + (
+        momentum * pull if group["nesterov"] else pull
+    )
+    first = state.get("momentum_buffer") is None
+    by_update = by_buffer * (1.0 if first else 1 - group["dampening"]) + (pull if group["nesterov"] else 0)
+    return {
+        "parameter": slopes["parameter"] + group["weight_decay"] * by_update,
+        "gradient": by_update,
+        "momentum_buffer": torch.zeros_like(pull) if first else momentum * by_buffer,
+    }
+
+
 SGD = OptimizerKind(
     "sgd",
     _build_sgd,
@@ -223,6 +284,7 @@ SGD = OptimizerKind(
     _age_sgd,
     None,
     _start_one,
+    adjoint=_adjoint_sgd,
     gain=lambda group: (1 - group["dampening"]) / (1 - group["momentum"]),
     recursion="sgd",
     reads=("momentum",),
