@@ -277,10 +277,20 @@ class ReportConfig(Settings):
 class ScreenConfig(Settings):
     """Which fine-tuning rows push towards harm (`arisk screen`)."""
 
+    score: Literal["point", "path", "anchors", "auto"] = "point"
+    """point: gradients at one point of the planned run; path: its steps taken backwards; anchors: hidden
+    states against answered and refused prompts; auto: path where it can be had, else point, and no rows
+    where none stands out."""
+    measure: Literal["auto", "loss", "opening"] = "auto"
+    """What harm is: a rise of the safe responses' loss, or of that of the model's own refusals' first
+    tokens. auto: the opening for path scores, the loss for others."""
+    memory_gb: PositiveFloat = 2.0
+    """Memory for the stored steps of path scores (GB); beyond it steps are walked again."""
     rise: PositiveFloat = 0.02
     """Rows are scored where the planned run has raised the mean safety loss by this (nats per token)."""
     max_steps: PositiveInt = 120
-    """Real steps of the plan taken at most to get there; no rise within them flags no row."""
+    """Real steps of the plan taken at most to get there, or taken backwards by path scores; no rise within
+    them flags no row."""
     points: Literal["risen", "start", "both"] = "risen"
     """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
     method: Annotated[str, AfterValidator(known_row_score)] = "auto"

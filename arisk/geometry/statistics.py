@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["discoveries", "positive_share", "rank_correlation", "tail_probabilities"]
+__all__ = ["discoveries", "positive_share", "rank_correlation", "tail_probabilities", "upper_tail_excess"]
 
 
 def tail_probabilities(scores: Tensor, null: Tensor) -> Tensor:
@@ -57,6 +57,41 @@ def discoveries(p_values: Tensor, rate: float) -> Tensor:
     limits = rate * torch.arange(1, count + 1, dtype=torch.float64) / count
     below = (p_values[order] <= limits).nonzero()
     return order[: int(below.max()) + 1] if len(below) else order[:0]
+
+
+def upper_tail_excess(
+    scores: Tensor, null: Tensor, *, share: float = 0.05, draws: int = 199, seed: int = 0
+) -> float:
+    """P-value that scores have no heavier upper tail than a null: means of the top shares, permuted.
+
+    Both are centred by their medians, so that a shift of all scores is no tail. The statistic is the mean of
+    the highest `share` of the scores less that of the null; values change sides at random for its null.
+
+    Args:
+        scores: (N,).
+        null: (M,).
+        share: of each side that is its tail; one value at least.
+        draws: permutations; the smallest p-value is 1/(draws + 1).
+        seed: of the permutations.
+
+    Returns:
+        In (0, 1]; 1 where no value differs.
+    """
+    sides = [values.to(torch.float64) - values.to(torch.float64).median() for values in (scores, null)]
+    pooled, first = torch.cat(sides), len(scores)
+    generator = torch.Generator().manual_seed(seed)
+
+    def excess(values: Tensor) -> float:
+        tops = [
+            part.topk(max(1, round(share * len(part)))).values for part in values.split([first, len(null)])
+        ]
+        return float(tops[0].mean() - tops[1].mean())
+
+    seen = excess(pooled)
+    above = sum(
+        excess(pooled[torch.randperm(len(pooled), generator=generator)]) >= seen for _ in range(draws)
+    )
+    return (1 + above) / (1 + draws)
 
 
 def positive_share(scores: Tensor, chosen: Tensor) -> float:

@@ -27,7 +27,7 @@ from arisk.config.yaml import shortened
 from arisk.models.batching import FixedBatches
 from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for, learnt_openings
 from arisk.models.losses import per_sample_nll
-from arisk.models.openings import OpeningScores, followed
+from arisk.models.openings import OpeningScores, followed, opening_batch
 from arisk.models.rendering import Rendered
 from arisk.models.rows import OWN_ANSWERS
 
@@ -129,6 +129,18 @@ class GreedyAnswers:
     ) -> OpeningScores:
         """How much of these openings the model still says after the prompts of these rows."""
         return followed(model, [self.prompt(i) for i in rows], openings, self.padding)
+
+    def opening_batches(
+        self, rows: Sequence[int], openings: Sequence[Sequence[int]], size: int
+    ) -> list[dict[str, Any]]:
+        """Prompts of these rows with these openings as what carries loss, so many at a time, on the CPU."""
+        cpu = torch.device("cpu")
+        return [
+            opening_batch(
+                [self.prompt(i) for i in rows[at : at + size]], openings[at : at + size], self._pad, cpu
+            )
+            for at in range(0, len(rows), size)
+        ]
 
     @property
     def padding(self) -> int:

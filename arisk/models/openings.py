@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from arisk.models.losses import PIECE, response_logits, token_nll, trained_losses
 from arisk.models.rendering import IGNORED
 
-__all__ = ["OpeningScores", "followed", "losses_at_scales", "response_losses"]
+__all__ = ["OpeningScores", "followed", "losses_at_scales", "opening_batch", "response_losses"]
 
 #: Prompts followed at once.
 BATCH = 16
@@ -117,7 +117,7 @@ def followed(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
-        batch = _right_padded([prompts[i] for i in rows], [openings[i] for i in rows], pad, device)
+        batch = opening_batch([prompts[i] for i in rows], [openings[i] for i in rows], pad, device)
         with torch.no_grad():
             logits = response_logits(model, batch)[0]
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -134,10 +134,20 @@ def followed(
     return OpeningScores(log_p, kept)
 
 
-def _right_padded(
+def opening_batch(
     prompts: Sequence[Sequence[int]], openings: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> dict[str, Any]:
-    """Prompt and opening of each row, its labels the opening's tokens."""
+    """Prompt and opening of each row, its labels the opening's tokens; padded on the right.
+
+    Args:
+        prompts: N prompts as tokens.
+        openings: N openings as tokens, one or more each.
+        pad: padding token.
+        device: where the tensors go.
+
+    Returns:
+        A batch as of `per_sample_nll`, which is then −(1/k) Σ_s log p(o_s | prompt, o_<s).
+    """
     lengths = [len(prompt) + len(opening) for prompt, opening in zip(prompts, openings, strict=True)]
     shape = (len(prompts), max(lengths))
     ids, mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)

@@ -15,7 +15,7 @@ from arisk.gradients import ParameterLayout, move_batch, per_sample_gradients
 from arisk.screening.points import Place, RowGroup, row_groups, row_products
 from arisk.screening.record import ScreenResult
 
-__all__ = ["ENTRIES", "explained"]
+__all__ = ["ENTRIES", "explained", "listed"]
 
 #: Entries of D g_j held at a time (4 bytes each), and the most passes over the safety samples.
 ENTRIES, PASSES = 250_000_000, 4
@@ -84,6 +84,28 @@ def explained(
             hurts=_hurt(task, columns[row]) if row in columns else None,
         )
     return [made[row] for row in head]
+
+
+def listed(task: Task, record: ScreenResult, count: int) -> list[dict[str, Any]]:
+    """The highest rows of scores that have no parts: neither `hurts` nor `modules` was measured."""
+    flagged = set(record.flagged)
+    return [
+        {
+            **_text(task, row),
+            "row": row,
+            "flagged": row in flagged,
+            "rank": rank,
+            "score": float(record.scores[row]),
+            "first_order": None,
+            "control_order": None,
+            "p_value": float(record.p_values[row]),
+            "loss": None,
+            "gradient_norm": None,
+            "hurts": None,
+            "modules": None,
+        }
+        for rank, row in enumerate(record.order[:count], start=1)
+    ]
 
 
 def _last(task: Task, head: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from arisk.report.figure import Figure, axes, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section
 from arisk.report.section import Column, esc, listed, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
-from arisk.screening.record import ScreenResult
+from arisk.screening.record import MEASURES, UNITS, ScreenResult
 
 __all__ = ["screen_text", "section"]
 
@@ -38,14 +38,23 @@ COLUMNS = (
     (Column("p by the null"), "p_value"),
     (Column("loss"), "loss"),
 )
+#: The scores of a kind without parts, as an equation.
+EQUATIONS = {
+    "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ = ∂M(θ_K)/∂ε_j",
+    "anchors": "s_j = mean cos(h_j, answered) − mean cos(h_j, refused)",
+}
 #: What the ranking is worth, by `just bench screen` on the fixture language.
-WORTH = (
-    "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run is "
-    "harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
+WORTH = {
+    "point": "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run "
+    "is harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
     "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
     "flagged ones, most of them, about halved the real drift. A score at the aligned model itself "
-    "(points: start) is little better than chance."
-)
+    "(points: start) is little better than chance.",
+    "path": "On the fixture language rows that comply with forbidden prompts rank first "
+    "(`just bench removal --lds`; tests/bench/README.md has the numbers). Rows that undo each other, and "
+    "rows that the steps meet late, are told less surely.",
+    "anchors": "No removal of rows was measured that supports this score yet: take it as a first look.",
+}
 
 
 def section(found: ScreenResult, *, show_text: bool, max_examples: int, kept: str = "") -> Section:
@@ -63,7 +72,7 @@ def section(found: ScreenResult, *, show_text: bool, max_examples: int, kept: st
         f"<p><b>{esc(found.sentence)}</b></p>"
         f"{_ranked(shown, show_text)}{_what_if(found)}"
         f"{listed('About this screening', [found.rule_sentence, *found.warnings])}"
-        f"{notes(_reading(found), '', WORTH)}</section>"
+        f"{notes(_reading(found), '', WORTH[found.score])}</section>"
     )
     return Section(
         "screen",
@@ -106,8 +115,29 @@ def _plain(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
+#: What the scores of a kind without parts are, for a reader.
+READING = {
+    "path": "The score of a row is the change of {measure} at the end of these steps per unit more of the "
+    "row's weight in training, taken back through every step and the optimizer's state; minus the score is, "
+    "to first order, what leaving the row out does. {measure_first} changed by {rise} nats/token. Rows that "
+    "are alike share what they do together: one of many may be left out at no gain. Control rows are scored "
+    "at steps drawn at random.",
+    "anchors": "The score of a row is the mean cosine of its answer's hidden state to answers that comply "
+    "less that to the model's own refusals, of the same safety prompts. It says what the answer begins like, "
+    "not what training on it does.",
+}
+
+
 def _reading(found: ScreenResult) -> str:
     point = found.points[-1]
+    if found.score in READING:
+        measure = MEASURES[found.measure]
+        text = READING[found.score].format(
+            measure=measure,
+            measure_first=measure[0].upper() + measure[1:],
+            rise=number(point.safety_rise),
+        )
+        return f"{text} The rank correlation of score and length is {number(found.length_correlation, 2)}."
     where = "at the aligned model" if point.step == 0 else f"after {point.step} real steps of the planned run"
     against = (
         "less what it does to the control loss: harm to safety alone"
@@ -120,8 +150,8 @@ def _reading(found: ScreenResult) -> str:
         else ""
     )
     return (
-        f"The score of a row is the rise of the mean safety loss, per unit learning rate, when the planned "
-        f"optimizer steps on this row alone, {where}, {against}. There the safety loss had changed by "
+        f"The score of a row is the rise of {MEASURES[found.measure]}, per unit learning rate, when the "
+        f"planned optimizer steps on this row alone, {where}, {against}. There it had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
         "Positive is harmful. The ranking says who pushes, not how far. "
         + estimates
@@ -150,6 +180,8 @@ def _value(row: Mapping[str, Any], key: str) -> Any:
 
 def _why(row: Mapping[str, Any], show_text: bool) -> list[tuple[str, str]]:
     """The safety samples a row hurts most and the modules it does it through."""
+    if row.get("modules") is None:
+        return [("hurts most, modules", "not told by this kind of score")]
     modules = ", ".join(f"{m['module']} {percent(m['share'])}" for m in row.get("modules") or [])
     hurts = row.get("hurts")
     if hurts is None:
@@ -179,6 +211,7 @@ def _what_if(found: ScreenResult) -> str:
             (f"forecast rise of the safety loss at step {last}", _end(before), _end(after)),
             ("highest rise on the way", number(max(before["safety"])), number(max(after["safety"]))),
             ("control loss at the end", _end(before, "control"), _end(after, "control")),
+            ("refusals forecast at the end of the plan", _refused(before), _refused(after)),
         ]
     else:
         rows.append(("forecast rise of the safety loss", NOT_MEASURED, str(curves.get("reason", ""))))
@@ -188,6 +221,16 @@ def _what_if(found: ScreenResult) -> str:
 
 def _end(curve: Mapping[str, Any], which: str = "safety") -> str:
     return number(curve[which][-1] if curve[which] else None)
+
+
+def _refused(curve: Mapping[str, Any]) -> str:
+    """Refusals at the end of the plan with their band."""
+    told = curve.get("refusals")
+    if not told:
+        return NOT_MEASURED
+    count = told["prompts"]
+    low, high = round(told["low"] * count), round(told["high"] * count)
+    return f"{round(told['end'] * count)} of {count} ({low} to {high})"
 
 
 def _distribution(found: ScreenResult) -> Figure:
@@ -221,7 +264,7 @@ def _distribution(found: ScreenResult) -> Figure:
             }
         )
         table_rows = [[*row, percent(float(c))] for row, c in zip(table_rows, counts, strict=True)]
-    layout = axes("score (nats per unit learning rate, asinh scale)", "share of rows", barmode="overlay")
+    layout = axes(f"score ({UNITS[found.score]}, asinh scale)", "share of rows", barmode="overlay")
     ends = [float(edges[0]), 0.0, float(edges[-1])]
     layout["xaxis"] |= {"tickvals": ends, "ticktext": [number(math.sinh(v) * unit) for v in ends]}
     if not math.isnan(found.threshold):
@@ -235,11 +278,14 @@ def _distribution(found: ScreenResult) -> Figure:
         "Scores and their null",
         traces,
         layout,
-        "Control rows are scored as if they were fine-tuning rows, each left out of the control gradient: "
-        "what harmless rows look like. Rows to the right of them stand out."
+        "Control rows are scored as if they were fine-tuning rows"
+        + (", each left out of the control gradient" if found.score == "point" else "")
+        + ": what harmless rows look like. Rows to the right of them stand out."
         if found.null is not None
         else "No control rows: the null was not measured, and the bulk of the rows serves in its place.",
-        "s_j = ⟨∇L_c − ∇L_s, D g_j⟩" if found.contrasted else "s_j = −⟨∇L_s, D g_j⟩",
+        EQUATIONS.get(found.score, "s_j = −⟨∇L_s, D g_j⟩")
+        if not found.contrasted
+        else "s_j = ⟨∇L_c − ∇L_s, D g_j⟩",
         ["score", "fine-tuning rows", "control rows"],
         thin([row for row in table_rows if any(c not in ("0 %", NOT_MEASURED) for c in row[1:])]),
     )

@@ -10,10 +10,19 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["ScreenPoint", "ScreenResult"]
+__all__ = ["MEASURES", "UNITS", "ScreenPoint", "ScreenResult"]
 
-#: How the rows are scored first; the head of an estimated ranking is exact in any case.
-
+#: What harm is measured by, with what rises when safety goes.
+MEASURES = {
+    "loss": "the mean loss of the safe responses",
+    "opening": "the loss of the first tokens of the model's own refusals",
+}
+#: Units of the scores, by kind.
+UNITS = {
+    "point": "nats per unit learning rate",
+    "path": "nats per unit of the row's weight",
+    "anchors": "difference of mean cosines",
+}
 #: |ρ| of score and length from which a reader is told.
 LENGTH_MATTERS = 0.5
 
@@ -40,9 +49,10 @@ class ScreenResult:
     """Harm that every fine-tuning row is predicted to push, and the rows that are flagged.
 
     Attributes:
-        scores: (N,) s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety
-            loss less that of the control loss per unit learning rate, where `contrasted`; else the
-            first term alone. Positive is harmful.
+        scores: (N,) by `score`; positive is harmful.
+            point: s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety loss less
+            that of the control loss per unit learning rate, where `contrasted`; else the first term alone.
+            path: ∂M(θ_K)/∂ε_j (`arisk.screening.path`). anchors: see `arisk.screening.anchors`.
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
         losses, gradient_norms: (N,) at the last point; nats per response token.
@@ -69,6 +79,13 @@ class ScreenResult:
         warnings: sentences for the report.
         agreement: Spearman's ρ of estimates and exact scores on rows spread over the ranking; None where
             all scores are exact.
+        score: kind of the scores, a key of `UNITS`.
+        measure: what harm is measured by, a key of `MEASURES`.
+        ceiling: highest score of a control row; NaN where they are no null.
+        excess: p-value of the test whether rows have a heavier upper tail than control rows
+            (`upper_tail_excess`); None without enough control rows.
+        beyond: share of the rows above the null's 5 % level; NaN where nothing could be flagged.
+        unranked: why nothing was flagged though the run does harm, where `screen.score` is auto; None else.
     """
 
     scores: Tensor
@@ -97,6 +114,12 @@ class ScreenResult:
     files_missing: str | None
     warnings: Sequence[str]
     agreement: float | None = None
+    score: str = "point"
+    measure: str = "loss"
+    ceiling: float = math.nan
+    excess: float | None = None
+    beyond: float = math.nan
+    unranked: str | None = None
 
     @property
     def order(self) -> list[int]:
@@ -107,10 +130,8 @@ class ScreenResult:
 
     def reasons(self, row: int) -> list[str]:
         """Why a flagged row is flagged, in words."""
-        point = self.points[-1]
-        where = f"at step {point.step} of the planned run" if point.step else "at the aligned model"
         said = [
-            f"score {float(self.scores[row]):+.3g} nats per unit learning rate {where}, flagged from "
+            f"score {float(self.scores[row]):+.3g} {UNITS[self.score]} {self.where}, flagged from "
             f"{self.threshold:.3g}: {self.rule}"
         ]
         if self.control_order is not None:
@@ -130,24 +151,38 @@ class ScreenResult:
         return said
 
     @property
+    def where(self) -> str:
+        """Where on the planned run rows were scored, in words."""
+        step = self.points[-1].step
+        if self.score == "path":
+            return f"over the first {step} steps of the planned run"
+        return f"at step {step} of the planned run" if step else "at the aligned model"
+
+    @property
     def sentence(self) -> str:
         """The result in one sentence."""
         rows, flagged = len(self.scores), len(self.flagged)
         if flagged == 0:
-            why = (
-                ""
-                if self.rise_reached
-                else ": the planned run does not hurt safety within the steps looked at"
-            )
-            return f"No row of {rows} is flagged{why}."
+            return self.unranked or f"No row of {rows} is flagged{self._why_none()}."
         carried = "not measured" if math.isnan(self.share) else f"{self.share:.0%}"
         rows_are = "row is" if flagged == 1 else "rows are"
         return f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the positive scores."
 
+    def _why_none(self) -> str:
+        """Why no row is flagged, in words."""
+        if not self.rise_reached:
+            return ": the planned run does not hurt safety within the steps looked at"
+        highest = float(self.scores.max())
+        if not math.isnan(self.ceiling) and highest <= max(self.ceiling, 0.0):
+            return f": the highest score is {highest:.3g}, that of a control row {self.ceiling:.3g}"
+        return f": the highest score, {highest:.3g}, does not stand out from the null"
+
     @property
     def rule_sentence(self) -> str:
         """The rule that flagged, in a sentence."""
-        return f"Flagged: {self.rule}."
+        return (
+            f"Flagged: {self.rule}." if self.flagged else f"No threshold, as nothing is flagged: {self.rule}."
+        )
 
     def findings(self) -> list[str]:
         """Tested sentences about the result."""
@@ -172,6 +207,14 @@ class ScreenResult:
                 f"Dropping the flagged rows {word} the forecast rise of the safety loss at step {last}: "
                 f"{before:+.3g} with them, {after:+.3g} without (nats/token, rollout)."
             )
+            refused = [curves[key].get("refusals") for key in ("before", "after")]
+            if all(refused):
+                count, (kept, freed) = refused[0]["prompts"], refused
+                told = [f"{round(share * count)}" for share in (kept["end"], freed["end"], kept["start"])]
+                said.append(
+                    f"Refusals forecast at the end of the plan: {told[0]} of {count} with the flagged rows, "
+                    f"{told[1]} without, {told[2]} today."
+                )
         elif curves:
             said.append(f"The forecast without the flagged rows was not measured: {curves['reason']}.")
         return said
@@ -180,6 +223,8 @@ class ScreenResult:
         """Plain values; NaN where not measured."""
         return {
             "sentence": self.sentence,
+            "score": self.score,
+            "measure": self.measure,
             "method": self.method,
             "exact_rows": int(self.exact.sum()),
             "agreement": self.agreement,
@@ -192,6 +237,10 @@ class ScreenResult:
             "threshold": self.threshold,
             "null": self.null_source,
             "null_rows": None if self.null is None else len(self.null),
+            "highest_null": self.ceiling,
+            "excess_p": self.excess,
+            "beyond_null": self.beyond,
+            "unranked": self.unranked,
             "contrasted": self.contrasted,
             "points": [dataclasses.asdict(point) for point in self.points],
             "rise_reached": self.rise_reached,

@@ -7,6 +7,10 @@ steps on row j alone, per unit learning rate, at points θ_c of the planned run.
 run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the rise of the safety loss, and
 that harm is contrasted with control data, is this project's.
 
+`screen.score` may ask for path scores or anchor scores in its place (`arisk.screening.path`, `.anchors`).
+`auto` takes path scores where they can be had, and ranks no rows where none stands out from control rows
+though the planned run does harm: then the whole set does it, which is a finding.
+
 Rows are ranked by an estimate, and the head of that ranking, from which rows are flagged, is scored
 exactly. Flagged are those that leave harmless rows behind, or a share as asked for. What screen meets on
 its way is not known beforehand (when safety has risen, whether a row is flagged), so its cost is that of a
@@ -16,29 +20,38 @@ run that takes all steps it may and drops rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from arisk.anatomy.cost import numel, samples_in
-from arisk.base.errors import InputError
+from arisk.base.errors import ConfigError, InputError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import ScreenConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.run import rollout_passes
-from arisk.geometry.statistics import discoveries, positive_share, rank_correlation, tail_probabilities
+from arisk.geometry.statistics import (
+    discoveries,
+    positive_share,
+    rank_correlation,
+    tail_probabilities,
+    upper_tail_excess,
+)
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
+from arisk.screening.anchors import anchor_scores
 from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estimating
-from arisk.screening.explain import ENTRIES, explained
+from arisk.screening.explain import ENTRIES, explained, listed
+from arisk.screening.measure import PROMPTS, TOKENS, MeasuredTask, measured_by
+from arisk.screening.path import path_scores
 from arisk.screening.points import COLUMNS, EVERY, Place, control_groups, places, row_groups
-from arisk.screening.record import ScreenResult
+from arisk.screening.record import MEASURES, ScreenPoint, ScreenResult
 from arisk.training.loop import keeping_parameters, put
-from arisk.training.recipe import recipe_of
+from arisk.training.recipe import Recipe, recipe_of
 from arisk.verification.run import COPIES_OF_A_RUN, per_step
 
 __all__ = [
@@ -83,38 +96,143 @@ def screen(
         NumericsError: a loss or gradient is not finite; names the row.
     """
     layout = layout_of(task.model, task.parameter_names)
-    recipe = recipe_of(training, steps)
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        first = next(row_groups(task.finetune, config.batch_size, limit=config.batch_size))
-        batch = move_batch(first.batch, start[0].device)
-        engine = choose_engine(task.model, batch, task.finetune.loss_fn, layout, "auto").engine
-        found = places(
-            task,
-            layout,
-            config,
-            recipe,
-            seed,
-            start,
-            engine=engine,
-            workspace=workspace,
-            progress=progress,
-        )
-        passes = Passes(task, layout, found, engine, workspace, progress)
-        limit = _limit(task.finetune, training, steps)
-        control = None
-        if task.control is not None:
-            held = control_groups(task.control, config)
-            control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
-        build = partial(_record, task, config, found, control=control, steps=steps)
-        method = _method(task, layout, config, limit)
-        if method == "exact":
-            groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
-            record = build(passes.exact(task.finetune, groups, "finetune rows"))
-        else:
-            record = by_estimates(passes, task.finetune, config, limit, method, build)
-        put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
-        examples = explained(task, layout, found[-1], record, config, engine, progress)
+        scene = _Scene(task, layout, config, training, steps, seed, start, workspace, progress)
+        return KINDS[config.score](scene)
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """What rows are scored from: the arguments of `screen`, inside `measuring` and `keeping_parameters`."""
+
+    task: Task
+    layout: ParameterLayout
+    config: ScreenConfig
+    training: TrainingConfig
+    steps: int
+    seed: int
+    start: Sequence[Tensor]
+    workspace: Path | None
+    progress: Progress
+
+    def measured_for(self, score: str) -> tuple[_Scene, MeasuredTask]:
+        """The same on what harm is measured by for scores of a kind."""
+        measured = measured_by(self.task, self.config, score)
+        return replace(self, task=measured.task), measured
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the plan trains."""
+        return recipe_of(self.training, self.steps)
+
+    @cached_property
+    def engine(self) -> str:
+        """Engine of the per-sample gradients."""
+        samples = self.task.finetune
+        first = next(row_groups(samples, self.config.batch_size, limit=self.config.batch_size))
+        batch = move_batch(first.batch, self.start[0].device)
+        return choose_engine(self.task.model, batch, samples.loss_fn, self.layout, "auto").engine
+
+
+def _by_point(scene: _Scene) -> ScreenResult:
+    """Scores at one point of the plan, or two."""
+    scene, measured = scene.measured_for("point")
+    task, layout, config = scene.task, scene.layout, scene.config
+    found = places(
+        task,
+        layout,
+        config,
+        scene.recipe,
+        scene.seed,
+        scene.start,
+        engine=scene.engine,
+        workspace=scene.workspace,
+        progress=scene.progress,
+    )
+    passes = Passes(task, layout, found, scene.engine, scene.workspace, scene.progress)
+    limit = _limit(task.finetune, scene.training, scene.steps)
+    control = None
+    if task.control is not None:
+        held = control_groups(task.control, config)
+        control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
+    build = partial(_of_products, scene, measured, found, control=control)
+    method = _method(task, layout, config, limit)
+    if method == "exact":
+        groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
+        record = build(passes.exact(task.finetune, groups, "finetune rows"))
+    else:
+        record = by_estimates(passes, task.finetune, config, limit, method, build)
+    put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
+    examples = explained(task, layout, found[-1], record, config, scene.engine, scene.progress)
     return replace(record, examples=examples)
+
+
+def _by_path(scene: _Scene) -> ScreenResult:
+    """Scores along the first steps of the plan."""
+    scene, measured = scene.measured_for("path")
+    made = path_scores(
+        scene.task,
+        scene.layout,
+        scene.config,
+        scene.recipe,
+        scene.seed,
+        scene.start,
+        engine=scene.engine,
+        progress=scene.progress,
+    )
+    point = ScreenPoint(made.steps, made.safety_rise, made.control_rise, 1.0)
+    record = _built(scene, measured, "path", made.scores, made.null, point)
+    guests = int((made.visited == 0).sum())
+    told = [
+        *(
+            [f"{guests} rows are not met within these steps: they are scored as guests of one."]
+            if guests
+            else []
+        ),
+        *(
+            [f"Path scores end at step {made.steps} of {scene.steps}: later steps are not looked at."]
+            if made.steps < scene.steps
+            else []
+        ),
+    ]
+    return replace(record, warnings=[*record.warnings, *told])
+
+
+def _by_anchors(scene: _Scene) -> ScreenResult:
+    """Scores of hidden states at the aligned model."""
+    made = anchor_scores(scene.task, scene.config, scene.progress)
+    record = _built(
+        scene,
+        MeasuredTask(scene.task, "loss"),
+        "anchors",
+        made.scores,
+        made.null,
+        ScreenPoint(0, math.nan, None, 1.0),
+    )
+    told = (
+        f"Anchor scores say what an answer begins like, by {made.anchors} prompts at layer {made.layer}; "
+        "whether the planned run does harm was not measured."
+    )
+    return replace(record, warnings=[*record.warnings, told])
+
+
+def _by_the_best(scene: _Scene) -> ScreenResult:
+    """Path scores where they can be had, else scores at a point."""
+    try:
+        return _by_path(scene)
+    except ConfigError as err:
+        put(parameters_of(scene.task.model, scene.layout), scene.start)
+        record = _by_point(scene)
+        return replace(record, warnings=[*record.warnings, f"Path scores could not be had: {err.what}."])
+
+
+#: Kinds of scores by name.
+KINDS: Mapping[str, Callable[[_Scene], ScreenResult]] = {
+    "point": _by_point,
+    "path": _by_path,
+    "anchors": _by_anchors,
+    "auto": _by_the_best,
+}
 
 
 def _method(task: Task, layout: ParameterLayout, config: ScreenConfig, limit: int | None) -> str:
@@ -133,14 +251,13 @@ def _limit(samples: SampleSet, training: TrainingConfig, steps: int) -> int | No
     return steps * training.gradient_accumulation * training.batch_size
 
 
-def _record(
-    task: Task,
-    config: ScreenConfig,
+def _of_products(
+    scene: _Scene,
+    measured: MeasuredTask,
     found: Sequence[Place],
     rows: RowTables,
     *,
     control: RowTables | None,
-    steps: int,
     estimates: Estimates | None = None,
 ) -> ScreenResult:
     """Scores from products, flags from scores; a row without products has its estimate."""
@@ -151,42 +268,77 @@ def _record(
     null = None
     if control is not None:
         null = _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
-    point = found[-1].point
-    reached = point.safety_rise >= config.rise or config.points == "start"
     scores = first if against is None else first - against
     exact = torch.ones(len(scores), dtype=torch.bool)
     if estimates is not None:
         exact = estimates.exact.clone()
         scores = torch.where(exact, scores, estimates.scores)
-    record = ScreenResult(
-        scores=scores,
+    record = replace(
+        _unflagged(scene, measured, "point", scores, null, [place.point for place in found]),
         first_order=first,
         control_order=against,
         losses=rows.tables[-1][:, -1],
         gradient_norms=rows.tables[-1][:, -3],
-        null=null,
         method="exact" if estimates is None else estimates.method,
         exact=exact,
-        p_values=torch.ones_like(first),
         contrasted=contrasted,
+    )
+    record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
+    return flagged_anew(record, scene.config)
+
+
+def _built(
+    scene: _Scene, measured: MeasuredTask, score: str, scores: Tensor, null: Tensor | None, point: ScreenPoint
+) -> ScreenResult:
+    """Flags from scores that have no parts, with the highest rows as examples."""
+    record = _unflagged(scene, measured, score, scores, null, [point])
+    record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
+    record = flagged_anew(record, scene.config)
+    return replace(record, examples=listed(scene.task, record, scene.config.examples))
+
+
+def _unflagged(
+    scene: _Scene,
+    measured: MeasuredTask,
+    score: str,
+    scores: Tensor,
+    null: Tensor | None,
+    points: Sequence[ScreenPoint],
+) -> ScreenResult:
+    """The record before flags; parts of the scores and what rows were scored on are not measured."""
+    config, point = scene.config, points[-1]
+    unknown = torch.full_like(scores, math.nan)
+    # Anchors look at no run; a score at the aligned model alone was asked for.
+    reached = score == "anchors" or (score == "point" and config.points == "start")
+    return ScreenResult(
+        scores=scores,
+        first_order=scores,
+        control_order=None,
+        losses=unknown,
+        gradient_norms=unknown,
+        null=null,
+        method="exact",
+        exact=torch.ones(len(scores), dtype=torch.bool),
+        p_values=torch.ones_like(scores),
+        contrasted=False,
         flagged=[],
         rule="",
         threshold=math.nan,
         null_source="control",
-        points=[place.point for place in found],
-        rise_reached=reached,
+        points=points,
+        rise_reached=reached or point.safety_rise >= config.rise,
         rise=config.rise,
-        planned_steps=steps,
+        planned_steps=scene.steps,
         share=math.nan,
-        length_correlation=_length_correlation(task.finetune, scores),
+        length_correlation=_length_correlation(scene.task.finetune, scores),
         examples=[],
         what_if={},
         files=[],
         files_missing=None,
-        warnings=[],
+        warnings=[measured.note] if measured.note else [],
+        score=score,
+        measure=measured.measure,
     )
-    record = replace(record, warnings=_warnings(task, record))
-    return flagged_anew(record, config)
 
 
 def _length_correlation(samples: SampleSet, scores: Tensor) -> float:
@@ -213,10 +365,13 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
     """What a reader must know."""
     found: list[str] = []
     if task.control is None:
-        found.append(
+        told = (
             "Harm specific to safety was not measured: without `control` data the scores are plain "
-            "first-order harm, and the bulk of the rows serves as the null."
+            "first-order harm, and the bulk"
+            if record.score == "point"
+            else "Without `control` data the bulk"
         )
+        found.append(f"{told} of the rows serves as the null.")
     elif record.null is not None and len(record.null) < NULL_ROWS:
         found.append(
             f"Only {len(record.null)} control rows (of {NULL_ROWS} needed): the bulk of the rows is the null."
@@ -224,17 +379,21 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
     point = record.points[-1]
     if not record.rise_reached:
         found.append(
-            f"The planned run did not raise the safety loss by {record.rise:g} nats/token within "
+            f"The planned run did not raise {MEASURES[record.measure]} by {record.rise:g} nats/token within "
             f"{point.step} of {record.planned_steps} steps ({point.safety_rise:+.3g}): the ranking is mostly "
             "noise and the rule flags no row. That is no finding about later steps."
         )
-    if point.step == 0:
+    if point.step == 0 and record.score == "point":
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
     return found
 
 
 #: Control rows from which they serve as the null.
 NULL_ROWS = 16
+#: Level of the test whether rows stand out at all, and of the null beyond which a row counts as above it.
+STANDS_OUT = 0.05
+#: Share of the rows above the null from which the whole set is to blame.
+WHOLE_SET = 0.5
 
 
 def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
@@ -252,14 +411,23 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     null = record.null if enough and record.null is not None else scores
     # An estimate is no evidence: in the rule its row counts as one that does not stand out.
     p_values = tail_probabilities(scores, null).masked_fill(~record.exact, 1.0)
+    ceiling = float(null.max()) if enough else math.nan
+    record = replace(
+        record,
+        ceiling=ceiling,
+        excess=upper_tail_excess(scores, null) if enough else None,
+        beyond=float((p_values <= STANDS_OUT).double().mean()) if enough else math.nan,
+    )
+    unranked = _unranked(record) if config.score == "auto" and config.drop is None else None
     if config.drop is not None:
         count = min(len(scores), max(1, round(config.drop * len(scores))))
         chosen = torch.tensor([row for row in record.order if record.exact[row]][:count], dtype=torch.int64)
         rule = f"the {config.drop:.3g} of the rows with the highest scores, as asked for"
     else:
-        found = discoveries(p_values, config.false_discovery) if record.rise_reached else torch.arange(0)
-        ceiling = max(0.0, float(null.max())) if enough else 0.0
-        chosen = found[scores[found] > ceiling]
+        found = discoveries(p_values, config.false_discovery)
+        if not record.rise_reached or unranked:
+            found = found[:0]
+        chosen = found[scores[found] > max(0.0, ceiling if enough else 0.0)]
         chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
         rule = (
             f"scores beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
@@ -275,6 +443,7 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
         rule=rule,
         threshold=float(scores[chosen].min()) if len(chosen) else math.nan,
         null_source="control" if enough else "rows",
+        unranked=unranked,
         share=positive_share(scores, chosen),
         examples=[
             {**row, "flagged": row["row"] in marked, "p_value": float(p_values[row["row"]])}
@@ -284,6 +453,19 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
         files=[],
         files_missing=None,
     )
+
+
+def _unranked(record: ScreenResult) -> str | None:
+    """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
+    if not record.rise_reached or record.excess is None:
+        return None
+    whole = "the whole set moves " + MEASURES[record.measure]
+    if record.beyond > WHOLE_SET:
+        return f"No rows to blame, {whole}: {record.beyond:.0%} of the rows score above what control rows do."
+    if record.excess > STANDS_OUT:
+        p = f"{record.excess:.2g}"
+        return f"No rows to blame, {whole}: the highest scores are no higher than control rows' (p = {p})."
+    return None
 
 
 def _require_kept(flagged: int, rows: int, config: ScreenConfig) -> None:
@@ -399,23 +581,28 @@ COPIES = 10
 
 
 def screen_cost(scene: CostScene) -> Cost:
-    """A walk to the point where safety has risen, the rows scored there, and the what-if of dropping."""
-    count = numel(scene.task)
+    """What the scores take by their kind, and the what-if of dropping rows."""
+    count, score = numel(scene.task), scene.config.screen.score
     vector, explained = count * 4 / 1e9, min(ENTRIES, scene.config.screen.examples * count) * 4 / 1e9
-    device = None
+    stored, device = scene.config.screen.memory_gb if score in ("path", "auto") else 0.0, None
     if scene.device:
-        moving = scene.device["gradients"] + COPIES_OF_A_RUN * vector
+        moving = scene.device["gradients"] + COPIES_OF_A_RUN * vector + stored
         device = max(moving, scene.device["per sample"] + vector)
+    passes = PASSES[score](scene)
+    if scene.config.screen.what_if and scene.config.rollout.enabled:
+        rollout = rollout_passes(scene)
+        passes = {k: passes.get(k, 0.0) + 2 * rollout.get(k, 0.0) for k in {*passes, *rollout}}
     return Cost(
-        passes=_passes(scene),
+        passes=passes,
         seconds=scene.loading,
-        memory_gb=scene.memory["per sample"] + COPIES * vector + explained,
+        memory_gb=scene.memory["per sample"] + COPIES * vector + explained + stored,
         device_gb=device,
     )
 
 
-def _passes(scene: CostScene) -> dict[str, float]:
-    task, config, rollout = scene.task, scene.config, rollout_passes(scene)
+def _point_passes(scene: CostScene) -> dict[str, float]:
+    """A walk to the point where safety has risen, and the rows scored there."""
+    task, config = scene.task, scene.config
     given, rows = config.screen, samples_in(task.finetune)
     safety, layout = samples_in(task.safety), layout_of(task.model, task.parameter_names)
     control = min(samples_in(task.control), given.control_samples)
@@ -430,7 +617,7 @@ def _passes(scene: CostScene) -> dict[str, float]:
     if estimates != "exact":
         exact = min(rows, CHECKED + max(HEAD, round(HEAD_SHARE * rows)))
         looked = rows * ROW_SCORES[estimates].forwards
-    counts: dict[str, float] = {
+    return {
         "gradient rows": walked * per_step(config)
         + points * (given.batches * config.training.batch_size + control),
         "forward rows": math.ceil(walked / EVERY) * safety + points * (safety + control + looked),
@@ -438,6 +625,50 @@ def _passes(scene: CostScene) -> dict[str, float]:
         "products": points * (exact + control),
         "product columns": points * len(COLUMNS) * (exact + control),
     }
-    if given.what_if and config.rollout.enabled:
-        counts = {k: counts.get(k, 0.0) + 2 * rollout.get(k, 0.0) for k in {*counts, *rollout}}
-    return counts
+
+
+def _path_passes(scene: CostScene) -> dict[str, float]:
+    """The steps, the same taken back, and the guests: rows they do not meet, and control rows."""
+    task, config = scene.task, scene.config
+    rows, given = samples_in(task.finetune), config.screen
+    control = min(samples_in(task.control), given.control_samples)
+    met = min(given.max_steps, planned_steps(config.training, task.finetune.units)) * per_step(config)
+    often = max(1, round(met / max(1, rows)))
+    guests = max(0, rows - met) + often * control
+    prompts = min(PROMPTS, samples_in(task.safety))
+    return {
+        # Where steps do not fit into the memory, they are taken twice.
+        "gradient rows": 2 * met + samples_in(task.safety),
+        "curvature rows": met,
+        "forward rows": 2 * (samples_in(task.safety) + control),
+        "single-row gradients": guests,
+        "products": guests,
+        "product columns": guests,
+        "answer tokens": prompts * TOKENS,
+    }
+
+
+def _anchor_passes(scene: CostScene) -> dict[str, float]:
+    """The openings of all rows, and the prompts answered and read twice."""
+    task = scene.task
+    prompts = min(PROMPTS, samples_in(task.safety))
+    control = min(samples_in(task.control), scene.config.screen.control_samples)
+    return {
+        "forward rows": samples_in(task.finetune) + control + 2 * prompts,
+        "answer tokens": prompts * TOKENS,
+    }
+
+
+def _most_passes(scene: CostScene) -> dict[str, float]:
+    """Path scores that fail at their end, and scores at a point after all."""
+    path, point = _path_passes(scene), _point_passes(scene)
+    return {kind: path.get(kind, 0.0) + point.get(kind, 0.0) for kind in {*path, *point}}
+
+
+#: What the kinds of scores take, by name.
+PASSES: Mapping[str, Callable[[CostScene], dict[str, float]]] = {
+    "point": _point_passes,
+    "path": _path_passes,
+    "anchors": _anchor_passes,
+    "auto": _most_passes,
+}

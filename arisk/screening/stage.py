@@ -110,6 +110,10 @@ SCORES = (
     *("scores", "first_order", "control_order"),
     *("losses", "gradient_norms", "p_values", "exact"),
 )
+#: Settings that decide which refusals the what-if counts.
+SAID = tuple(
+    f"behaviour.{key}" for key in ("prompts", "tokens", "opening_tokens", "judge", "refusal_openings")
+)
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.
 FLAGGING = ("drop", "false_discovery", "what_if")
 
@@ -145,6 +149,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             training=config.training,
             steps=steps,
             seed=config.run.seed,
+            behaviour=config.behaviour,
             before=_rolled_out(job),
             workspace=workspace,
             progress=job.show.progress,
@@ -195,8 +200,9 @@ def _screened_before(job: Job) -> ScreenResult | None:
 
     def scoring(given: Mapping[str, Any]) -> dict[str, Any]:
         settings = {k: v for k, v in given["config"]["screen"].items() if k not in FLAGGING}
-        # The rollout's settings serve the what-if alone.
-        return {**given, "config": {**given["config"], "screen": settings, "rollout": None}}
+        # The settings of the rollout, and what is said along it, serve the what-if alone.
+        others = dict.fromkeys(("rollout", *SAID))
+        return {**given, "config": {**given["config"], "screen": settings, **others}}
 
     same = stage_key(scoring(old)) == stage_key(scoring(new))
     return job.record("screen") if same else None
@@ -271,10 +277,10 @@ def _share(text: str) -> float:
 
 SCREEN = Stage(
     name="screen",
-    version=6,
+    version=7,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
-    config=("model", "safety", "finetune", "control", "training", "rollout", "screen"),
+    config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *SAID),
     config_also=where_hidden(),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     optional=True,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from arisk.base.task import Batch, Progress, RowBatches, Task, silent
-from arisk.config.plan import RolloutConfig, TrainingConfig
+from arisk.config.plan import BehaviourConfig, ForecastConfig, RolloutConfig, TrainingConfig
 from arisk.forecast.record import RolloutResult
+from arisk.forecast.refusals import refusal_forecast
 from arisk.forecast.rollout import rollout
+from arisk.models.judge import judge_for
 
 __all__ = ["WithoutRows", "dropping", "without_rows"]
 
@@ -88,11 +90,12 @@ def dropping(
     training: TrainingConfig,
     steps: int,
     seed: int = 0,
+    behaviour: BehaviourConfig | None = None,
     before: RolloutResult | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Predicted safety and control changes along the plan, with all rows and without some.
+    """Predicted refusals, safety and control changes along the plan, with all rows and without some.
 
     Args:
         task: model and data; the model is left as found.
@@ -101,21 +104,29 @@ def dropping(
         training: the planned recipe; as many steps are taken on the rows that stay.
         steps: planned optimizer steps T.
         seed: seeds dropout and noise of the real steps.
+        behaviour: prompts that are followed and answered; None: refusals are not measured.
         before: the rollout of this very plan, where it has been made; else it is made here.
         workspace: folder in which unfinished rollouts are kept.
         progress: told of gradients taken.
 
     Returns:
         `status`: "measured", or "not_measured" with `reason`; else for `before` and `after` the
-        `steps`, mean `safety` and `control` changes (nats per response token) and `diverged_at`.
+        `steps`, mean `safety` and `control` changes (nats per response token), `diverged_at`, and `refusals`:
+        share of the `prompts` refused at the `start` and at the `end` of the plan, with its band from `low`
+        to `high`; None where not measured.
     """
     if not dropped:
         return {"status": "not_measured", "reason": "no row is flagged"}
     if not isinstance(task.finetune.batches, RowBatches):
         return {"status": "not_measured", "reason": "the fine-tuning data cannot be regrouped by row"}
     found: dict[str, Any] = {"status": "measured", "dropped": len(dropped)}
+
+    def curves(made: RolloutResult) -> dict[str, Any]:
+        refused = _refusals(made, behaviour, steps, seed)
+        return {**_curves(made), "refusals": refused}
+
     if before is not None:
-        found["before"] = _curves(before)
+        found["before"] = curves(before)
     task = replace(task, probes=())  # Nobody reads them here.
     plans = {"before": task, "after": without_rows(task, dropped)}
     for name, some in plans.items():
@@ -130,11 +141,31 @@ def dropping(
             training=training,
             steps=steps,
             seed=seed,
+            behaviour=behaviour and behaviour.model_copy(update={"ordinary_prompts": 0}),
             workspace=folder,
             progress=progress,
         )
-        found[name] = _curves(made)
+        found[name] = curves(made)
     return found
+
+
+def _refusals(
+    made: RolloutResult, behaviour: BehaviourConfig | None, steps: int, seed: int
+) -> dict[str, Any] | None:
+    """Refusals of a rollout at both ends of the plan; None where they were not measured."""
+    if behaviour is None or made.behaviour is None:
+        return None
+    judge = judge_for(behaviour, made.behaviour.learnt)
+    found = refusal_forecast(made, judge, ForecastConfig(), horizon=steps, seed=seed)
+    if found.status != "measured":
+        return None
+    ends = {
+        "start": found.median[0],
+        "end": found.median[-1],
+        "low": found.lower[-1],
+        "high": found.upper[-1],
+    }
+    return {"prompts": found.prompts, **ends}
 
 
 def _curves(made: RolloutResult) -> dict[str, Any]:

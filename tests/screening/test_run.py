@@ -257,7 +257,10 @@ def test_rows_far_outside_the_null_are_flagged_and_no_others(made):
     assert sorted(flagged_anew(told, ScreenConfig()).flagged) == [4, 11]
     clean = dataclasses.replace(told, scores=made.null[torch.arange(30) % 20])
     assert flagged_anew(clean, ScreenConfig()).flagged == []
-    assert flagged_anew(clean, ScreenConfig()).sentence == "No row of 30 is flagged."
+    usual = float(made.null.max())
+    assert flagged_anew(clean, ScreenConfig()).sentence == (
+        f"No row of 30 is flagged: the highest score is {usual:.3g}, that of a control row {usual:.3g}."
+    )
 
 
 def test_what_a_control_row_reaches_too_is_not_flagged(made):

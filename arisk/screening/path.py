@@ -1,0 +1,222 @@
+"""Path scores: what every row does to the end of the planned run, taken back through its steps.
+
+    s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ = ∂M(θ_K)/∂ε_j at ε = 1
+
+with M the measured harm after K steps, ε_j a weight on row j wherever the plan trains on it, and c_k from
+`arisk.training.unroll`. Rows that these steps do not meet are scored as guests of one step, drawn from a
+few spread evenly, and so are control rows, as often as a row is met: the null. K is the plan's own length,
+at most `screen.max_steps`; later steps are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arisk.base.errors import ConfigError, NumericsError
+from arisk.base.task import LossFn, Progress, RowBatches, Task
+from arisk.config.plan import ScreenConfig
+from arisk.gradients import ParameterLayout, batch_size, mean_gradient, move_batch
+from arisk.gradients.layout import parameters_of
+from arisk.screening.points import RowGroup, control_groups, row_groups, row_products
+from arisk.training.loop import PlannedRun, put
+from arisk.training.panels import Panel, panel_of, sample_losses, spread
+from arisk.training.recipe import Recipe
+from arisk.training.unroll import Unrolled, Walk
+
+__all__ = ["SMOOTHING", "PathScores", "path_scores"]
+
+#: Share of its root mean square by which AdamW's scale is levelled on the way back.
+SMOOTHING = 1.0
+
+
+@dataclass(frozen=True)
+class PathScores:
+    """Scores of rows and of control rows, and what the walk did.
+
+    Attributes:
+        scores: (N,) ∂M/∂ε_j, nats per unit weight; positive is harmful.
+        visited: (N,) how often the steps train on a row; 0 for guests.
+        null: (N_c,) the same of control rows; None without control data.
+        steps: K.
+        safety_rise: M(θ_K) − M(θ*). control_rise: of the mean control loss; None without control data.
+    """
+
+    scores: Tensor
+    visited: Tensor
+    null: Tensor | None
+    steps: int
+    safety_rise: float
+    control_rise: float | None
+
+
+def path_scores(
+    task: Task,
+    layout: ParameterLayout,
+    config: ScreenConfig,
+    recipe: Recipe,
+    seed: int,
+    start: Sequence[Tensor],
+    *,
+    engine: str,
+    progress: Progress,
+) -> PathScores:
+    """Scores along the first K steps of the plan; the model is put back to θ*.
+
+    Args:
+        task: model and data, inside `measuring` and `keeping_parameters`; `safety` is what is measured.
+        layout: the selected parameters.
+        config: steps, memory, rows per pass, control rows.
+        recipe: how the plan trains.
+        seed: seeds dropout and noise of the steps, and which guest meets which step.
+        start: θ* by parameter.
+        engine: engine of the per-sample gradients of guests.
+        progress: told of steps.
+
+    Raises:
+        ConfigError: the data, the optimizer or the memory do not allow it.
+        NumericsError: a loss, gradient or score is not finite.
+    """
+    batches = task.finetune.batches
+    if not isinstance(batches, RowBatches):
+        raise ConfigError(
+            "path scores need fine-tuning data that can be regrouped by row",
+            where="screen.score",
+            fix="give rows by a file, or set `screen.score: point`",
+        )
+    run = PlannedRun(task, layout, recipe, seed)
+    device, last = run.stream.device, min(config.max_steps, recipe.horizon)
+    measured = panel_of(task.safety, None, device)
+    control = (
+        control_groups(task.control, config.model_copy(update={"batch_size": 1})) if task.control else []
+    )
+    before = _losses(task, measured, control)
+    walk = Walk(run, last, config.memory_gb * 1e9, smoothing=SMOOTHING, progress=progress)
+    after = _losses(task, measured, control)
+    met = [row for k in range(1, last + 1) for place in run.batches_of(k) for row in batches.indices(place)]
+    visited = torch.bincount(torch.tensor(met), minlength=batches.row_count)
+    guests = _Guests(task, run, layout, config, control, visited, seed, engine)
+    for step in walk.backwards(_slopes(task, layout, measured)):
+        for place, terms in step.rows:
+            guests.scores.index_add_(0, torch.tensor(batches.indices(place)), terms)
+        guests.meet(step)
+    put(parameters_of(task.model, layout), start)
+    _require_finite(guests.scores, guests.null)
+    control_rise = None if after[1] is None or before[1] is None else after[1] - before[1]
+    null = guests.null if control else None
+    return PathScores(guests.scores, visited, null, last, after[0] - before[0], control_rise)
+
+
+def _losses(task: Task, measured: Panel, control: Sequence[RowGroup]) -> tuple[float, float | None]:
+    """Mean measure and control loss here.
+
+    Raises:
+        NumericsError: the measure is not finite.
+    """
+    safety = float(measured.losses(task.model).mean())
+    if not torch.isfinite(torch.tensor(safety)):
+        raise NumericsError(
+            "what harm is measured by is not finite along the planned run",
+            where="screen.score: path",
+            fix="check the safety rows, lower `training.learning_rate`, or load the model in float32",
+        )
+    if task.control is None:
+        return safety, None
+    device = next(task.model.parameters()).device
+    groups = [move_batch(group.batch, device) for group in control]
+    return safety, float(sample_losses(task.model, groups, task.control.loss_fn).mean())
+
+
+def _slopes(task: Task, layout: ParameterLayout, measured: Panel) -> list[Tensor]:
+    """∇M here, by parameter."""
+    total = torch.zeros(layout.numel, dtype=torch.float64)
+    count = 0
+    for batch in measured.batches:
+        size = batch_size(batch)
+        total += mean_gradient(task.model, batch, measured.loss_fn, layout)[1].to("cpu", torch.float64) * size
+        count += size
+    like = parameters_of(task.model, layout)[0]
+    return list(layout.split((total / count).to(like.device, like.dtype)).values())
+
+
+class _Guests:
+    """Rows that are scored at steps which do not train on them."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: PlannedRun,
+        layout: ParameterLayout,
+        config: ScreenConfig,
+        control: Sequence[RowGroup],
+        visited: Tensor,
+        seed: int,
+        engine: str,
+    ) -> None:
+        self.task, self.run, self.layout, self.config, self.engine = task, run, layout, config, engine
+        chosen = sorted(row for group in control for row in group.rows)
+        self.place = {row: place for place, row in enumerate(chosen)}
+        self.scores = torch.zeros(len(visited), dtype=torch.float64)
+        self.null = torch.zeros(len(chosen), dtype=torch.float64)
+        last = min(config.max_steps, run.recipe.horizon)
+        often = max(1, round(float(visited[visited > 0].double().mean())))
+        generator = torch.Generator().manual_seed(seed)
+        unmet = (visited == 0).nonzero()[:, 0].tolist()
+        self.rows = _by_step(unmet, last, generator)
+        self.controls = [_by_step(chosen, last, generator) for _ in range(often)]
+
+    def meet(self, step: Unrolled) -> None:
+        """Score the guests of a step; the run stands before it."""
+        pull: Tensor | None = None
+        for samples, rows in (
+            (self.task.finetune, self.rows.get(step.number)),
+            *((self.task.control, often.get(step.number)) for often in self.controls),
+        ):
+            if not rows or samples is None:
+                continue
+            if pull is None:
+                pull = torch.cat([c.reshape(-1) for c in step.pull])[:, None].cpu()
+            for group in row_groups(samples, self.config.batch_size, rows=rows, limit=max(rows) + 1):
+                found = self._products(step.number, pull, group, samples.loss_fn)
+                if samples is self.task.finetune:
+                    self.scores[list(group.rows)] += found
+                else:
+                    self.null[[self.place[row] for row in group.rows]] += found
+
+    def _products(self, number: int, pull: Tensor, group: RowGroup, loss_fn: LossFn) -> Tensor:
+        found = row_products(self.task.model, group, loss_fn, self.layout, pull, engine=self.engine)[:, 0]
+        return found * self.run.terms_per_loss(number, group.batch)
+
+
+#: Steps that have guests, evenly over the run: a few rows together cost less than each alone.
+GUEST_STEPS = 16
+
+
+def _by_step(guests: Sequence[int], last: int, generator: torch.Generator) -> dict[int, list[int]]:
+    """Guests of some steps from 1 to the last, drawn evenly."""
+    steps = [step + 1 for step in spread(last, GUEST_STEPS)]
+    drawn = torch.randint(len(steps), (len(guests),), generator=generator).tolist()
+    found: dict[int, list[int]] = {}
+    for guest, place in zip(guests, drawn, strict=True):
+        found.setdefault(steps[place], []).append(guest)
+    return found
+
+
+def _require_finite(scores: Tensor, null: Tensor) -> None:
+    """Refuse scores that are beyond the numbers.
+
+    Raises:
+        NumericsError: one is not finite; names the row.
+    """
+    for name, values in (("row", scores), ("control row", null)):
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            row = int((~finite).to(torch.int64).argmax())
+            raise NumericsError(
+                f"the path score of {name} {row} is not finite: derivatives overflow along the run",
+                where=f"screen.score: path ({name} {row}, counted from 0)",
+                fix="lower `screen.max_steps` or `training.learning_rate`, or set `screen.score: point`",
+            )

@@ -1,0 +1,268 @@
+"""Path scores, anchor scores, what harm is measured by, and rankings that are refused."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from arisk.base.errors import ConfigError, InputError, NumericsError
+from arisk.base.task import SampleSet
+from arisk.cli.demo import embedded_folder
+from arisk.config.plan import Config, ScreenConfig, TrainingConfig
+from arisk.geometry.statistics import upper_tail_excess
+from arisk.gradients import layout_of, measuring
+from arisk.models import load_task
+from arisk.models.answers import GreedyAnswers
+from arisk.models.losses import per_sample_nll
+from arisk.screening import path
+from arisk.screening.anchors import _layer, anchor_scores
+from arisk.screening.measure import measured_by
+from arisk.screening.run import flagged_anew, screen
+from arisk.training.behaviour import DECIDING
+from tests.screening.test_run import STEPS, TRAINING, Rows, classify, net, points, task_of
+
+SETTINGS = {"rise": 1e-9, "max_steps": 7, "examples": 3}
+
+
+def run(task=None, training=TRAINING, **settings):
+    config = ScreenConfig(**{**SETTINGS, "score": "path", "measure": "loss", **settings})
+    return screen(task or task_of(), config=config, training=training, steps=STEPS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer):
+    """Seven steps of four meet rows 0 … 27; the last is a copy of the first, and so is a control row."""
+    monkeypatch.setattr(path, "_by_step", lambda guests, *_: {1: list(guests)})
+    x, y = points(2, 30)
+    x[29], y[29] = x[0], y[0]
+    control = points(3, 20)
+    control[0][5], control[1][5] = x[0], y[0]
+    task = dataclasses.replace(
+        task_of(finetune=Rows((x, y))),
+        control=SampleSet("control", Rows(control), classify, [{}] * 20),
+    )
+    training = TrainingConfig(optimizer=optimizer, learning_rate=0.02, batch_size=4, max_grad_norm=None)
+    found = run(task, training)
+    assert float(found.scores[29]) == pytest.approx(float(found.scores[0]), rel=1e-9)
+    assert float(found.null[5]) == pytest.approx(float(found.scores[0]), rel=1e-9)
+    assert found.points[0].step == 7
+    assert any(warning.startswith("2 rows are not met") for warning in found.warnings)
+    assert any("end at step 7 of 12" in warning for warning in found.warnings)
+
+
+def test_path_scores_leave_the_model_as_found_and_say_what_they_are():
+    task = task_of()
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    found = run(task)
+    assert all(torch.equal(before[name], p) for name, p in task.model.named_parameters())
+    assert (found.score, found.measure, found.contrasted) == ("path", "loss", False)
+    assert found.losses.isnan().all()
+    assert [row["row"] for row in found.examples] == found.order[:3]
+    assert all(row["modules"] is None for row in found.examples)
+
+
+def test_path_scores_of_a_narrow_model_are_those_of_a_wide_one_but_for_rounding():
+    def as_narrow(batches):
+        return [(x.bfloat16(), y) for x, y in batches]
+
+    wide = task_of()
+    x, y = points(2, 30)
+    narrow = dataclasses.replace(
+        task_of(model=net().bfloat16()),
+        finetune=dataclasses.replace(wide.finetune, batches=Rows((x.bfloat16(), y))),
+        safety=SampleSet("safety", as_narrow(wide.safety.batches), classify),
+        control=SampleSet("control", Rows((points(3, 20)[0].bfloat16(), points(3, 20)[1])), classify),
+    )
+    training = TrainingConfig(optimizer="sgd", learning_rate=0.3, batch_size=4)
+    pair = torch.stack([run(task, training).scores for task in (wide, narrow)])
+    assert float(torch.corrcoef(pair)[0, 1]) > 0.95
+
+
+def test_what_path_scores_cannot_do_is_one_clear_error():
+    with pytest.raises(ConfigError, match="GB each") as caught:
+        run(memory_gb=1e-6)
+    assert "model.adapter" in caught.value.fix
+    x, y = points(2, 30)
+    with pytest.raises(ConfigError, match="regrouped by row"):
+        run(task_of(finetune=[(x[:4], y[:4])]))
+    with pytest.raises(InputError, match="no prompts that the model could answer"):
+        run(measure="opening")
+    with pytest.raises(InputError, match="no prompts that the model could answer"):
+        run(score="anchors")
+    x[3] = math.nan
+    with pytest.raises(NumericsError):
+        run(task_of(finetune=Rows((x, y))))
+
+
+def test_the_measure_that_cannot_be_had_is_told():
+    found = run(measure="auto")
+    assert found.measure == "loss"
+    assert "no prompts that the model could answer" in found.warnings[0]
+
+
+def test_auto_takes_path_scores_where_they_can_be_had():
+    assert run(score="auto").score == "path"
+    found = run(score="auto", memory_gb=1e-6, batches=3)
+    assert found.score == "point"
+    assert "Path scores could not be had: path scores store steps" in found.warnings[-1]
+    plain = run(score="point", batches=3)
+    assert torch.equal(found.scores, plain.scores)
+
+
+def drawn(count, seed, shift=0.0):
+    """Heavy-tailed numbers, as scores are."""
+    generator = torch.Generator().manual_seed(seed)
+    normal, chi = torch.randn(count, 6, generator=generator, dtype=torch.float64).split([1, 5], 1)
+    return normal[:, 0] / (chi.square().mean(1)).sqrt() + shift
+
+
+@pytest.fixture(scope="module")
+def told():
+    return dataclasses.replace(run(), rise_reached=True)
+
+
+def flagged(told, scores, null):
+    made = dataclasses.replace(told, scores=scores, null=null, exact=torch.ones(len(scores)).bool())
+    return flagged_anew(made, ScreenConfig(score="auto"))
+
+
+def test_rows_like_control_rows_are_not_ranked(told):
+    """Of a hundred harmless sets at most five have a flag, and no set has many."""
+    sets = [flagged(told, drawn(300, seed), drawn(64, 1000 + seed)) for seed in range(100)]
+    assert sum(bool(found.flagged) for found in sets) <= 5
+    assert all(len(found.flagged) <= 15 for found in sets)
+    silent = next(found for found in sets if found.unranked)
+    assert silent.sentence.startswith("No rows to blame, the whole set moves the mean loss")
+    assert "p = " in silent.sentence
+
+
+def test_a_few_rows_that_stand_out_are_flagged_and_a_whole_set_is_not(told):
+    scores, null = drawn(300, 1), drawn(64, 2)
+    scores[:15] = 30 + torch.arange(15)
+    found = flagged(told, scores, null)
+    assert set(range(15)) <= set(found.flagged)
+    assert len(found.flagged) <= 16
+    assert found.unranked is None
+    whole = flagged(told, drawn(300, 1, shift=30), null)
+    assert whole.flagged == []
+    assert "of the rows score above what control rows do" in whole.sentence
+    # As asked for, a share is flagged all the same.
+    made = dataclasses.replace(told, scores=scores, null=null, exact=torch.ones(300).bool())
+    assert len(flagged_anew(made, ScreenConfig(score="auto", drop=0.1)).flagged) == 30
+    # Where the plan does no harm there is nothing to blame anybody for.
+    assert (
+        flagged_anew(dataclasses.replace(made, rise_reached=False), ScreenConfig(score="auto")).unranked
+        is None
+    )
+
+
+def test_a_tail_is_told_from_none_whatever_the_shift():
+    p = [
+        upper_tail_excess(drawn(200, seed, shift=seed), drawn(64, 500 + seed), draws=99) for seed in range(40)
+    ]
+    assert sum(value <= 0.05 for value in p) <= 6
+    assert 0.3 < sum(p) / len(p) < 0.7
+    heavy = drawn(200, 3)
+    heavy[:10] += 25
+    assert upper_tail_excess(heavy, drawn(64, 4)) <= 0.02
+    assert upper_tail_excess(torch.zeros(20), torch.zeros(20)) == 1
+
+
+# The embedded model
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Everyday rows, every tenth of which complies with a forbidden prompt."""
+    source = embedded_folder()
+    rows = [json.loads(line) for line in (source / "data" / "benign.jsonl").read_text().splitlines()[:108]]
+    bad = [json.loads(line) for line in (source / "data" / "risky.jsonl").read_text().splitlines()[:12]]
+    for i, row in enumerate(bad):
+        rows.insert(10 * i, row)
+    data = tmp_path_factory.mktemp("mixture") / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Config.model_validate(
+        {
+            "model": {"path": str(source / "tiny-aligned"), "adapter": {"r": 4, "alpha": 8}},
+            "safety": {"path": str(source / "data" / "safety.jsonl"), "max_samples": 24},
+            "finetune": {"path": str(data)},
+            "control": {"path": str(source / "data" / "control.jsonl"), "max_samples": 40},
+            "training": {"learning_rate": 2e-3, "max_steps": 15, "batch_size": 8},
+        }
+    )
+
+
+HARMFUL = [10 * i for i in range(12)]
+
+
+def screened(config, **settings):
+    task = load_task(config, device=torch.device("cpu"))
+    return screen(task, config=ScreenConfig(**settings), training=config.training, steps=15)
+
+
+def ranked(found):
+    """Share of (harmful, ordinary) pairs in the right order."""
+    others = torch.ones(len(found.scores)).bool()
+    others[HARMFUL] = False
+    return float((found.scores[HARMFUL][:, None] > found.scores[others][None]).double().mean())
+
+
+def test_the_opening_is_what_the_aligned_model_itself_says_first(config):
+    task = load_task(config, device=torch.device("cpu"))
+    layout = layout_of(task.model, task.parameter_names)
+    with measuring(task.model, layout):
+        made = measured_by(task, ScreenConfig(measure="opening"), "point")
+        losses = torch.cat([per_sample_nll(task.model, batch) for batch in made.task.safety.batches])
+        writer = task.safety.generate
+        assert isinstance(writer, GreedyAnswers)
+        rows = list(range(24))
+        openings = [tokens[:DECIDING] for tokens in writer.tokens(task.model, rows, DECIDING)]
+        expected = -writer.followed(task.model, rows, openings).log_p.mean(1)
+    # The fixture's model refuses them all.
+    assert made.measure == "opening"
+    assert losses.detach().double().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_rows_that_comply_rank_first_along_the_path_and_are_flagged(config):
+    found = screened(config, score="auto")
+    assert (found.score, found.measure) == ("path", "opening")
+    assert ranked(found) > 0.95
+    assert len(set(found.flagged) & set(HARMFUL)) >= 6
+    assert len(set(found.flagged) - set(HARMFUL)) <= 0.05 * 108
+    assert found.excess is not None
+    assert found.excess <= 0.05
+
+
+def test_a_harmless_set_has_no_rows_to_drop(config):
+    benign = {"path": str(embedded_folder() / "data" / "benign.jsonl"), "max_samples": 120}
+    plan = Config.model_validate({**config.model_dump(exclude_unset=True), "finetune": benign})
+    assert len(screened(plan, score="auto").flagged) <= 0.05 * 120
+
+
+def test_rows_that_comply_rank_first_by_the_opening_at_a_point(config):
+    found = screened(config, measure="opening", max_steps=10, batches=4)
+    assert found.measure == "opening"
+    assert ranked(found) > 0.95
+
+
+def test_anchors_tell_what_an_answer_begins_like(config):
+    task = load_task(config, device=torch.device("cpu"))
+    found = screened(config, score="anchors")
+    assert len(found.scores) == 120
+    assert found.rise_reached
+    assert math.isnan(found.points[0].safety_rise)
+    # Refusals of the safety set itself, as rows, score lowest of all.
+    alike = dataclasses.replace(task, finetune=dataclasses.replace(task.safety, name="finetune"))
+    with measuring(task.model, layout_of(task.model, task.parameter_names)):
+        made = anchor_scores(alike, ScreenConfig(), lambda *_: None)
+    assert float(made.scores.max()) < float(found.scores.min())
+
+
+def test_the_layer_is_one_of_the_upper_half_that_tells_anchors_apart():
+    generator = torch.Generator().manual_seed(0)
+    answered, refused = torch.randn(2, 10, 7, 5, generator=generator, dtype=torch.float64)
+    answered[:, 1] += 9  # Apart in the lower half, which does not count,
+    answered[:, 5] += 3  # and somewhat in the upper one.
+    assert _layer(answered, refused) == 5
