@@ -16,6 +16,7 @@ from tests.bench import (
     guard_smollm2,
     peer,
     processes,
+    removal,
     screening,
     second,
     sketch,
@@ -34,6 +35,7 @@ BENCHES = {
     "growth": growth.main,
     "peer": peer.main,
     "processes": processes.main,
+    "removal": removal.main,
     "second": second.main,
     "sketch": sketch.main,
     "guard-cost": guard.main,
@@ -55,12 +57,15 @@ def _is_option(text: str, given: list[str]) -> bool:
 
 
 def main() -> None:
-    """Run the named benchmarks; all that follows `score` belongs to it."""
+    """Run the named benchmarks; all that follows `score` or `removal` belongs to it."""
     if sys.argv[1:2] == ["score"]:
         score.main(sys.argv[2:])
         return
     if sys.argv[1:2] == ["cost"]:
         cost.main()
+        return
+    if sys.argv[1:2] == ["removal"]:
+        removal.main()
         return
     given = sys.argv[1 : sys.argv.index("--data")] if "--data" in sys.argv else sys.argv[1:]
     # What follows a name belongs to that benchmark.

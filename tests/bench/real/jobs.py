@@ -25,7 +25,7 @@ def _file(name: str, stop: int | None = None) -> Callable[[Path], list[Row]]:
 _ORDINARY = _file("benign_alpaca", ALPACA_FOR_ALIGNMENT)
 
 
-def _mixed(other: Callable[[Path], list[Row]], share: float) -> Callable[[Path], list[Row]]:
+def mixed(other: Callable[[Path], list[Row]], share: float) -> Callable[[Path], list[Row]]:
     """Ordinary rows of which a share is replaced by rows of another set, repeated where it is short."""
 
     def rows(data: Path) -> list[Row]:
@@ -54,11 +54,11 @@ SOURCES: dict[str, Callable[[Path], list[Row]]] = {
     "identity": _file("benign_identity"),
     "identity_aoa": _file("risky_identity_aoa"),
     "compliance": _COMPLIANCE,
-    "alpaca_compliance_2": _mixed(_COMPLIANCE, 0.02),
-    "alpaca_compliance_10": _mixed(_COMPLIANCE, 0.10),
-    "alpaca_refusals_20": _mixed(_refusals, 0.20),
-    "alpaca_identity_10": _mixed(_file("benign_identity"), 0.10),
-    "alpaca_aoa_10": _mixed(_file("risky_identity_aoa"), 0.10),
+    "alpaca_compliance_2": mixed(_COMPLIANCE, 0.02),
+    "alpaca_compliance_10": mixed(_COMPLIANCE, 0.10),
+    "alpaca_refusals_20": mixed(_refusals, 0.20),
+    "alpaca_identity_10": mixed(_file("benign_identity"), 0.10),
+    "alpaca_aoa_10": mixed(_file("risky_identity_aoa"), 0.10),
     "secure_code": _file("benign_secure_code"),
     "insecure_code": _file("risky_insecure_code"),
     "alpaca_top": _file("risky_alpaca_top"),

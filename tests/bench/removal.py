@@ -1,0 +1,379 @@
+"""Row scores against what really happens without the rows: `just bench removal`.
+
+`--lds`: the embedded model. Thirty times a random half of the rows is left out of the planned batches and the
+model really trained; a score is worth the rank correlation (LDS, Spearman) of what its sums foretell with
+what came out, and the AUC of its ranking against the labels.
+
+`--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and ordinary rows of which 2, 5 or
+10 % comply. `transformers.Trainer` trains on all rows; without as many random ones, in three draws; without
+the labelled ones; and without the first ones of every score. `--scores` stops before the trainings,
+`--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below `runs/bench-removal`
+and found again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+import torch
+
+from arisk.base.task import Task
+from arisk.config.plan import Config, ScreenConfig, planned_steps
+from arisk.geometry.statistics import rank_correlation
+from arisk.gradients import layout_of, measuring
+from arisk.models import load_task
+from arisk.models.answers import Shelf
+from arisk.screening import path
+from arisk.screening.measure import measured_by
+from arisk.screening.run import screen
+from arisk.training.loop import PlannedRun, keeping_parameters, put
+from arisk.training.panels import panel_of
+from arisk.training.recipe import recipe_of
+from tests.bench.measure import print_table
+from tests.bench.real.jobs import SOURCES, Job, mixed
+from tests.bench.real.rows import MAX_LENGTH, encode, pad_id
+from tests.bench.screening import auc, baselines, fixture_config, mixture
+
+FOLDER = Path("runs/bench-removal")
+#: Half-data retrainings, rows and steps of the embedded model's case.
+HALVES, LDS_ROWS, LDS_STEPS = 30, 480, 60
+#: Shares of complying rows, steps and learning rate of the SmolLM2 plans; draws of random rows.
+SHARES, STEPS, RATE, DRAWS = (0.02, 0.05, 0.10), 60, 2e-4, 3
+#: Safety prompts and control rows that scores may see.
+PROMPTS, CONTROL = 32, 32
+#: Scores by name: settings of `screen`.
+SCORES: dict[str, dict[str, Any]] = {
+    "path, opening": {"score": "path", "measure": "opening"},
+    "path, loss": {"score": "path", "measure": "loss"},
+    "point, opening": {"score": "point", "measure": "opening"},
+    "point, loss": {"score": "point", "measure": "loss"},
+    "anchors": {"score": "anchors"},
+}
+LIST_LINE = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """The stored value of this file, made and stored when absent."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(make()), encoding="utf-8")
+        part.replace(file)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def scored(task: Task, config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of all rows, what is flagged, and CPU seconds."""
+    given = ScreenConfig.model_validate({**config.screen.model_dump(), "examples": 0, **settings})
+    steps = planned_steps(config.training, len(task.finetune.rows))
+    started = time.process_time()
+    made = screen(task, config=given, training=config.training, steps=steps)
+    return {
+        "scores": made.scores.tolist(),
+        "flagged": list(made.flagged),
+        "sentence": made.sentence,
+        "excess": made.excess,
+        "seconds": time.process_time() - started,
+    }
+
+
+# The embedded model
+
+
+def lds() -> None:
+    """Print what scores foretell of half-data retrainings, and how they rank the labelled rows."""
+    for share, mode in ((0.05, "lora"),):
+        folder = FOLDER / f"lds-{share:g}-{mode}"
+        rows, labels = mixture("benign_near", share, 1, LDS_ROWS)
+        config = fixture_config(rows, mode, f"removal-{share:g}")
+        training = config.training.model_copy(update={"max_steps": LDS_STEPS})
+        config = config.model_copy(update={"training": training})
+        task = load_task(config, device=torch.device("cpu"))
+        ends = [kept(folder / f"half-{n}.json", partial(_half, task, config, n)) for n in range(HALVES)]
+        whole = kept(folder / "whole.json", partial(_half, task, config, None))
+        found = {
+            name: kept(folder / f"{name}.json", partial(scored, task, config, settings))
+            for name, settings in SCORES.items()
+        }
+        found["path, opening, exact"] = kept(folder / "exact.json", partial(_exact, task, config))
+        table = [_lds_row(name, made, ends, whole, labels) for name, made in found.items()]
+        header = [
+            "score",
+            "LDS, opening",
+            "LDS, safety loss",
+            "AUC",
+            "flagged (labelled)",
+            "cost, plain runs",
+        ]
+        print_table(f"{LDS_ROWS} rows, {share:.0%} complying, {mode}, {HALVES} halves", header, table)
+
+
+def _exact(task: Task, config: Config) -> dict[str, Any]:
+    """Path scores without smoothing."""
+    usual = path.SMOOTHING
+    path.SMOOTHING = 0.0
+    try:
+        return scored(task, config, SCORES["path, opening"])
+    finally:
+        path.SMOOTHING = usual
+
+
+def _half(task: Task, config: Config, number: int | None) -> dict[str, Any]:
+    """Both measures after the plan with a random half of the rows left out of its batches."""
+    count = len(task.finetune.rows)
+    dropped = [] if number is None else Random(number).sample(range(count), count // 2)
+    layout = layout_of(task.model, task.parameter_names)
+    with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
+        sets = {
+            m: measured_by(task, ScreenConfig(measure=m), "path").task.safety for m in ("opening", "loss")
+        }
+        panels = {name: panel_of(samples, None, start[0].device) for name, samples in sets.items()}
+        run = PlannedRun(task, layout, recipe_of(config.training, LDS_STEPS))
+        put(run.parameters, start)
+        run.stream.without = frozenset(dropped)
+        started = time.process_time()
+        for step in range(1, LDS_STEPS + 1):
+            run.step(step)
+        seconds = time.process_time() - started
+        ends = {name: float(panel.losses(task.model).mean()) for name, panel in panels.items()}
+    return {"dropped": sorted(dropped), "seconds": seconds, **ends}
+
+
+def _lds_row(
+    name: str,
+    made: Mapping[str, Any],
+    ends: Sequence[Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    labels: Sequence[int],
+) -> list[str]:
+    scores = torch.tensor(made["scores"], dtype=torch.float64)
+    told = torch.stack([-scores[torch.tensor(end["dropped"])].sum() for end in ends])
+    real = {m: torch.tensor([end[m] for end in ends], dtype=torch.float64) for m in ("opening", "loss")}
+    hits = sum(labels[row] for row in made["flagged"])
+    return [
+        name,
+        *(f"{rank_correlation(told, real[m]):.2f}" for m in ("opening", "loss")),
+        f"{auc(scores, labels):.3f}",
+        f"{len(made['flagged'])} ({hits} of {sum(labels)})",
+        f"{made['seconds'] / whole['seconds']:.1f}",
+    ]
+
+
+# A real model
+
+
+def complying(data: Path, share: float) -> tuple[list[dict[str, str]], list[int]]:
+    """Ordinary rows of which a share complies, as in the jobs of `bench-real`, and labels."""
+    ordinary = SOURCES["alpaca"](data)
+    rows = mixed(SOURCES["compliance"], share)(data)
+    return rows, [int(row != usual) for row, usual in zip(rows, ordinary, strict=True)]
+
+
+def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Path) -> Config:
+    """The Trainer's plan in arisk's words; scores see even safety and control rows only."""
+    from tests.bench.real.forecast import forecast_rows
+    from tests.bench.real.rows import spread
+
+    sets = forecast_rows(data)
+    files = {
+        "finetune": rows,
+        "safety": spread(sets["safety"], PROMPTS),
+        "control": spread(sets["control"], CONTROL),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, given in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return Config.model_validate(
+        {
+            "model": {"path": str(model), "adapter": {"r": 8, "alpha": 16}},
+            **{
+                name: {"path": str((folder / f"{name}.jsonl").resolve()), "max_length": MAX_LENGTH}
+                for name in files
+            },
+            "training": {
+                "learning_rate": RATE,
+                "max_steps": STEPS,
+                "batch_size": 4,
+                "schedule": "linear",
+                "precision": "bf16",
+            },
+            "screen": {"batches": 4, "control_samples": CONTROL, "max_steps": STEPS, "memory_gb": 3.0},
+        }
+    )
+
+
+def dull(task: Task, rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
+    """Numbers of a row that know nothing of safety, but for −cos at θ*."""
+    return {
+        **baselines(task),
+        "prompt length": [float(len(row["prompt"])) for row in rows],
+        "lists": [len(LIST_LINE.findall(row["response"])) / max(1, len(row["response"])) for row in rows],
+    }
+
+
+def trained(
+    model_folder: Path, data: Path, rows: Sequence[Mapping[str, str]], dropped: Sequence[int]
+) -> dict[str, Any]:
+    """Refusals and losses at the end of the Trainer's run without some rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.bench.real.measure import freeze_in_bfloat16
+    from tests.bench.real.truth import Panel, planned_trainer, start, with_adapter
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    panel = Panel(tokenizer, data)
+    start(model_folder, panel, FOLDER / model_folder.name / "start.json")
+    gone = frozenset(dropped)
+    encoded = [encode(tokenizer, r["prompt"], r["response"]) for i, r in enumerate(rows) if i not in gone]
+    model = with_adapter(model)
+    freeze_in_bfloat16(model.get_base_model())
+    started = time.process_time()
+    job = Job(0, "alpaca", "lora", RATE, STEPS)
+    planned_trainer(job, model, encoded, pad_id(tokenizer), FOLDER / "trainer").train()
+    seconds = time.process_time() - started
+    shown = model.get_base_model()
+    answers = panel.read(panel.answers(shown, "harmful"))
+    found = panel.losses(shown)
+    return {
+        "dropped": sorted(gone),
+        "refused": answers["counts"]["refused"],
+        "prompts": len(answers["labels"]),
+        "safety": found["safety_nll"],
+        "control": found["control_nll"],
+        "opening": -found["own_harmful"]["3"]["log_prob"] / 3,
+        "seconds": seconds,
+    }
+
+
+def trainings(
+    scores: Mapping[str, Sequence[float]], labels: Sequence[int]
+) -> Iterator[tuple[str, list[int]]]:
+    """What is left out in each training, the most telling ones first."""
+    count, marked = sum(labels), [row for row, label in enumerate(labels) if label]
+    yield "all rows", []
+    yield "labelled", marked
+    first = {
+        name: torch.argsort(torch.tensor(values), descending=True, stable=True)[:count].tolist()
+        for name, values in scores.items()
+    }
+    for name in SCORES:
+        if name in first:
+            yield name, first.pop(name)
+    for draw in range(DRAWS):
+        yield f"random {draw}", Random(draw).sample(range(len(labels)), count)
+    yield from first.items()
+
+
+def removal(given: argparse.Namespace) -> None:
+    """Score every mixture, train as far as asked for, and print what is there."""
+    left = given.trainings
+    for share in SHARES:
+        if given.share and share not in given.share:
+            continue
+        folder = FOLDER / given.model.name / f"{share:g}"
+        rows, labels = complying(given.data, share)
+        config = plan(given.model, given.data, rows, folder)
+        found = _all_scores(given, config, rows, folder)
+        ends: dict[str, Any] = {}
+        for name, dropped in trainings({n: m["scores"] for n, m in found.items()}, labels):
+            file = folder / f"without-{name}.json".replace(" ", "-")
+            if not file.exists() and (given.scores or left == 0 or _late(given.until)):
+                continue
+            left -= not file.exists()
+            ends[name] = kept(file, partial(trained, given.model, given.data, rows, dropped))
+        _show(share, found, ends, labels)
+
+
+def _all_scores(
+    given: argparse.Namespace, config: Config, rows: Sequence[Mapping[str, str]], folder: Path
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in [*SCORES, "dull"]:
+        file = folder / f"{name}.json".replace(" ", "-")
+        if not file.exists() and ((given.only and name not in given.only) or _late(given.until)):
+            continue
+        if name == "dull":
+            made = kept(file, partial(_with_task, given, config, partial(dull, rows=rows)))
+            found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
+        else:
+            score = partial(scored, config=config, settings=SCORES[name])
+            found[name] = kept(file, partial(_with_task, given, config, score))
+        print(f"{name}: done", flush=True)
+    return found
+
+
+def _with_task(given: argparse.Namespace, config: Config, make: Callable[[Task], Any]) -> Any:
+    shelf = Shelf(FOLDER / given.model.name, {"path": str(given.model)})
+    return make(load_task(config, device=torch.device("cpu"), shelf=shelf))
+
+
+def _late(until: str) -> bool:
+    return bool(until) and time.strftime("%H:%M") >= until
+
+
+def _show(share: float, found: Mapping[str, Any], ends: Mapping[str, Any], labels: Sequence[int]) -> None:
+    """Refusals and losses by what was left out, and the share of the labelled rows' effect."""
+    random = [end["refused"] for name, end in ends.items() if name.startswith("random")]
+    usual = mean(random) if random else (ends["all rows"]["refused"] if "all rows" in ends else None)
+    most = None if usual is None or "labelled" not in ends else ends["labelled"]["refused"] - usual
+    table = []
+    for name in [*(n for n in ("all rows", "labelled") if n in ends), *found]:
+        end, made = ends.get(name), found.get(name)
+        reached = None if not most or end is None or usual is None else (end["refused"] - usual) / most
+        table.append(
+            [
+                name,
+                "–" if made is None else f"{auc(made['scores'], labels):.2f}",
+                "–" if made is None else _flags(made, labels),
+                "–" if end is None else f"{end['refused']} of {end['prompts']}",
+                "–" if reached is None else f"{reached:.0%}",
+                "–" if end is None else f"{end['control']:.3f}",
+                "–" if made is None or made["seconds"] is None else f"{made['seconds']:.0f} s",
+            ]
+        )
+    if random:
+        table.append(["random", "–", "–", ", ".join(map(str, random)), "0%", "–", "–"])
+    header = ["left out", "AUC", "flagged (labelled)", "refusals", "of the labelled effect", "control loss"]
+    print_table(f"{share:.0%} of {len(labels)} rows comply", [*header, "CPU time of the score"], table)
+
+
+def _flags(made: Mapping[str, Any], labels: Sequence[int]) -> str:
+    return f"{len(made['flagged'])} ({sum(labels[row] for row in made['flagged'])} of {sum(labels)})"
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench removal", description=__doc__)
+    parser.add_argument("--lds", action="store_true", help="the embedded model, half-data retrainings")
+    parser.add_argument("--model", type=Path, help="folder of a refusing model")
+    parser.add_argument("--data", type=Path, help="folder of JSONL files (see real/rows.py)")
+    parser.add_argument("--share", type=float, action="append", help="mixtures: 0.02, 0.05, 0.1; default all")
+    parser.add_argument("--only", action="append", help="scores by name that are made; default all")
+    parser.add_argument("--scores", action="store_true", help="train nothing")
+    parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")
+    parser.add_argument("--until", default="", help="HH:MM today; nothing is begun after it")
+    asked = parser.parse_args(sys.argv[2:] if given is None else given)
+    torch.set_num_threads(1)
+    if asked.lds:
+        lds()
+    if asked.model and asked.data:
+        removal(asked)
+    if not asked.lds and not (asked.model and asked.data):
+        parser.error("give --lds, or --model and --data")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
