@@ -347,7 +347,7 @@ class PlannedRun:
         samples, share = self.task.finetune, 1.0 if trained is not None else 1 / len(batches)
         with self._training(number):
             for place, batch in zip(self.batches_of(number), batches, strict=True):
-                with self._autocast():
+                with self.autocasting():
                     terms = row_terms(samples, self.task.model, batch, trained)
                 yield place, terms * share
 
