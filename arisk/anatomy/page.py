@@ -17,7 +17,7 @@ from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.anatomy.text import layer_and_type, layer_sentence, overlap_sentence, probed_sentence, row_sentence
 from arisk.report.figure import LEGEND, TABLE_ROWS, Figure, axes, clean, reference_line, step_lines, thin
 from arisk.report.page import Finding, Part, Piece, Section
-from arisk.report.section import Column, esc, notes, rows_table, table
+from arisk.report.section import Column, coded, esc, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
 __all__ = [
@@ -117,7 +117,7 @@ def left_out(how: str, *, looked: bool = False, dear: bool = False) -> Section:
     why = ", as that would take more than its share of what the verdict took" if dear else ""
     what = " (its subspace and curvature)" if looked else ", and which layers and rows carry the harm,"
     said = f"Where safety lives{what} was not measured{why}: {how}."
-    html = f'<section id="why"><h2>Why</h2><p class="missing">{esc(said)}</p></section>'
+    html = f'<section id="why"><h2>Why</h2><p class="missing">{coded(said)}</p></section>'
     return Section("anatomy", [Piece(Part.ROWS, html)], summary={"why": {"findings": [], "missing": said}})
 
 
@@ -534,8 +534,8 @@ EQUATION = """first order: −⟨ḡ_s, D g_j⟩ (nats / unit learning rate)
 second order: ⟨F u, −D g_j⟩ (nats² / unit learning rate²)"""
 MEANING = (
     "Harm of a row: how much a step on it alone raises the loss of safe responses, to first order, and to "
-    "second order through what safety is most sensitive to; positive is harmful. arisk screen looks at every "
-    "row."
+    "second order through what safety is most sensitive to; positive is harmful. `arisk screen` looks at "
+    "every row."
 )
 #: Rows shown at once.
 FIRST = 5
@@ -560,7 +560,7 @@ def examples(scored: ScoreResult, show_text: bool, limit: int, worth: str = "") 
     told = [([_value(row, key) for _, key in COLUMNS], row) for row in ranked[:limit]]
     says = row_sentence(scored.examples, scored.finetune_rows)
     takeaway = f'<p class="says">{esc(says)}</p>' if says else ""
-    takeaway += f'<p class="note">{esc(MEANING)}</p>'
+    takeaway += f'<p class="note">{coded(MEANING)}</p>'
     reading = (
         f"{min(limit, len(ranked))} of the {len(ranked)} rows of the first batches that were scored one by "
         "one, the "

@@ -35,7 +35,9 @@ def verdict_section(
         around: causes and advice of all sections.
     """
     v = forecast.verdict
-    worth = [record_line(v.basis)] if v.basis in forecast.forecasters else []
+    # What was measured needs no record of forecasts.
+    foreseen = v.basis in forecast.forecasters and not forecast.carried_out
+    worth = [record_line(v.basis)] if foreseen else []
     # What really happened is worth more than any record.
     happened = [] if real is None else [real.sentence]
     rules = f'<ul class="plain">{items(v.reasons)}</ul>'
@@ -205,7 +207,7 @@ def run_strip(forecast: ForecastResult, real: RealRun | None) -> str:
         for name, a, b in bands
         if b > a
     )
-    key = [("safe", f"within the limits: to step {safe}")]
+    key = [("safe", f"within the limits: to step {safe}")] if safe else []
     if start > safe:
         key.append(("watch", f"{share} interval reaches a limit, to step {start}"))
     if end > start:

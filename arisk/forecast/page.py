@@ -261,11 +261,11 @@ def forecast_figure(forecast: ForecastResult, real: RealRun | None = None) -> Fi
     if lead is not None and lead.kind == "forecast" and lead.collapse_step is not None:
         data.append({**_collapse(lead, forecast), "yaxis": axis})
     if counted and refusals is not None and data:
-        data = [*refusal_traces(refusals, real, "y"), *data]
+        data = [*refusal_traces(refusals, real, "y", carried_out=forecast.carried_out), *data]
     truth = " Lines with points in the text's colour are the real fine-tune." if real else ""
     return Figure(
         "forecast",
-        "Forecast",
+        "The plan, carried out" if forecast.carried_out else "Forecast",
         data,
         _layout(forecast, lead, real, counted=counted),
         f"{f'Above: {REFUSAL_READING} Below: m' if counted else 'M'}ean loss of the safe responses along the "

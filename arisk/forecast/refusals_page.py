@@ -89,13 +89,16 @@ def _verb(outcome: str, count: int) -> str:
     return one if count == 1 else many
 
 
-def refusal_traces(refusals: RefusalForecast, real: RealRun | None, axis: str) -> list[dict[str, Any]]:
+def refusal_traces(
+    refusals: RefusalForecast, real: RealRun | None, axis: str, *, carried_out: bool = False
+) -> list[dict[str, Any]]:
     """Band, forecast, answers written, and the truth, in percent of the prompts.
 
     Args:
         refusals: a forecast that was measured.
         real: what the same plan really did, where it was carried out.
         axis: plotly's name of the vertical axis.
+        carried_out: the run along which they were followed was the plan itself.
     """
     steps, where = list(refusals.steps), {"type": "scatter", "yaxis": axis}
     hidden = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
@@ -113,7 +116,7 @@ def refusal_traces(refusals: RefusalForecast, real: RealRun | None, axis: str) -
         {
             **where,
             **shown,
-            "name": "refusals, forecast",
+            "name": "refusals" if carried_out else "refusals, forecast",
             "mode": "lines",
             "x": steps,
             "y": _shares(refusals.median),

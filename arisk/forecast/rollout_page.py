@@ -16,7 +16,7 @@ from arisk.forecast.record import DriftAccount, ForecastResult, RolloutResult
 from arisk.forecast.text import last_drift, sample_sentence
 from arisk.forecast.worth import worth_line
 from arisk.report.figure import LEGEND, Figure, axes, threshold_line
-from arisk.report.section import Column, esc, folded, notes, rows_table, table
+from arisk.report.section import Column, coded, esc, folded, notes, rows_table, table
 from arisk.report.text import NOT_MEASURED, number, percent
 from arisk.training.behaviour import DECIDING
 
@@ -212,7 +212,7 @@ RISE, PUSH = "rise of the loss of safe responses", "push against safety over the
 
 PUSH_MEANING = (
     "Push against safety: what a row would add to the loss of safe responses over the plan if all were "
-    "linear (nats/token); arisk screen looks at every row."
+    "linear (nats/token); `arisk screen` looks at every row."
 )
 
 
@@ -250,7 +250,7 @@ def account_section(found: DriftAccount, show_text: bool, limit: int) -> str:
     heaviest = table(("module", "nats/token"), [[name, number(part)] for name, part in parts[:FIRST_MODULES]])
     return (
         f'<section id="account"><h2>Riskiest training rows and layers, a first look</h2>{said}{rows}'
-        f'<p class="note">{PUSH_MEANING}</p><div class="folds">{notes(reading, ACCOUNT_EQUATION)}'
+        f'<p class="note">{coded(PUSH_MEANING)}</p><div class="folds">{notes(reading, ACCOUNT_EQUATION)}'
         f"{folded('The modules that carry most', heaviest)}</div></section>"
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from arisk.report.text import NOT_MEASURED, number
 
 __all__ = [
     "Column",
+    "coded",
     "esc",
     "folded",
     "items",
@@ -35,6 +37,15 @@ __all__ = [
 def esc(value: Any) -> str:
     """Text safe inside HTML elements and double-quoted attributes."""
     return html.escape(str(value), quote=True)
+
+
+def coded(text: str) -> str:
+    """Escaped text in which what stands between backticks is code.
+
+    >>> coded("`arisk run my.yaml` & more")
+    '<code>arisk run my.yaml</code> &amp; more'
+    """
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", esc(text))
 
 
 def script_json(value: Any) -> str:
@@ -70,7 +81,7 @@ def folded(summary: str, content: str) -> str:
 
 def notes(reading: str, equation: str = "", worth: str = "") -> str:
     """How to read something, its equation and what it was worth elsewhere, folded away together."""
-    told = f"<p>{esc(reading)}</p>" if reading else ""
+    told = f"<p>{coded(reading)}</p>" if reading else ""
     told += f'<p class="equation">{esc(equation)}</p>' if equation else ""
     told += f"<p><b>Worth.</b> {esc(worth)}</p>" if worth else ""
     return folded("How to read this", f'<div class="reading">{told}</div>') if told else ""

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from arisk.forecast.first_screen import evidence_text
+from arisk.forecast.first_screen import evidence_text, verdict_section
 from arisk.forecast.page import drift_map, forecast_figure
 from arisk.forecast.text import collapse_text, drift_sentence, rests_on
-from arisk.report.page import render
+from arisk.report.page import Around, render
 from arisk.risk_report import sections_of
 from tests.report import records as made
 from tests.report.reading import figure
@@ -87,6 +87,8 @@ def test_a_plan_that_was_carried_out_is_no_forecast(done, says):
     assert f"The loss of safe responses {says} nats/token" in forecast_figure(forecast).says
     assert ("the plan itself was carried out" in rests_on(forecast)) is done
     assert rests_on(forecast) in evidence_text(forecast, {})
+    assert forecast_figure(forecast).title == ("The plan, carried out" if done else "Forecast")
+    assert ("Record: 48 of 49" in verdict_section(forecast, {}, None, Around())) is not done
 
 
 def test_drift_without_a_finite_point_is_not_measured():
