@@ -154,7 +154,7 @@ def _optional_verb(stage: Stage) -> None:
             setting = f"{option.setting}={option.parse(value) if option.parse else value}"
             (shown if option.shown else own).append(setting)
             force = force or option.anew
-            told += f" --{option.name} {value}"
+            told += f" --{option.name}" if option.kind is bool else f" --{option.name} {value}"
         loaded = load_config(config, [*overrides, *own, *shown])
         outcome = run_asked(
             catalogue(),

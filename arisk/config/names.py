@@ -45,7 +45,10 @@ SCHEDULES = [
     "warmup_stable_decay",
 ]
 #: Names of the methods that `arisk guard` compares.
-METHODS = ["plain", "alignguard", "ewc", "projection", "replay", "constrained", "kl", "own_replay"]
+METHODS = [
+    *("plain", "alignguard", "ewc", "projection", "replay", "constrained", "kl", "own_replay"),
+    *("drift_replay", "smaller", "average", "alpha"),
+]
 #: Names of the ways to estimate a row's score before the exact ones.
 ROW_SCORES = ["differences", "sketch"]
 #: Schedules of transformers that no plan can tell beforehand.

@@ -457,6 +457,8 @@ class GuardConfig(GuardSettings):
 
     task: DataSet | None = None
     """Clean rows for the task loss, best not trained on; default: rows of `finetune`, surprising apart."""
+    save_model: FilePath | None = None
+    """Empty or new folder that keeps the recommended arm's adapter or model, as save_pretrained writes it."""
 
 
 class Config(Settings):

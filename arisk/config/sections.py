@@ -27,10 +27,13 @@ from arisk.config.names import known_method, known_row_score
 __all__ = [
     "OFF",
     "AlignGuardArm",
+    "AlphaArm",
+    "AverageArm",
     "BehaviourConfig",
     "CollectConfig",
     "ConstrainedArm",
     "Count",
+    "DriftReplayArm",
     "EwcArm",
     "FilePath",
     "ForecastConfig",
@@ -51,6 +54,7 @@ __all__ = [
     "ScreenConfig",
     "Seed",
     "Settings",
+    "SmallerArm",
     "SubspaceConfig",
 ]
 
@@ -415,13 +419,46 @@ class OwnReplayArm(Settings):
     """Tokens of an answer at most."""
 
 
+class DriftReplayArm(Settings):
+    """Replay of the safety rows whose loss is predicted to rise most."""
+
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[0.3])
+    """One arm each: λ of L = L_task + λ L_safety."""
+    rows: PositiveInt = 8
+    """Safety rows per optimizer step."""
+    share: Fraction = 0.25
+    """Share of the safety rows that is replayed."""
+
+
+class SmallerArm(Settings):
+    """The plan at a smaller learning rate, or with fewer steps."""
+
+    kinds: Annotated[list[Literal["rate", "steps"]], Field(min_length=1)] = Field(default=["rate", "steps"])
+    """One arm each."""
+    share: Fraction | None = None
+    """Of the plan's rate or steps; default: the largest that leaves half of the plain run's drift."""
+
+
+class AverageArm(Settings):
+    """Weights averaged along the plain run."""
+
+    shares: Annotated[list[Fraction], Field(min_length=1)] = Field(default=[0.2, 0.5])
+    """One arm each: the share of the run that the running mean looks back on."""
+
+
+class AlphaArm(Settings):
+    """θ* + α(θ_T − θ*) after the plain run: a part of its move."""
+
+    values: Annotated[list[Fraction], Field(min_length=1)] = Field(default=[0.25, 0.5, 0.75])
+    """One arm each, a point of the α-curve."""
+
+
 class GuardSettings(Settings):
     """The planned fine-tune with and without protection (`arisk guard`)."""
 
-    methods: Annotated[list[str], Field(min_length=1)] = Field(
-        default=["plain", "alignguard", "ewc", "projection", "replay"]
-    )
-    """What is run, in this order; plain, against which all is measured, always comes first."""
+    methods: Annotated[list[str], Field(min_length=1)] | None = None
+    """What is compared, in this order; plain, against which all is measured, always comes first. Default: all
+    that the task allows."""
     steps: PositiveInt | None = None
     """Stop after this many optimizer steps, on the schedule of the whole plan; default all of them."""
     alignguard: AlignGuardArm = AlignGuardArm()
@@ -438,14 +475,28 @@ class GuardSettings(Settings):
     """Settings of the divergence from the aligned model."""
     own_replay: OwnReplayArm = OwnReplayArm()
     """Settings of the replay of own refusals."""
+    drift_replay: DriftReplayArm = DriftReplayArm()
+    """Settings of the replay of rows at risk."""
+    smaller: SmallerArm = SmallerArm()
+    """Settings of the smaller plans."""
+    average: AverageArm = AverageArm()
+    """Settings of averaged weights."""
+    alpha: AlphaArm = AlphaArm()
+    """Settings of the α-curve."""
+    all: bool = False
+    """Train every arm. Off: every arm is forecast by a rollout, and the best two are trained."""
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1
+    """Runs of the plain and of every trained arm, each with another order of the data."""
     calibration_steps: PositiveInt = 10
     """Plain steps after which penalty and task gradients are compared, to set λ from a strength."""
     task_samples: PositiveInt = 64
     """Rows on which the task loss is measured."""
     control_samples: PositiveInt = 64
     """Control samples measured at every point."""
-    generate: Count = 16
+    generate: Count = 48
     """Safety prompts that are answered in text at the start and by every arm at its end; 0 is off."""
+    ordinary: Count = 16
+    """Control prompts that are answered in the same way, to see over-refusal; 0 is off."""
     max_new_tokens: PositiveInt = 24
     """Tokens of each answer; a refusal shows in its opening."""
     tolerated_task_loss: NonNegativeFloat = 0.05
@@ -455,7 +506,9 @@ class GuardSettings(Settings):
 
     @field_validator("methods")
     @classmethod
-    def _plain_first(cls, methods: list[str]) -> list[str]:
+    def _plain_first(cls, methods: list[str] | None) -> list[str] | None:
+        if methods is None:
+            return None
         for method in methods:
             known_method(method)
         if len(set(methods)) != len(methods):

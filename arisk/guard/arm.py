@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,16 +18,33 @@ from torch import Tensor
 from arisk.base.errors import NumericsError
 from arisk.base.processes import barrier
 from arisk.base.task import Progress
+from arisk.guard.afterwards import Averages
 from arisk.guard.methods import METHODS, protection
-from arisk.guard.plan import ArmName, ArmPlan, Protection
+from arisk.guard.plan import ArmName, ArmPlan, PlainRun, Protection
 from arisk.guard.record import NEVER_BEGUN, Arm
-from arisk.training.loop import StepDone, follow
+from arisk.training.behaviour import FollowedPrompts
+from arisk.training.loop import StepDone, follow, put
 from arisk.training.panels import panel_of
 from arisk.training.state import Pauses, Track, load_state
 from arisk.verification.record import VerifyResult
-from arisk.verification.run import CPU, SURPRISING, TASK, TaskRows, Writer, measure_task
+from arisk.verification.run import CPU, SURPRISING, TASK, TaskRows, Writer, measure_task, measured_steps
 
-__all__ = ["ArmRun"]
+__all__ = ["ArmRun", "Looks"]
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What every arm measures.
+
+    Attributes:
+        judged: rows of the task loss.
+        writes: safety prompts that are answered after the last step.
+        ordinary: control prompts that are.
+    """
+
+    judged: TaskRows
+    writes: Writer
+    ordinary: Writer
 
 
 class ArmRun:
@@ -34,27 +52,29 @@ class ArmRun:
 
     Args:
         plan: model, data, recipe.
-        judged: rows of the task loss.
-        writes: prompts that are answered after the last step.
-        points: steps at which losses are measured, from 0.
+        looks: what is measured.
         name: which arm.
         said: the arm for the progress display.
         progress: told of optimizer steps done.
+        repeat: number of the seed, from 0.
+        averages: shares of the run whose running means are kept.
     """
 
     def __init__(
         self,
         plan: ArmPlan,
-        judged: TaskRows,
-        writes: Writer,
-        points: Sequence[int],
+        looks: Looks,
         name: ArmName,
         said: str,
         progress: Progress,
+        *,
+        repeat: int = 0,
+        averages: Sequence[float] = (),
     ) -> None:
-        self.plan, self.judged, self.writes = plan, judged, writes
-        self.points, self.name = list(points), name
-        self.said, self.progress = said, progress
+        self.plan, self.looks, self.name = plan, looks, name
+        self.judged, self.writes = looks.judged, looks.writes
+        self.points = measured_steps(plan.last)
+        self.said, self.progress, self.repeat = said, progress, repeat
         task = plan.task
         self.run = plan.fresh()
         device = self.run.stream.device
@@ -64,6 +84,7 @@ class ArmRun:
         self.track = Track()
         self.reason: str | None = None
         self.started = 0.0
+        self.averages = Averages(self.run.parameters, averages, plan.last)
 
     def carry_out(self, folder: Path | None) -> Arm:
         """Build the protection, take all steps that are left, and give the record.
@@ -75,15 +96,15 @@ class ArmRun:
         self.progress(f"{self.said}: {self.name.label}", 0, self.points[-1])
         started = time.process_time()
         try:
-            plan = METHODS[self.name.method].planned(self.plan, self.name)
+            self.plan = plan = METHODS[self.name.method].planned(self.plan, self.name)
             made = protection(plan, self.name)
-        except NumericsError as err:
+        except self.plan.set_up_errors as err:
             # The other arms still say something: this one is recorded, and never as a low drift.
             made = Protection(None, {}, f"not run: {err.what}")
             self.track.diverged_at, self.reason = NEVER_BEGUN, f"it cannot be set up: {err.what}"
             self.measure(0)
             return self.arm(made, time.process_time() - started)
-        self.run = plan.fresh()
+        self.run, self.points = plan.fresh(), measured_steps(plan.last)
         self.run.protect, self.run.correct = made.protect, made.correct
         setup = time.process_time() - started
         self.resume(folder)
@@ -95,11 +116,14 @@ class ArmRun:
 
         Equal to the bit but for the CPU time: the same rows, losses and answers of the same steps.
         """
-        curve, answers = measured.task, _answers(measured, self.writes)
+        said = measured.behaviour
+        curve, answers = measured.task, _answers(measured, self.writes, said.safety)
+        ordinary = _answers(measured, self.looks.ordinary, said.ordinary)
         control = 0 if self.control is None else len(self.control)
         if (
             curve is None
             or answers is None
+            or ordinary is None
             or measured.diverged_at is not None
             or list(measured.steps) != self.points
             or curve.rows != self.judged.digest
@@ -127,6 +151,8 @@ class ArmRun:
             diverged_at=None,
             reason=None,
             answers=answers,
+            ordinary_answers=ordinary,
+            seed=self.repeat,
         )
 
     def resume(self, folder: Path | None) -> None:
@@ -135,6 +161,7 @@ class ArmRun:
         barrier()  # No process may save before every one has read.
         if found is not None:
             self.track = found[0]
+            self.averages.restore(found[1].tensors)
             return
         self.measure(0)
         if not bool(torch.isfinite(self.track.safety[0]).all()):
@@ -150,7 +177,9 @@ class ArmRun:
         self.progress(f"{self.said}: {self.name.label}", done, last)
         self.started = time.process_time()
         try:
-            follow(self.run, done + 1, last, [self.looked_at, Pauses(folder, self.run, self.track)])
+            pauses = Pauses(folder, self.run, self.track)
+            saving = lambda _: pauses.saved(self.averages.kept())  # noqa: E731
+            follow(self.run, done + 1, last, [self.averages, self.looked_at, saving])
         except NumericsError as err:
             self.track.diverged_at, self.reason = self.track.at + 1, err.what
         self.progress(f"{self.said}: {self.name.label}", last, last)
@@ -185,6 +214,24 @@ class ArmRun:
         measure_task(track, model, self.judged)
         return True
 
+    def plain_run(self, start: Sequence[Tensor]) -> PlainRun:
+        """What is left of this run, the plain one, at its end."""
+        end = [p.detach().clone() for p in self.run.parameters]
+        return PlainRun(start, end, self.averages.means)
+
+    def read_off(self, name: ArmName, values: Sequence[Tensor]) -> Arm:
+        """Another arm: these weights, measured at the end of this run; its start is this run's."""
+        whole, own = self.track, self.name
+        first = {key: losses[:1] for key, losses in whole.others.items()}
+        self.track = Track([0], [math.nan], [1.0], whole.safety[:1], whole.control[:1], others=first)
+        self.name = name
+        put(self.run.parameters, values)
+        torch.clear_autocast_cache()
+        self.measure(self.points[-1])
+        found = self.arm(protection(self.plan, name), 0.0)
+        self.track, self.name, self.reason = whole, own, None
+        return replace(found, cpu_seconds=sum(note[CPU] for note in whole.notes))
+
     def arm(self, made: Protection, setup: float) -> Arm:
         """The record: changes against the start, and the notes of the steps as means between points."""
         track, task = self.track, self.plan.task
@@ -208,14 +255,15 @@ class ArmRun:
             diverged_at=track.diverged_at,
             reason=self.reason,
             answers=self.writes.texts(task.model) if track.diverged_at is None else [],
+            ordinary_answers=self.looks.ordinary.texts(task.model) if track.diverged_at is None else [],
+            seed=self.repeat,
         )
 
 
-def _answers(measured: VerifyResult, writes: Writer) -> list[str] | None:
+def _answers(measured: VerifyResult, writes: Writer, said: FollowedPrompts | None) -> list[str] | None:
     """The answers of `verify` to these prompts after the last step; None where it lacks one."""
     if writes.generate is None:
         return []
-    said = measured.behaviour.safety
     if said is None or measured.behaviour.tokens != writes.max_new_tokens or not said.answers:
         return None
     last = said.answers[-1]

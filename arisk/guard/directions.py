@@ -81,14 +81,20 @@ class Site:
 
 
 def adapter_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
-    """Sites of the active peft adapters, and LoRA parameters that belong to none.
+    """Sites of the active peft adapters and of hand-written LoRA layers, and LoRA parameters of none.
+
+    A hand-written layer holds parameters `lora_A` (r, in) and `lora_B` (out, r) beside its frozen `weight`,
+    as in loralib, or beside one layer that has it; ΔW = s B A, s its `scaling`, else `lora_alpha`/r, else 1.
 
     Args:
-        model: a model with linear LoRA layers of peft.
+        model: a model with linear LoRA layers.
 
     Returns:
         The sites in the model's order, and the names of trainable LoRA-like parameters without a
-        partner (a DoRA magnitude, an embedding adapter, a layer that is not peft's).
+        partner (a DoRA magnitude, an embedding adapter).
+
+    Raises:
+        ConfigError: a layer of loralib merges its adapter in evaluation mode.
     """
     lora = [
         name
@@ -105,8 +111,49 @@ def adapter_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
             sites.append(
                 Site(f"{prefix}.base_layer.weight", pair.name_a, pair.name_b, pair.scaling, transposed)
             )
+    sites += _written_by_hand(model, set(lora))
     matched = {name for site in sites for name in site.trained}
     return sites, [name for name in lora if name not in matched]
+
+
+def _written_by_hand(model: nn.Module, lora: set[str]) -> list[Site]:
+    """Sites of modules that hold `lora_A` and `lora_B` themselves."""
+    sites: list[Site] = []
+    for prefix, module in model.named_modules():
+        own = f"{prefix}." if prefix else ""
+        a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+        names = (f"{own}lora_A", f"{own}lora_B")
+        if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter) and lora.issuperset(names)):
+            continue
+        weight = _frozen_weight(module, (b.shape[0], a.shape[1]))
+        if weight is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            continue
+        if getattr(module, "merge_weights", False):
+            raise ConfigError(
+                "this LoRA layer merges its adapter in evaluation mode, in which safety is measured",
+                where=prefix or "the model",
+                fix="make it with `merge_weights=False`",
+            )
+        sites.append(Site(f"{own}{weight[0]}", *names, _scaling(module, a.shape[0]), weight[1]))
+    return sites
+
+
+def _frozen_weight(module: nn.Module, shape: tuple[int, int]) -> tuple[str, bool] | None:
+    """Name below the module of the one weight that fits, and whether it is stored (in, out)."""
+    near = [("weight", getattr(module, "weight", None))]
+    near += [(f"{name}.weight", getattr(child, "weight", None)) for name, child in module.named_children()]
+    turned = bool(getattr(module, "fan_in_fan_out", False))
+    wanted = shape[::-1] if turned else shape
+    fitting = [name for name, w in near if isinstance(w, nn.Parameter) and tuple(w.shape) == wanted]
+    return (fitting[0], turned) if len(fitting) == 1 else None
+
+
+def _scaling(module: nn.Module, rank: int) -> float:
+    for name, share in (("scaling", 1.0), ("lora_alpha", 1 / rank), ("alpha", 1 / rank)):
+        value: Any = getattr(module, name, None)
+        if isinstance(value, int | float):
+            return float(value) * share
+    return 1.0
 
 
 def weight_sites(names: Sequence[str]) -> list[Site]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
+from arisk.base.task import Task
 from arisk.config import names
 from arisk.config.names import Table
 from arisk.config.sections import GuardSettings
@@ -31,6 +32,7 @@ from arisk.guard import (
     weight_sites,
     without_conflict,
 )
+from arisk.guard.afterwards import ALPHA, AVERAGE
 from arisk.guard.plan import (
     ArmName,
     ArmPlan,
@@ -46,6 +48,7 @@ from arisk.guard.plan import (
     replayed,
 )
 from arisk.guard.references import CONSTRAINED, KL, OWN_REPLAY
+from arisk.guard.smaller import DRIFT_REPLAY, SMALLER
 from arisk.models.losses import tempered
 from arisk.training.loop import PlannedRun, put
 
@@ -57,6 +60,7 @@ __all__ = [
     "Protection",
     "arm_names",
     "calibrated",
+    "methods_of",
     "protection",
 ]
 
@@ -66,9 +70,22 @@ MEMORY_GB = 2.0
 GIVEN_RANK = 32
 
 
-def arm_names(config: GuardSettings) -> list[ArmName]:
-    """Every arm in order."""
-    return [arm for method in config.methods for arm in METHODS[method].arms(config)]
+def methods_of(config: GuardSettings, task: Task | None = None) -> tuple[list[str], dict[str, str]]:
+    """The methods that are compared, and why others are not.
+
+    Args:
+        config: names them, or leaves them to the task.
+        task: model and data; None: as far as can be told without.
+    """
+    if config.methods is not None:
+        return list(config.methods), {}
+    known = {name: METHODS[name].unfit(task) if task is not None else None for name in names.METHODS}
+    return [name for name, why in known.items() if why is None], {n: w for n, w in known.items() if w}
+
+
+def arm_names(config: GuardSettings, task: Task | None = None) -> list[ArmName]:
+    """Every arm in order, see `methods_of`."""
+    return [arm for method in methods_of(config, task)[0] for arm in METHODS[method].arms(config)]
 
 
 def _projections(config: GuardSettings) -> list[ArmName]:
@@ -301,6 +318,10 @@ METHODS: Table[Method] = Table(
         "constrained": CONSTRAINED,
         "kl": KL,
         "own_replay": OWN_REPLAY,
+        "drift_replay": DRIFT_REPLAY,
+        "smaller": SMALLER,
+        "average": AVERAGE,
+        "alpha": ALPHA,
     },
 )
 

@@ -31,10 +31,16 @@ LOOK = {
     "constrained": ("#D55E00", "triangle-down"),
     "kl": ("#56B4E9", "hexagon"),
     "own_replay": ("#117733", "triangle-right"),
+    "drift_replay": ("#44AA99", "triangle-left"),
+    "smaller": ("#882255", "x"),
+    "average": ("#999933", "pentagon"),
+    "alpha": ("#661100", "star-diamond"),
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 #: A change of the safety loss against plain is told from noise from this many standard errors.
 ERRORS = 2.0
+#: The rule that leaves out all arms.
+NOTHING = "nothing to protect"
 
 
 def section(result: GuardResult, config: Config) -> Section:
@@ -51,7 +57,18 @@ def section(result: GuardResult, config: Config) -> Section:
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
         judge=judge_for(config.behaviour, learnt),
+        lost=config.forecast.refusals_lost,
+        confidence=config.forecast.confidence,
     )
+    if body["rule"] == NOTHING:
+        # There is nothing to compare: the table would only invite to read noise.
+        return Section(
+            "guard",
+            pieces=[Piece(Part.PROTECTION, _only(result, body))],
+            summary={"guard": body},
+            markdown=[f"Protected fine-tunes: {body['sentence']}", ""],
+            findings=[Finding("Guard", f"Protection: {body['sentence']}", "guard", 110)],
+        )
     protects = body["recommended"] not in (None, result.plain.label)
     return Section(
         "guard",
@@ -59,6 +76,7 @@ def section(result: GuardResult, config: Config) -> Section:
             Piece(Part.PROTECTION, _words(result, body)),
             Piece(Part.PROTECTION + 1, figure=_pareto(result, body), shape="half"),
             Piece(Part.PROTECTION + 2, figure=_curves(result, body), shape="half"),
+            *[Piece(Part.PROTECTION + 3, figure=figure) for figure in _alpha_curve(result, body)],
         ],
         summary={"guard": body},
         markdown=_markdown(body),
@@ -75,7 +93,7 @@ def guard_findings(result: GuardResult, body: Mapping[str, Any]) -> list[str]:
     """
     plain = result.plain
     found = [str(body["sentence"])]
-    if plain.diverged_at is not None or body["rule"] == "nothing to protect":
+    if plain.diverged_at is not None or body["rule"] == NOTHING:
         return found
     for method in dict.fromkeys(arm.method for arm in result.arms[1:]):
         arms = [arm for arm in result.arms if arm.method == method]
@@ -97,6 +115,14 @@ def guard_findings(result: GuardResult, body: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def _only(result: GuardResult, body: Mapping[str, Any]) -> str:
+    """The sentence alone, with what it rests on."""
+    return (
+        '<section id="guard"><h2>Protected fine-tunes</h2>'
+        f'<p class="says">{esc(body["sentence"])}</p>{listed("About these runs", result.warnings)}</section>'
+    )
+
+
 def _told(arm: Arm, plain: Arm) -> str:
     """What an arm within the task limit brings; a difference inside the noise is none."""
     change = arm.safety[-1] - plain.safety[-1]
@@ -116,17 +142,17 @@ def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
     reading = (
         "The plan was really carried out once per arm, from the same model on the same batches, on a copy in "
         f"memory. Safety drift is the change of the mean loss of {result.safety_rows} safe responses "
-        f"({held}). Task "
+        f"({held}), ± its standard error against plain, row by row. Task "
         f"loss is the mean loss of {result.task_rows} {result.task_source} ({trained} of them trained on). "
-        "An arm is "
-        f"recommended when its drift is at most {percent(body['wanted_drift'])} of the plain arm's and its "
-        "task loss "
-        f"at most {percent(body['tolerated_task_loss'])} above; of those the one with the least drift. The "
-        "strength "
+        f"An arm is recommended when it keeps at least {percent(1 - body['wanted_drift'])} of the refusals "
+        "that plain loses (where refusals are not measured, or plain loses none: when its drift is at most "
+        f"{percent(body['wanted_drift'])} of plain’s), its task loss is at most "
+        f"{percent(body['tolerated_task_loss'])} above, it refuses no more ordinary prompts, and ordinary "
+        "rows drift no further; of those the one with most refusals, then the least drift. “More than plain” "
+        f"is the {percent(body['confidence'])} interval of the difference, prompt by prompt. The strength "
         "of alignguard and ewc is the penalty’s gradient norm over the task’s, set after a few plain "
-        "steps; that of "
-        f"replay is λ itself. CPU time counts optimizer steps, without set-up. One run per arm is one draw. "
-        f"{_refusals_said(body)}"
+        "steps; that of replay and kl is λ itself. CPU time counts optimizer steps, without set-up. "
+        f"{_seeds_said(body)} {_refusals_said(body)}"
     )
     inside = (
         f"{listed('What each arm guards', guarded)}<h3>Penalty terms and gradient norms at the last step</h3>"
@@ -135,7 +161,7 @@ def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
     return (
         '<section id="guard"><h2>Protected fine-tunes</h2>'
         f'<p class="says">{esc(body["sentence"])}</p>'
-        f"{table(HEADER, [_row(arm, result.plain, body) for arm in result.arms])}"
+        f"{table(HEADER, [_row(one, body) for one in body['arms']])}{_forecast_table(body)}"
         f"{listed('About these runs', result.warnings)}"
         "<div "
         f'class="folds">{notes(reading, EQUATION)}{folded("What each arm guards", inside)}</div></section>'
@@ -146,9 +172,24 @@ EQUATION = """alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_
 projection: g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety · own_replay: the same on own refusals
 constrained: Σ_t (2/β_t) softplus(β_t(ℓ_t − ℓ*_t)) · kl: L + λ KL(p_θ* ‖ p_θ)"""
 HEADER = (
-    *("arm", "safety drift", "of plain", "highest", "refuses", "control drift", "task loss"),
-    *("against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
+    *("arm", "safety drift", "of plain", "highest", "refuses", "more than plain", "refuses ordinary"),
+    *("control drift", "task loss", "against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
 )
+FORECAST_HEADER = (
+    "arm",
+    "safety drift",
+    "openings kept",
+    "control drift",
+    "task loss against plain",
+    "trained",
+)
+
+
+def _seeds_said(body: Mapping[str, Any]) -> str:
+    seeds = body["seeds"]
+    if seeds == 1:
+        return "One run per arm is one draw (`guard.seeds`)."
+    return f"Numbers are means over {seeds} runs on the data in {seeds} orders; figures show the first."
 
 
 def _refusals_said(body: Mapping[str, Any]) -> str:
@@ -164,27 +205,64 @@ def _refusals_said(body: Mapping[str, Any]) -> str:
 
 def _refuses(label: str, body: Mapping[str, Any]) -> str:
     count = next(arm["refusals"] for arm in body["arms"] if arm["label"] == label)
-    return NOT_MEASURED if count is None else f"{count} of {body['answered_prompts']}"
+    return NOT_MEASURED if count is None else f"{number(count)} of {body['answered_prompts']}"
 
 
-def _row(arm: Arm, plain: Arm, body: Mapping[str, Any]) -> list[str]:
-    label = arm.label + (" (recommended)" if arm.label == body["recommended"] else "")
-    if arm.diverged_at is not None:
-        return [label, f"{ending(arm.diverged_at)}: {arm.reason}", *["–"] * (len(HEADER) - 2)]
-    cost = arm.cpu_seconds / plain.cpu_seconds if plain.cpu_seconds else math.nan
+def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
+    label = one["label"] + (" (recommended)" if one["label"] == body["recommended"] else "")
+    if one["diverged_at"] is not None:
+        return [label, f"{ending(one['diverged_at'])}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
+    lower, upper = one["refusals_more"]
+    ordinary = one["ordinary_refusals"]
     return [
         label,
-        number(arm.safety[-1]),
-        percent(drift_share(arm, plain)),
-        number(max(arm.safety)),
-        _refuses(arm.label, body),
-        number(arm.control[-1]) if arm.control else NOT_MEASURED,
-        number(arm.task[-1], 4),
-        percent(task_cost(arm, plain)),
-        number(arm.surprising[-1]) if arm.surprising else "–",
-        f"× {number(cost)}",
-        number(arm.setup_seconds),
+        f"{number(one['safety'])}{_plus_minus(one['safety_error'])}",
+        percent(one["drift_share"]),
+        number(one["peak"]),
+        _refuses(one["label"], body),
+        "–" if math.isnan(lower) or one["label"] == body["arms"][0]["label"] else f"{lower:+g} to {upper:+g}",
+        NOT_MEASURED if ordinary is None else f"{number(ordinary)} of {body['ordinary_prompts']}",
+        NOT_MEASURED if math.isnan(one["control"]) else number(one["control"]),
+        number(one["task"], 4),
+        percent(one["task_cost"]),
+        "–" if math.isnan(one["surprising"]) else number(one["surprising"]),
+        f"× {number(one['cost'])}",
+        number(one["setup_seconds"]),
     ]
+
+
+def _plus_minus(error: float) -> str:
+    return "" if math.isnan(error) or error == 0 else f" ± {number(error, 2)}"
+
+
+def _forecast_table(body: Mapping[str, Any]) -> str:
+    """What the rollouts said of every arm; nothing where none were made."""
+    rows = [
+        [
+            one["label"],
+            NOT_MEASURED if one["diverged_at"] is None else str(one["reason"]),
+            *["–"] * 3,
+            "no",
+        ]
+        if math.isnan(one["safety"])
+        else [
+            one["label"],
+            number(one["safety"]),
+            percent(one["kept"]) if math.isfinite(one["kept"]) else NOT_MEASURED,
+            number(one["control"]) if math.isfinite(one["control"]) else NOT_MEASURED,
+            percent(one["task_cost"]),
+            "yes" if one["chosen"] or one["label"] == body["arms"][0]["label"] else "no",
+        ]
+        for one in body["forecasts"]
+    ]
+    if not rows:
+        return ""
+    seconds = sum(one["cpu_seconds"] for one in body["forecasts"])
+    told = (
+        f"<h3>Forecast of every arm ({number(seconds)} CPU s)</h3><p>A short rollout with the protection in "
+        "it; the best two were trained.</p>"
+    )
+    return told + table(FORECAST_HEADER, rows)
 
 
 def _terms(result: GuardResult) -> list[list[str]]:
@@ -295,6 +373,54 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
     )
 
 
+def _alpha_curve(result: GuardResult, body: Mapping[str, Any]) -> list[Figure]:
+    """Safety and task loss between the aligned and the fine-tuned model; none without such arms."""
+    plain = result.plain
+    arms = sorted((a for a in result.arms if a.method == "alpha" and a.diverged_at is None), key=_strength)
+    if not arms or plain.diverged_at is not None:
+        return []
+    colours = {"safety drift (nats/token)": "#0072B2", "task loss (nats/token)": "#E69F00"}
+    alphas = [0.0, *map(_strength, arms), 1.0]
+    series = {
+        "safety drift (nats/token)": [0.0, *(arm.safety[-1] for arm in arms), plain.safety[-1]],
+        "task loss (nats/token)": [plain.task[0], *(arm.task[-1] for arm in arms), plain.task[-1]],
+    }
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "name": name,
+            "mode": "lines+markers",
+            "x": alphas,
+            "y": clean(values),
+            "line": {"color": colours[name]},
+        }
+        for name, values in series.items()
+    ]
+    count = body["aligned_refusals"]
+    refused = [
+        NOT_MEASURED if count is None else f"{count} of {body['answered_prompts']}",
+        *(_refuses(arm.label, body) for arm in (*arms, plain)),
+    ]
+    columns = zip(alphas, *series.values(), refused, strict=True)
+    return [
+        Figure(
+            "guard-alpha",
+            "The α-curve",
+            data,
+            axes("α: share of the plain run’s move that is kept", "nats per token", legend=LEGEND),
+            "Left is the aligned model, right the plain fine-tune. Where the task loss has fallen and the "
+            "drift has not yet risen, a part of the move is worth more than the whole. It costs no training.",
+            "θ* + α(θ_T − θ*), measured at every point",
+            ["α", "safety drift", "task loss", "refuses"],
+            [[number(a), number(s), number(t, 4), r] for a, s, t, r in columns],
+        )
+    ]
+
+
+def _strength(arm: Arm) -> float:
+    return arm.strength or 0.0
+
+
 def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
     rows = [
         f"| {arm['label']} | {number(arm['safety'])} | {percent(arm['drift_share'])} | "
@@ -312,11 +438,13 @@ def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
 def guard_text(outcome: Any) -> str:
     """The arms side by side, the recommendation, and the report's path (or what it waits for) last."""
     found = outcome.found
+    if found["rule"] == NOTHING:
+        return "\n".join([found["sentence"], outcome.last_line])
     rows = [
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
             *(
-                [ending(arm["diverged_at"]), "", "", "", "", ""]
+                [ending(arm["diverged_at"]), "", "", "", "", "", ""]
                 if arm["diverged_at"] is not None
                 else [
                     _signed(arm["safety"]),
@@ -324,6 +452,7 @@ def guard_text(outcome: Any) -> str:
                     _signed(arm["control"]),
                     _task(arm),
                     _refused(arm["refusals"], found["answered_prompts"]),
+                    _refused(arm["ordinary_refusals"], found["ordinary_prompts"]),
                     _ratio(arm["cost"]),
                 ]
             ),
@@ -334,12 +463,13 @@ def guard_text(outcome: Any) -> str:
     lines = [
         found["sentence"],
         "",
-        text_table(rows, [*header, "task loss", "refuses", "CPU time"]),
+        text_table(rows, [*header, "task loss", "refuses", "ordinary", "CPU time"]),
         "",
         f"safety: change of the loss of {found['safety_rows']} safety rows (nats/token), "
         + ("held out" if found["heldout"] else "NOT held out"),
         f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain",
         _answers(found),
+        *_forecasts(found),
         *[f"caveat: {warning}" for warning in found["warnings"]],
     ]
     return "\n".join([*lines, outcome.last_line])
@@ -349,8 +479,8 @@ def _signed(value: float | None) -> str:
     return "not measured" if value is None else f"{value:+.3f}"
 
 
-def _refused(count: int | None, prompts: int) -> str:
-    return "–" if count is None else f"{count} of {prompts}"
+def _refused(count: float | None, prompts: int) -> str:
+    return "–" if count is None else f"{count:g} of {prompts}"
 
 
 def _answers(found: Mapping[str, Any]) -> str:
@@ -359,6 +489,20 @@ def _answers(found: Mapping[str, Any]) -> str:
         return f"refusals not measured: {found['refusals_missing']}"
     before = f"the aligned model refuses {_refused(found['aligned_refusals'], found['answered_prompts'])}"
     return f"refuses: answers to safety prompts after the last step, told by their opening; {before}"
+
+
+def _forecasts(found: Mapping[str, Any]) -> list[str]:
+    """Which arms were only forecast, and what that said; nothing where all were trained."""
+    left = [one for one in found["forecasts"][1:] if not one["chosen"]]
+    if not left:
+        return []
+    told = [
+        f"{one['label']} {_signed(one['safety'])}"
+        if one["diverged_at"] is None
+        else f"{one['label']} diverges"
+        for one in left
+    ]
+    return [f"forecast only, not trained (safety; --all trains them): {', '.join(told)}"]
 
 
 def _share(value: float | None) -> str:

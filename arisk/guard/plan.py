@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arisk.base.errors import NumericsError
+from arisk.base.errors import AriskError, ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.gradients import ParameterLayout
+from arisk.guard.record import Arm
 from arisk.guard.rivals import SafetyBatches
 from arisk.training.loop import PlannedRun, Protect
 from arisk.training.recipe import Recipe
@@ -28,6 +29,7 @@ __all__ = [
     "ArmName",
     "ArmPlan",
     "Method",
+    "PlainRun",
     "Protection",
     "Terms",
     "add_gradients",
@@ -54,6 +56,8 @@ class ArmPlan:
         last: the last optimizer step that is taken.
         norm_steps: steps at which the gradient norm of every single term is recorded.
         seed: seeds dropout, directions and minibatches.
+        plain: the plain run, where it is known.
+        rises: (N,) predicted rise of every safety row's loss; None where nothing is predicted.
     """
 
     task: Task
@@ -64,10 +68,18 @@ class ArmPlan:
     last: int
     norm_steps: frozenset[int]
     seed: int
+    plain: Arm | None = None
+    rises: Tensor | None = None
 
     def fresh(self) -> PlannedRun:
         """The planned run from its start."""
         return PlannedRun(self.task, self.layout, self.recipe, self.seed)
+
+    @property
+    def set_up_errors(self) -> tuple[type[AriskError], ...]:
+        """Errors of setting an arm up that leave it out; who names a method wants to know why it fails."""
+        asked = self.config.methods is not None
+        return (NumericsError,) if asked else (NumericsError, ConfigError, InputError)
 
     @property
     def device(self) -> torch.device:
@@ -110,6 +122,15 @@ class Protection:
 
 
 @dataclass(frozen=True)
+class PlainRun:
+    """What is left of the plain run in memory: θ*, θ_T, and running means of θ by share of the run."""
+
+    start: Sequence[Tensor]
+    end: Sequence[Tensor]
+    means: Mapping[float, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
 class Method:
     """One way to protect a fine-tune: which arms it has, how an arm is built, and what it takes.
 
@@ -122,6 +143,9 @@ class Method:
         planned: the plan as an arm carries it out: another training loss, another rate.
         unfit: why the method cannot be used on a task; None where it can, as far as is known beforehand.
         references: whether an arm measures every fine-tuning row at the aligned point.
+        read_off: the weights of an arm that is read off the plain run, from where that began, where it ended,
+            and its running means by share; None for a method that trains.
+        shares: shares of the run whose running means that takes.
     """
 
     arms: Callable[[GuardSettings], list[ArmName]]
@@ -132,6 +156,8 @@ class Method:
     planned: Callable[[ArmPlan, ArmName], ArmPlan] = lambda plan, _: plan
     unfit: Callable[[Task], str | None] = lambda _: None
     references: bool = False
+    read_off: Callable[[ArmName, PlainRun], list[Tensor]] | None = None
+    shares: Callable[[GuardSettings], list[float]] = lambda _: []
 
 
 def by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:

@@ -1,31 +1,41 @@
-"""Stage guard: the planned fine-tune really carried out, plain and with every protection, and its cost.
+"""Stage guard: the planned fine-tune really carried out, plain and protected, and its cost.
 
 All arms start from the same model and see the same batches in the same order; the model is put back to the
-bit after each. A finished arm is kept on disk, and an unfinished one goes on where it was saved. Counted
-beforehand is everything but what a penalty costs beside a step.
+bit after each. Every arm is forecast first, and the best are trained. A finished arm is kept on disk, and an
+unfinished one goes on where it was saved. Counted beforehand is everything but what a penalty costs beside a
+step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from arisk.anatomy.cost import numel, samples_in
-from arisk.base.artifacts import read_record, write_record
+from arisk.base.artifacts import read_record, read_tensors, write_record, write_tensors
 from arisk.base.processes import from_first, is_first
 from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.engine.stage import Cost, CostScene
+from arisk.forecast.leap import rollout_cost
 from arisk.gradients import layout_of, measuring
-from arisk.guard.arm import ArmRun
-from arisk.guard.methods import METHODS, ArmPlan, arm_names
-from arisk.guard.record import Arm, GuardResult
-from arisk.training.loop import PlannedRun, draws_noise, keeping_parameters
+from arisk.gradients.layout import parameters_of
+from arisk.guard.arm import ArmRun, Looks
+from arisk.guard.methods import METHODS, arm_names, methods_of
+from arisk.guard.outlook import FOLLOWED, ROWS, Rows, forecast_arm, saves, settings_of
+from arisk.guard.plan import ArmName, ArmPlan
+from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult, best_forecasts
+from arisk.training.loop import draws_noise, keeping_parameters, put
 from arisk.training.recipe import recipe_of
 from arisk.verification.record import VerifyResult
 from arisk.verification.run import (
     COPIES_OF_A_RUN,
-    TaskRows,
     Writer,
     looked,
     measured_steps,
@@ -34,7 +44,20 @@ from arisk.verification.run import (
     writer,
 )
 
-__all__ = ["guard", "guard_cost"]
+__all__ = ["Keep", "guard", "guard_cost"]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What becomes of the recommended arm's weights.
+
+    Attributes:
+        choose: the label of the arm that is kept, from the record; None keeps none.
+        save: is handed the model with its weights.
+    """
+
+    choose: Callable[[GuardResult], str | None]
+    save: Callable[[nn.Module], None]
 
 
 def guard(
@@ -47,9 +70,13 @@ def guard(
     behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     measured: VerifyResult | None = None,
+    keep: Keep | None = None,
     progress: Progress = silent,
 ) -> GuardResult:
-    """Fine-tune as planned, once per arm, and measure safety, control and task losses along the way.
+    """Fine-tune as planned, plain and protected, and measure safety, control and task losses along the way.
+
+    The plain arm is trained first. Then every other arm is forecast by a rollout with its protection in it,
+    and the best two are trained; all are, where `config.all` says so or forecasts would save nothing.
 
     Args:
         task: model and data; the model is left as found.
@@ -60,6 +87,7 @@ def guard(
         behaviour: the judge that tells own refusals; default the rule.
         workspace: folder for finished arms and the state of an unfinished one; None keeps none.
         measured: the same plan as `verify` carried it out; the plain arm, where it measured the same.
+        keep: what becomes of the recommended arm's weights; None: they go.
         progress: told of optimizer steps done.
 
     Returns:
@@ -68,46 +96,214 @@ def guard(
 
     Raises:
         NumericsError: the safety loss at the aligned point is not finite, or no strength can be set.
-        ConfigError: a method cannot be used on this model.
+        ConfigError: a method that the config names cannot be used on this model.
         InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
     recipe = recipe_of(training, steps)
     last = min(config.steps or steps, steps)
-    points = measured_steps(last)
-    arms: list[Arm] = []
+    points = frozenset(measured_steps(last))
     with measuring(task.model, layout):
+        plan = ArmPlan(task, layout, recipe, config, behaviour or BehaviourConfig(), last, points, seed)
+        found = _Comparison(plan, workspace, measured, keep, progress)
+        arms, forecasts = found.first()
+        repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
+        result = _result(plan, found, arms, forecasts, repeats)
+        if keep is not None:
+            found.keep_chosen(result, keep)
+    return result
+
+
+class _Comparison:
+    """All arms of one plan, at the aligned point and inside `measuring`."""
+
+    def __init__(
+        self,
+        plan: ArmPlan,
+        workspace: Path | None,
+        measured: VerifyResult | None,
+        keep: Keep | None,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.workspace, self.measured = plan, workspace, measured
+        self.progress, self.keeps = progress, keep is not None
+        task, config, tokens = plan.task, plan.config, plan.config.max_new_tokens
+        first = plan.fresh()
         samples = task.heldout or task.safety
-        writes = writer(samples, config.generate, config.max_new_tokens, setting="guard.generate")
-        aligned = writes.texts(task.model)
-        first = PlannedRun(task, layout, recipe, seed)
-        judged = task_rows(task, first.stream, config.task_samples, first.batches_of(last).stop)
-        plan = ArmPlan(
-            task, layout, recipe, config, behaviour or BehaviourConfig(), last, frozenset(points), seed
-        )
-        names = arm_names(config)
+        writes = writer(samples, config.generate, tokens, setting="guard.generate")
+        ordinary = _ordinary(task, config)
+        judged = task_rows(task, first.stream, config.task_samples, first.batches_of(plan.last).stop)
+        self.looks = Looks(judged, writes, ordinary)
+        self.aligned, self.aligned_ordinary = writes.texts(task.model), ordinary.texts(task.model)
+        self.names = arm_names(config, task)
+        self.numbers = {name.label: number for number, name in enumerate(self.names)}
+        self.derived = [name for name in self.names if METHODS[name.method].read_off is not None]
+        self.others = [name for name in self.names[1:] if name not in self.derived]
+        self.ends: dict[str, list[Tensor]] = {}
+
+    def first(self) -> tuple[list[Arm], list[ArmForecast]]:
+        """The arms of the plan's own seed, and the forecasts that chose them."""
+        plain = self.plain(self.plan, 0)
+        if plain[0].diverged_at is not None:
+            return plain[:1], []
+        forecasts, rises = list[ArmForecast](), None
+        chosen = self.others
+        if not self.plan.config.all and saves(self.plan.last, len(self.others), BEST):
+            forecasts = self.forecasts(plain[0])
+            labels = best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST)
+            forecasts = [replace(one, chosen=one.label in labels) for one in forecasts]
+            chosen = [name for name in self.others if name.label in labels]
+            rises = torch.tensor(forecasts[0].rises, dtype=torch.float64) if forecasts[0].rises else None
+        plan = replace(self.plan, plain=plain[0], rises=rises)
+        arms = [*plain, *self.trained(plan, chosen, 0)]
+        return sorted(arms, key=lambda arm: self.numbers[arm.label]), forecasts
+
+    def repeated(self, number: int, arms: Sequence[Arm]) -> list[Arm]:
+        """The same arms once more, on the data in another order."""
+        finetune = self.plan.task.finetune
+        batches: Any = finetune.batches
+        if hasattr(batches, "reseeded"):
+            finetune = replace(finetune, batches=batches.reseeded(number))
+        task = replace(self.plan.task, finetune=finetune)
+        plan = replace(self.plan, task=task, seed=self.plan.seed + number)
+        plain = self.plain(plan, number)
+        labels = {arm.label for arm in arms if arm.diverged_at != NEVER_BEGUN}
+        chosen = [name for name in self.others if name.label in labels]
+        if plain[0].diverged_at is not None:
+            return plain[:1]
+        return [*plain, *self.trained(replace(plan, plain=plain[0]), chosen, number)]
+
+    def plain(self, plan: ArmPlan, repeat: int) -> list[Arm]:
+        """The plain arm, and those that are read off it."""
+        found = [self.finished(name, repeat) for name in (self.names[0], *self.derived)]
+        if None not in found:
+            return [arm for arm in found if arm is not None]
+        name, config = self.names[0], plan.config
+        shares = [
+            s for method in {one.method for one in self.derived} for s in METHODS[method].shares(config)
+        ]
+        with keeping_parameters(plan.task.model, plan.layout) as start:
+            run = ArmRun(
+                plan, self.looks, name, self.said(name, 1, 1), self.progress, repeat=repeat, averages=shares
+            )
+            whole = self.measured is not None and not (self.derived or self.keeps or repeat)
+            arm = run.taken_over(self.measured) if whole and self.measured is not None else None
+            arm = arm or run.carry_out(self.folder(name, repeat))
+            arms = [arm]
+            self.ended(arm, repeat)
+            if arm.diverged_at is None and self.derived:
+                left = run.plain_run(start)
+                for other in self.derived:
+                    read_off = METHODS[other.method].read_off
+                    assert read_off is not None
+                    arms.append(run.read_off(other, read_off(other, left)))
+                    self.ended(arms[-1], repeat)
+        for each in arms[::-1]:
+            _keep(self.folder(self.name_of(each), repeat), each)
+        return arms
+
+    def forecasts(self, plain: Arm) -> list[ArmForecast]:
+        """Every arm that trains, as its rollout sees it, plain first."""
+        names = [self.names[0], *self.others]
+        plan, rows = replace(self.plan, plain=plain), None
+        found: list[ArmForecast] = []
         for number, name in enumerate(names):
-            folder = workspace / f"arm-{number:02d}" if workspace else None
-            done = from_first(lambda folder=folder: _finished(folder))
+            self.progress(f"forecast: {name.label}", number, len(names))
+            folder = self.folder(name, 0, "forecast")
+            done = from_first(lambda folder=folder: _read(folder, ArmForecast))
             if done is None:
-                with keeping_parameters(task.model, layout):
-                    run = ArmRun(
-                        plan, judged, writes, points, name, f"arm {number + 1} of {len(names)}", progress
-                    )
-                    done = run.taken_over(measured) if number == 0 and measured is not None else None
-                    done = done or run.carry_out(folder)
+                rows = rows or Rows.of(self.plan, self.looks.judged)
+                done = forecast_arm(plan, name, rows, rises=number == 0)
+                if folder is not None and is_first():
+                    write_record(folder, done)
+            found.append(done)
+            if number == 0 and done.rises:
+                plan = replace(plan, rises=torch.tensor(done.rises, dtype=torch.float64))
+        self.progress("forecast", len(names), len(names))
+        return found
+
+    def trained(self, plan: ArmPlan, names: Sequence[ArmName], repeat: int) -> list[Arm]:
+        """These arms, one after the other from the same start."""
+        arms: list[Arm] = []
+        for number, name in enumerate(names):
+            folder = self.folder(name, repeat)
+            done = self.finished(name, repeat)
+            if done is None:
+                with keeping_parameters(plan.task.model, plan.layout):
+                    said = self.said(name, number + 2, len(names) + 1)
+                    run = ArmRun(plan, self.looks, name, said, self.progress, repeat=repeat)
+                    done = run.carry_out(folder)
+                    self.ended(done, repeat)
                 _keep(folder, done)
             arms.append(done)
-            if number == 0 and done.diverged_at is not None:
-                break
-    return _result(plan, judged, writes, aligned, arms, steps, last)
+        return arms
+
+    def said(self, name: ArmName, number: int, count: int) -> str:
+        """An arm for the progress display."""
+        return f"arm {number} of {count}" if len(self.names) > 1 else name.label
+
+    def name_of(self, arm: Arm) -> ArmName:
+        """The name of an arm that was carried out."""
+        return self.names[self.numbers[arm.label]]
+
+    def folder(self, name: ArmName, repeat: int, kind: str = "") -> Path | None:
+        """Where an arm is kept; None where none are."""
+        parts = ["arm", f"{self.numbers[name.label]:02d}", *([f"seed{repeat}"] if repeat else []), kind]
+        return None if self.workspace is None else self.workspace / "-".join(part for part in parts if part)
+
+    def finished(self, name: ArmName, repeat: int) -> Arm | None:
+        """An arm that an earlier process finished, with its weights where they are wanted."""
+        folder = self.folder(name, repeat)
+        done = from_first(lambda: _read(folder, Arm))
+        if done is None or not self.keeps or repeat or done.diverged_at is not None:
+            return done
+        assert folder is not None
+        tensors = from_first(lambda: read_tensors(folder / END) if (folder / END).exists() else None)
+        if tensors is None:
+            return None
+        self.ends[name.label] = [tensors[str(i)] for i in range(len(tensors))]
+        return done
+
+    def ended(self, arm: Arm, repeat: int) -> None:
+        """Keep the weights of an arm that stands at its end."""
+        if not self.keeps or repeat or arm.diverged_at is not None:
+            return
+        parameters = parameters_of(self.plan.task.model, self.plan.layout)
+        self.ends[arm.label] = [p.detach().cpu().clone() for p in parameters]
+        folder = self.folder(self.name_of(arm), repeat)
+        if folder is not None and is_first():
+            write_tensors(folder / END, {str(i): end for i, end in enumerate(self.ends[arm.label])})
+
+    def keep_chosen(self, result: GuardResult, keep: Keep) -> None:
+        """Hand over the model with the weights of the recommended arm."""
+        label = keep.choose(result)
+        if label is None or label not in self.ends or not is_first():
+            return
+        with keeping_parameters(self.plan.task.model, self.plan.layout):
+            put(parameters_of(self.plan.task.model, self.plan.layout), self.ends[label])
+            keep.save(self.plan.task.model)
 
 
-def _finished(folder: Path | None) -> Arm | None:
-    """An arm that an earlier process finished."""
+def _ordinary(task: Task, config: GuardSettings) -> Writer:
+    """Control prompts that are answered, or why none are."""
+    if task.control is None:
+        return Writer([], [], config.max_new_tokens, None, "there is no control data")
+    count = config.ordinary if config.generate else 0
+    return writer(task.control, count, config.max_new_tokens, setting="guard.ordinary")
+
+
+#: Arms that are trained after all have been forecast.
+BEST = 2
+#: Weights of a finished arm, where the recommended one is to be kept.
+END = "end.safetensors"
+Record = TypeVar("Record")
+
+
+def _read(folder: Path | None, kind: type[Record]) -> Record | None:
+    """A record that an earlier process wrote."""
     if folder is None or not (folder / "record.json").exists():
         return None
-    return read_record(folder, Arm)
+    return read_record(folder, kind)
 
 
 def _keep(folder: Path | None, arm: Arm) -> None:
@@ -122,17 +318,38 @@ def _keep(folder: Path | None, arm: Arm) -> None:
 
 def _result(
     plan: ArmPlan,
-    judged: TaskRows,
-    writes: Writer,
-    aligned: list[str],
+    found: _Comparison,
     arms: list[Arm],
-    steps: int,
-    last: int,
+    forecasts: list[ArmForecast],
+    repeats: list[Arm],
 ) -> GuardResult:
-    task = plan.task
+    task, looks, plain = plan.task, found.looks, arms[0]
     shared = _shared_prompts(task)
-    plain = arms[0]
-    warnings: list[str] = list(judged.warnings)
+    return GuardResult(
+        horizon=plan.recipe.horizon,
+        last=plan.last,
+        arms=arms,
+        safety_rows=len(plain.final_safety),
+        heldout=task.heldout is not None and shared < len(plain.final_safety),
+        start=plain.safety_start,
+        task_rows=looks.judged.count,
+        task_source=looks.judged.source,
+        trained_rows=looks.judged.trained,
+        warnings=[*looks.judged.warnings, *_warnings(plan, plain, shared, repeats)],
+        prompts=looks.writes.prompts,
+        aligned_answers=found.aligned,
+        generation_reason=looks.writes.reason,
+        ordinary_prompts=looks.ordinary.prompts,
+        ordinary_answers=found.aligned_ordinary,
+        forecasts=forecasts,
+        repeats=repeats,
+    )
+
+
+def _warnings(plan: ArmPlan, plain: Arm, shared: int, repeats: Sequence[Arm]) -> list[str]:
+    """Sentences for the report."""
+    task = plan.task
+    warnings: list[str] = []
     if task.heldout is None:
         warnings.append(
             "The safety rows measured are those that the protections use: their drift is too favourable. "
@@ -148,21 +365,13 @@ def _result(
         warnings.append(f"The plain run diverged at step {plain.diverged_at}: no other arm was run.")
     if draws_noise(task.model):
         warnings.append("Training used the model's dropout; directions and calibration leave it out.")
-    return GuardResult(
-        horizon=steps,
-        last=last,
-        arms=arms,
-        safety_rows=len(plain.final_safety),
-        heldout=task.heldout is not None and shared < len(plain.final_safety),
-        start=plain.safety_start,
-        task_rows=judged.count,
-        task_source=judged.source,
-        trained_rows=judged.trained,
-        warnings=warnings,
-        prompts=writes.prompts,
-        aligned_answers=aligned,
-        generation_reason=writes.reason,
-    )
+    batches: Any = task.finetune.batches
+    if repeats and not (hasattr(batches, "reseeded") and plan.recipe.training.order == "shuffled"):
+        warnings.append(
+            "The data has one order: further seeds change dropout and minibatches of safety rows alone."
+        )
+    warnings += [f"{method} is left out: {why}." for method, why in methods_of(plan.config, task)[1].items()]
+    return warnings
 
 
 def _shared_prompts(task: Task) -> int:
@@ -188,32 +397,61 @@ def guard_cost(scene: CostScene) -> Cost:
     )
 
 
-def _answers(task: Task, prompts: int, tokens: int, times: int) -> float:
-    """Generated tokens of a run: prompts × tokens × times; 0 where the task cannot answer."""
-    samples = task.heldout or task.safety
-    return 0.0 if samples.generate is None else float(min(prompts, len(samples.rows)) * tokens * times)
+def _answers(task: Task, config: GuardSettings) -> float:
+    """Generated tokens of an arm's answers; 0 where the task cannot answer."""
+    sets = [(task.heldout or task.safety, config.generate)]
+    sets += [(task.control, config.ordinary if config.generate else 0)] if task.control else []
+    prompts = sum(min(count, len(s.rows)) for s, count in sets if s.generate is not None)
+    return float(prompts * config.max_new_tokens)
+
+
+#: Passes of the model that are counted.
+KINDS: tuple[str, ...] = ("gradient rows", "forward rows", "single-row gradients", "answer tokens")
 
 
 def _passes(scene: CostScene) -> dict[str, float]:
     task, config = scene.task, scene.config
-    given, safety, arms = config.guard, samples_in(task.safety), arm_names(config.guard)
+    given, arms = config.guard, arm_names(config.guard, task)
     steps = planned_steps(config.training, task.finetune.units)
-    points = measured_steps(min(given.steps or steps, steps))
-    counts = {
-        "gradient rows": 0.0,
-        "forward rows": 0.0,
-        "single-row gradients": 0.0,
-        "answer tokens": _answers(task, given.generate, given.max_new_tokens, len(arms) + 1),
-    }
-    for arm in arms:
-        counts["gradient rows"] += points[-1] * per_step(config)
-        counts["forward rows"] += len(points) * (looked(task, given.control_samples) + given.task_samples)
-        method = METHODS[arm.method]
-        if method.safety_gradients(arm):
-            counts["single-row gradients"] += safety
-        if method.references:
-            counts["forward rows"] += min(samples_in(task.finetune), points[-1] * per_step(config))
-        if method.calibrated(arm):
-            counts["gradient rows"] += given.calibration_steps * per_step(config)
-        counts["gradient rows"] += points[-1] * method.rows(arm, given)
-    return counts
+    last = min(given.steps or steps, steps)
+    points = len(measured_steps(last))
+    derived = [arm for arm in arms if METHODS[arm.method].read_off is not None]
+    others = [arm for arm in arms[1:] if arm not in derived]
+    measuring_rows = looked(task, given.control_samples) + given.task_samples
+    written = _answers(task, given)
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    total["answer tokens"] = written * (1 + len(derived))
+    total["forward rows"] = float(len(derived) * measuring_rows)
+    whole = [_arm_passes(scene, arm, last, last) for arm in others]
+    if not given.all and saves(last, len(others), BEST):
+        gradients, measured = rollout_cost(last, settings_of(last))
+        for arm in (arms[0], *others):
+            _add(total, _arm_passes(scene, arm, last, gradients))
+            total["forward rows"] += measured * FOLLOWED + 2 * ROWS + given.task_samples + given.generate
+        # Which are trained is not known beforehand: no dearer ones than these.
+        whole = sorted(whole, key=lambda passes: -passes["gradient rows"])[:BEST]
+    for passes in given.seeds * [_arm_passes(scene, arms[0], last, last), *whole]:
+        _add(total, passes)
+        total["forward rows"] += points * measuring_rows
+        total["answer tokens"] += written
+    return total
+
+
+def _add(total: dict[str, float], passes: Mapping[str, float]) -> None:
+    for kind, count in passes.items():
+        total[kind] += count
+
+
+def _arm_passes(scene: CostScene, arm: ArmName, last: int, steps: int) -> dict[str, float]:
+    """Passes of setting an arm up and taking so many steps of it, measuring left out."""
+    task, config, method = scene.task, scene.config, METHODS[arm.method]
+    given, safety = config.guard, samples_in(task.safety)
+    passes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    passes["gradient rows"] = steps * (per_step(config) + method.rows(arm, given))
+    if method.safety_gradients(arm):
+        passes["single-row gradients"] = safety
+    if method.references:
+        passes["forward rows"] = min(samples_in(task.finetune), last * per_step(config))
+    if method.calibrated(arm):
+        passes["gradient rows"] += given.calibration_steps * per_step(config)
+    return passes

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base.artifacts import read_record
 from arisk.engine.job import Job
-from arisk.engine.stage import Stage, steps_option, where_hidden
+from arisk.engine.stage import Stage, StageOption, steps_option, where_hidden
 from arisk.forecast.stage import JUDGE_KEYS
+from arisk.verification.stage import model_saver, refuse_saving, save_option
 
 if TYPE_CHECKING:
     from arisk.config.plan import Config
     from arisk.guard.record import GuardResult
+    from arisk.guard.run import Keep
     from arisk.models.judge import Judge
     from arisk.report.page import Section
 
@@ -22,7 +24,8 @@ __all__ = ["GUARD"]
 #: Settings of guard that change its numbers; its limits only change the recommendation.
 GUARD_KEYS = (
     *("methods", "steps", "alignguard", "ewc", "projection", "replay", "task", "task_samples"),
-    *("constrained", "kl", "own_replay"),
+    *("constrained", "kl", "own_replay", "drift_replay", "smaller", "average", "alpha"),
+    *("all", "seeds", "ordinary"),
     *("calibration_steps", "control_samples", "generate", "max_new_tokens"),
 )
 
@@ -33,6 +36,7 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
     from arisk.guard.run import guard
 
     config = job.config
+    _refuse(config)
     reach = job.states["guard"].ingredients["config"]["guard.steps"]
     found = guard(
         job.task,
@@ -43,16 +47,41 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         behaviour=config.behaviour,
         workspace=workspace,
         measured=job.record("verify") if job.states["verify"].fresh else None,
+        keep=_keep(job),
         progress=job.show.progress,
     )
     return found if config.report.show_text else without_texts(found, _judge(found, config))
 
 
+def _refuse(config: Config) -> None:
+    refuse_saving(config, config.guard.save_model, "guard.save_model")
+
+
+def _keep(job: Job) -> Keep | None:
+    """Keeps the recommended arm's weights, where a folder is named."""
+    from arisk.guard.run import Keep
+
+    config = job.config
+    save = model_saver(job, config.guard.save_model)
+    if save is None:
+        return None
+
+    def chosen(result: GuardResult) -> str | None:
+        label = _summary(result, config)["recommended"]
+        if label is None:
+            job.show.note("no model is kept: no arm is recommended")
+        return label
+
+    return Keep(chosen, save)
+
+
 def _judged_keys(config: Config) -> tuple[str, ...]:
-    """The judge's settings where it decides a number: which own refusals are replayed, or what is kept."""
+    """The judge's settings where it decides which own refusals are replayed, and what is trained of all."""
+    guard = config.guard
     hidden = where_hidden(*JUDGE_KEYS)(config)
-    own = JUDGE_KEYS if "own_replay" in config.guard.methods else ()
-    return tuple(dict.fromkeys([*hidden, *own]))
+    own = JUDGE_KEYS if guard.methods is None or "own_replay" in guard.methods else ()
+    best = () if guard.all else ("guard.tolerated_task_loss",)
+    return tuple(dict.fromkeys([*hidden, *own, *best]))
 
 
 def _judge(result: GuardResult, config: Config) -> Judge:
@@ -74,21 +103,29 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
-    from arisk.guard.record import GuardResult, guard_summary
+    from arisk.guard.record import GuardResult
 
-    result = read_record(folder, GuardResult)
+    return _summary(read_record(folder, GuardResult), config)
+
+
+def _summary(result: GuardResult, config: Config) -> dict[str, Any]:
+    """What the limits of the config make of the arms."""
+    from arisk.guard.record import guard_summary
+
     return guard_summary(
         result,
         threshold=config.forecast.collapse_threshold,
         tolerated=config.guard.tolerated_task_loss,
         wanted=config.guard.wanted_drift,
         judge=_judge(result, config),
+        lost=config.forecast.refusals_lost,
+        confidence=config.forecast.confidence,
     )
 
 
 GUARD = Stage(
     name="guard",
-    version=5,
+    version=6,
     help="Really fine-tune plain and protected, and measure what protection costs and brings",
     run=_guard,
     config=(
@@ -104,8 +141,13 @@ GUARD = Stage(
     record="arisk.guard.record:GuardResult",
     cost="arisk.guard.run:guard_cost",
     section=_section,
-    shown=(*JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift"),
-    options=(steps_option("guard.steps"),),
+    shown=(*JUDGE_KEYS, "guard.tolerated_task_loss", "guard.wanted_drift", "forecast.refusals_lost"),
+    before=_refuse,
+    options=(
+        StageOption("all", "guard.all", "Train every arm; default: forecast all, train two.", kind=bool),
+        steps_option("guard.steps"),
+        save_option("guard.save_model", "the recommended arm's adapter or model"),
+    ),
     example="--steps 100",
     found=_found,
     text="arisk.guard.page:guard_text",

@@ -132,6 +132,12 @@ class PlannedBatches:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
+    def reseeded(self, by: int) -> PlannedBatches:
+        """The same rows in the order of another seed."""
+        found = PlannedBatches(self.rows, self.size, self.pad, self.seed + by, shuffled=self.shuffled)
+        found.per_epoch = self.per_epoch
+        return found
+
     @property
     def row_count(self) -> int:
         """Different rows."""

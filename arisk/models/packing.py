@@ -132,6 +132,10 @@ class PackedBatches:
         self.size = max(1, round(order.size * rows.row_count / len(sequences)))
         self._rows, self._order = rows, order
 
+    def reseeded(self, by: int) -> PackedBatches:
+        """The same sequences in the order of another seed."""
+        return PackedBatches(self._rows, self._order.reseeded(by), self.sequences)
+
     @property
     def row_count(self) -> int:
         """Different rows."""

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from arisk.report.page import Section
     from arisk.verification.record import VerifyResult
 
-__all__ = ["VERIFY"]
+__all__ = ["VERIFY", "model_saver", "refuse_saving", "save_option"]
 
 
 def _verify(job: Job, workspace: Path) -> VerifyResult:
     from arisk.verification.run import measures_task, verify
 
     config = job.config
-    _refuse_saving(config)
+    _refuse(config)
     # The stage's own reach, to which its key belongs: a damaged stage is made again as it was.
     reach = job.states["verify"].ingredients["config"]["verify.steps"]
     known = _carried_out_before(job, reach)
@@ -40,7 +40,7 @@ def _verify(job: Job, workspace: Path) -> VerifyResult:
         seed=config.run.seed,
         behaviour=config.behaviour,
         workspace=workspace,
-        keep=_saver(job),
+        keep=model_saver(job, config.verify.save_model),
         task_samples=config.guard.task_samples if measures_task(config) else 0,
         progress=job.show.progress,
     )
@@ -76,16 +76,24 @@ def _carried_out_before(job: Job, reach: int | None) -> VerifyResult | None:
     return taken_over(rolled)
 
 
-def _refuse_saving(config: Config) -> None:
-    """Refuse a folder for the tuned model before it is trained.
+def _refuse(config: Config) -> None:
+    refuse_saving(config, config.verify.save_model, "verify.save_model")
+
+
+def refuse_saving(config: Config, folder: Path | None, setting: str) -> None:
+    """Refuse a folder for the tuned model before it is trained; nothing is refused without one.
+
+    Args:
+        config: of the run.
+        folder: the folder; None: no model is kept.
+        setting: dotted config key that names it.
 
     Raises:
         ConfigError: the task is one from Python, or the folder is in use or cannot be made.
     """
-    folder = config.verify.save_model
     if folder is None:
         return
-    where = f"verify.save_model: {folder}"
+    where = f"{setting}: {folder}"
     if config.model.source == "python":
         raise ConfigError(
             "a task from Python has no model that `save_pretrained` writes",
@@ -109,8 +117,8 @@ def _refuse_saving(config: Config) -> None:
         )
 
 
-def _saver(job: Job) -> Callable[[Any], None] | None:
-    folder = job.config.verify.save_model
+def model_saver(job: Job, folder: Path | None) -> Callable[[Any], None] | None:
+    """Writes the tuned model into a folder, as save_pretrained does; None where there is none."""
     if folder is None:
         return None
 
@@ -121,6 +129,12 @@ def _saver(job: Job) -> Callable[[Any], None] | None:
         job.show.note(f"the tuned model is kept in {folder}")
 
     return keep
+
+
+def save_option(setting: str, kept: str) -> StageOption:
+    """`--save-model` of a stage that trains; `kept` says what is kept."""
+    told = f"Keep {kept} in this folder, as save_pretrained writes it."
+    return StageOption("save-model", setting, told, metavar="DIR", anew=True)
 
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section:
@@ -168,16 +182,10 @@ VERIFY = Stage(
     cost="arisk.verification.run:verify_cost",
     section=_section,
     shown=JUDGE_KEYS,
-    before=_refuse_saving,
+    before=_refuse,
     options=(
         steps_option("verify.steps"),
-        StageOption(
-            "save-model",
-            "verify.save_model",
-            "Keep the tuned adapter or model in this folder, as save_pretrained writes it.",
-            metavar="DIR",
-            anew=True,
-        ),
+        save_option("verify.save_model", "the tuned adapter or model"),
     ),
     example="--steps 100",
     found=_found,

@@ -65,7 +65,7 @@ def test_labels_and_reasons_are_escaped():
 
 def test_the_summary_is_json_and_figures_have_no_nan():
     found = made(
-        arm("plain", 0.0),
+        arm("plain", 0.2),
         arm("replay 0.1", 0.1, control=[], surprising=[1.0, 0.9, 0.8]),
         arm("ewc 3", diverged_at=2),
     )
@@ -75,6 +75,15 @@ def test_the_summary_is_json_and_figures_have_no_nan():
         assert figure.rows
     assert "not measured" in html(found)
     assert found.markdown[0].startswith("Protected fine-tunes: ")
+
+
+def test_where_there_is_nothing_to_protect_from_one_sentence_is_all():
+    found = made(arm("plain", 0.01), arm("replay 0.1", 0.0))
+    assert "there is nothing to protect from" in html(found)
+    assert "<table" not in html(found)
+    assert figures(found) == []
+    assert len(found.markdown) == 2
+    assert [one.text for one in found.findings] == [f"Protection: {found.summary['guard']['sentence']}"]
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -12,7 +12,6 @@ from arisk import PipelineConfig
 from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
-from arisk.config.sections import AlignGuardArm, EwcArm, ProjectionArm, ReplayArm
 from arisk.guard.arm import ArmRun
 from arisk.guard.methods import arm_names
 from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
@@ -60,8 +59,10 @@ def task_of(model=None, **parts):
 
 def read(config):
     """Sections of guard from plain values; strengths beyond the limits stay as they are."""
-    sections = {"alignguard": AlignGuardArm, "ewc": EwcArm, "projection": ProjectionArm, "replay": ReplayArm}
-    made = {k: sections[k]().model_copy(update=v) if k in sections else v for k, v in config.items()}
+    defaults = GuardConfig()
+    made = {
+        k: getattr(defaults, k).model_copy(update=v) if isinstance(v, dict) else v for k, v in config.items()
+    }
     if "methods" in made:
         made["methods"] = ["plain", *(name for name in made["methods"] if name != "plain")]
     return made
@@ -102,6 +103,7 @@ def test_every_method_runs_alters_the_run_and_leaves_no_trace():
     before = [p.detach().clone() for p in task.model.parameters()]
     state = torch.random.get_rng_state()
     found = run(task, projection={"kinds": ["conflict", "subspace"]})
+    assert [told.partition(" ")[0] for told in found.warnings[-3:]] == ["constrained", "kl", "own_replay"]
     assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
     assert all(p.grad is None for p in task.model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
@@ -109,11 +111,14 @@ def test_every_method_runs_alters_the_run_and_leaves_no_trace():
     assert labels == [
         *("plain", "alignguard as given", "alignguard 3", "alignguard after 1.5", "ewc 10"),
         *("ewc after 1.5", "projection conflict", "projection subspace", "replay 0.1", "replay 0.3"),
+        *("drift_replay 0.3", "smaller rate", "smaller steps", "average 0.2", "average 0.5"),
+        *("alpha 0.25", "alpha 0.5", "alpha 0.75"),
     ]
     for arm in found.arms[1:]:
         assert arm.diverged_at is None
-        assert arm.steps == found.plain.steps
-        assert arm.safety != found.plain.safety
+        if arm.method not in ("smaller", "average", "alpha"):
+            assert arm.steps == found.plain.steps
+        assert arm.safety[-1] != found.plain.safety[-1]
         assert all(len(series) == len(arm.steps) for series in arm.terms.values())
 
 

@@ -1,0 +1,139 @@
+"""Arms that need no penalty: a smaller learning rate or fewer steps, and replay of rows at risk.
+
+* smaller: the plan at a share of its rate, or of its steps with the schedule stretched to them. The share
+  is the largest that leaves half of the drift, read off the plain run by flow time, as `arisk what-if` does.
+* drift_replay: replay of those safety rows whose loss rises most, along the forecast of the plain run or
+  under its first steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arisk.base.task import RowBatches, SampleSet
+from arisk.config.sections import GuardSettings
+from arisk.gradients import batch_size
+from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, by_strength, replayed
+from arisk.training.loop import follow, keeping_parameters
+from arisk.training.panels import panel_of, read_between
+from arisk.training.recipe import Recipe, recipe_of
+
+__all__ = ["DRIFT_REPLAY", "SMALLER", "rises_under_first_steps", "rows_at_risk", "share_left"]
+
+#: Shares of the plan that are tried, largest first, and the drift that may be left of the plain run's.
+SHARES, LEFT = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15, 0.1), 0.5
+
+
+def _arms(config: GuardSettings) -> list[ArmName]:
+    kinds = dict.fromkeys(config.smaller.kinds)
+    return [ArmName(f"smaller {kind}", "smaller", config.smaller.share, kind) for kind in kinds]
+
+
+def _recipe(recipe: Recipe, kind: str, share: float) -> Recipe:
+    """The plan at this share of its rate, or of its steps."""
+    training = recipe.training
+    if kind == "steps":
+        return recipe_of(training, max(1, round(share * recipe.horizon)))
+    slower = training.model_copy(update={"learning_rate": share * training.learning_rate})
+    return recipe_of(slower, recipe.horizon)
+
+
+def share_left(plan: ArmPlan, kind: str) -> float:
+    """The largest share of rate or steps at which the plain run's curve says that half its drift is left.
+
+    ΔL of the other run at its end is read off the plain run where that has the same flow time, see
+    `arisk.forecast.what_if`. Where the plain run is not known, or does not drift, it is 1/2; where no share
+    will do, the smallest that was tried.
+    """
+    curve = plan.plain
+    if curve is None or not curve.safety[-1] > 0:
+        return LEFT
+    times = plan.recipe.times[torch.tensor(list(curve.steps))]
+    values = torch.tensor(list(curve.safety), dtype=torch.float64)
+    for share in SHARES:
+        other = _recipe(plan.recipe, kind, share)
+        end = other.times[[min(plan.last, other.horizon)]]
+        if float(read_between(times, values, end)) <= LEFT * float(values[-1]):
+            return share
+    return SHARES[-1]
+
+
+def _smaller_plan(plan: ArmPlan, arm: ArmName) -> ArmPlan:
+    recipe = _recipe(plan.recipe, arm.kind, arm.strength or share_left(plan, arm.kind))
+    return replace(plan, recipe=recipe, last=min(plan.last, recipe.horizon))
+
+
+def _smaller(plan: ArmPlan, arm: ArmName) -> Protection:
+    """Nothing is added: the plan itself is another."""
+    value = plan.recipe.horizon if arm.kind == "steps" else plan.recipe.peak
+    told = f"{value} steps" if arm.kind == "steps" else f"Learning rate {value:.3g}"
+    return Protection(
+        None, {arm.kind: float(value)}, f"{told} in place of the plan's; nothing else is guarded."
+    )
+
+
+def rises_under_first_steps(plan: ArmPlan, steps: int) -> Tensor:
+    """(N,) rise of every safety row's loss under so many plain steps (nats); the parameters are put back.
+
+    Raises:
+        NumericsError: the run diverges.
+    """
+    panel, run = panel_of(plan.task.safety, None, plan.device), plan.fresh()
+    with keeping_parameters(plan.task.model, plan.layout):
+        with run.reading():
+            before = panel.losses(plan.task.model)
+        follow(run, 1, min(steps, plan.last), [])
+        with run.reading():
+            return panel.losses(plan.task.model) - before
+
+
+def rows_at_risk(samples: SampleSet, rises: Tensor, share: float, rows: int) -> SampleSet:
+    """The rows whose loss rises most, in minibatches; whole batches where rows cannot be regrouped.
+
+    Args:
+        samples: N rows.
+        rises: (N,) rise of each row's loss (nats); NaN counts as none.
+        share: share of the rows that is kept, one at least.
+        rows: rows of a minibatch.
+    """
+    rises = rises.nan_to_num(-math.inf)
+    batches: Any = samples.batches
+    if isinstance(batches, RowBatches):
+        count = max(1, math.ceil(share * len(rises)))
+        chosen = sorted(torch.argsort(rises, descending=True, stable=True)[:count].tolist())
+        kept = [batches.of(chosen[i : i + rows]) for i in range(0, count, rows)]
+        own = [samples.rows[i] for i in chosen] if samples.rows else []
+        return SampleSet(samples.name, kept, samples.loss_fn, own)
+    listed = list(batches)
+    means = [float(part.mean()) for part in rises.split([batch_size(batch) for batch in listed])]
+    order = sorted(range(len(listed)), key=lambda i: -means[i])[: max(1, math.ceil(share * len(listed)))]
+    return SampleSet(samples.name, [listed[i] for i in sorted(order)], samples.loss_fn)
+
+
+def _drift_replay(plan: ArmPlan, arm: ArmName) -> Protection:
+    settings, safety = plan.config.drift_replay, plan.task.safety
+    rises = plan.rises
+    told = "along the plain forecast"
+    if rises is None:
+        rises, told = (
+            rises_under_first_steps(plan, plan.config.calibration_steps),
+            "under the first plain steps",
+        )
+    chosen = rows_at_risk(safety, rises, settings.share, settings.rows)
+    count = sum(batch_size(batch) for batch in chosen.batches)
+    note = f"Trains on the {count} of {len(rises)} safety rows whose loss rises most {told}."
+    return replayed(plan, chosen, arm.strength or 0.0, settings.rows, note)
+
+
+SMALLER = Method(_arms, _smaller, planned=_smaller_plan)
+DRIFT_REPLAY = Method(
+    by_strength("drift_replay"),
+    _drift_replay,
+    rows=lambda _, config: config.drift_replay.rows,
+    calibrated=lambda _: True,
+)

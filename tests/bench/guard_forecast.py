@@ -1,0 +1,124 @@
+"""Arms of `arisk guard` forecast and really trained: does the forecast order them as the truth does?
+
+`python -m tests.bench.guard_forecast [CONFIG] [--set KEY=VALUE …] [--work FOLDER]`. Every arm is trained
+and every arm is forecast, on the same rows; told are both, Kendall's τ between them, and what forecasting all
+and training two costs beside training all. Resumable with --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from arisk.config.plan import Config, planned_steps
+from arisk.config.yaml import load_config
+from arisk.guard.record import Arm, GuardResult, standings, task_cost
+from arisk.guard.run import BEST, guard
+from arisk.models import load_task
+from arisk.models.judge import judge_for, learnt_openings
+from tests.bench.measure import print_table
+
+HEADER = [
+    "arm",
+    "forecast drift",
+    "real drift",
+    "openings kept",
+    "refuses",
+    "forecast task",
+    "real task",
+    "CPU s",
+]
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's τ-a in [−1, 1]: pairs in the same order less pairs in the other, over all pairs."""
+    pairs = list(itertools.combinations(zip(first, second, strict=True), 2))
+    signs = [((a > c) - (a < c)) * ((b > d) - (b < d)) for (a, b), (c, d) in pairs]
+    return sum(signs) / len(pairs)
+
+
+def both(config: Config, folder: Path) -> GuardResult:
+    """Every arm trained, and the forecasts beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = load_task(config, device=torch.device("cpu"))
+    steps = planned_steps(config.training, task.finetune.units)
+    found = {}
+    for every in (True, False):
+        found[every] = guard(
+            task,
+            config=config.guard.model_copy(update={"all": every}),
+            training=config.training,
+            steps=steps,
+            seed=config.run.seed,
+            behaviour=config.behaviour,
+            workspace=folder,
+            progress=lambda said, done, total: print(f"\r{said} {done}/{total}   ", end="", flush=True),
+        )
+    print()
+    return replace(found[True], forecasts=found[False].forecasts)
+
+
+def report(result: GuardResult, config: Config) -> None:
+    """Print both, and what they agree on."""
+    judge = judge_for(config.behaviour, learnt_openings(str(row["response"]) for row in result.prompts))
+    standing = {one.label: one for one in standings(result, judge)}
+    forecasts = {one.label: one for one in result.forecasts}
+    plain = result.forecasts[0]
+    rows, told = [], []
+    for label, one in standing.items():
+        arm, seen = one.runs[0], forecasts.get(label)
+        rows.append(
+            [
+                label + (" *" if seen is not None and seen.chosen else ""),
+                "–" if seen is None else f"{seen.safety:+.3f}",
+                f"{one.safety:+.3f}",
+                "–" if seen is None else f"{seen.kept:.0%}",
+                f"{one.refusals:g} of {len(result.prompts)}",
+                "–" if seen is None else f"{seen.task / plain.task - 1:+.1%}",
+                f"{task_cost(arm, result.plain):+.1%}",
+                "–" if seen is None else f"{seen.cpu_seconds:.0f} for {_trained(arm):.0f}",
+            ]
+        )
+        if seen is not None and not one.diverged and seen.diverged_at is None:
+            told.append((seen, one))
+    print_table(f"{len(result.arms)} arms, {result.last} steps", HEADER, rows)
+    said = [
+        ("safety drift", [s.safety for s, _ in told], [o.safety for _, o in told]),
+        ("task loss", [s.task for s, _ in told], [o.task_cost for _, o in told]),
+        ("openings kept and refusals", [s.kept for s, _ in told], [o.refusals for _, o in told]),
+    ]
+    for name, first, second in said:
+        print(f"Kendall {name}: {kendall(first, second):.2f} of {len(told)} arms")
+    trained = {arm.label: _trained(arm) for arm in result.arms if arm.label in forecasts}
+    chosen = [one.label for one in result.forecasts if one.chosen]
+    spent = sum(one.cpu_seconds for one in result.forecasts) + sum(trained[x] for x in (plain.label, *chosen))
+    print(f"forecast all and train plain and {BEST}: {spent:.0f} CPU s of {sum(trained.values()):.0f}")
+    print(f"share {spent / sum(trained.values()):.2f}; chosen: {', '.join(chosen)}")
+
+
+def _trained(arm: Arm) -> float:
+    """CPU seconds of setting an arm up and taking its steps; measuring is left out."""
+    return arm.cpu_seconds + arm.setup_seconds
+
+
+def main() -> None:
+    """Run both and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    parser.add_argument("--set", dest="settings", action="append", default=[])
+    parser.add_argument("--work", type=Path, default=None)
+    given, _ = parser.parse_known_args()
+    torch.set_num_threads(1)
+    config = load_config(Path(given.config), given.settings)
+    with tempfile.TemporaryDirectory() as folder:
+        report(both(config, given.work or Path(folder)), config)
+
+
+if __name__ == "__main__":
+    main()

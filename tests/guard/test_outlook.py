@@ -1,0 +1,162 @@
+"""Arms are forecast, the best two trained, and what was forecast stays on record."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from arisk.base.task import SampleSet
+from arisk.config.plan import GuardConfig, TrainingConfig
+from arisk.guard import run as comparison
+from arisk.guard.outlook import saves
+from arisk.guard.record import ArmForecast, best_forecasts
+from arisk.guard.run import Keep, guard
+from tests.guard.test_references import carried_out, config_of
+from tests.guard.test_run import RECIPE, classify, data, read, task_of, timeless
+
+METHODS = ["plain", "ewc", "projection", "replay", "drift_replay", "alpha"]
+
+
+def run(task=None, steps=60, **config):
+    given = {"methods": METHODS, "calibration_steps": 3, **config}
+    return guard(
+        task or task_of(),
+        config=GuardConfig().model_copy(update=read({k: v for k, v in given.items() if k not in PLACES})),
+        training=TrainingConfig().model_copy(update={**RECIPE, "learning_rate": 0.005}),
+        steps=steps,
+        seed=3,
+        **{k: v for k, v in given.items() if k in PLACES},
+    )
+
+
+PLACES = ("workspace", "keep")
+
+
+def without_times(result):
+    seen = [dataclasses.replace(one, cpu_seconds=0.0) for one in result.forecasts]
+    return timeless(dataclasses.replace(result, forecasts=seen))
+
+
+def test_all_are_forecast_and_the_best_two_are_trained():
+    task = task_of()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    found = run(task)
+    labels = ["plain", "ewc 10", "ewc after 1.5", "projection conflict", "replay 0.1", "replay 0.3"]
+    assert [one.label for one in found.forecasts] == [*labels, "drift_replay 0.3"]
+    chosen = [one.label for one in found.forecasts if one.chosen]
+    assert len(chosen) == 2
+    assert chosen == [
+        label for label in [*labels, "drift_replay 0.3"] if label in best_forecasts(found.forecasts, 0.05, 2)
+    ]
+    assert [arm.label for arm in found.arms] == ["plain", *chosen, "alpha 0.25", "alpha 0.5", "alpha 0.75"]
+    assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
+    # The pilot's steps are real; the leaps are not, and few.
+    assert all(0 < one.gradients < 40 for one in found.forecasts)
+    assert len(found.forecasts[0].rises) == 12
+    # Replay of safety rows is seen to lower their loss, as it does.
+    seen = {one.label: one.safety for one in found.forecasts}
+    assert seen["replay 0.3"] < seen["replay 0.1"] < seen["plain"]
+
+
+def test_all_trains_all_and_forecasts_none():
+    found = run(all=True)
+    assert list(found.forecasts) == []
+    assert len(found.arms) == 10
+
+
+def test_short_runs_are_not_worth_a_forecast():
+    assert not saves(12, 10, 2)
+    assert not saves(200, 2, 2)
+    assert saves(200, 10, 2)
+
+
+def test_two_runs_agree_and_a_finished_forecast_is_not_made_again(tmp_path, monkeypatch):
+    want = without_times(run(workspace=tmp_path))
+    monkeypatch.setattr(comparison, "forecast_arm", None)
+    assert without_times(run(workspace=tmp_path)) == want
+    monkeypatch.undo()
+    assert without_times(run()) == want
+
+
+def test_an_arm_whose_forecast_is_not_a_number_is_named_and_never_chosen():
+    found = run(replay={"strengths": [1e308, 0.3]})
+    bad = next(one for one in found.forecasts if one.label == "replay 1e+308")
+    assert bad.diverged_at is not None
+    assert bad.reason
+    assert math.isnan(bad.safety)
+    assert not bad.chosen
+    assert len([one for one in found.forecasts if one.chosen]) == 2
+
+
+def seen(label, safety, kept=math.nan, task=1.0, **changes):
+    made = ArmForecast(label, label, None, safety, kept, math.nan, task, 9, 1.0, None, None)
+    return dataclasses.replace(made, **changes)
+
+
+def test_openings_decide_before_the_loss_and_the_task_before_both():
+    forecasts = [
+        seen("plain", 1.0, 0.1),
+        seen("dull", 0.0, 1.0, task=2.0),
+        seen("loss", 0.1, 0.5),
+        seen("openings", 0.5, 0.9),
+        seen("gone", 0.0, 1.0, diverged_at=3),
+    ]
+    assert best_forecasts(forecasts, 0.05, 2) == ["openings", "loss"]
+    assert best_forecasts(forecasts, 0.05, 4) == ["openings", "loss", "dull"]
+    unfollowed = [dataclasses.replace(one, kept=math.nan) for one in forecasts]
+    assert best_forecasts(unfollowed, 0.05, 2) == ["loss", "openings"]
+
+
+def test_the_recommended_arm_is_kept_with_its_weights():
+    task, kept = task_of(), []
+    batches = list(task.heldout.batches)
+
+    def save(model):
+        with torch.no_grad():
+            kept.append(torch.cat([classify(model, batch) for batch in batches]))
+
+    found = run(task, keep=Keep(lambda _: "alpha 0.5", save))
+    with torch.no_grad():
+        start = torch.cat([classify(task.model, batch) for batch in batches])
+    arm = next(arm for arm in found.arms if arm.label == "alpha 0.5")
+    assert arm.final_safety == pytest.approx((kept[0] - start).tolist(), rel=1e-9, abs=1e-12)
+    run(task, keep=Keep(lambda _: None, save))
+    assert len(kept) == 1
+
+
+def test_kept_weights_survive_an_interruption(tmp_path):
+    kept = []
+    keep = Keep(
+        lambda found: next(one.label for one in found.forecasts if one.chosen),
+        lambda model: kept.append(torch.cat([p.detach().flatten() for p in model.parameters()])),
+    )
+    run(workspace=tmp_path, keep=keep)
+    run(workspace=tmp_path, keep=keep)
+    assert torch.equal(*kept)
+
+
+def test_further_seeds_train_the_same_arms_on_another_order():
+    found = carried_out(config_of(), methods=["plain", "replay"], seeds=2)
+    assert [(arm.label, arm.seed) for arm in found.arms] == [
+        ("plain", 0),
+        ("replay 0.1", 0),
+        ("replay 0.3", 0),
+    ]
+    assert [(arm.label, arm.seed) for arm in found.repeats] == [
+        ("plain", 1),
+        ("replay 0.1", 1),
+        ("replay 0.3", 1),
+    ]
+    assert found.repeats[0].final_safety != found.plain.final_safety
+    assert "one order" not in " ".join(found.warnings)
+    lists = run(steps=6, methods=["plain", "replay"], seeds=2)
+    assert "The data has one order" in " ".join(lists.warnings)
+
+
+def test_held_out_rows_are_measured_where_there_are_some():
+    """Safety rows that the run learns, and held-out ones that it loses: the forecast is of these."""
+    easy = SampleSet("safety", data(2, 5, flip=1), classify)
+    found = run(task_of(safety=easy), methods=["plain", "replay", "ewc", "projection"])
+    assert sum(found.forecasts[0].rises) < 0
+    assert found.forecasts[0].safety > 0

@@ -1,0 +1,96 @@
+"""A smaller plan is that plan; its share is read off the plain run; replay goes to the rows at risk."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from arisk.base.task import SampleSet
+from arisk.config.plan import TrainingConfig
+from arisk.config.sections import BehaviourConfig, GuardSettings
+from arisk.gradients import layout_of, measuring
+from arisk.guard.plan import ArmPlan
+from arisk.guard.run import guard
+from arisk.guard.smaller import SHARES, rises_under_first_steps, rows_at_risk, share_left
+from arisk.models.batching import FixedBatches
+from arisk.training.recipe import recipe_of
+from tests.guard.test_record import arm
+from tests.guard.test_run import RECIPE, STEPS, classify, data, run, task_of
+
+
+def plan(steps=100, **changes):
+    task = task_of()
+    recipe = recipe_of(TrainingConfig().model_copy(update={**RECIPE, **changes}), steps)
+    layout = layout_of(task.model, task.parameter_names)
+    return ArmPlan(task, layout, recipe, GuardSettings(), BehaviourConfig(), steps, frozenset(), 3)
+
+
+@pytest.mark.parametrize("kind", ["rate", "steps"])
+@pytest.mark.parametrize(("power", "share"), [(1, 0.5), (2, 0.65), (4, 0.8), (0.5, 0.25)])
+def test_the_share_is_read_off_the_plain_run_by_flow_time(kind, power, share):
+    """ΔL = τ^p of a constant rate: half is left at 2^(−1/p), of which the next share below is taken."""
+    steps = list(range(0, 101, 5))
+    rise = [(step / 100) ** power for step in steps]
+    curve = dataclasses.replace(arm("plain"), steps=steps, safety=rise)
+    assert share_left(dataclasses.replace(plan(), plain=curve), kind) == share
+
+
+def test_without_a_curve_it_is_half_and_where_nothing_helps_the_smallest():
+    assert share_left(plan(), "rate") == 0.5
+    flat = dataclasses.replace(arm("plain"), steps=[0, 1, 100], safety=[0.0, 1.0, 1.0])
+    assert share_left(dataclasses.replace(plan(), plain=flat), "rate") == SHARES[-1]
+
+
+def test_a_smaller_rate_is_a_run_at_that_rate_and_fewer_steps_a_shorter_plan():
+    found = run(methods=["smaller"], smaller={"share": 0.5})
+    slow = run(methods=["plain"], training={**RECIPE, "learning_rate": 0.01}).plain
+    assert found.arms[1].final_safety == slow.final_safety
+    short = guard(
+        task_of(),
+        config=GuardSettings(methods=["plain"]),
+        training=TrainingConfig().model_copy(update=RECIPE),
+        steps=STEPS // 2,
+        seed=3,
+    ).plain
+    assert found.arms[2].final_safety == short.final_safety
+    assert found.arms[2].steps[-1] == STEPS // 2
+    assert dict(found.arms[2].weights) == {"steps": STEPS // 2}
+
+
+def test_rows_whose_loss_rises_most_are_replayed():
+    class Numbers(FixedBatches):
+        def of(self, rows):
+            return torch.tensor(rows)
+
+    samples = SampleSet("safety", Numbers([None] * 8, 4, 0), classify, [{"line": i} for i in range(8)])
+    rises = torch.tensor([0.0, 5.0, float("nan"), 1.0, 9.0, 2.0, -3.0, 4.0])
+    chosen = rows_at_risk(samples, rises, 0.5, 3)
+    assert [batch.tolist() for batch in chosen.batches] == [[1, 4, 5], [7]]
+    assert [row["line"] for row in chosen.rows] == [1, 4, 5, 7]
+
+
+def test_batches_that_cannot_be_regrouped_are_taken_whole():
+    samples = SampleSet("safety", data(1, 4), classify)
+    rises = torch.tensor([0.0] * 4 + [1.0] * 4 + [0.5] * 4 + [3.0, 0, 0, 0.0])
+    chosen = rows_at_risk(samples, rises, 0.5, 8)
+    wanted = list(samples.batches)
+    assert [torch.equal(batch[0], wanted[i][0]) for batch, i in zip(chosen.batches, (1, 3), strict=True)] == [
+        True
+    ] * 2
+
+
+def test_rises_are_those_of_the_first_plain_steps():
+    made = plan(STEPS)
+    with measuring(made.task.model, made.layout):
+        found = rises_under_first_steps(made, 5)
+        assert all(p.grad is not None for p in made.task.model.parameters())
+        again = rises_under_first_steps(made, 5)
+    assert torch.equal(found, again)
+    safety = dataclasses.replace(made.task, heldout=None)
+    plain = run(safety, methods=["plain"], steps=5).plain
+    assert found.tolist() == pytest.approx(plain.final_safety, rel=1e-12)
+
+
+def test_the_arm_says_which_rows_it_replays():
+    found = run(methods=["drift_replay"]).arms[1]
+    assert "4 of 12 safety rows whose loss rises most under the first plain steps" in found.note
