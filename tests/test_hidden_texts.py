@@ -46,7 +46,7 @@ def write(folder):
         + f"verify: {{safety: {{path: {held['verify.safety']}}}}}\n"
         + f"probes: {{garden: {held['probes.garden']}}}\n"
         + f"guard: {{task: {{path: {held['guard.task']}}}, methods: [plain, replay], generate: 2,"
-        + " max_new_tokens: 8}\n"
+        + " ordinary: 3, max_new_tokens: 8}\n"
         + SETTINGS
     )
     return path
@@ -80,6 +80,7 @@ def answers(run):
     found = [text for said in followed for made in said.answers for text in made.texts]
     found += [text for said in followed for text in said.openings]
     found += [*guarded.aligned_answers, *(text for arm in guarded.arms for text in arm.answers)]
+    found += [*guarded.ordinary_answers, *(text for arm in guarded.arms for text in arm.ordinary_answers)]
     return {text for text in found if len(text.split()) > 2}
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from arisk.guard.afterwards import Averages, between
     from arisk.guard.directions import (
         FisherMass,
         SafetyDirections,
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
         fisher_mass,
         safety_directions,
         weight_sites,
+    )
+    from arisk.guard.in_loop import (
+        Addition,
+        MovePart,
+        RunAverage,
+        consolidation,
+        divergence,
+        projection,
+        replay,
     )
     from arisk.guard.mitigator import (
         AlignGuardConfig,
@@ -37,20 +47,28 @@ if TYPE_CHECKING:
         relax,
         without_conflict,
     )
+    from arisk.guard.smaller import rows_at_risk
     from arisk.guard.terms import Factored
 
 __all__ = [
+    "Addition",
     "AlignGuardConfig",
+    "Averages",
     "Factored",
     "FisherMass",
     "LoRAMitigator",
+    "MovePart",
     "PenaltyTerms",
     "RegularizedLoss",
+    "RunAverage",
     "SafetyBatches",
     "SafetyDirections",
     "Site",
     "adapter_sites",
+    "between",
     "build_mitigator",
+    "consolidation",
+    "divergence",
     "ewc_penalty",
     "fisher_diagonals",
     "fisher_mass",
@@ -59,7 +77,10 @@ __all__ = [
     "mean_loss",
     "outside",
     "per_sample_rows",
+    "projection",
     "relax",
+    "replay",
+    "rows_at_risk",
     "safety_directions",
     "weight_sites",
     "without_conflict",
@@ -77,6 +98,10 @@ _HOME = {
     "AlignGuardConfig": "mitigator",
     **dict.fromkeys(("Site", "adapter_sites", "weight_sites"), "directions"),
     "mean_loss": "rivals",
+    **dict.fromkeys(("Averages", "between"), "afterwards"),
+    **dict.fromkeys(("Addition", "MovePart", "RunAverage", "consolidation", "divergence"), "in_loop"),
+    **dict.fromkeys(("projection", "replay"), "in_loop"),
+    "rows_at_risk": "smaller",
 }
 
 

@@ -27,7 +27,7 @@ from arisk.training.loop import PlannedRun, keeping_parameters
 from arisk.training.panels import Panel, panel_of, sample_losses
 from arisk.verification.run import TaskRows
 
-__all__ = ["FOLLOWED", "ROWS", "Rows", "forecast_arm", "saves", "settings_of"]
+__all__ = ["FOLLOWED", "ROWS", "ForecastRows", "forecast_arm", "saves", "settings_of"]
 
 #: Safety and control rows that an arm's forecast measures at most.
 ROWS = 64
@@ -58,7 +58,7 @@ def saves(last: int, arms: int, best: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ForecastRows:
     """What every forecast measures at its end.
 
     Attributes:
@@ -83,7 +83,7 @@ class Rows:
     own_start: Tensor
 
     @classmethod
-    def of(cls, plan: ArmPlan, judged: TaskRows) -> Rows:
+    def of(cls, plan: ArmPlan, judged: TaskRows) -> ForecastRows:
         """Choose them, at the aligned point."""
         task, model, device = plan.task, plan.task.model, plan.device
         samples = task.heldout or task.safety
@@ -119,7 +119,7 @@ class Rows:
         return float((kept >= whole).double().mean())
 
 
-def forecast_arm(plan: ArmPlan, name: ArmName, rows: Rows, *, rises: bool = False) -> ArmForecast:
+def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: bool = False) -> ArmForecast:
     """What an arm would come to, by a rollout with its protection; the model is left as found.
 
     Args:
@@ -187,7 +187,7 @@ def _measuring(task: Task) -> Task:
     return replace(task, safety=task.heldout or task.safety, control=None)
 
 
-def _measured(model: nn.Module, rows: Rows) -> dict[str, float]:
+def _measured(model: nn.Module, rows: ForecastRows) -> dict[str, float]:
     return {
         "safety": float(rows.safety.losses(model).mean()) - rows.start,
         "control": math.nan

@@ -28,7 +28,7 @@ from arisk.gradients import layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.methods import METHODS, arm_names, methods_of
-from arisk.guard.outlook import FOLLOWED, ROWS, Rows, forecast_arm, saves, settings_of
+from arisk.guard.outlook import FOLLOWED, ROWS, ForecastRows, forecast_arm, saves, settings_of
 from arisk.guard.plan import ArmName, ArmPlan
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult, best_forecasts
 from arisk.training.loop import draws_noise, keeping_parameters, put
@@ -212,7 +212,7 @@ class _Comparison:
             folder = self.folder(name, 0, "forecast")
             done = from_first(lambda folder=folder: _read(folder, ArmForecast))
             if done is None:
-                rows = rows or Rows.of(self.plan, self.looks.judged)
+                rows = rows or ForecastRows.of(self.plan, self.looks.judged)
                 done = forecast_arm(plan, name, rows, rises=number == 0)
                 if folder is not None and is_first():
                     write_record(folder, done)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from arisk.base.errors import ConfigError, InputError
-from arisk.base.task import Task
+from arisk.base.task import SampleSet, Task
 from arisk.config.imports.account import Account, Import, Source
 from arisk.config.imports.trainer import read_trainer
 from arisk.config.plan import Config, DataConfig, TrainingConfig
 from arisk.config.python import PipelineConfig
+from arisk.config.sections import BehaviourConfig
 from arisk.config.yaml import validate_mapping
 from arisk.models.answers import OwnAnswers
 from arisk.models.formats import Row
@@ -314,6 +315,44 @@ def task_of(
     fit = require_fit(model, loaded, tokenizer, config)
     sets = {name: sample_set(name, one, config, tokenizer) for name, one in loaded.items()}
     return assembled(model, config, names, sets, notes, fit)
+
+
+def safety_rows(
+    model: nn.Module,
+    tokenizer: Any,
+    safety: Any,
+    *,
+    batch_size: int = 8,
+    behaviour: BehaviourConfig | None = None,
+) -> SampleSet:
+    """Safety rows as the protections of `arisk.guard` take them.
+
+    Args:
+        model: the model before it trains; it answers prompts that have no response, and what the judge takes
+            for refusals are then the safe responses.
+        tokenizer: its tokenizer.
+        safety: prompts with safe responses, or prompts alone: a file, a list of mappings, a
+            `datasets.Dataset`, or the settings of a data set.
+        batch_size: rows of a batch.
+        behaviour: the judge; default the rule.
+
+    Raises:
+        AriskError: what is wrong with the rows; or the model refuses none of the prompts.
+    """
+    settings = behaviour or BehaviourConfig()
+    with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
+        data = _data(safety, "safety", Path(folder))
+        config = Config.model_validate(
+            {
+                "model": {"path": "the model in memory"},
+                "safety": data.model_dump(),
+                "finetune": {"path": ROWS},
+                "collect": {"chunk_size": batch_size},
+            }
+        )
+        answers = OwnAnswers(lambda: model, tokenizer, settings)
+        loaded = load_set(config, "safety", (data,), tokenizer, answers)
+    return sample_set("safety", loaded, config, tokenizer)
 
 
 def _config(planned: Planned, settings: PipelineConfig, given: Mapping[str, DataConfig]) -> Config:

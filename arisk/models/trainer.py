@@ -1,17 +1,24 @@
-"""Protection inside Hugging Face's `Trainer`: a mixin over its `compute_loss`, and a watch on safety."""
+"""Protection inside Hugging Face's `Trainer`: mixins over its loss and gradients, and watches on the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from arisk.base.errors import ConfigError
+from arisk.models.anchored import BETAS, LATER_BETA, ReferenceLosses, constrained
 from arisk.models.loading import hf_module
 
-__all__ = ["GuardedTrainerMixin", "drift_watch"]
+__all__ = [
+    "ConstrainedTrainerMixin",
+    "GuardedTrainerMixin",
+    "ProjectedTrainerMixin",
+    "drift_watch",
+    "following",
+]
 
 
 class _Terms(Protocol):
@@ -71,6 +78,128 @@ class GuardedTrainerMixin:
             by_tokens = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_tokens or trainer.compute_loss_func is not None
         return int(getattr(trainer, "current_gradient_accumulation_steps", 1)) if scaled else 1
+
+
+class ConstrainedTrainerMixin:
+    """Trains on constrained first tokens in place of the plain loss; evaluation keeps the plain loss.
+
+    Use it before the trainer. Before the first step every training row is measured once, at the model as it
+    is then, on batches of the evaluation loader, so that the order of training stays what it was.
+
+    Args:
+        args: for the trainer.
+        betas: β of the first tokens of each response, see `arisk.models.anchored.constrained`.
+        later: β of the tokens after them.
+        kwargs: for the trainer.
+    """
+
+    def __init__(
+        self, *args: Any, betas: Sequence[float] = BETAS, later: float = LATER_BETA, **kwargs: Any
+    ) -> None:
+        self._reference = ReferenceLosses()
+        self._tied = constrained(self._reference, betas, later)
+        super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure the aligned model's losses, then train.
+
+        Raises:
+            InputError: a row of training was not among those measured.
+        """
+        trainer: Any = self
+        model = trainer.model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            for batch in trainer.get_eval_dataloader(trainer.train_dataset):
+                self._reference.add(model, trainer._prepare_inputs(batch))
+        finally:
+            for module, training in modes:
+                module.training = training
+        parent: Any = super()
+        return parent.train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The constrained loss of a training batch, over the trained tokens of the optimizer step.
+
+        Args:
+            model: as the trainer gives it.
+            inputs: the batch.
+            return_outputs: also return the model's outputs: the plain loss, as evaluation wants it.
+            num_items_in_batch: tokens of the whole optimizer step, where the trainer counts them.
+        """
+        if return_outputs or not model.training:
+            trainer: Any = super()
+            return trainer.compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        tokens = self._tied.counts(inputs).sum() if num_items_in_batch is None else num_items_in_batch
+        return self._tied.sums(model, inputs).sum() / tokens
+
+
+class ProjectedTrainerMixin:
+    """Changes the gradients of every optimizer step before they are clipped.
+
+    Use it before the trainer.
+
+    Args:
+        args: for the trainer.
+        project: changes `.grad` in place, such as `arisk.guard.projection` gives.
+        kwargs: for the trainer.
+    """
+
+    def __init__(self, *args: Any, project: Callable[[], Any], **kwargs: Any) -> None:
+        self._project = project
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's step; after the last micro-batch of an optimizer step the gradients are changed."""
+        trainer: Any = super()
+        loss = trainer.training_step(*args, **kwargs)
+        own: Any = self
+        if own.accelerator.sync_gradients:
+            self._project()
+        return loss
+
+
+class _Observes(Protocol):
+    def begin(self, model: Any, steps: int) -> None: ...
+
+    def step(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def following(observer: _Observes) -> Any:
+    """A `TrainerCallback` that hands a training to an observer, such as `arisk.guard.RunAverage`.
+
+    Args:
+        observer: told of the beginning, of every optimizer step, and of the end, where it may change weights.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    base: Any = hf_module("transformers").TrainerCallback
+
+    class Following(base):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """The model before the first step."""
+            del args, control
+            observer.begin(kwargs["model"], state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """After every optimizer step."""
+            del args, state, control, kwargs
+            observer.step()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Weights that are saved afterwards are those the observer leaves."""
+            del args, state, control, kwargs
+            observer.end()
+
+    return Following()
 
 
 def drift_watch(

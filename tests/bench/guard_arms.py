@@ -102,6 +102,7 @@ def config_of(mode: str, name: str, folder: Path) -> Config:
                 "task": {"path": str(paths["clean"])},
                 "alignguard": {"strengths": ["as_given", 3.0, 30.0]},
                 "ewc": {"strengths": [3.0, 30.0]},
+                "all": True,
             },
             "training": {"learning_rate": RATES[mode], "max_steps": STEPS, "batch_size": 8},
         }
@@ -152,7 +153,8 @@ def main(argv: list[str] | None = None) -> None:
             title = f"{SETS[name].said}; {mode}, AdamW {RATES[mode]:g}, {STEPS} steps of 8"
             print_table(title, HEADER, [cells(arm) for arm in body["arms"]])
             refusing = f"{body['aligned_refusals']} of {body['answered_prompts']} prompts"
-            print(f"\n{choose(found, **LIMITS).sentence} The aligned model refuses {refusing}.", flush=True)
+            chosen = choose(found, **LIMITS, judge=RefusalRule()).sentence
+            print(f"\n{chosen} The aligned model refuses {refusing}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ SETTINGS = {
     "guard.replay.rows": "4",
     "guard.projection.rows": "4",
     "guard.methods": "[plain,replay,alignguard,projection]",
+    "guard.all": "true",
 }
 HEADER = [
     "arm",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from arisk.base.artifacts import read_record
+from arisk.config.names import METHODS
 from arisk.guard.record import GuardResult
 from tests.cli.test_cli import environment
 from tests.cli.test_verify import TASK
@@ -108,9 +109,16 @@ def test_the_report_shows_it(arisk, guarded, tmp_path):
 
 def test_a_shorter_reach_is_a_part_of_the_plan(arisk, tmp_path):
     settings = ["guard.methods=[replay]"]
-    _, out, _ = arisk("guard", tmp_path / "run", "--steps", "5", "--json", settings=settings)
+    _, out, _ = arisk("guard", tmp_path / "run", "--all", "--steps", "5", "--json", settings=settings)
     assert json.loads(out)["guard"]["last"] == 5
     assert json.loads(out)["guard"]["horizon"] == 24
+
+
+def test_a_task_from_python_has_no_model_to_keep(arisk, tmp_path):
+    code, _, err = arisk("guard", tmp_path / "run", "--save-model", tmp_path / "kept")
+    assert code == 2
+    assert "guard.save_model" in err
+    assert not (tmp_path / "kept").exists()
 
 
 def test_mistakes_are_one_clear_error(arisk, tmp_path):
@@ -177,14 +185,16 @@ def test_the_embedded_model_runs_every_method(tmp_path):
     short = [
         *("training.max_steps=3", "training.batch_size=2", "safety.max_samples=8", "run.threads=1"),
         *("verify.safety.max_samples=4", "guard.task_samples=4", "guard.control_samples=4"),
-        *("guard.alignguard.rank=8", "collect.chunk_size=4"),
+        *("guard.alignguard.rank=8", "collect.chunk_size=4", "guard.generate=2", "guard.ordinary=2"),
     ]
     command = [sys.executable, "-m", "arisk", "guard", demo, "--run-dir", str(tmp_path / "run"), "--json"]
     sets = [part for item in short for part in ("--set", item)]
     done = subprocess.run([*command, *sets], check=True, capture_output=True, text=True, env=environment())
     body = json.loads(done.stdout, parse_constant=pytest.fail)["guard"]
     assert body["heldout"] is True
-    assert len(body["arms"]) == 9
+    assert len({arm["label"] for arm in body["arms"]}) == 20
+    assert {arm["method"] for arm in body["arms"]} == set(METHODS)
+    assert body["ordinary_prompts"] == 2
     assert all(arm["diverged_at"] is None for arm in body["arms"])
     assert "have Fisher 0 and are not guarded" in next(
         arm["note"] for arm in body["arms"] if arm["label"] == "ewc 10"

@@ -7,6 +7,7 @@ import pytest
 from arisk.base.artifacts import finite
 from arisk.config.plan import Config
 from arisk.guard.page import guard_findings, section
+from arisk.guard.record import ArmForecast
 from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
 
@@ -83,7 +84,35 @@ def test_where_there_is_nothing_to_protect_from_one_sentence_is_all():
     assert "<table" not in html(found)
     assert figures(found) == []
     assert len(found.markdown) == 2
-    assert [one.text for one in found.findings] == [f"Protection: {found.summary['guard']['sentence']}"]
+    assert len(found.findings) == 1
+    assert not found.advice
+
+
+def test_forecasts_stand_beside_the_arms_and_say_what_was_trained():
+    seen = [
+        ArmForecast(
+            label, label.split()[0], None, safety, 0.5, 0.0, 1.0, 9, 2.0, gone, gone and "inf", chosen
+        )
+        for label, safety, gone, chosen in (
+            ("plain", 0.5, None, False),
+            ("replay 0.1", 0.1, None, True),
+            ("ewc 10", float("nan"), 3, False),
+        )
+    ]
+    found = made(arm("plain"), arm("replay 0.1", 0.1), forecasts=seen)
+    assert "Forecast of every arm (6 CPU s)" in html(found)
+    assert "<td>50 %</td>" in html(found)
+    json.dumps(finite(dict(found.summary)), allow_nan=False)
+    assert [one["chosen"] for one in found.summary["guard"]["forecasts"]] == [False, True, False]
+
+
+def test_the_alpha_curve_goes_from_the_aligned_model_to_the_plain_run():
+    arms = [arm(f"alpha {a:g}", 0.4 * a, 2 - a, strength=a) for a in (0.75, 0.25)]
+    (curve,) = [one for one in figures(made(arm("plain"), *arms)) if one.id == "guard-alpha"]
+    assert curve.data[0]["x"] == [0.0, 0.25, 0.75, 1.0]
+    assert curve.data[0]["y"] == pytest.approx([0.0, 0.1, 0.3, 0.4])
+    assert curve.data[1]["y"] == pytest.approx([2.0, 1.75, 1.25, 1.0])
+    assert not [one for one in figures(made(arm("plain"))) if one.id == "guard-alpha"]
 
 
 @pytest.mark.parametrize("shift", [0, 1])

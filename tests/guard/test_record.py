@@ -5,7 +5,17 @@ import math
 
 import pytest
 
-from arisk.guard.record import Arm, GuardResult, choose, drift_share, guard_summary, paired_error, task_cost
+from arisk.guard.record import (
+    Arm,
+    GuardResult,
+    choose,
+    drift_share,
+    guard_summary,
+    paired_error,
+    paired_interval,
+    standings,
+    task_cost,
+)
 from arisk.models.judge import RefusalRule
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}
@@ -107,3 +117,99 @@ def test_the_paired_error():
     other = arm("ewc", final_safety=[1.0, 1.0, 1.0])
     assert paired_error(other, plain) == pytest.approx(1 / math.sqrt(3))
     assert math.isnan(paired_error(arm("ewc", final_safety=[1.0]), plain))
+
+
+PROMPTS = [{"prompt": str(i), "response": ""} for i in range(10)]
+
+
+def says(refused, of=10):
+    """Outcomes of which the first so many are refusals."""
+    return ["refused"] * refused + ["answered"] * (of - refused)
+
+
+def told(*arms, ordinary=0, **changes):
+    return result(
+        *arms,
+        prompts=PROMPTS,
+        aligned_outcomes=says(9),
+        ordinary_prompts=PROMPTS,
+        ordinary_outcomes=says(ordinary),
+        **changes,
+    )
+
+
+def behaves(label, refused, safety=0.4, task=1.0, ordinary=0, **changes):
+    return arm(label, safety, task, outcomes=says(refused), ordinary_outcomes=says(ordinary), **changes)
+
+
+def test_refusals_kept_decide_where_plain_loses_some():
+    """The arm with less drift keeps fewer refusals."""
+    found = told(behaves("plain", 1), behaves("replay", 8, 0.3), behaves("ewc", 5, 0.1))
+    choice = choose(found, **LIMITS, judge=RefusalRule())
+    assert choice.label == "replay"
+    assert "refuses 8 of 10 prompts where the plain run refuses 1 (before: 9)" in choice.sentence
+    assert choose(found, **LIMITS).label == "ewc"
+    none = told(behaves("plain", 1), behaves("replay", 4, 0.0))
+    assert (
+        "No arm reaches ≥ 50% of the 8 lost refusals" in choose(none, **LIMITS, judge=RefusalRule()).sentence
+    )
+
+
+def test_a_loss_that_stays_below_the_threshold_may_cost_refusals():
+    quiet = told(behaves("plain", 2, 0.05), behaves("replay", 9, 0.04))
+    assert choose(quiet, **LIMITS).rule == "nothing to protect"
+    assert choose(quiet, **LIMITS, judge=RefusalRule()).label == "replay"
+    kept = told(behaves("plain", 9, 0.05), behaves("replay", 9, 0.04))
+    assert "refuses 9 of the 9 prompts" in choose(kept, **LIMITS, judge=RefusalRule()).sentence
+
+
+def test_an_arm_that_refuses_everything_or_drifts_on_ordinary_rows_is_not_recommended():
+    over = told(behaves("plain", 1), behaves("ewc", 9, ordinary=4), behaves("replay", 7, ordinary=1))
+    assert choose(over, **LIMITS, judge=RefusalRule()).label == "replay"
+    always = told(behaves("plain", 1), behaves("ewc", 9, ordinary=4), ordinary=4)
+    assert choose(always, **LIMITS, judge=RefusalRule()).label == "ewc"
+    general = told(behaves("plain", 1), behaves("ewc", 9, control=[0.0, 0.1, 0.2]), behaves("replay", 7))
+    assert choose(general, **LIMITS, judge=RefusalRule()).label == "replay"
+
+
+def test_seeds_are_averaged_each_against_the_plain_run_of_its_seed():
+    found = told(
+        behaves("plain", 1, 0.4),
+        behaves("replay", 7, 0.2),
+        repeats=[behaves("plain", 3, 0.6, 2.0, seed=1), behaves("replay", 8, 0.1, 2.2, seed=1)],
+    )
+    plain, replay = standings(found, RefusalRule())
+    assert plain.safety == pytest.approx(0.5)
+    assert replay.safety == pytest.approx(0.15)
+    assert replay.drift_share == pytest.approx(0.3)
+    assert replay.task_cost == pytest.approx(0.05)
+    assert (plain.refusals, replay.refusals) == (2.0, 7.5)
+    assert replay.saved == pytest.approx(5.5 / 7)
+    body = guard_summary(found, **LIMITS, judge=RefusalRule())
+    assert (body["seeds"], body["arms"][1]["refusals"]) == (2, 7.5)
+    gone = dataclasses.replace(found, repeats=[found.repeats[0], behaves("replay", 8, seed=1, diverged_at=3)])
+    assert choose(gone, **LIMITS, judge=RefusalRule()).label is None
+    assert guard_summary(gone, **LIMITS, judge=RefusalRule())["arms"][1]["diverged_at"] == 3
+
+
+def test_the_paired_interval():
+    assert paired_interval([1.0] * 10, 0.8) == (10.0, 10.0)
+    lower, upper = paired_interval([1.0] * 5 + [0.0] * 95, 0.8)
+    # Binomial with mean 5 and variance 4.75: 80 % lie within ± 2.8.
+    assert lower == pytest.approx(5 - 1.28 * 4.75**0.5, abs=1)
+    assert upper == pytest.approx(5 + 1.28 * 4.75**0.5, abs=1)
+    assert all(math.isnan(end) for end in paired_interval([], 0.8))
+    mixed = told(behaves("plain", 1), behaves("replay", 8))
+    assert standings(mixed, RefusalRule())[1].refusals_interval[0] > 0
+
+
+def test_the_judge_is_asked_once_for_the_same_answers():
+    asked = []
+
+    def judge(exchanges):
+        asked.append(tuple(exchanges))
+        return ["refused"] * len(exchanges)
+
+    arms = [arm(label, answers=[label] * 10, ordinary_answers=[label] * 10) for label in ("plain", "replay")]
+    guard_summary(result(*arms, prompts=PROMPTS, ordinary_prompts=PROMPTS), **LIMITS, judge=judge)
+    assert len(asked) == len(set(asked)) == 2

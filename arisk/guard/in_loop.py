@@ -1,0 +1,215 @@
+"""The protections of `arisk guard` for a training loop of one's own, or for `Trainer`.
+
+What is added to the loss has a `penalty()` whose `total` is a scalar with gradient, as a `LoRAMitigator`
+has: add it in the loop, or give it to `GuardedTrainerMixin` as `mitigator`. Weights read off the run are
+observers: `begin`, `step` after every optimizer step, `end`; `arisk.models.trainer.following` makes a
+callback of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arisk.base.errors import ConfigError
+from arisk.base.task import SampleSet
+from arisk.gradients import layout_of, measuring
+from arisk.guard.afterwards import Averages, between
+from arisk.guard.plan import gradients_of, put_gradients
+from arisk.guard.rivals import SafetyBatches, ewc_penalty, fisher_diagonals, without_conflict
+from arisk.models.anchored import AlignedPoint, kl_to_aligned
+from arisk.training.loop import put
+
+__all__ = [
+    "Addition",
+    "MovePart",
+    "RunAverage",
+    "Total",
+    "consolidation",
+    "divergence",
+    "projection",
+    "replay",
+]
+
+
+@dataclass(frozen=True)
+class Total:
+    """A penalty's value, a scalar with gradient (nats)."""
+
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Something that is added to the training loss; every call of `penalty` takes the next minibatch.
+
+    Attributes:
+        value: its weighted value at the parameters as they are.
+    """
+
+    value: Callable[[], Tensor]
+
+    def penalty(self) -> Total:
+        """The value to add, with gradient."""
+        return Total(self.value())
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
+        raise ConfigError(
+            "no parameter of the model trains", where="guard", fix="attach the adapter, or unfreeze, first"
+        )
+    return found
+
+
+def _minibatches(model: nn.Module, samples: SampleSet, rows: int, seed: int) -> Callable[[], object]:
+    stream = SafetyBatches(samples, rows, seed, next(model.parameters()).device)
+    number = 0
+
+    def following() -> object:
+        nonlocal number
+        number += 1
+        return stream.at(number)
+
+    return following
+
+
+def replay(
+    model: nn.Module, samples: SampleSet, *, weight: float = 0.3, rows: int = 8, seed: int = 0
+) -> Addition:
+    """λ L_safety on a minibatch of these rows: safety rows, own refusals, or rows at risk.
+
+    Args:
+        model: the model that trains.
+        samples: the rows with their loss, such as `own_refusals` or `rows_at_risk` give.
+        weight: λ.
+        rows: rows of a minibatch.
+        seed: of their order.
+    """
+    upcoming = _minibatches(model, samples, rows, seed)
+    return Addition(lambda: weight * samples.loss_fn(model, upcoming()).mean())
+
+
+def divergence(
+    model: nn.Module, samples: SampleSet, *, weight: float = 1.0, rows: int = 8, seed: int = 0
+) -> Addition:
+    """λ KL(p_aligned ‖ p_θ) on a minibatch of safety rows; the aligned model is this one as it is now.
+
+    Args:
+        model: a causal LM before it trains.
+        samples: safety rows.
+        weight: λ.
+        rows: rows of a minibatch.
+        seed: of their order.
+
+    Raises:
+        ConfigError: no parameter trains.
+    """
+    upcoming, aligned = _minibatches(model, samples, rows, seed), AlignedPoint(_trained(model))
+    return Addition(lambda: weight * kl_to_aligned(model, upcoming(), aligned).mean())  # pyright: ignore[reportArgumentType] - a batch of a causal LM
+
+
+def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Addition:
+    """λ Σ_j F_jj (θ_j − θ*_j)², see `arisk.guard.ewc_penalty`; θ* and F are taken now.
+
+    Args:
+        model: the model before it trains.
+        samples: safety rows.
+        weight: λ.
+
+    Raises:
+        ConfigError: no parameter trains.
+        NumericsError: a gradient is not finite.
+    """
+    parameters = _trained(model)
+    known = {id(p) for p in parameters}
+    layout = layout_of(model, [name for name, p in model.named_parameters() if id(p) in known])
+    with measuring(model, layout):
+        diagonals = fisher_diagonals(model, layout, samples)
+    reference = [p.detach().clone() for p in parameters]
+    return Addition(lambda: weight * ewc_penalty(parameters, reference, diagonals))
+
+
+def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int = 0) -> Callable[[], float]:
+    """Takes out of `.grad` what is against a safety minibatch's gradient; call it before clipping.
+
+    Args:
+        model: the model that trains.
+        samples: safety rows.
+        rows: rows of a minibatch.
+        seed: of their order.
+
+    Returns:
+        A function without arguments; it returns the cosine between both gradients before.
+
+    Raises:
+        ConfigError: no parameter trains.
+    """
+    parameters, upcoming = _trained(model), _minibatches(model, samples, rows, seed)
+
+    def project() -> float:
+        with torch.enable_grad():
+            loss = samples.loss_fn(model, upcoming()).mean()
+        safety = torch.autograd.grad(loss, parameters, allow_unused=True)
+        filled = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, safety, strict=True)]
+        changed, cosine = without_conflict(gradients_of(parameters), filled)
+        put_gradients(parameters, changed)
+        return cosine
+
+    return project
+
+
+class RunAverage:
+    """Puts the mean of the weights along the run in place of the last ones, see `arisk.guard.Averages`.
+
+    Args:
+        share: the share of the run that it looks back on, in (0, 1].
+    """
+
+    def __init__(self, share: float = 0.2) -> None:
+        self.share = share
+        self._averages: Averages | None = None
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Start at the aligned model; `steps` optimizer steps are planned."""
+        self._averages = Averages(_trained(model), [self.share], steps)
+
+    def step(self) -> None:
+        """Take in the weights after an optimizer step."""
+        assert self._averages is not None
+        self._averages()
+
+    def end(self) -> None:
+        """Put the mean in place."""
+        assert self._averages is not None
+        put(self._averages.parameters, self._averages.means[self.share])
+
+
+class MovePart:
+    """Leaves θ* + α(θ_T − θ*) after the run, see `arisk.guard.between`.
+
+    Args:
+        alpha: α in [0, 1].
+    """
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._parameters: list[nn.Parameter] = []
+        self._start: list[Tensor] = []
+
+    def begin(self, model: nn.Module, steps: int) -> None:
+        """Keep the aligned model's weights."""
+        del steps
+        self._parameters = _trained(model)
+        self._start = [p.detach().clone() for p in self._parameters]
+
+    def step(self) -> None:
+        """Nothing is done on the way."""
+
+    def end(self) -> None:
+        """Take the move back to its part."""
+        put(self._parameters, between(self._start, [p.detach() for p in self._parameters], self.alpha))

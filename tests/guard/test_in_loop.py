@@ -1,0 +1,181 @@
+"""Protections outside the stage: in a loop of one's own, and in a real Trainer."""
+
+import pytest
+import torch
+
+from arisk.guard import MovePart, RunAverage, consolidation, divergence, projection, replay
+from arisk.models.anchored import ReferenceLosses, constrained
+from arisk.models.losses import per_sample_nll
+from arisk.models.trainer import ConstrainedTrainerMixin, ProjectedTrainerMixin, following
+from tests.guard.test_afterwards import net
+from tests.guard.test_run import classify, data, task_of
+from tests.models.test_trainer import arguments, tiny
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+def flat(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_replay_takes_the_next_minibatch_at_every_call():
+    model, samples = net(), task_of().safety
+    added = replay(model, samples, weight=0.5, rows=4, seed=2)
+    values = [float(added.penalty().total.detach()) for _ in range(3)]
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(2))
+    batches = list(samples.batches)
+    assert values == pytest.approx([0.5 * float(classify(model, batches[i]).mean().detach()) for i in order])
+
+
+def test_divergence_pulls_back_towards_the_model_as_it_was():
+    model, _, safety = tiny()
+    model.eval()
+    added = divergence(model, safety, weight=2.0)
+    assert float(added.penalty().total.detach()) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.3)
+    here = float(added.penalty().total.detach())
+    assert here > 0
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(5):
+        optimizer.zero_grad()
+        added.penalty().total.backward()
+        optimizer.step()
+    assert float(added.penalty().total.detach()) < here
+
+
+def test_consolidation_is_the_quadratic_form_of_the_fisher_diagonal():
+    model, samples = net(), task_of().safety
+    rows = []
+    for x, y in samples.batches:
+        for i in range(len(x)):
+            model.zero_grad()
+            classify(model, (x[i : i + 1], y[i : i + 1])).mean().backward()
+            rows.append(flat(model))
+    fisher = torch.stack(rows).square().mean(0)
+    model.zero_grad()
+    added = consolidation(model, samples, weight=3.0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    assert float(added.penalty().total.detach()) == pytest.approx(3 * 0.01 * float(fisher.sum()), rel=1e-9)
+
+
+def test_projection_leaves_no_gradient_against_safety():
+    model, samples = net(), task_of().safety
+    batch = data(2, 1, flip=1)[0]
+    project = projection(model, samples, rows=4, seed=1)
+    for turn in range(3):
+        model.zero_grad()
+        classify(model, batch).mean().backward()
+        before = flat(model)
+        cosine = project()
+        order = torch.randperm(3, generator=torch.Generator().manual_seed(1))
+        own = classify(model, list(samples.batches)[int(order[turn])]).mean()
+        safety = torch.cat([g.flatten() for g in torch.autograd.grad(own, list(model.parameters()))])
+        assert cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(before, safety, dim=0)))
+        assert float(flat(model) @ safety) >= -1e-12
+
+
+class Path(transformers.TrainerCallback):
+    """Weights after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def look(self, model):
+        self.seen.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.look(kwargs["model"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.look(kwargs["model"])
+
+
+@pytest.mark.parametrize("observer", [RunAverage(0.5), MovePart(0.25)])
+def test_a_trainer_ends_with_the_weights_of_the_observer(tmp_path, observer):
+    model, rows, _ = tiny()
+    path = Path()
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=4),
+        train_dataset=rows,
+        callbacks=[path, following(observer)],
+    )
+    trainer.train()
+    start, end = path.seen[0], path.seen[-1]
+    want = [a + 0.25 * (b - a) for a, b in zip(start, end, strict=True)]
+    if isinstance(observer, RunAverage):
+        want = start
+        for weights in path.seen[1:]:
+            want = [m + (w - m) / 2 for m, w in zip(want, weights, strict=True)]
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    assert all(torch.allclose(p, w, atol=1e-7) for p, w in zip(trained, want, strict=True))
+    assert any(not torch.equal(p, b) for p, b in zip(trained, end, strict=True))
+
+
+class Constrained(ConstrainedTrainerMixin, transformers.Trainer):
+    pass
+
+
+def test_a_trainer_on_constrained_first_tokens_is_a_loop_with_that_loss(tmp_path):
+    found = {}
+    for name in ("trainer", "loop"):
+        model, rows, _ = tiny()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        rows = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in rows[:4]]
+        if name == "trainer":
+            settings = arguments(tmp_path, max_steps=3, optim="sgd", learning_rate=0.5, max_grad_norm=0.0)
+            Constrained(model=model, args=settings, train_dataset=rows).train()
+        else:
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            reference = ReferenceLosses()
+            reference.add(model, batch)
+            tied = constrained(reference)
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (tied.sums(model, batch).sum() / tied.counts(batch).sum()).backward()
+                optimizer.step()
+        found[name] = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    assert torch.allclose(found["trainer"], found["loop"], atol=1e-6)
+
+
+class Projected(ProjectedTrainerMixin, transformers.Trainer):
+    pass
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_trainers_gradients_are_changed_once_per_optimizer_step(tmp_path, accumulation):
+    model, rows, _ = tiny()
+    asked = []
+
+    def none():
+        asked.append(1)
+        for parameter in model.parameters():
+            parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = arguments(tmp_path, max_steps=3, gradient_accumulation_steps=accumulation, optim="sgd")
+    Projected(model=model, args=settings, train_dataset=rows, project=none).train()
+    assert len(asked) == 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_own_refusals_are_made_of_prompts_alone():
+    from arisk.models.from_trainer import safety_rows
+    from tests.guard.test_pipeline import task
+
+    job = task(rows=6)
+    prompts = [{"prompt": row["prompt"]} for row in job.safety.rows]
+    rows = safety_rows(job.model, job.safety.generate.tokenizer, prompts, batch_size=2)
+    said = job.safety.generate(job.model, range(len(prompts)), 128)
+    answers = dict(zip((row["prompt"] for row in job.safety.rows), said, strict=True))
+    assert rows.rows
+    assert all(answers[row["prompt"]] == row["response"] for row in rows.rows)
+    assert float(torch.cat([per_sample_nll(job.model, b).detach() for b in rows.batches]).mean()) < 0.5
