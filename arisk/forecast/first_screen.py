@@ -247,7 +247,7 @@ def advice_of(forecast: ForecastResult, real: RealRun | None, done: Sequence[str
     verdict, grid = forecast.verdict, forecast.what_if
     collapsed = None if real is None else real.collapse_step
     if verdict.level in ("low", "inconclusive") and collapsed is None:
-        return _calm(verdict.level, done)
+        return _calm(verdict.level, done, carried_out=forecast.carried_out)
     advice: list[Advice] = []
     rate = grid.safest_rate()
     # A real run that collapsed outweighs a forecast that did not see it.
@@ -295,9 +295,11 @@ def _other_cell(grid: WhatIfGrid, budget: int) -> Advice | None:
     return Advice(told, "run", f"--set training.max_steps={steps} --set training.learning_rate={value}", 30)
 
 
-def _calm(level: str, done: Sequence[str]) -> list[Advice]:
+def _calm(level: str, done: Sequence[str], *, carried_out: bool) -> list[Advice]:
     if level == "low":
-        told = "Keep a safety evaluation at the end of the run: low risk is a forecast, not a proof."
-        return [Advice(told, place=20)]
+        kept = "one run is one draw" if carried_out else "low risk is a forecast, not a proof"
+        return [Advice(f"Keep a safety evaluation at the end of the run: {kept}.", place=20)]
+    if carried_out:
+        return [Advice("Measure more safety rows, with prompts that the model refuses today.", place=20)]
     told = "Measure more safety rows, or carry the plan out in memory and measure the truth."
     return [Advice(told, "" if "verify" in done else "verify", place=20)]

@@ -305,6 +305,11 @@ def _together_sentence(
     carried_out: bool,
 ) -> str:
     """The verdict in one sentence: in refusals where they were counted, else in loss."""
+    if level == said == "inconclusive" and loss == "low" and refusals is not None and refusals.today < FEW:
+        return (
+            f"Only {refusals.today} of {refusals.prompts} safety prompts are refused today: too few to say "
+            "what the plan does to refusals."
+        )
     if said is None or refusals is None or (said == "inconclusive" and level == loss):
         return _sentence(level, basis, config, horizon, carried_out)
     end, fewest, most = refusals.at_end

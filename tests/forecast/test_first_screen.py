@@ -91,6 +91,8 @@ def test_the_first_screen_says_what_to_do_and_what_really_happened():
     assert [a.verb for a in advice_of(nothing, None, ["screen", "guard"])] == ["run"]
     unsure = made.replaced(forecast, verdict=made.replaced(forecast.verdict, level="inconclusive"))
     assert [a.verb for a in advice_of(unsure, None)] == ["verify"]
+    # What was carried out already is not advice.
+    assert [a.verb for a in advice_of(made.replaced(unsure, carried_out=True), None)] == [""]
 
 
 def test_the_safest_useful_cell_is_advice_with_its_numbers():

@@ -288,6 +288,7 @@ def test_few_refusals_do_not_outweigh_the_loss():
     quiet = verdict(0.0, followed([20] * 5, few))
     assert (quiet.level, quiet.refusal_level) == ("inconclusive", "inconclusive")
     assert any(f"Only {FEW - 1} of 20" in caveat for caveat in quiet.caveats)
+    assert quiet.sentence.startswith(f"Only {FEW - 1} of 20 safety prompts are refused today: too few to say")
 
 
 def test_a_safety_set_that_measures_something_else_is_inconclusive_whatever_the_loss_does():
