@@ -431,11 +431,19 @@ def load_judge(
         device: where it computes.
 
     Raises:
-        InputError: the model cannot be loaded.
+        InputError: the model cannot be loaded, or not all of its weights are there.
+        NumericsError: weights are NaN or infinite.
         ConfigError: no label of the classifier means a refusal, or the prompt has no `{answer}`.
         MissingExtraError: transformers is not installed.
     """
-    from arisk.models.loading import hf_module
+    from arisk.models.loading import (
+        cause_of,
+        hf_module,
+        require_files,
+        require_finite,
+        require_tensors,
+        require_whole,
+    )
 
     if "{answer}" not in prompt:
         raise ConfigError(
@@ -443,17 +451,25 @@ def load_judge(
         )
     transformers = hf_module("transformers")
     name = "AutoModelForSequenceClassification" if kind == "classifier" else "AutoModelForCausalLM"
-    local = Path(str(path)).exists()
+    folder, where = Path(str(path)), f"behaviour.judge.path: {path}"
+    if folder.is_dir():
+        require_files(folder, "behaviour.judge.path")
+        require_tensors(folder, where, "convert them to safetensors")
+    local: dict[str, Any] = {"local_files_only": folder.exists()}
     try:
-        model = getattr(transformers, name).from_pretrained(str(path), local_files_only=local)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=local)
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as err:
-        lines = str(err).strip().splitlines()
+        model, info = getattr(transformers, name).from_pretrained(
+            str(path), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **local
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **local)
+    except Exception as err:
         raise InputError(
-            f"the judge cannot be loaded: {lines[0] if lines else type(err).__name__}",
-            where=f"behaviour.judge.path: {path}",
+            f"the judge cannot be loaded: {cause_of(err)}",
+            where=where,
             fix=f"give the folder or hub id of a {kind} that this machine can reach",
         ) from err
+    # A head that is not in the files would be drawn at random, and judge.
+    require_whole(info, model, where)
+    require_finite(model, where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -36,6 +36,7 @@ __all__ = [
     "require_files",
     "require_finite",
     "require_room",
+    "require_tensors",
     "require_whole",
     "require_whole_adapter",
     "save_tuned",
@@ -405,25 +406,29 @@ def cause_of(err: Exception) -> str:
     return line
 
 
-def _require_tensors(config: ModelConfig) -> None:
-    """Refuse weights in pickle files, which may run code, unless they were asked for.
+def require_tensors(folder: Path, where: str, fix: str) -> None:
+    """Refuse weights in pickle files, which may run code.
+
+    Args:
+        folder: of the model.
+        where: the model's path, for messages.
+        fix: what to do about pickle files.
 
     Raises:
         InputError: the folder holds no other weights.
     """
-    path = Path(str(config.path))
-    if config.pickle_weights or config.gguf_file or not path.is_dir() or any(path.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):
         return
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise InputError(
             f"the weights are pickle files ({pickles[0]}), which can run code when they are read",
-            where=f"model.path: {path}",
-            fix="convert them to safetensors, or set `model.pickle_weights: true` if you trust their source",
+            where=where,
+            fix=fix,
         )
     raise InputError(
         "this folder holds no weights: no .safetensors file",
-        where=f"model.path: {path}",
+        where=where,
         fix="give a folder made by save_pretrained, with config.json, weights and tokenizer files",
     )
 
@@ -522,7 +527,13 @@ def load_model(
     """
     transformers = _quiet()
     _require_model_folder(config)
-    _require_tensors(config)
+    folder = Path(str(config.path))
+    if folder.is_dir() and not config.pickle_weights and not config.gguf_file:
+        require_tensors(
+            folder,
+            f"model.path: {folder}",
+            "convert them to safetensors, or set `model.pickle_weights: true` if you trust their source",
+        )
     settings = model_config(config)
     _require_sizes(settings, config)
     if getattr(settings, "is_encoder_decoder", False):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig, ProbeConfig
+from arisk.config.yaml import shortened
 from arisk.models.formats import CHOICE, FORMATS, SAFETY_SETS, Fields, Format, Row, RowFault, named
 
 if TYPE_CHECKING:
@@ -505,14 +506,24 @@ def _json(path: Path, section: str) -> Iterator[tuple[int, Any]]:
 def _table(path: Path, section: str) -> Iterator[tuple[int, Any]]:
     """Rows of a table with a header; every value is text."""
     csv.field_size_limit(LONGEST_FIELD)
+    mark, read, last = TABLES[path.suffix], list[str](), list[str]()
+
+    def remembered(lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            read.append(line)
+            yield line
+
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=TABLES[path.suffix], restkey="")
+            reader = csv.DictReader(remembered(file), delimiter=mark, restkey="")
             for number, row in enumerate(reader, start=1):
+                last = read.copy()
+                read.clear()
                 if "" in row and isinstance(row[""], list):
                     yield number, RowFault("the row has more fields than the header", "quote the text")
                 else:
                     yield number, row
+        _require_closed(last or read, mark)
     except (csv.Error, UnicodeDecodeError) as err:
         raise InputError(
             f"the table cannot be read: {err}",
@@ -521,11 +532,29 @@ def _table(path: Path, section: str) -> Iterator[tuple[int, Any]]:
         ) from err
 
 
+def _require_closed(lines: Sequence[str], mark: str) -> None:
+    """Refuse a last row whose quotation never closes: it has swallowed all rows behind it.
+
+    Raises:
+        csv.Error: it is open.
+    """
+    try:
+        list(csv.reader(lines, delimiter=mark, strict=True))
+    except csv.Error as err:
+        if "unexpected end" in str(err):
+            what = f"a quotation mark opens in {shortened(repr(lines[0]), 80)} and never closes"
+            raise csv.Error(what) from err
+
+
 def _texts(path: Path, column: str) -> Iterator[tuple[int, Any]]:
     """Every line of a file as a row of one column."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(b"\xef\xbb\xbf").strip()
+            if b"\r" in content:
+                what = "a line end of another system is inside the line"
+                yield number, RowFault(what, "save the file with the line ends of Unix or Windows")
+                continue
             try:
                 if content:
                     yield number, {column: content.decode()}

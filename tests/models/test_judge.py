@@ -1,11 +1,13 @@
 """The rule of refusals on labelled answers, learnt openings, broken text, and judge models made here."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.models.judge import (
@@ -267,5 +269,32 @@ def test_a_guard_judges(tmp_path):
 
 
 def test_a_judge_that_is_none(tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="holds no weights"):
         load_judge(tmp_path, "guard", prompt="{answer}", refused="yes", rule=RefusalRule())
+
+
+def without_head(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier")}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (without_head, "2 of the model's weights are not in its files: classifier.bias, classifier.weight"),
+        (pickled, "pickle files"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 900), "cut off or damaged"),
+        (lambda folder: os.mkfifo(folder / "more"), "neither a file nor a link"),
+    ],
+    ids=["head", "pickle", "truncated", "pipe"],
+)
+def test_a_judge_that_is_not_whole_does_not_judge(classifier, harm, says):
+    harm(classifier)
+    with pytest.raises(InputError, match=says) as caught:
+        load_judge(classifier, "classifier", prompt="{answer}", refused="reject", rule=RefusalRule())
+    assert caught.value.where.startswith("behaviour.judge.path")

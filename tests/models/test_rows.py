@@ -469,3 +469,24 @@ def test_parts_of_a_split_are_those_of_datasets(tmp_path, split):
 def test_what_is_no_part_of_a_split(tmp_path, split):
     with pytest.raises(ConfigError, match="no part of a split"):
         read(jsonl(tmp_path, {"text": "a"}), split=split)
+
+
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_a_quotation_that_never_closes_swallows_no_rows(tmp_path, mark):
+    lines = [mark.join(pair) for pair in (("prompt", "response"), ("a", "b"), ("c", '"d'), ("e", "f"))]
+    path = tmp_path / ("d.csv" if mark == "," else "d.tsv")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="never closes") as caught:
+        read(path)
+    assert '"d' in caught.value.what
+    path.write_text("\n".join([*lines[:2], mark.join(("c", '"d\ne"'))]))
+    assert len(read(path).rows) == 2
+
+
+def test_line_ends_of_another_system_make_no_single_row(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"one ?\rtwo ?\rthree ?\r")
+    with pytest.raises(InputError, match="line end of another system"):
+        read(path, section="safety", format="prompts")
+    path.write_bytes(b"one ?\r\ntwo ?\r\n")
+    assert [row.prompt for row in read(path, section="safety", format="prompts").rows] == ["one ?", "two ?"]
