@@ -404,7 +404,8 @@ def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dic
     rundir = RunDir(run_dir)
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(catalogue, config, input_fingerprints(config, cache), rundir)
-    cache.save()
+    if (run_dir / CONFIG_FILE).is_file():  # Whatever else is there stays as it is.
+        cache.save()
     optional, left_out = catalogue.optional, catalogue.left_out(config, rundir)
     rows: list[dict[str, Any]] = []
     for state in states:

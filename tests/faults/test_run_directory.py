@@ -13,7 +13,7 @@ from arisk.base.errors import ArtifactError, ConfigError
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config
 from arisk.engine.fingerprints import DigestCache, stage_key
-from arisk.engine.freshness import made_from
+from arisk.engine.freshness import made_from, status_rows
 from arisk.engine.run import run_stages
 from arisk.engine.rundir import RunDir
 
@@ -278,3 +278,14 @@ def test_files_of_both_kinds_follow_the_umask(tmp_path, umask):
         os.umask(before)
     modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
     assert modes == {0o666 & ~umask}
+
+
+def test_status_leaves_a_folder_that_is_no_run_as_it_is(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    rows = str(tmp_path / "rows.jsonl")
+    config = Config.model_validate(
+        {"model": {"path": str(tmp_path / "model")}, "safety": rows, "finetune": rows}
+    )
+    status_rows(catalogue(), config, tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
