@@ -50,10 +50,11 @@ WORTH = {
     "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
     "flagged ones, most of them, about halved the real drift. A score at the aligned model itself "
     "(points: start) is little better than chance.",
-    "path": "On the fixture language rows that comply with forbidden prompts rank first "
-    "(`just bench removal --lds`; tests/bench/README.md has the numbers). Rows that undo each other, and "
-    "rows that the steps meet late, are told less surely.",
-    "anchors": "No removal of rows was measured that supports this score yet: take it as a first look.",
+    "path": "Measured by `just bench removal --lds` on one mixture of the fixture language: sums of path "
+    "scores foretell thirty real runs on half of the rows at a rank correlation of .78, scores at a point "
+    "at .67; both rank the harmful rows first. On real models it was not measured.",
+    "anchors": "At chance on the fixture language (`just bench removal --lds`); on real models it was not "
+    "measured. Take it as a first look.",
 }
 
 
