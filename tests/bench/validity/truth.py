@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from arisk.training.panels import sample_losses
 from arisk.training.recipe import recipe_of
 from tests.bench.validity.jobs import Job, heldout, job_task
 
+#: What really happened; it changes only with the planned training.
+KEPT = Path(__file__).with_name("truths.json")
 #: Early steps, and even distances over the whole run. Between two points a curve is taken as straight.
 EARLY, PARTS = (0, 1, 2, 3, 5), 24
 
@@ -27,6 +30,31 @@ def measured_steps(steps: int) -> list[int]:
     return sorted(
         {step for step in EARLY if step <= steps} | {round(steps * i / PARTS) for i in range(PARTS + 1)}
     )
+
+
+@functools.cache
+def kept_truths() -> Mapping[str, dict[str, Any]]:
+    """Truths of earlier runs of the benchmark, by the name of their job."""
+    return json.loads(KEPT.read_text(encoding="utf-8"))["jobs"] if KEPT.exists() else {}
+
+
+def keep_truths(folder: Path) -> int:
+    """Put the truths of a folder into `KEPT`, without training losses; returns how many it holds now."""
+    found = dict(kept_truths())
+    for path in sorted((folder / "truth").glob("*.json")):
+        curve = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {name: [float(f"{v:.5g}") for v in curve[name]] for name in ("safety", "control")}
+        found[path.stem] = {"steps": curve["steps"], **numbers}
+    lines = ",\n".join(
+        f'"{name}":{json.dumps(curve, separators=(",", ":"))}' for name, curve in sorted(found.items())
+    )
+    KEPT.write_text(f'{{"version":1,"model":"tiny-aligned","jobs":{{\n{lines}\n}}}}\n', encoding="utf-8")
+    return len(found)
+
+
+def kept_or_real(job: Job, folder: Path) -> dict[str, Any]:
+    """The kept truth of a job, or a real fine-tune where none is kept."""
+    return kept_truths().get(job.name) or real_run(job, folder)
 
 
 def real_run(job: Job, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.bench.validity.jobs import FRESH, LOW, REPORT, TUNE, Job, long_jobs, standard_jobs
 from tests.bench.validity.predict import ABLATIONS, ablated, forecasts, rolled_out
-from tests.bench.validity.truth import cached, real_run
+from tests.bench.validity.truth import cached, kept_or_real, real_run
 
 #: Data sets by their part in the benchmark.
 SETS = {"tune": TUNE, "report": REPORT, "fresh": FRESH, "low": LOW}
@@ -44,10 +44,17 @@ def items(*, quick: bool) -> list[Item]:
     return [(kind, job) for kind, jobs in kinds for job in jobs]
 
 
-def compute(kind: str, job: Job, folder: Path) -> None:
-    """One item, kept as a file."""
+def compute(kind: str, job: Job, folder: Path, anew: bool = False) -> None:
+    """One item, kept as a file.
+
+    Args:
+        kind: of item.
+        job: the plan.
+        folder: where results are kept.
+        anew: train really, whatever has been kept of earlier runs.
+    """
     if kind == "truth":
-        cached(kind, job, folder, real_run)
+        cached(kind, job, folder, real_run if anew else kept_or_real)
     elif kind == "forecast":
         cached(kind, job, folder, forecasts)
     elif kind == "rollout":
@@ -57,7 +64,7 @@ def compute(kind: str, job: Job, folder: Path) -> None:
         cached(kind, job, folder, lambda j, f: ablated(j, f, name))
 
 
-def compute_all(work: Sequence[Item], folder: Path, *, workers: int) -> list[str]:
+def compute_all(work: Sequence[Item], folder: Path, *, workers: int, anew: bool = False) -> list[str]:
     """Compute what is not there yet; returns a line for every item that failed."""
     left = [(kind, job) for kind, job in work if not (folder / kind / f"{job.name}.json").exists()]
     print(f"{len(work) - len(left)} of {len(work)} results are there, {len(left)} to compute", flush=True)
@@ -67,7 +74,7 @@ def compute_all(work: Sequence[Item], folder: Path, *, workers: int) -> list[str
     os.environ["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(compute, kind, job, folder): (kind, job) for kind, job in left}
+        futures = {pool.submit(compute, kind, job, folder, anew): (kind, job) for kind, job in left}
         for number, future in enumerate(as_completed(futures), 1):
             kind, job = futures[future]
             error = future.exception()
