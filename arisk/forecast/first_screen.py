@@ -37,7 +37,7 @@ def verdict_section(
     v = forecast.verdict
     # What was measured needs no record of forecasts.
     foreseen = v.basis in forecast.forecasters and not forecast.carried_out
-    worth = [record_line(v.basis)] if foreseen else []
+    worth = [record_line(v.basis, forecast.training, task)] if foreseen else []
     # What really happened is worth more than any record.
     happened = [] if real is None else [real.sentence]
     rules = f'<ul class="plain">{items(v.reasons)}</ul>'

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arisk.report.section import esc, notes, table
-from arisk.report.text import NOT_MEASURED, percent
+from arisk.report.section import notes, table
+from arisk.report.text import NOT_MEASURED, percent, wilson
 
-__all__ = ["record_line", "validity", "worth", "worth_line", "worth_rows"]
+__all__ = ["counted", "record_line", "validity", "worth", "worth_line", "worth_rows"]
 
 #: Rows of the table: name in the benchmark, and in the report.
 FORECASTERS = {
@@ -68,34 +68,53 @@ def worth_line(name: str, what: str | None = None) -> str:
     return f"{called}: {said} ({found['jobs']} real fine-tunes of a small aligned model)."
 
 
-#: What has changed since the stored benchmark was made; goes when it is made again.
-EARLIER = (
-    "This record is of an earlier version, whose planned training took means over rows where trainers take "
-    "the mean over a step's tokens; how right forecasts of refusals are has not been measured yet."
-)
 #: Forecasters that verdicts rest on.
 JUDGED = ("combined", "rollout")
+#: Held-out jobs of the benchmark, by mode and optimizer.
+BY_GROUP = "Held-out verdicts by mode and optimizer"
+NOT_YET = "How right forecasts of refusals are has not been measured yet."
 
 
-def record_line(name: str) -> str:
-    """The record of the verdicts for who reads one line, in counts: collapses called high, and false alarms.
+def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any]) -> str:
+    """The record of the verdicts for who reads one line: collapses called high, and false alarms.
 
     Args:
         name: forecaster that a verdict rests on.
+        training: the plan; the record is that of its optimizer.
+        task: what the loader says of the model; the record is that of its mode, LoRA or all weights.
+
+    Returns:
+        Counts with 95 % Wilson intervals, never pooled over modes and optimizers; that there is no record,
+        where there is none for this one.
     """
-    counts = {
-        row["name"]: (row["collapsed"], row["did not"]) for row in validity().get(f"{SHOWN}: verdicts", [])
-    }
-    if name not in JUDGED or not counts:
+    if name not in JUDGED:
         return worth_line(name)
-    collapsed, spared = (sum(both) for both in zip(*counts.values(), strict=True))
-    high = counts["high"]
+    mode = "lora" if task.get("adapter") else "full"
+    optimizer = str(training.get("optimizer") or "")
+    called = f"{'LoRA' if mode == 'lora' else 'all weights'} with {optimizer or 'this optimizer'}"
+    found = next((row for row in validity().get(BY_GROUP, ()) if row["name"] == f"{mode} {optimizer}"), None)
+    if found is None:
+        return f"No record yet of {called}: check it with `arisk verify`. {NOT_YET}"
+    hit = counted(found["collapsed: high"], found["collapsed"], least=True)
+    false = counted(found["did not: high"], found["did not"], least=False)
     return (
-        f"Record: {high[0]} of {collapsed} real collapses were called high, {high[1]} of {spared} harmless "
-        "fine-tunes were (small model, artificial language, judged by loss, for an earlier version). How "
-        "right "
-        "forecasts of refusals are has not been measured yet."
+        f"Record of {called}: {hit} real collapses were called high, {false} harmless fine-tunes were (small "
+        f"model, artificial language, judged by loss). {NOT_YET}"
     )
+
+
+def counted(hits: int, of: int, *, least: bool) -> str:
+    """A count with the end of its interval that matters: `48 of 49 (89 % at least)`.
+
+    Args:
+        hits: of them.
+        of: how many there are.
+        least: give the lower end, else the upper one.
+    """
+    if not of:
+        return "none of none"
+    low, high = wilson(hits, of)
+    return f"{hits} of {of} ({percent(low if least else high)} at {'least' if least else 'most'})"
 
 
 def worth_rows() -> dict[str, tuple[str, ...]]:
@@ -126,7 +145,7 @@ def worth() -> str:
     return (
         '<section id="worth"><h2>What each predictor is worth</h2>'
         f'<p class="note">Benchmark, not this run: what was said before {jobs} real fine-tunes of a small '
-        f"aligned model, against what then happened to held-out safety prompts. {esc(EARLIER)}</p>"
+        f"aligned model, against what then happened to held-out safety prompts. {NOT_YET}</p>"
         f"{table(header, rows)}"
         f"{notes(READING)}"
         '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '

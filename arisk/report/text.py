@@ -20,6 +20,7 @@ __all__ = [
     "number",
     "percent",
     "signed",
+    "wilson",
 ]
 
 NOT_MEASURED = "not measured"
@@ -65,6 +66,27 @@ def percent(value: float | None) -> str:
     if 0.99 < value < 1:
         return "> 99 %"
     return f"{value:.0%}".replace("%", " %")
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 % at z = 1.96: (0, 1) of nothing.
+
+    (k + z²/2 ± z √(k (n − k)/n + z²/4)) / (n + z²), of k in n.
+
+    Args:
+        hits: k.
+        count: n.
+        z: standard normal quantile.
+
+    >>> [round(x, 2) for x in wilson(0, 7)]
+    [0.0, 0.35]
+    """
+    if not count:
+        return 0.0, 1.0
+    share, extra = hits / count, z * z / count
+    middle = (share + extra / 2) / (1 + extra)
+    half = z * math.sqrt(share * (1 - share) / count + extra / count / 4) / (1 + extra)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def chance(probability: float | None) -> str:

@@ -1,6 +1,8 @@
 """What predictors were worth is read from the stored benchmark."""
 
-from arisk.forecast.worth import record_line, validity, worth_line
+import pytest
+
+from arisk.forecast.worth import counted, record_line, validity, worth_line
 
 
 def test_worth_is_read_from_the_stored_benchmark():
@@ -8,10 +10,35 @@ def test_worth_is_read_from_the_stored_benchmark():
     line = worth_line("rollout", "it")
     assert line.startswith(f"it: ρ {row['ρ final']:.2f} with the real final change, AUC {row['AUC']:.2f}")
     assert f"({row['jobs']} real fine-tunes" in line
-    counts = {row["name"]: row for row in validity()["Fresh mixtures: verdicts"]}
-    high, collapsed = counts["high"], sum(row["collapsed"] for row in counts.values())
-    assert f"{high['collapsed']} of {collapsed} real collapses were called high" in record_line("rollout")
-    assert f"{high['did not']} of " in record_line("combined")
-    assert record_line("local") == worth_line("local")
     assert "not benchmarked" in worth_line("nobody")
-    assert "not benchmarked" in record_line("nobody")
+
+
+@pytest.mark.parametrize(("adapter", "optimizer"), [(None, "sgd"), ({"r": 8}, "adamw")])
+def test_the_record_is_that_of_the_mode_and_optimizer(adapter, optimizer):
+    name = f"{'lora' if adapter else 'full'} {optimizer}"
+    row = next(row for row in validity()["Held-out verdicts by mode and optimizer"] if row["name"] == name)
+    line = record_line("combined", {"optimizer": optimizer}, {"adapter": adapter})
+    assert f"{row['collapsed: high']} of {row['collapsed']} (" in line
+    assert f"{row['did not: high']} of {row['did not']} (" in line
+    assert line == record_line("rollout", {"optimizer": optimizer}, {"adapter": adapter})
+    assert ("LoRA" in line) == (adapter is not None)
+
+
+def test_no_record_is_said():
+    assert record_line("combined", {"optimizer": "lion"}, {}).startswith(
+        "No record yet of all weights with lion"
+    )
+    assert record_line("local", {}, {}) == worth_line("local")
+    assert "not benchmarked" in record_line("nobody", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("hits", "of", "least", "said"),
+    [
+        (0, 7, False, "0 of 7 (35 % at most)"),
+        (48, 49, True, "48 of 49 (89 % at least)"),
+        (0, 0, True, "none of none"),
+    ],
+)
+def test_counts_stand_with_the_end_that_matters(hits, of, least, said):
+    assert counted(hits, of, least=least) == said

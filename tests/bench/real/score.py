@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from arisk.report.text import wilson
 from tests.bench.measure import print_table
 
 TRUTHS = Path(__file__).parent.parent / "truths"
@@ -176,20 +177,6 @@ def _forecast(entry: dict[str, Any], truth: Truth) -> Forecast:
         entry.get("safety_rise"),
         entry.get("cpu_seconds"),
     )
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; (0, 1) of nothing.
-
-    >>> [round(x, 2) for x in wilson(0, 7)]
-    [0.0, 0.35]
-    """
-    if not count:
-        return 0.0, 1.0
-    share, extra = hits / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = z * math.sqrt(share * (1 - share) / count + extra / count / 4) / (1 + extra)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:

@@ -49,6 +49,13 @@ def block(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ]
     levels = ("low", "elevated", "inconclusive", "high")
     parts.append(f"Verdicts, as jobs that collapsed / did not:\n\n{table(verdicts, levels)}")
+    held_out = tables.get("Held-out verdicts by mode and optimizer", [])
+    if held_out:
+        columns = [column for column in held_out[0] if column != "name"]
+        parts.append(
+            "The same by mode and optimizer, fresh mixtures and sets not tuned on together (what the report "
+            f"shows beside a verdict):\n\n{table(held_out, columns)}"
+        )
     covers = [
         {**row, "name": f"{row['name']}, {title.lower()}"}
         for title in ("Fresh mixtures", "Data sets not tuned on", "Long runs")

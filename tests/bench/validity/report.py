@@ -23,7 +23,9 @@ from tests.bench.validity.tables import (
     record_of,
     rows_of,
     scalar_cases,
+    verdict_group_rows,
     verdict_rows,
+    verdicts,
     what_if_cases,
 )
 from tests.bench.validity.work import QUICK, ablation_jobs
@@ -33,6 +35,8 @@ ALARM = CONFIG.alarm_fraction * THRESHOLD
 #: Whose intervals are stated.
 STATED = ("pilot", "rollout", "combined")
 SCALAR_COLUMNS = ("ρ final", "AUC")
+#: Title of the record that the report shows: jobs that no choice was made on.
+BY_GROUP = "Held-out verdicts by mode and optimizer"
 
 
 def all_tables(folder: Path, *, quick: bool) -> dict[str, Any]:
@@ -53,6 +57,7 @@ def all_tables(folder: Path, *, quick: bool) -> dict[str, Any]:
     _main(tables, "Low contamination", standard_jobs(LOW), folder)
     _main(tables, "Long runs", long_jobs(), folder)
     every = [*report, *standard_jobs(FRESH)]
+    tables[BY_GROUP] = verdict_group_rows(verdicts(every, folder, CONFIG, THRESHOLD))
     title = "What-if: a third or a quarter of a learning rate, read off its rollout"
     _put(tables, title, what_if_cases(every, folder, CONFIG))
     jobs = ablation_jobs()
@@ -75,7 +80,7 @@ def _main(tables: dict[str, Any], title: str, jobs: Sequence[Job], folder: Path)
     tables[f"{title}: plain numbers"] = rows_of(numbers, columns) if numbers else []
     stated = {name: cases[name] for name in STATED}
     tables[f"{title}: coverage of 80 % intervals"] = rows_of(stated, coverage(THRESHOLD, 20))
-    tables[f"{title}: verdicts"] = verdict_rows(jobs, folder, CONFIG, THRESHOLD)
+    tables[f"{title}: verdicts"] = verdict_rows(verdicts(jobs, folder, CONFIG, THRESHOLD))
     tables[f"{title}: cost"] = cost_rows(jobs, folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -172,9 +173,14 @@ def ablation_cases(jobs: Sequence[Job], folder: Path, name: str) -> list[Case]:
     return found
 
 
-def verdict_rows(jobs: Sequence[Job], folder: Path, config: ForecastConfig, threshold: float) -> list[Row]:
-    """How many jobs collapsed, by the verdict's level."""
-    counts = {level: [0, 0] for level in ("low", "elevated", "high", "inconclusive")}
+LEVELS = ("low", "elevated", "high", "inconclusive")
+
+
+def verdicts(
+    jobs: Sequence[Job], folder: Path, config: ForecastConfig, threshold: float
+) -> list[tuple[Job, str, bool]]:
+    """Of every job that was computed: the verdict's level, and whether it really collapsed."""
+    found: list[tuple[Job, str, bool]] = []
     for job in jobs:
         truth, record = truth_line(job, folder), record_of(job, folder)
         if truth is None or record is None:
@@ -182,8 +188,29 @@ def verdict_rows(jobs: Sequence[Job], folder: Path, config: ForecastConfig, thre
         plan = recipe_of(job_config(job, folder).training, job.steps)
         curves = {name: reader(record, plan, config, 0) for name, reader in READERS.items()}
         level = decide(curves, config, job.steps).level
-        counts[level][truth.crossing(threshold) is None] += 1
-    return [{"name": level, "collapsed": a, "did not": b} for level, (a, b) in counts.items()]
+        found.append((job, level, truth.crossing(threshold) is not None))
+    return found
+
+
+def verdict_rows(found: Sequence[tuple[Job, str, bool]]) -> list[Row]:
+    """How many jobs collapsed, by the verdict's level."""
+    counts = Counter((level, collapsed) for _, level, collapsed in found)
+    return [
+        {"name": level, "collapsed": counts[level, True], "did not": counts[level, False]} for level in LEVELS
+    ]
+
+
+def verdict_group_rows(found: Sequence[tuple[Job, str, bool]]) -> list[Row]:
+    """The same within every mode and optimizer: those that collapsed and those that did not, by level."""
+    rows: list[Row] = []
+    for group in sorted({job.group for job, _, _ in found}):
+        counts = Counter((level, collapsed) for job, level, collapsed in found if job.group == group)
+        row: Row = {"name": group}
+        for collapsed, word in ((True, "collapsed"), (False, "did not")):
+            row[word] = sum(counts[level, collapsed] for level in LEVELS)
+            row |= {f"{word}: {level}": counts[level, collapsed] for level in LEVELS}
+        rows.append(row)
+    return rows
 
 
 def what_if_cases(jobs: Sequence[Job], folder: Path, config: ForecastConfig) -> dict[str, list[Case]]:
