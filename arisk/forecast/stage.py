@@ -138,7 +138,7 @@ ROLLOUT = Stage(
 
 FORECAST = Stage(
     name="forecast",
-    version=11,
+    version=12,
     help="Every forecaster's curve, the what-if grid and the verdict; loads no model",
     run=_forecast,
     upstream=("rollout",),
