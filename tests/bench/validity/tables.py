@@ -95,10 +95,11 @@ def scalars(job: Job, folder: Path) -> dict[str, float]:
 
 
 def extrapolated(truth: Line, known: int) -> Line:
-    """What `known` real steps say: the loss grows on as the power law of its last half."""
+    """What `known` real steps say: the loss grows on as the power law of its last half, or its last three points."""
     kept = [(s, v) for s, v in zip(truth.steps, truth.values, strict=True) if 0 < s <= known]
     last = kept[-1][1]
-    pairs = [(math.log(s), math.log(v)) for s, v in kept if s >= known / 2 and v > 0]
+    half = sum(s >= known / 2 for s, _ in kept)
+    pairs = [(math.log(s), math.log(v)) for s, v in kept[-max(half, 3) :] if v > 0]
     if last <= 0 or len(pairs) < 2:
         return Line(truth.steps, [v if s <= known else last for s, v in _pairs(truth)])
     mean_x = sum(x for x, _ in pairs) / len(pairs)
