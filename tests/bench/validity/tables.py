@@ -95,18 +95,21 @@ def scalars(job: Job, folder: Path) -> dict[str, float]:
 
 
 def extrapolated(truth: Line, known: int) -> Line:
-    """What `known` real steps say: the loss grows on as the power law of its last half, or its last three points."""
+    """What `known` real steps say: the loss grows on as the power law of its last half.
+
+    Where fewer than three points of it were measured, the last three points.
+    """
     kept = [(s, v) for s, v in zip(truth.steps, truth.values, strict=True) if 0 < s <= known]
-    last = kept[-1][1]
+    at, last = kept[-1]
     half = sum(s >= known / 2 for s, _ in kept)
     pairs = [(math.log(s), math.log(v)) for s, v in kept[-max(half, 3) :] if v > 0]
-    if last <= 0 or len(pairs) < 2:
-        return Line(truth.steps, [v if s <= known else last for s, v in _pairs(truth)])
-    mean_x = sum(x for x, _ in pairs) / len(pairs)
-    mean_y = sum(y for _, y in pairs) / len(pairs)
-    power = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / sum((x - mean_x) ** 2 for x, _ in pairs)
-    power = min(max(power, 0.0), 4.0)
-    return Line(truth.steps, [v if s <= known else last * (s / known) ** power for s, v in _pairs(truth)])
+    power = 0.0
+    if last > 0 and len(pairs) >= 2:
+        mean_x = sum(x for x, _ in pairs) / len(pairs)
+        mean_y = sum(y for _, y in pairs) / len(pairs)
+        power = sum((x - mean_x) * (y - mean_y) for x, y in pairs) / sum((x - mean_x) ** 2 for x, _ in pairs)
+        power = min(max(power, 0.0), 4.0)
+    return Line(truth.steps, [v if s <= at else last * (s / at) ** power for s, v in _pairs(truth)])
 
 
 def _pairs(line: Line) -> Iterable[tuple[int, float]]:
