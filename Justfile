@@ -38,7 +38,7 @@ bench *ARGS: setup
 fuzz MINUTES="30" *ARGS: setup
     {{bin}}/python -m tests.faults.fuzz {{MINUTES}} {{ARGS}}
 
-# Compare forecasts with many real fine-tunes: two hours on two cores, minutes with --quick; resumable.
+# Compare forecasts with many real fine-tunes: an hour on two cores (two with --anew), minutes with --quick; resumable.
 bench-validity *ARGS: setup
     {{bin}}/python -m tests.bench.validity {{ARGS}}
 
