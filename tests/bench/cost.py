@@ -25,6 +25,7 @@ import torch
 
 from arisk.config.plan import Config, RolloutConfig
 from arisk.config.yaml import validate_mapping
+from arisk.forecast.account import PANEL, account
 from arisk.forecast.leap import planned_points, rollout_cost, scored_rows
 from arisk.forecast.rollout import FOLLOWED_FROM, SCALES
 from arisk.gradients import layout_of, measuring
@@ -40,6 +41,8 @@ HORIZONS = (60, 200, 1000, 2000)
 STEPS, ROWS, LENGTH = 4, 64, 160
 #: Rows of the plan that are scored to time one of them.
 SCORED = 16
+#: Gradients of a rollout, about, by which the account chooses its number of rows.
+ROLLED = 68
 
 
 def config_of(model: str, data: str) -> Config:
@@ -97,9 +100,14 @@ def part(name: str, model: str, data: str) -> float:
     with ExitStack() as inside:
         inside.enter_context(measuring(task.model, layout))
         start = inside.enter_context(keeping_parameters(task.model, layout))
-        del start
         run = PlannedRun(task, layout, recipe_of(config.training, 200), 0)
-        work, count = _work(name, run, config, cpu)
+        if name == "account":
+            run.step(1)
+            run.gradient_evaluations = ROLLED
+            few = split_panel(task.safety, ROWS, PANEL, cpu).lead
+            work, count = (lambda: account(run, layout, start, few, 0.0)), 1
+        else:
+            work, count = _work(name, run, config, cpu)
         begun = time.process_time()
         work()
         return (time.process_time() - begun) / count
@@ -160,7 +168,7 @@ def _read(
 PARTS = (
     "start", "plain step", "real step", "loss before a leap", "scored row", "leading safety rows",
     "leading control rows", "other safety rows", "other control rows", "openings", "answers",
-    "extrapolated outputs",
+    "extrapolated outputs", "account",
 )  # fmt: skip
 
 
@@ -191,6 +199,7 @@ def counts(horizon: int, inner: int) -> dict[str, float]:
         "openings": 1 + sum(point >= min(FOLLOWED_FROM, pilot) for point in points),
         "answers": 2 + min(inner, 4),
         "extrapolated outputs": 1,
+        "account": 1,
     }
 
 
