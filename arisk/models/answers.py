@@ -137,7 +137,7 @@ class GreedyAnswers:
         cpu = torch.device("cpu")
         return [
             opening_batch(
-                [self.prompt(i) for i in rows[at : at + size]], openings[at : at + size], self._pad, cpu
+                [self.prompt(i) for i in rows[at : at + size]], openings[at : at + size], self.padding, cpu
             )
             for at in range(0, len(rows), size)
         ]

@@ -277,7 +277,9 @@ def read_between(at: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
     if len(at) == 1:
         return values.expand(*values.shape[:-1], len(wanted)).clone()
     right = torch.searchsorted(at, wanted).clamp(1, len(at) - 1)
-    share = ((wanted - at[right - 1]) / (at[right] - at[right - 1])).clamp(0, 1)
+    # Points may coincide, where the learning rate is 0.
+    apart = (at[right] - at[right - 1]).clamp(min=torch.finfo(at.dtype).tiny)
+    share = ((wanted - at[right - 1]) / apart).clamp(0, 1)
     return values[..., right - 1] * (1 - share) + values[..., right] * share
 
 

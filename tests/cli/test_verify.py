@@ -76,7 +76,7 @@ def test_it_prints_forecast_and_truth_and_ends_with_the_report(verified):
     folder, out = verified
     body = summary(folder)["verify"]
     lines = out.splitlines()
-    assert lines[0] == body["sentence"]
+    assert lines[:2] == [body["refusal_sentence"], body["sentence"]]
     assert lines[-1] == f"report: {folder / 'report' / 'report.html'}"
     cells = {line.split("  ")[0]: line for line in lines}
     real = body["real_collapse"]
