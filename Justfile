@@ -20,7 +20,7 @@ demo *ARGS: setup
 
 # Run the tests, each file in one of two processes (ARISK_TEST_WORKERS=0: in this one).
 test *ARGS: setup
-    {{bin}}/python -m pytest -n {{env("ARISK_TEST_WORKERS", "2")}} --dist loadfile {{ARGS}}
+    {{bin}}/python -m pytest -n {{env("ARISK_TEST_WORKERS", "2")}} --dist loadfile --no-loadscope-reorder {{ARGS}}
 
 # Check style and docstrings.
 lint: setup
