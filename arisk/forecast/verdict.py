@@ -374,7 +374,8 @@ def _level(
     if gap is not None:
         reasons.append(gap)
         return "inconclusive"
-    reasons.append(f"The {basis.name} forecast stays below {alarm:g} nats/token for {horizon} steps.")
+    above = f"less than {alarm:g} nats/token above its start"
+    reasons.append(f"The loss of safe responses stays {above} for {horizon} steps.")
     return "low"
 
 
