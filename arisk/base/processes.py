@@ -51,16 +51,29 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: Numbers of processes are shorter than this.
+DIGITS = 9
 #: Ranks that joined; (0, 1) until `join` found others. Never read from torch: a training script that
 #: has a group of its own may call arisk from one of its ranks.
 _place = (0, 1)
 
 
+def _told() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells; (0, 1) where it told nothing sound.
+
+    Schedulers leave a `RANK` or a `WORLD_SIZE` behind where nobody started several processes of this program.
+    """
+    given = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not all(text.isascii() and text.isdigit() and len(text) < DIGITS for text in given):
+        return 0, 1
+    number, count = map(int, given)
+    return (number, count) if number < count else (0, 1)
+
+
 def join() -> None:
     """Meet the other processes that torchrun started; nothing where there are none, or again."""
     global _place  # noqa: PLW0603 - one process has one place
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or _place[1] > 1 or "RANK" not in os.environ:
+    if _place[1] > 1 or _told()[1] == 1:
         return
     import torch.distributed as dist
 
@@ -88,7 +101,7 @@ def rank() -> int:
 
 def is_first() -> bool:
     """Whether this process is the one that plans, writes and speaks; true before `join` only of it."""
-    return _place[0] == 0 if world() > 1 else os.environ.get("RANK", "0") == "0"
+    return (_place[0] if world() > 1 else _told()[0]) == 0
 
 
 def local_rank() -> int:

@@ -212,3 +212,26 @@ def test_one_process_has_everything():
     assert processes.summed(value) is value
     assert processes.from_first(lambda: 3) == 3
     processes.barrier()
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "first"),
+    [
+        ("1", "2", False),
+        ("0", "2", True),
+        # Left behind where nobody started several processes: this one works alone.
+        ("3", None, True),
+        ("9" * 31, None, True),
+        ("\udced x", "2", True),
+        ("1", "1", True),
+        ("5", "2", True),
+        ("²", "9" * 5000, True),
+        ("-1", "2", True),
+    ],
+)
+def test_what_nobody_started_is_no_other_process(monkeypatch, number, count, first):
+    monkeypatch.setenv("RANK", number)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if count is not None:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    assert processes.is_first() is first
