@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arisk.forecast.worth import BY_GROUP
+
 ROOT = Path(__file__).parents[3]
 README, STORED = ROOT / "tests" / "bench" / "README.md", ROOT / "arisk" / "forecast" / "validity.json"
 BEGIN, END = "<!-- validity: begin -->\n", "<!-- validity: end -->\n"
@@ -49,7 +51,7 @@ def block(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ]
     levels = ("low", "elevated", "inconclusive", "high")
     parts.append(f"Verdicts, as jobs that collapsed / did not:\n\n{table(verdicts, levels)}")
-    held_out = tables.get("Held-out verdicts by mode and optimizer", [])
+    held_out = tables.get(BY_GROUP, [])
     if held_out:
         columns = [column for column in held_out[0] if column != "name"]
         parts.append(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arisk.config.plan import ForecastConfig
+from arisk.forecast.worth import BY_GROUP
 from tests.bench.validity.jobs import FRESH, LOW, REPORT, THRESHOLD, TUNE, Job, long_jobs, standard_jobs
 from tests.bench.validity.predict import ABLATIONS
 from tests.bench.validity.scores import Case, coverage, measures
@@ -35,8 +36,6 @@ ALARM = CONFIG.alarm_fraction * THRESHOLD
 #: Whose intervals are stated.
 STATED = ("pilot", "rollout", "combined")
 SCALAR_COLUMNS = ("ρ final", "AUC")
-#: Title of the record that the report shows: jobs that no choice was made on.
-BY_GROUP = "Held-out verdicts by mode and optimizer"
 
 
 def all_tables(folder: Path, *, quick: bool) -> dict[str, Any]:
