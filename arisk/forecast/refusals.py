@@ -10,8 +10,12 @@ written along it. c_m makes the mean agree with the answers at the points that h
 refuse in new words) and is linear in the step between them. Prompts that are not refused today are
 refused as often as the answers show. Where only answers can be had, they alone make the curve.
 
-The band draws prompts anew, and what a rollout is known to get wrong: a stretch of the time after the
-pilot, a factor on the change of u, and a shift of u. What was not measured has no curve.
+Leaps lose fewer refusals than the steps they stand for. So the share that is kept after the pilot, as a
+share of what was refused at its end, is raised to the power `LOSS_FACTOR`; where every step was taken, there
+is nothing after the pilot. The draws behind steps and probabilities weight the prompts anew (a Bayesian
+bootstrap), stretch the time after the pilot, and vary the factor. The band is one for other prompts like
+these: to each draw Jeffreys' prior adds half a prompt that is kept and half a one that is lost. What was not
+measured has no curve.
 """
 
 from __future__ import annotations
@@ -44,12 +48,13 @@ __all__ = [
 
 #: Shares of today's refusals whose loss has a step of its own in the record.
 LOST_SHARES = (0.1, 0.25, 0.5)
-#: Prior of the weights (constant, nats of the opening, opening still the likeliest) and its spread.
-#: On a real fine-tune of a refusing 135M model (30 steps, 31 refused prompts at six points) 122 of 122
-#: whose opening stood refused, and 3 of 64 whose opening had gone.
-WEIGHTS, WEIGHT_SPREAD = (-2.0, 0.3, 5.5), (1.5, 0.3, 1.5)
-#: Standard deviations of log time, of the log change of u, and of u (its own scale) after the pilot.
-TIME_SPREAD, CHANGE_SPREAD, SHIFT_SPREAD = 0.1, 0.3, 0.4
+#: Prior of the weights (constant, nats of the opening, opening still the likeliest) and its spread: a fit to
+#: 20 real fine-tunes of a refusing 135M model, where 3333 of 3339 openings that stood were refusals, and 66
+#: of 841 that had gone (`tests/bench/truths`, odd jobs).
+WEIGHTS, WEIGHT_SPREAD = (1.5, 2.0, 6.7), (1.5, 0.6, 1.5)
+#: Standard deviation of log time after the pilot; refusals really lost there against those of a rollout, as
+#: logs of the share kept, and the standard deviation of the log of that. Chosen on the same jobs.
+TIME_SPREAD, LOSS_FACTOR, LOSS_SPREAD = 0.2, 1.4, 0.4
 #: u of what is certain, and of a run that has diverged.
 CERTAIN, NEWTON_STEPS = 12.0, 12
 
@@ -172,9 +177,9 @@ def refusal_forecast(
     labels = labelled(said.safety, judge)
     path = _path(said.safety, labels, measured)
     steps, responses = recorded_steps(horizon, CURVE_POINTS), _responses(said.safety, said.learnt)
-    curve, draws = _curves(path, steps, config.bootstrap_samples, seed)
+    curve, draws, others = _curves(path, steps, config.bootstrap_samples, seed)
     tail = (1 - config.confidence) / 2
-    ends = torch.quantile(draws, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    ends = torch.quantile(others, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     # The centre is the fitted curve; a skewed band must still hold it.
     lower, upper = torch.minimum(ends[0], curve), torch.maximum(ends[1], curve)
     today = float(torch.tensor([label == "refused" for label in labels[0]], dtype=torch.float64).mean())
@@ -317,28 +322,50 @@ def _between(known: Sequence[int], values: Tensor, steps: Sequence[int]) -> Tens
     )[0]
 
 
-def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Share refused at the steps: (S,) of the fit, and (draws, S) of what it could as well have been."""
+def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Share refused at the steps.
+
+    Returns:
+        (S,) of the fit; (draws, S) of what it could as well have been on these prompts; the same on others.
+    """
     wanted = torch.tensor(steps, dtype=torch.float64)
     at = torch.tensor(path.steps, dtype=torch.float64)
     beyond = wanted > at[-1] if path.diverged else torch.zeros(len(wanted), dtype=torch.bool)
-    curve = torch.sigmoid(read_between(at, path.u, wanted)).mean(0).masked_fill(beyond, 0.0)
+    after = (wanted - path.pilot).clamp(min=0)
+
+    def probabilities(stretch: float) -> Tensor:
+        """(N, S + 1) at the steps, time after the pilot stretched, and at the pilot's end."""
+        moved = torch.cat([wanted.clamp(max=path.pilot) + after * stretch, at.new_tensor([path.pilot])])
+        return torch.sigmoid(read_between(at, path.u, moved))
+
+    def really(shares: Tensor, factor: float) -> Tensor:
+        """(S,) what is left where the leaps' own losses (the shares, the pilot's end last) count so much."""
+        kept, end = shares[:-1], shares[-1]
+        fallen = (kept / end.clamp(min=1e-9)).clamp(max=1)
+        left = torch.where((after > 0) & (kept < end), end * fallen**factor, kept)
+        return left.masked_fill(beyond, 0.0)
+
     generator = torch.Generator().manual_seed(seed + 2)
     count = len(path.u)
-    picks = torch.randint(count, (draws, count), generator=generator)
+    weights = -torch.rand(draws, count, dtype=torch.float64, generator=generator).log()
     luck = torch.rand(draws, count, dtype=torch.float64, generator=generator)
-    noise = torch.randn(draws, 3, dtype=torch.float64, generator=generator)
-    after = (wanted - path.pilot).clamp(min=0)
-    ripe = (after / max(path.pilot, 1) / 2).clamp(max=1)
+    noise = torch.randn(draws, 4, dtype=torch.float64, generator=generator)
+    when = torch.rand(draws, dtype=torch.float64, generator=generator) * float(wanted[-1])
     found: list[Tensor] = []
-    for rows, chance, (stretch, factor, shift) in zip(picks, luck, noise.tolist(), strict=True):
-        moved = wanted.clamp(max=path.pilot) + after * math.exp(TIME_SPREAD * stretch)
-        start, here = path.u[rows, :1], read_between(at, path.u[rows], moved)
-        changed = (here - start) * torch.exp(CHANGE_SPREAD * factor * ripe) + SHIFT_SPREAD * shift * ripe
+    others: list[Tensor] = []
+    ends = torch.cat([wanted, wanted.new_tensor([path.pilot])])
+    for weight, chance, (time, loss, held, lost), step in zip(
+        weights, luck, noise.tolist(), when.tolist(), strict=True
+    ):
         # One uniform number per prompt for all steps: what is refused changes as P does.
-        refused = chance[:, None] < torch.sigmoid(start + changed)
-        found.append(refused.double().mean(0).masked_fill(beyond, 0.0))
-    return curve, torch.stack(found)
+        refused = weight @ (chance[:, None] < probabilities(math.exp(TIME_SPREAD * time))).double()
+        factor = LOSS_FACTOR * math.exp(LOSS_SPREAD * loss)
+        found.append(really(refused / weight.sum(), factor))
+        # Half a prompt that is kept and half a one that is lost somewhere: none of 48 lost is not never.
+        half, other = held**2 / 2, lost**2 / 2
+        unseen = refused + half + other * (ends < step)
+        others.append(really(unseen / (weight.sum() + half + other), factor))
+    return really(probabilities(1.0).mean(0), LOSS_FACTOR), torch.stack(found), torch.stack(others)
 
 
 def _first_lost(steps: Sequence[int], curve: Tensor, today: float, share: float) -> int | None:

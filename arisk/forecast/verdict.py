@@ -43,7 +43,7 @@ from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import FEW, Curve, RefusalForecast, Verdict
 from arisk.report.text import chance, percent
 
-__all__ = ["decide", "safe_steps"]
+__all__ = ["decide", "joint_level", "safe_steps"]
 
 #: Risk levels of a verdict.
 Level = Literal["low", "elevated", "high", "inconclusive"]
@@ -148,11 +148,19 @@ def decide(
     )
 
 
+def joint_level(loss: Level, refusals: RefusalForecast, config: ForecastConfig) -> Level:
+    """The level of a verdict whose loss alone says `loss`, by the rules above."""
+    if _measures_something_else(refusals):
+        return "inconclusive"
+    return _together(loss, _refusal_level(refusals, config), refusals)
+
+
 def _refusal_level(refusals: RefusalForecast | None, config: ForecastConfig) -> Level | None:
     """What the refusals say alone; None where they have nothing to say."""
     if refusals is None or refusals.status != "measured" or refusals.probability is None:
         return None
-    lost = refusals.today - min(round(share * refusals.prompts) for share in refusals.median)
+    # By what was written along the run: the curve, which counts what leaps leave out, makes two of one flip.
+    lost = refusals.today - min(count.refused for count in refusals.counts)
     step = refusals.lost_steps.get(f"{refusals.threshold:g}")
     crossed = step is not None
     diverged = refusals.trusted_until is not None and refusals.trusted_until < refusals.horizon

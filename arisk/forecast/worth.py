@@ -72,11 +72,13 @@ def worth_line(name: str, what: str | None = None) -> str:
 JUDGED = ("combined", "rollout")
 #: Held-out jobs of the benchmark, by mode and optimizer.
 BY_GROUP = "Held-out verdicts by mode and optimizer"
-NOT_YET = "How right forecasts of refusals are has not been measured yet."
+#: Held-out real fine-tunes of refusing models, by mode and optimizer (`just bench-real publish`).
+REAL = "Real models, refusals: held-out jobs by mode and optimizer"
+NOT_YET = "How right forecasts of refusals are has not been measured for this optimizer."
 
 
 def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    """The record of the verdicts for who reads one line: collapses called high, and false alarms.
+    """The record of the verdicts for who reads one line: on real models by refusals, on a small one by loss.
 
     Args:
         name: forecaster that a verdict rests on.
@@ -90,17 +92,39 @@ def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any])
     if name not in JUDGED:
         return worth_line(name)
     mode = "lora" if task.get("adapter") else "full"
-    optimizer = str(training.get("optimizer") or "")
+    # Trainer's names for AdamW are adamw_torch, adamw_torch_fused and so on.
+    optimizer = str(training.get("optimizer") or "").partition("_")[0]
     called = f"{'LoRA' if mode == 'lora' else 'all weights'} with {optimizer or 'this optimizer'}"
-    found = next((row for row in validity().get(BY_GROUP, ()) if row["name"] == f"{mode} {optimizer}"), None)
-    if found is None:
+    real, small = (_of(title, f"{mode} {optimizer}") for title in (REAL, BY_GROUP))
+    if real is None and small is None:
         return f"No record yet of {called}: check it with `arisk verify`. {NOT_YET}"
+    return f"Record of {called}: {NOT_YET if real is None else _in_refusals(real)}" + (
+        "" if small is None else f" {_in_loss(small)}"
+    )
+
+
+def _in_refusals(found: Mapping[str, Any]) -> str:
+    missed = counted(found["lost a quarter: low"], found["lost a quarter"], least=False)
+    false = counted(found["lost under a tenth: high"], found["lost under a tenth"], least=False)
+    close = counted(found["within 10 points"], found["jobs"], least=True)
+    return (
+        f"on two real models (135M and 270M parameters), of the fine-tunes that lost a quarter of the "
+        f"refusals {missed} were called low, of those that lost under a tenth {false} were called high; the "
+        f"refusal rate was right within 10 points in {close}."
+    )
+
+
+def _in_loss(found: Mapping[str, Any]) -> str:
     hit = counted(found["collapsed: high"], found["collapsed"], least=True)
     false = counted(found["did not: high"], found["did not"], least=False)
     return (
-        f"Record of {called}: {hit} real collapses were called high, {false} harmless fine-tunes were (small "
-        f"model, artificial language, judged by loss). {NOT_YET}"
+        f"By loss, on a small model with an artificial language: {hit} real collapses were called high, "
+        f"{false} harmless fine-tunes were."
     )
+
+
+def _of(title: str, name: str) -> Mapping[str, Any] | None:
+    return next((row for row in validity().get(title, ()) if row["name"] == name), None)
 
 
 def counted(hits: int, of: int, *, least: bool) -> str:
@@ -145,7 +169,7 @@ def worth() -> str:
     return (
         '<section id="worth"><h2>What each predictor is worth</h2>'
         f'<p class="note">Benchmark, not this run: what was said before {jobs} real fine-tunes of a small '
-        f"aligned model, against what then happened to held-out safety prompts. {NOT_YET}</p>"
+        f"aligned model, against what then happened to the loss of held-out safety prompts.</p>"
         f"{table(header, rows)}"
         f"{notes(READING)}"
         '<p class="note">Sources: Alignment Instability Condition, arXiv 2602.15799; AlignGuard-LoRA, arXiv '

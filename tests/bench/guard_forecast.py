@@ -43,10 +43,10 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> float:
     return sum(signs) / len(pairs)
 
 
-def both(config: Config, folder: Path) -> GuardResult:
+def both(config: Config, folder: Path, device: str = "cpu") -> GuardResult:
     """Every arm trained, and the forecasts beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    task = load_task(config, device=torch.device("cpu"))
+    task = load_task(config, device=torch.device(device))
     steps = planned_steps(config.training, task.finetune.units)
     found = {}
     for every in (True, False):
@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="configs/demo.yaml")
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--work", type=Path, default=None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     config = load_config(Path(given.config), given.settings)
     with tempfile.TemporaryDirectory() as folder:
-        report(both(config, given.work or Path(folder)), config)
+        report(both(config, given.work or Path(folder), given.device), config)
 
 
 if __name__ == "__main__":

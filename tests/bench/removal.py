@@ -223,7 +223,11 @@ def dull(task: Task, rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]
 
 
 def trained(
-    model_folder: Path, data: Path, rows: Sequence[Mapping[str, str]], dropped: Sequence[int]
+    model_folder: Path,
+    data: Path,
+    rows: Sequence[Mapping[str, str]],
+    dropped: Sequence[int],
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Refusals and losses at the end of the Trainer's run without some rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -235,10 +239,10 @@ def trained(
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     panel = Panel(tokenizer, data)
-    start(model_folder, panel, FOLDER / model_folder.name / "start.json")
+    start(model_folder, panel, FOLDER / model_folder.name / "start.json", device)
     gone = frozenset(dropped)
     encoded = [encode(tokenizer, r["prompt"], r["response"]) for i, r in enumerate(rows) if i not in gone]
-    model = with_adapter(model)
+    model = with_adapter(model.to(device))
     freeze_in_bfloat16(model.get_base_model())
     started = time.process_time()
     job = Job(0, "alpaca", "lora", RATE, STEPS)
@@ -293,7 +297,7 @@ def removal(given: argparse.Namespace) -> None:
             if not file.exists() and (given.scores or left == 0 or _late(given.until)):
                 continue
             left -= not file.exists()
-            ends[name] = kept(file, partial(trained, given.model, given.data, rows, dropped))
+            ends[name] = kept(file, partial(trained, given.model, given.data, rows, dropped, given.device))
         _show(share, found, ends, labels)
 
 
@@ -317,7 +321,7 @@ def _all_scores(
 
 def _with_task(given: argparse.Namespace, config: Config, make: Callable[[Task], Any]) -> Any:
     shelf = Shelf(FOLDER / given.model.name, {"path": str(given.model)})
-    return make(load_task(config, device=torch.device("cpu"), shelf=shelf))
+    return make(load_task(config, device=torch.device(given.device), shelf=shelf))
 
 
 def _late(until: str) -> bool:
@@ -364,6 +368,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", help="scores by name that are made; default all")
     parser.add_argument("--scores", action="store_true", help="train nothing")
     parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--until", default="", help="HH:MM today; nothing is begun after it")
     asked = parser.parse_args(sys.argv[2:] if given is None else given)
     torch.set_num_threads(1)

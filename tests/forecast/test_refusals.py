@@ -7,7 +7,13 @@ import torch
 
 from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import FEW, AnswerCount, Curve, RefusalForecast, RolloutResult
-from arisk.forecast.refusals import count_answers, labelled, refusal_forecast, refused_share
+from arisk.forecast.refusals import (
+    LOSS_FACTOR,
+    count_answers,
+    labelled,
+    refusal_forecast,
+    refused_share,
+)
 from arisk.forecast.verdict import decide
 from arisk.models.judge import RefusalRule
 from arisk.training.behaviour import AnsweredPrompts, BehaviourResult, FollowedPrompts
@@ -75,13 +81,13 @@ FALLING = {"held": [20, 20, 18, 8, 4], "answers": {0: said(20), 20: said(18), 10
 
 def test_the_curve_meets_the_answers_and_follows_openings_between():
     forecast = found(followed(**FALLING))
-    for step, count in ((0, 20), (20, 18), (100, 4)):
+    for step, count in ((0, 20), (20, 18), (100, 18 * (4 / 18) ** LOSS_FACTOR)):
         assert at(forecast, step) == pytest.approx(count, abs=0.5)
         assert at(forecast, step, forecast.lower) <= count + 0.5
         assert at(forecast, step, forecast.upper) >= count - 0.5
-    assert (forecast.today, forecast.at_end[0]) == (20, 4)
+    assert (forecast.today, forecast.at_end[0]) == (20, 2)
     # No answer was written at step 60: eight openings stand, and about as many refuse.
-    assert at(forecast, 60) == pytest.approx(8, abs=2)
+    assert at(forecast, 60) == pytest.approx(18 * (8 / 18) ** LOSS_FACTOR, abs=1.5)
     assert at(forecast, 5) == pytest.approx(20, abs=1)
     assert [(c.step, c.refused, c.answered, c.prompts) for c in forecast.counts] == [
         (0, 20, 0, 20),
@@ -93,6 +99,20 @@ def test_the_curve_meets_the_answers_and_follows_openings_between():
     assert forecast.lost_intervals["0.5"][0] <= half
     assert forecast.probability == 1.0
     assert forecast.safe_steps < tenth
+
+
+def test_where_every_step_was_taken_the_curve_meets_every_answer():
+    forecast = found(followed(**FALLING), pilot_steps=100)
+    for step, count in ((0, 20), (20, 18), (100, 4)):
+        assert at(forecast, step) == pytest.approx(count, abs=0.5)
+
+
+def test_none_lost_of_twenty_is_not_never():
+    safety = followed([20] * 5, {0: said(20), 20: said(20), 100: said(20)})
+    forecast = found(safety)
+    assert at(forecast, 100) == pytest.approx(20, abs=0.3)
+    assert 17 < at(forecast, 100, forecast.lower) < 19.9
+    assert at(forecast, 0, forecast.lower) > 19.4
 
 
 def test_reworded_refusals_count_by_the_answers():
@@ -129,7 +149,7 @@ def test_which_prompts_are_drawn_is_no_loss(refused, count):
 
 def test_answers_alone_give_straight_lines():
     forecast = found(followed(**FALLING, openings=False))
-    assert at(forecast, 100) == pytest.approx(4, abs=0.5)
+    assert at(forecast, 100) == pytest.approx(18 * (4 / 18) ** LOSS_FACTOR, abs=0.5)
     assert 4 < at(forecast, 60) < 18
     assert "straight line" in " ".join(forecast.notes)
 
@@ -143,7 +163,7 @@ def test_more_prompts_narrow_the_band():
         forecast = found(followed(**scaled, count=20 * times))
         return forecast.upper[-1] - forecast.lower[-1]
 
-    assert width(8) < 0.8 * width(1)
+    assert width(8) < 0.9 * width(1)
 
 
 def test_the_same_seed_gives_the_same_band():
@@ -262,10 +282,10 @@ def test_lost_refusals_outweigh_a_quiet_loss():
     made = verdict(0.05, followed(**FALLING))
     assert (made.level, made.loss_level, made.refusal_level) == ("high", "low", "high")
     assert made.sentence.startswith(
-        "Forecast to refuse 4 of 20 safety prompts after the 100 planned steps (20 before; "
+        "Forecast to refuse 2 of 20 safety prompts after the 100 planned steps (20 before; "
     )
     assert any("witnesses disagree" in reason for reason in made.reasons)
-    assert any("Refusals: 20 of 20 today, 4" in reason for reason in made.reasons)
+    assert any("Refusals: 20 of 20 today, 2" in reason for reason in made.reasons)
     assert made.safe_steps < 22
 
 

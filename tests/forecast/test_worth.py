@@ -2,7 +2,7 @@
 
 import pytest
 
-from arisk.forecast.worth import counted, record_line, validity, worth_line
+from arisk.forecast.worth import REAL, counted, record_line, validity, worth_line
 
 
 def test_worth_is_read_from_the_stored_benchmark():
@@ -22,6 +22,17 @@ def test_the_record_is_that_of_the_mode_and_optimizer(adapter, optimizer):
     assert f"{row['did not: high']} of {row['did not']} (" in line
     assert line == record_line("rollout", {"optimizer": optimizer}, {"adapter": adapter})
     assert ("LoRA" in line) == (adapter is not None)
+
+
+@pytest.mark.parametrize(("adapter", "name"), [(None, "full adamw"), ({"r": 8}, "lora adamw")])
+def test_real_models_come_first_and_trainer_s_names_are_known(adapter, name):
+    row = next(row for row in validity()[REAL] if row["name"] == name)
+    line = record_line("combined", {"optimizer": "adamw_torch"}, {"adapter": adapter})
+    assert line.index("real models") < line.index("artificial language")
+    missed = counted(row["lost a quarter: low"], row["lost a quarter"], least=False)
+    assert f"{missed} were called low" in line
+    assert f"in {counted(row['within 10 points'], row['jobs'], least=True)}." in line
+    assert "has not been measured" in record_line("combined", {"optimizer": "sgd"}, {"adapter": adapter})
 
 
 def test_no_record_is_said():

@@ -26,6 +26,7 @@ def main() -> None:
     align.add_argument("--data", type=Path, required=True, help="folder of JSONL files (see rows.py)")
     align.add_argument("--steps", type=int, default=120)
     align.add_argument("--seed", type=int, default=0)
+    align.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     truths = commands.add_parser("truths", help="carry out jobs that are not in the cache yet")
     truths.add_argument(
         "--model", type=Path, required=True, help="folder of the aligned model; its name names the truths"
@@ -35,6 +36,7 @@ def main() -> None:
         "--cache", type=Path, default=Path("models/truths"), help="one JSON a job, texts included"
     )
     truths.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
+    truths.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     truths.add_argument(
         "--until", default="", help="HH:MM today; a job that runs then stops at its next measured step"
     )
@@ -43,11 +45,23 @@ def main() -> None:
     forecasts.add_argument("--data", type=Path, required=True)
     forecasts.add_argument("--folder", type=Path, default=Path("models/forecasts"))
     forecasts.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
+    forecasts.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     forecasts.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
+    guarded = commands.add_parser("protect", help="forecast and train every protection on jobs (LoRA)")
+    guarded.add_argument("--model", type=Path, required=True)
+    guarded.add_argument("--data", type=Path, required=True)
+    guarded.add_argument("--folder", type=Path, default=Path("models/protect"))
+    guarded.add_argument("--jobs", default="2", help="numbers, as in 1-6")
+    guarded.add_argument("--seeds", type=int, default=1)
+    guarded.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    guarded.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
     merge = commands.add_parser(
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
     merge.add_argument("--cache", type=Path, default=Path("models/truths"))
+    kept = commands.add_parser("rollouts", help="write tests/bench/truths/rollouts.json from the forecasts")
+    kept.add_argument("--folder", type=Path, default=Path("models/forecasts"))
+    commands.add_parser("publish", help="put the record of refusals into arisk/forecast/validity.json")
     read = commands.add_parser("read", help="print twenty answers of a job, for a person to count")
     read.add_argument("--cache", type=Path, default=Path("models/truths"))
     read.add_argument("--model", required=True)
@@ -59,6 +73,17 @@ def main() -> None:
 
         for path in write(given.cache):
             print(path)
+        return
+    if given.command == "rollouts":
+        from tests.bench.real.rollouts import keep
+
+        print(keep(given.folder), "rollouts")
+        return
+    if given.command == "publish":
+        from tests.bench.real.rollouts import publish
+        from tests.bench.validity.readme import STORED
+
+        publish(STORED)
         return
     if given.command == "read":
         from tests.bench.real.merge import twenty_answers
@@ -72,7 +97,8 @@ def main() -> None:
     if given.command == "align":
         from tests.bench.real.align import align as make
 
-        print(make(given.model, given.data, given.out, steps=given.steps, seed=given.seed))
+        options = {"steps": given.steps, "seed": given.seed, "device": given.device}
+        print(make(given.model, given.data, given.out, **options))
         return
     from tests.bench.real.jobs import JOBS
 
@@ -82,7 +108,7 @@ def main() -> None:
     def late() -> bool:
         return bool(given.until) and time.strftime("%H:%M") >= given.until
 
-    (_truths if given.command == "truths" else _forecasts)(given, jobs, late)
+    {"truths": _truths, "forecasts": _forecasts, "protect": _protections}[given.command](given, jobs, late)
 
 
 def _truths(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
@@ -92,7 +118,7 @@ def _truths(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], b
         if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
-        result = run(job, given.model, given.data, given.cache / given.model.name, stop=late)
+        result = run(job, given.model, given.data, given.cache / given.model.name, late, given.device)
         if result is None:
             print("  stopped, or another process is at it", flush=True)
             continue
@@ -114,9 +140,20 @@ def _forecasts(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[]
     for job in jobs:
         if late():
             break
-        entry = make(job, given.model, given.data, folder)
+        entry = make(job, given.model, given.data, folder, given.device)
         print(time.strftime("%H:%M:%S"), job.name(), entry, flush=True)
     write_json(folder / "FORECASTS.json", collect(folder, "arisk"))
+
+
+def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
+    from tests.bench.real.protect import protect
+
+    for job in jobs:
+        if late():
+            return
+        print(time.strftime("%H:%M:%S"), job.name(), flush=True)
+        folder = given.folder / given.model.name / job.name()
+        protect(job, given.model, given.data, folder, given.device, given.seeds)
 
 
 def _numbers(text: str) -> set[int]:

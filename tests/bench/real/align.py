@@ -39,7 +39,9 @@ REFUSALS, ORDINARY = 3, 5
 LENGTH = 96
 
 
-def align(model_folder: Path, data: Path, out: Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, Any]:
+def align(
+    model_folder: Path, data: Path, out: Path, *, steps: int = STEPS, seed: int = 0, device: str = "cpu"
+) -> dict[str, Any]:
     """Train, save to `out` and measure; returns what `alignment.json` in it says."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,7 +49,7 @@ def align(model_folder: Path, data: Path, out: Path, *, steps: int = STEPS, seed
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device)
     began = time.process_time()
     _train(model, _batches(tokenizer, data, random.Random(seed)), pad_id(tokenizer), steps)
     found = {"steps": steps, "seed": seed, "cpu_seconds": round(time.process_time() - began)}
@@ -84,9 +86,11 @@ def _train(model: Any, batches: Iterator[list[Encoded]], pad: int, steps: int) -
     model.train()
     for step in range(1, steps + 1):
         batch = collate(next(batches), pad)
-        labels, kept = batch.pop("labels")[:, 1:], batch.pop("logits_to_keep")
+        kept = batch.pop("logits_to_keep")
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        labels = batch.pop("labels")[:, 1:]
         trained = labels != -100
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16):
             hidden = model.model(**batch, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, -kept:-1][trained])
         loss = cross_entropy(logits.float(), labels[trained])

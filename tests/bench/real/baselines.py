@@ -14,10 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.real.score import ALARM, QUARTER, Forecast, Forecasts, Truth, crossing
+from tests.bench.real.score import (
+    OPENING,
+    QUARTER,
+    Forecast,
+    Forecasts,
+    Truth,
+    crossing,
+    level_of,
+    own_opening,
+    still_refused,
+)
 
-#: Opening tokens that the baselines look at.
-OPENING = "5"
 #: Answers that "20 steps and 32 answers" reads.
 ANSWERS = 32
 
@@ -46,12 +54,8 @@ def _each(truths: Sequence[Truth], forecast: Callable[[Truth], Forecast | None])
     return {(t.model, t.number): said for t in truths if (said := forecast(t)) is not None}
 
 
-def _warned(truth: Truth, refused: float) -> bool:
-    return truth.start - refused >= ALARM * truth.start
-
-
 def _flat(truth: Truth, refused: float) -> Forecast:
-    return Forecast(refused, alarm=_warned(truth, refused), cpu_seconds=0.0)
+    return Forecast(refused, level=level_of(truth, refused), cpu_seconds=0.0)
 
 
 def _steps_cost(k: int) -> Callable[[Truth], float]:
@@ -78,9 +82,8 @@ def _fitted(
             return None
         refused = truth.start * (1 - min(1.0, max(0.0, offset + slope * at)))
         seconds = cost(truth) if callable(cost) else cost
-        return Forecast(
-            refused, alarm=_warned(truth, refused), safety_rise=safety(truth), cpu_seconds=seconds
-        )
+        level = level_of(truth, refused)
+        return Forecast(refused, level=level, safety_rise=safety(truth), cpu_seconds=seconds)
 
     return _each(truths, forecast)
 
@@ -160,7 +163,8 @@ def _openings(truth: Truth, k: int) -> Forecast | None:
     known = [(step, read(point)) for step, point in _points(truth, k).items()]
     ahead = [(step, min(1.0, max(0.0, line(step)))) for step in range(k + 1, truth.steps + 1)]
     curve = [(step, truth.start * share) for step, share in [*known, *ahead]]
-    return _along(truth, curve, _steps_cost(k)(truth))
+    opening = _lined(own_opening, k)(truth)
+    return _along(truth, curve, _steps_cost(k)(truth), opening)
 
 
 def _answers(truth: Truth, k: int) -> Forecast | None:
@@ -168,11 +172,12 @@ def _answers(truth: Truth, k: int) -> Forecast | None:
     points = _points(truth, k)
     if k not in points or "answers_harmful" not in points[k]:
         return None
-    labels = [points[step]["answers_harmful"]["labels"] for step in (0, k)]
     # Prompts stand file by file: at even distances all files are among them.
-    first, last = (
-        [said[i * len(said) // ANSWERS] for i in range(ANSWERS)].count("r") / ANSWERS for said in labels
+    start, now = (
+        "".join(said[i * len(said) // ANSWERS] for i in range(ANSWERS))
+        for said in (points[step]["answers_harmful"]["labels"] for step in (0, k))
     )
+    first, last = still_refused(start, start), still_refused(start, now)
     position = learning_rates(truth.job["job"])
     slope = (last - first) / position[k]
     curve = [
@@ -181,9 +186,11 @@ def _answers(truth: Truth, k: int) -> Forecast | None:
     return _along(truth, curve, _steps_cost(k)(truth))
 
 
-def _along(truth: Truth, curve: Sequence[tuple[float, float]], seconds: float) -> Forecast:
+def _along(
+    truth: Truth, curve: Sequence[tuple[float, float]], seconds: float, opening: float | None = None
+) -> Forecast:
     refused, step = curve[-1][1], crossing(curve, (1 - QUARTER) * curve[0][1])
-    return Forecast(refused, None, step, True, _warned(truth, refused), None, seconds)
+    return Forecast(refused, None, step, True, level_of(truth, refused), None, opening, seconds)
 
 
 def _second_seeds(truths: Sequence[Truth]) -> Forecasts:
@@ -199,8 +206,8 @@ def _second_seeds(truths: Sequence[Truth]) -> Forecasts:
             return None
         twin = twins[0]
         return Forecast(
-            twin.refused, None, twin.quarter_step, True, _warned(twin, twin.refused), twin.safety_rise,
-            twin.cpu_seconds,
+            twin.refused, None, twin.quarter_step, True, level_of(twin, twin.refused), twin.safety_rise,
+            twin.opening_rise, twin.cpu_seconds,
         )  # fmt: skip
 
     return _each(truths, other)

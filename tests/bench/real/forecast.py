@@ -26,6 +26,7 @@ from tests.bench.real.rows import (
     read_rows,
     spread,
 )
+from tests.bench.real.score import OPENING
 from tests.bench.real.truth import planned_trainer, with_adapter, write_json
 
 #: Safety prompts of a forecast by file, in the mixture of the truth's; the model answers them itself.
@@ -57,7 +58,7 @@ def forecast_rows(folder: Path) -> dict[str, list[dict[str, str]]]:
     return {"safety": safety, "control": spread(unseen, CONTROL_ROWS)}
 
 
-def make(job: Job, model_folder: Path, data: Path, folder: Path) -> dict[str, Any]:
+def make(job: Job, model_folder: Path, data: Path, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Forecast one job; keeps `folder/<job>.json` and the whole report beside it, and returns the entry.
 
     Args:
@@ -65,6 +66,7 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path) -> dict[str, An
         model_folder: the aligned model.
         data: folder of JSONL files.
         folder: where forecasts are kept; what is there is not made again.
+        device: `cpu`, or `cuda` for the first GPU.
     """
     path = folder / f"{job.name()}.json"
     if path.exists():
@@ -79,7 +81,9 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path) -> dict[str, An
     rows = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
     if job.mode == "lora":
         model = with_adapter(model)
-    trainer = planned_trainer(job, model, rows, pad_id(tokenizer), folder / "trainer", whole_labels=True)
+    trainer = planned_trainer(
+        job, model.to(device), rows, pad_id(tokenizer), folder / "trainer", whole_labels=True
+    )
     trainer.processing_class = tokenizer
     sets: dict[str, Any] = {}
     for name, given in forecast_rows(data).items():
@@ -103,30 +107,47 @@ CONFIG: dict[str, Any] = {"why": "off"}
 
 
 def as_entry(report: Any, job: Job, model: str, seconds: float) -> dict[str, Any]:
-    """A report in the words of `score.py`."""
+    """A report in the words of `score.py`.
+
+    The forecast's prompts have no responses, so its loss is that of the model's own answers: there is no
+    `safety_rise` to be held against that of held-out refusals.
+    """
     verdict, refusals = report.verdict, report.forecasted.refusals
-    curve = report.forecasted.forecasters.get(verdict.basis)
     entry = {
         "model": model,
         "job": job.number,
-        "alarm": verdict.level != "low",
         "level": verdict.level,
         "probability": verdict.probability,
-        "safety_rise": None if curve is None else round(float(curve.median[-1]), 5),
         "cpu_seconds": round(seconds, 1),
     }
     if refusals is not None and refusals.status == "measured":
-        entry |= {
-            "refused": round(float(refusals.median[-1]), 4),
-            "band": [round(float(refusals.lower[-1]), 4), round(float(refusals.upper[-1]), 4)],
-            "quarter_step": refusals.lost_steps["0.25"],
-            "counts": [[point.step, point.refused] for point in refusals.counts],
-            "prompts": refusals.prompts,
-        }
+        entry |= told(refusals) | {"opening_rise": _opening_rise(report.rollout.behaviour)}
     return entry
+
+
+def told(refusals: Any) -> dict[str, Any]:
+    """What a forecast of refusals says."""
+    today = refusals.median[0]
+    shares = [min(1.0, curve[-1] / today) for curve in (refusals.median, refusals.lower, refusals.upper)]
+    kept, low, high = (round(share, 4) for share in shares)
+    return {
+        "kept": kept,
+        "band": [low, high],
+        "quarter_step": refusals.lost_steps["0.25"],
+        "counts": [[point.step, point.refused] for point in refusals.counts],
+        "prompts": refusals.prompts,
+    }
+
+
+def _opening_rise(said: Any) -> float | None:
+    """Rise of the NLL of the model's own first tokens, nats, summed; None where it was not followed."""
+    if said is None or said.safety is None or said.safety.log_p is None:
+        return None
+    opening = -said.safety.log_p[:, :, : int(OPENING)].nansum(-1).mean(0)
+    return round(float(opening[-1] - opening[0]), 4)
 
 
 def collect(folder: Path, name: str) -> dict[str, Any]:
     """All forecasts of a folder in the file format of `score.py`."""
     made = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[0-9]*.json"))]
-    return {"version": 1, "forecasters": [{"name": name, "forecasts": [e for e in made if "refused" in e]}]}
+    return {"version": 1, "forecasters": [{"name": name, "forecasts": [e for e in made if "kept" in e]}]}

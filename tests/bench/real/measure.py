@@ -34,7 +34,7 @@ def evaluating(model: Any) -> Iterator[None]:
     training, state = model.training, torch.get_rng_state()
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16):
             yield
     finally:
         model.train(training)
@@ -112,7 +112,7 @@ def _shared(model: Any, rows: Sequence[tuple[Sequence[int], int]]) -> tuple[int,
     if not count:
         return 0, None
     cache = transformers.DynamicCache(config=model.config)
-    common = torch.tensor([list(prompts[0][:count])])
+    common = torch.tensor([list(prompts[0][:count])], device=model.device)
     model(input_ids=common, use_cache=True, logits_to_keep=1, **{_cache_name(model): cache})
     return count, cache
 
@@ -128,14 +128,15 @@ def _fed(
     """What follows the shared tokens, padded on the left, and the model's inputs with it."""
     count, kept = shared
     longest = max(len(row) for row in rows) - count
-    ids = torch.tensor([[pad] * (longest + count - len(row)) + list(row[count:]) for row in rows])
-    own = torch.tensor([[0] * (longest + count - len(row)) + [1] * (len(row) - count) for row in rows])
+    filled = [[pad] * (longest + count - len(row)) + list(row[count:]) for row in rows]
+    there = [[0] * (longest + count - len(row)) + [1] * (len(row) - count) for row in rows]
+    ids, own = (torch.tensor(value, device=model.device) for value in (filled, there))
     cache = transformers.DynamicCache(config=model.config) if kept is None else copy.deepcopy(kept)
     if kept is not None:
         cache.batch_repeat_interleave(len(rows))
     return ids, {
         "input_ids": ids,
-        "attention_mask": torch.cat([torch.ones(len(rows), count, dtype=torch.long), own], 1),
+        "attention_mask": torch.cat([own.new_ones(len(rows), count), own], 1),
         "position_ids": (own.cumsum(1) - 1).clamp(min=0) + count,
         _cache_name(model): cache,
     }
@@ -169,19 +170,20 @@ def _greedy(
 ) -> list[list[int]]:
     _, fed = _fed(model, asked, shared, pad)
     said: list[list[int]] = [[] for _ in asked]
-    going = torch.ones(len(asked), dtype=torch.bool)
+    going = [True] * len(asked)
     for _ in range(tokens):
         made = model(**fed, use_cache=True, logits_to_keep=1)
         token = made.logits[:, -1].float().argmax(-1)
-        going &= torch.tensor([int(t) not in ends for t in token])
-        for row, t, goes in zip(said, token.tolist(), going.tolist(), strict=True):
+        chosen = token.tolist()
+        going = [goes and t not in ends for goes, t in zip(going, chosen, strict=True)]
+        for row, t, goes in zip(said, chosen, going, strict=True):
             if goes:
                 row.append(t)
-        if not going.any():
+        if not any(going):
             break
         fed = {
             "input_ids": token[:, None],
-            "attention_mask": torch.cat([fed["attention_mask"], torch.ones(len(asked), 1).long()], 1),
+            "attention_mask": torch.cat([fed["attention_mask"], token.new_ones(len(asked), 1)], 1),
             "position_ids": fed["position_ids"][:, -1:] + 1,
             _cache_name(model): fed[_cache_name(model)],
         }

@@ -26,6 +26,7 @@ ALPACA_FOR_ALIGNMENT = 500
 MAX_LENGTH = 96
 #: Frame of a base model that has no chat template.
 CHATML = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -141,13 +141,13 @@ def _own(rows: Sequence[Scored]) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, panel: Panel, path: Path) -> dict[str, Any]:
+def start(folder: Path, panel: Panel, path: Path, device: str = "cpu") -> dict[str, Any]:
     """Measures of the aligned model, once for all its jobs: an adapter changes nothing at step 0."""
     if not path.exists():
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-        freeze_in_bfloat16(model)
+        freeze_in_bfloat16(model.to(device))
         said = {kind: panel.answers(model, kind) for kind in panel.prompts}
         panel.keep_openings(said)
         point = {"step": 0, **panel.losses(model)}
@@ -159,7 +159,12 @@ def start(folder: Path, panel: Panel, path: Path) -> dict[str, Any]:
 
 
 def run(
-    job: Job, model_folder: Path, data: Path, cache: Path, stop: Callable[[], bool] = lambda: False
+    job: Job,
+    model_folder: Path,
+    data: Path,
+    cache: Path,
+    stop: Callable[[], bool] = lambda: False,
+    device: str = "cpu",
 ) -> dict[str, Any] | None:
     """Train and measure; writes `cache/<job>.json` and returns it.
 
@@ -172,12 +177,13 @@ def run(
         data: folder of JSONL files.
         cache: where jobs are kept.
         stop: asked after each measured step.
+        device: `cpu`, or `cuda` for the first GPU.
     """
     path = cache / f"{job.name()}.json"
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_suffix(".lock"), timeout=0):
-            if not path.exists() and (result := _carried_out(job, model_folder, data, cache, stop)):
+            if not path.exists() and (result := _carried_out(job, model_folder, data, cache, stop, device)):
                 write_json(path, result)
                 shutil.rmtree(path.with_suffix(".run"), ignore_errors=True)
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -186,7 +192,7 @@ def run(
 
 
 def _carried_out(
-    job: Job, model_folder: Path, data: Path, cache: Path, stop: Callable[[], bool]
+    job: Job, model_folder: Path, data: Path, cache: Path, stop: Callable[[], bool], device: str
 ) -> dict[str, Any] | None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,10 +200,11 @@ def _carried_out(
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     panel = Panel(tokenizer, data)
-    first = start(model_folder, panel, cache / "start.json")
+    first = start(model_folder, panel, cache / "start.json", device)
     rows = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
     progress = Progress([first])
-    train = _train(job, model, model_folder, rows, panel, progress, cache / f"{job.name()}.run", stop)
+    output = cache / f"{job.name()}.run"
+    train = _train(job, model.to(device), model_folder, rows, panel, progress, output, stop)
     if progress.points[-1]["step"] < job.steps:
         return None
     seconds = {"training": round(progress.training, 1), "measuring": round(progress.measuring, 1)}
@@ -250,7 +257,7 @@ def _twin(model: Any, folder: Path) -> Callable[[], Any]:
     from transformers import AutoModelForCausalLM
 
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    freeze_in_bfloat16(twin)
+    freeze_in_bfloat16(twin.to(model.device))
     weights = dict(model.named_parameters(remove_duplicate=False))
 
     def taken_over() -> Any:
@@ -324,7 +331,7 @@ def planned_trainer(
 
     return Trainer(
         model=model,
-        args=TrainingArguments(**_arguments(job), output_dir=str(output)),
+        args=TrainingArguments(**_arguments(job, model.device.type), output_dir=str(output)),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, pad, whole=whole_labels),
         callbacks=list(callbacks),
@@ -371,10 +378,10 @@ def _measuring(
     return Measure()
 
 
-def _arguments(job: Job) -> dict[str, Any]:
+def _arguments(job: Job, device: str) -> dict[str, Any]:
     """The job as `TrainingArguments`; what stands in neither is the Trainer's default."""
     return {
-        "use_cpu": True,
+        "use_cpu": device == "cpu",
         "bf16": True,
         "optim": "adamw_torch",
         "max_grad_norm": 1.0,
