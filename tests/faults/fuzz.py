@@ -73,6 +73,7 @@ PLAN: dict[str, Any] = {
     "safety": {"path": "data/safety.jsonl"},
     "finetune": {"path": "data/finetune.jsonl"},
     "control": {"path": "data/control.jsonl"},
+    "probes": {"small talk": {"path": "data/control.jsonl", "measure": "opening"}},
     "training": {"max_steps": 4, "batch_size": 2},
     "behaviour": {"prompts": 2, "ordinary_prompts": 1, "tokens": 3},
     "rollout": {"pilot_steps": 2, "segments": 1, "batches_per_segment": 2},
@@ -81,7 +82,7 @@ PLAN: dict[str, Any] = {
     "score": {"batches": 2, "hvp_batches": 1, "krylov_dim": 2, "nulls": 4, "examples": 2, "probe_points": 2},
     "verify": {"control_samples": 2},
     "guard": {
-        "methods": ["plain", "replay", "projection"],
+        "methods": ["plain", "replay", "projection", "kl", "average"],
         "calibration_steps": 1,
         "generate": 1,
         "max_new_tokens": 2,
@@ -96,6 +97,7 @@ PROGRAMS: tuple[tuple[str, bool, list[str]], ...] = (
     ("run again", True, ["run", "plan.yaml", "--set", "training.learning_rate=5e-4"]),
     ("verify", True, ["verify", "plan.yaml"]),
     ("screen", True, ["screen", "plan.yaml"]),
+    ("screen by path", True, ["screen", "plan.yaml", "--set", "screen.score=path"]),
     ("guard", True, ["guard", "plan.yaml"]),
 )
 
