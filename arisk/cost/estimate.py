@@ -75,6 +75,14 @@ class Calibration:
     learnt: tuple[str, ...]
 
 
+def device_peak(device: torch.device, work: Callable[[], object]) -> float:
+    """Most memory in GB that torch holds on a CUDA device at once while `work` is done."""
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e9
+
+
 def device_memory(device: torch.device) -> float | None:
     """Memory in GB that torch holds on a device now; None on the CPU, whose memory is the process's."""
     return torch.cuda.memory_allocated(device) / 1e9 if device.type == "cuda" else None
@@ -108,12 +116,17 @@ def calibrate(task: Task, config: Config) -> Calibration:
     widest = max(batch_size(batch) for batch in batches)
     batch = batch_size(training)
     base = _resident()
-    gradients = vector + kept * batch
-    own = {
-        "gradients": gradients,
-        "per sample": max(gradients, vector + kept * widest + layout.numel * 4 * widest / 1e9),
-        "curvature": gradients * (DOUBLE if config.score.hvp == "autograd" else 1) + vector,
-    }
+
+    def at_once(kept: float) -> dict[str, float]:
+        """Memory of the passes, given what a row keeps."""
+        mean = vector + kept * batch
+        return {
+            "gradients": mean,
+            "per sample": max(mean, vector + kept * widest + layout.numel * 4 * widest / 1e9),
+            "curvature": mean * (DOUBLE if config.score.hvp == "autograd" else 1) + vector,
+        }
+
+    own = at_once(kept)
     length = _ratio(task.safety, task.finetune)
     seconds = {
         "forward rows": forward,
@@ -129,15 +142,22 @@ def calibrate(task: Task, config: Config) -> Calibration:
         **_vectors(layout, len(task.safety.rows)),
     }
     there = device_memory(device)
-    on_device = {} if there is None else {kind: there + size for kind, size in own.items()}
+    on_device: dict[str, float] = {}
+    if there is not None:
+        # A device tells what a pass takes, logits and their gradient included: measured, not counted.
+        part = slice_batch(training, 0, saved.rows)
+        with measuring(task.model, layout):
+            peak = device_peak(device, lambda: mean_gradient(task.model, part, task.finetune.loss_fn, layout))
+        most = max(0.0, peak - there - vector) / saved.rows
+        on_device = {kind: there + size for kind, size in at_once(most).items()}
     moments = 2 * vector
     learnt = (
         f"one safety row: {forward:.3g} s forward; one fine-tuning row: {gradient:.3g} s with its gradient",
         f"one micro-batch of {batch} rows: about {batch * gradient:.3g} s; it and the optimizer's state take "
-        f"{gradients + moments:.2f} GB, model and process {base:.2f} GB",
+        f"{own['gradients'] + moments:.2f} GB, model and process {base:.2f} GB",
     )
     memory = {kind: base + size for kind, size in own.items()}
-    return Calibration(seconds, memory, on_device, gradients + moments, learnt)
+    return Calibration(seconds, memory, on_device, own["gradients"] + moments, learnt)
 
 
 def _ratio(one: SampleSet, other: SampleSet) -> float:
