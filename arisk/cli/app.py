@@ -83,8 +83,8 @@ class _App(typer.Typer):
         return super().command(*given, **{"cls": Plain, **settings})
 
 
-#: Exit code of a run that SIGTERM ended: 128 + 15.
-TERMINATED = 143
+#: Exit codes of a run that Ctrl-C or SIGTERM ended: 128 + 2, 128 + 15.
+INTERRUPTED, TERMINATED = 130, 143
 
 app = _App(
     name="arisk",
@@ -209,17 +209,19 @@ def main() -> None:
     """Entry point of the `arisk` command: errors become three lines on stderr and an exit code."""
     # Threads that wait by spinning make a shared machine many times slower; read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from arisk.cli.stages import add_stage_verbs
-
     _Terminated.seen = False
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
+        from arisk.cli.stages import add_stage_verbs
+
         add_stage_verbs()
         _quiet_others()
         _completing()
         code = app(standalone_mode=False, prog_name="arisk")
         if code:  # Typer makes 130 of every interruption.
             sys.exit(TERMINATED if _Terminated.seen else code)
+    except KeyboardInterrupt:  # Before or after Typer's part.
+        sys.exit(TERMINATED if _Terminated.seen else INTERRUPTED)
     except AriskError as err:
         if os.environ.get("ARISK_DEBUG"):
             say(traceback.format_exc(), err=True)

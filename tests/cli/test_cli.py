@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from arisk.cli import main
 from arisk.engine.freshness import stage_key
 
 ROOT = Path(__file__).parents[2]
@@ -381,6 +382,21 @@ def test_kill_in_every_stage_and_resume(tmp_path, arisk, finished):
     for name, body in snapshot(finished).items():
         if name.endswith((".safetensors", "record.json")):
             assert (folder / name).read_bytes() == body, name
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_any_command_begins_is_no_traceback(monkeypatch, capsys, number, code):
+    """Between the entry point and Typer's own handling, as a kill fourteen milliseconds in finds it."""
+    monkeypatch.setattr(sys.modules[main.__module__], "_completing", lambda: os.kill(os.getpid(), number))
+    monkeypatch.setattr(sys, "argv", ["arisk", "--version"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == code
+    assert capsys.readouterr() == ("", "")
 
 
 def test_ctrl_c_in_every_stage_says_what_is_kept(tmp_path, arisk):
