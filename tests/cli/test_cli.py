@@ -460,7 +460,7 @@ def test_check_tells_the_memory_of_a_device_where_there_is_one(arisk, monkeypatc
     stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
     assert all(cost["device_gb"] is None for cost in stages.values())
     monkeypatch.setattr("arisk.cost.estimate.device_memory", lambda device: 2.0)
-    monkeypatch.setattr("arisk.cost.estimate.device_peak", lambda device, work: 2.01 if work() is not None else 0.0)
+    monkeypatch.setattr("arisk.cost.estimate.device_peak", lambda device, work: work() and 2.01)
     stages = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["plan"]["stages"]
     assert {name for name, cost in stages.items() if cost["device_gb"]} == {
         *("collect", "score", "rollout", "verify", "screen", "guard"),

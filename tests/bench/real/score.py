@@ -405,6 +405,7 @@ def by_mode(truths: Sequence[Truth], said: Forecasts) -> list[dict[str, Any]]:
                 "lost a quarter: low": sum(f.level == "low" for f in harmed),
                 "lost under a tenth": len(spared),
                 "lost under a tenth: high": sum(f.level == "high" for f in spared),
+                "lost under a tenth: elevated": sum(f.level == "elevated" for f in spared),
                 "within 10 points": sum(abs(t.refused - f.refused) <= RIGHT for t, f in pairs),
             }
         )
