@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config
 from arisk.config.yaml import load_config
-from arisk.forecast.worth import worth
+from arisk.forecast.worth import REAL, counted, validity, worth
 from tests.bench.__main__ import BENCHES
 from tests.bench.validity.readme import BEGIN, END, README, STORED, block, number
 
@@ -150,3 +150,15 @@ def test_the_citation_and_the_licence_are_those_of_the_package():
     assert f'license = "{cited["license"]}"' in package
     assert 'license-files = ["arisk/LICENSE"]' in package
     assert "Apache License" in (ROOT / "arisk" / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_refusals_on_real_models_are_those_of_the_stored_record():
+    text = DOCUMENTS[0].read_text(encoding="utf-8")
+    rows = {row["name"]: row for row in validity()[REAL]}
+    for called, row in (("LoRA", rows["lora adamw"]), ("all weights", rows["full adamw"])):
+        (cells,) = re.findall(rf"^\| {called} \| (.*) \|$", text, re.MULTILINE)
+        missed, spared, close = cells.split(" | ")
+        assert missed == counted(row["lost a quarter: low"], row["lost a quarter"], least=False)
+        high, between = row["lost under a tenth: high"], row["lost under a tenth: elevated"]
+        assert spared == f"{high} and {between} of {row['lost under a tenth']}"
+        assert close == f"{row['within 10 points']} of {row['jobs']}"
