@@ -13,9 +13,10 @@ Where a config is asked for, a run directory will do: it keeps its own.
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ __all__ = [
     "validate_mapping",
 ]
 
+#: Half of a UTF-16 pair: text that no file and no library can take.
+HALF = re.compile("[\ud800-\udfff]")
 #: Levels of nesting, values and bytes that no file of settings needs.
 DEEPEST, MOST_VALUES, LARGEST_FILE = 50, 100_000, 4_000_000
 
@@ -384,10 +387,34 @@ def validate_mapping(cls: type[Model], mapping: Mapping[str, Any], where: str) -
     Raises:
         ConfigError: one per mistake; the first is raised and carries the others in `also`.
     """
+    if (place := _half_character(mapping)) is not None:
+        raise ConfigError(
+            "this has half of a character (a lone surrogate), which no file can hold",
+            where=f"{where}: {shortened(place)}",
+            fix="write the character itself, not an escape of its half",
+        )
     try:
         return cls.model_validate(mapping)
     except ValidationError as err:
         raise config_error(cls, err, where) from err
+
+
+def _half_character(value: Any, place: str = "config") -> str | None:
+    """Dotted place of the first key or text with a lone surrogate; None where there is none."""
+    if isinstance(value, str):
+        return place if HALF.search(value) else None
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return None
+    for key, inner in items:
+        if isinstance(key, str) and HALF.search(key):
+            return f"a key in {place}"
+        if (found := _half_character(inner, str(key) if place == "config" else f"{place}.{key}")) is not None:
+            return found
+    return None
 
 
 def dump_config(config: BaseModel) -> str:

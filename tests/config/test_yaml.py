@@ -322,3 +322,20 @@ def test_mistakes_in_a_list_of_data_sets_have_their_place(tmp_path):
         *("finetune.0.fornat", "finetune.1.path", "finetune.2.path")
     ]
     assert found[0].fix == "did you mean `format`?"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"\\udfff x": 1}', "a key in config"),
+        ('{"guard": {"methods": {"\\ud800": 1}}}', "a key in guard.methods"),
+        ('{"guard": {"methods": ["plain", "\\udfff x"]}}', "guard.methods.1"),
+        ('{"run": {"name": "a\\ud800"}}', "run.name"),
+    ],
+)
+def test_half_a_character_anywhere_is_one_error(tmp_path, text, place):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="half of a character") as caught:
+        load_config(path)
+    assert caught.value.where == f"{path}: {place}"
