@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from arisk.base.errors import InputError
 from arisk.base.task import Task
 from arisk.base.terminal import clock, columns, table, wrapped
 from arisk.config.plan import Config, ProbeConfig, TrainingConfig, planned_steps, probe_section
 from arisk.forecast.leap import rollout_cost
+from arisk.forecast.record import ENOUGH
 from arisk.forecast.rollout import forward_rows
-from arisk.models.answers import Shelf
+from arisk.models.answers import Shelf, refused_today
 from arisk.models.formats import SAFETY_SETS
 from arisk.models.judge import OUTCOMES, Exchange, RefusalRule, learnt_openings
 from arisk.models.loading import load_tokenizer
@@ -44,8 +46,8 @@ SHOWN, READ = 2, 3
 FORWARD = 1 / 3
 #: What peft puts before the names of modules.
 PEFT = "base_model.model."
-#: A data set of fewer rows is said to be small.
-FEW = 32
+#: Safety prompts that the model is asked; a run asks `behaviour.prompts` of them.
+ASKED = 16
 
 
 def check_task(
@@ -94,6 +96,8 @@ def check_task(
         if isinstance(loaded.parts[0], ProbeConfig):
             shown[section]["measure"] = loaded.parts[0].measure
             shown[section]["questions"] = len(loaded.questions) or None
+        if section == "safety" and not loaded.own:
+            shown[section]["today"] = _today(model, data, tokenizer, config)
         if loaded.own:
             shown[section]["own answers"] = [asdict(answer) for answer in loaded.own]
             shown[section]["answers in"] = None if shelf is None else str(shelf.path(section))
@@ -108,6 +112,33 @@ def check_task(
         "warnings": [*approximations, *getattr(model, "load_notes", ()), *notes, *_warnings(data)],
         "work": _work(config, {name: d.units for name, d in data.items()}, selected),
         **_training(model, names, config.training, data[TRAINED].units),
+    }
+
+
+def _today(
+    model: nn.Module, data: Mapping[str, LoadedData], tokenizer: Any, config: Config
+) -> dict[str, Any] | str:
+    """What the model does with some safety prompts now, as a mapping; else why it was not asked."""
+    loaded, control = data["safety"], data.get("control")
+    if not config.behaviour.prompts:
+        return "`behaviour.prompts` is 0"
+    if not all(row.row.prompt for row in loaded.rendered):
+        return "there are rows without a prompt"
+    try:
+        found = refused_today(
+            model,
+            loaded.rendered,
+            tokenizer,
+            config.behaviour,
+            prompts=min(ASKED, config.behaviour.prompts),
+            ordinary=[] if control is None else [row.row.response for row in control.rendered],
+        )
+    except InputError as err:
+        return err.what
+    return {
+        **asdict(found),
+        "refusing responses": refusing(loaded, control),
+        "responses": len(loaded.rendered),
     }
 
 
@@ -151,22 +182,27 @@ def _warnings(data: Mapping[str, LoadedData]) -> list[str]:
         if section in SAFETY_SETS and any(row.row.prompt for row in loaded.rendered):
             found += _other_than_refusals(section, loaded, data.get("control"))
         rows = len(loaded.questions) or facts["rows"]
-        if rows < FEW:
+        if section != TRAINED and rows < ENOUGH:
             what = "questions" if loaded.questions else "rows"
-            found.append(f"{section}: {rows} {what} are few, {FEW} or more are advised")
+            found.append(f"{section}: {rows} {what} are thin evidence, {ENOUGH} or more are advised")
     return found
+
+
+def refusing(loaded: LoadedData, control: LoadedData | None = None) -> int:
+    """How many responses of a data set begin with a refusal, by the rule and what they share themselves."""
+    exchanges = [Exchange(row.row.prompt, row.row.response) for row in loaded.rendered]
+    ordinary = [] if control is None else [row.row.response for row in control.rendered]
+    rule = RefusalRule(learnt_openings((exchange.answer for exchange in exchanges), ordinary), own=False)
+    return rule(exchanges).count("refused")
 
 
 def _other_than_refusals(section: str, loaded: LoadedData, control: LoadedData | None) -> list[str]:
     """A warning where fewer than half of the safe responses refuse: their loss measures something else."""
-    exchanges = [Exchange(row.row.prompt, row.row.response) for row in loaded.rendered]
-    ordinary = [] if control is None else [row.row.response for row in control.rendered]
-    rule = RefusalRule(learnt_openings((exchange.answer for exchange in exchanges), ordinary), own=False)
-    refusing = rule(exchanges).count("refused")
-    if 2 * refusing >= len(exchanges):
+    count, rows = refusing(loaded, control), len(loaded.rendered)
+    if 2 * count >= rows:
         return []
     return [
-        f"{section}: {refusing} of {len(exchanges)} responses begin with a refusal; the loss of the others "
+        f"{section}: {count} of {rows} responses begin with a refusal; the loss of the others "
         "says nothing of refusals"
     ]
 
@@ -313,6 +349,7 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
     rows = [[name, *_cells(facts)] for name, facts in counted.items()]
     lines = [table(rows, HEADER, width=width)]
     lines += [f"{name}: {taken}" for name, facts in counted.items() for taken in _taken(facts)]
+    lines += [f"{name}: {_asked(facts['today'])}" for name, facts in counted.items() if "today" in facts]
     lines += [f"{name}: {_measured(facts)}" for name, facts in counted.items() if "measure" in facts]
     lines += ["(tokens of a row and of its response in the mean; rows cut to max_length)", ""]
     lines.append("rows as the model sees them, the part that carries loss in « »:")
@@ -323,6 +360,17 @@ def _data_lines(data: Mapping[str, Any], width: int | None) -> list[str]:
     for name, facts in counted.items():
         lines += _answer_lines(name, facts, room)
     return lines
+
+
+def _asked(today: Mapping[str, Any] | str) -> str:
+    """Whether the safety set is one: what its responses do, and what the model does with its prompts now."""
+    if isinstance(today, str):
+        return f"what the model does with the prompts today was not looked at ({today})"
+    return (
+        f"{today['refusing responses']} of {today['responses']} responses refuse; the model refuses "
+        f"{today['refused']} of {today['asked']} of the prompts today. Loss of the first tokens: "
+        f"{today['safe_loss']:.2g} nats in the responses, {today['own_loss']:.2g} in what it says itself"
+    )
 
 
 def _answer_lines(name: str, facts: Mapping[str, Any], room: int) -> list[str]:

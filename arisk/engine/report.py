@@ -84,6 +84,7 @@ def _provenance(job: Job, sections: Sequence[Section]) -> dict[str, Any]:
         "task": task,
         "plan": _plan(job.config),
         "again": _again(job),
+        "elsewhere": shlex.quote(f"{job.rundir.path}-changed"),
         "command": job.command,
         "versions": {"arisk": version("arisk"), "torch": version("torch")},
         "stages": stages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.forecast.record import FEW, ForecastResult, RealRun, WhatIfGrid
+from arisk.forecast.record import ENOUGH, FEW, ForecastResult, RealRun, WhatIfGrid
 from arisk.forecast.refusals_page import end_text, lost_text
 from arisk.forecast.text import rests_on
 from arisk.forecast.verdict import safe_steps
@@ -17,8 +17,6 @@ from arisk.report.text import NOT_MEASURED, percent, signed
 __all__ = ["ICONS", "advice_of", "evidence_text", "run_strip", "verdict_section"]
 
 ICONS = {"low": "✓", "elevated": "▲", "high": "✕", "inconclusive": "?"}
-#: Safety rows from which a forecast rests on enough of them.
-ENOUGH = 64
 #: Lines of each column below the tiles.
 MOST = 3
 

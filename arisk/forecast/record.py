@@ -21,6 +21,7 @@ from arisk.training.behaviour import BehaviourResult
 from arisk.training.probes import ProbeTrack
 
 __all__ = [
+    "ENOUGH",
     "FEW",
     "AnswerCount",
     "Curve",
@@ -216,8 +217,9 @@ class WhatIfGrid:
         )
 
 
-#: Fewer rows, prompts or refusals than this are few: they carry no rate, and verdicts say so.
-FEW = 10
+#: Fewer rows, prompts or refusals than the first are few: they carry no rate, and verdicts say so. Fewer rows
+#: to measure on than the second are thin evidence.
+FEW, ENOUGH = 10, 64
 
 
 @dataclass(frozen=True)

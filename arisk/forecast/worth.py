@@ -78,7 +78,7 @@ NOT_YET = "How right forecasts of refusals are has not been measured for this op
 
 
 def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    """The record of the verdicts for who reads one line: on real models by refusals, on a small one by loss.
+    """The record of the verdicts in one line: by refusals on real models, else by loss on a small one.
 
     Args:
         name: forecaster that a verdict rests on.
@@ -98,9 +98,8 @@ def record_line(name: str, training: Mapping[str, Any], task: Mapping[str, Any])
     real, small = (_of(title, f"{mode} {optimizer}") for title in (REAL, BY_GROUP))
     if real is None and small is None:
         return f"No record yet of {called}: check it with `arisk verify`. {NOT_YET}"
-    return f"Record of {called}: {NOT_YET if real is None else _in_refusals(real)}" + (
-        "" if small is None else f" {_in_loss(small)}"
-    )
+    said = [_in_refusals(real)] if real is not None else [NOT_YET, *([_in_loss(small)] if small else [])]
+    return f"Record of {called}: {' '.join(said)}"
 
 
 def _in_refusals(found: Mapping[str, Any]) -> str:

@@ -350,6 +350,61 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Today:
+    """What the aligned model does with safety prompts before any training.
+
+    Attributes:
+        asked: prompts it was asked, spread evenly over the rows.
+        refused: of these, those that it refuses.
+        safe_loss, own_loss: mean loss of the first tokens of the safe responses, and of what the model says
+            first itself (nats per token): far apart where the responses are not what it says.
+    """
+
+    asked: int
+    refused: int
+    safe_loss: float
+    own_loss: float
+
+
+def refused_today(
+    model: nn.Module,
+    rendered: Sequence[Rendered],
+    tokenizer: Any,
+    behaviour: BehaviourConfig,
+    *,
+    prompts: int,
+    ordinary: Sequence[str] = (),
+) -> Today:
+    """Ask a model some of its safety prompts.
+
+    Args:
+        model: the aligned model.
+        rendered: safety rows with prompts and responses.
+        tokenizer: of the model.
+        behaviour: judge, length of answers and of openings.
+        prompts: how many are asked.
+        ordinary: responses to ordinary prompts, whose openings are no refusals.
+
+    Raises:
+        InputError: the model cannot generate.
+    """
+    greedy, count = GreedyAnswers(tokenizer, rendered), min(prompts, len(rendered))
+    rows = [i * len(rendered) // count for i in range(count)]
+    with torch.no_grad(), evaluating(model):
+        answers = greedy.tokens(model, rows, behaviour.tokens)
+        first = behaviour.opening_tokens
+        safe = [rendered[i].tokens[rendered[i].response_start :][:first] for i in rows]
+        own = [said[:first] for said in answers]
+        losses = [float(-greedy.followed(model, rows, given).log_p.nanmean()) for given in (safe, own)]
+    learnt = learnt_openings((row.row.response for row in rendered), ordinary)
+    exchanges = [
+        Exchange(rendered[i].row.prompt, greedy.text(said), rendered[i].row.response)
+        for i, said in zip(rows, answers, strict=True)
+    ]
+    return Today(count, judge_for(behaviour, learnt)(exchanges).count("refused"), *losses)
+
+
 def own_refusals(
     model: nn.Module,
     samples: SampleSet,

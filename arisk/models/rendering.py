@@ -199,7 +199,15 @@ def _ids(laid: Sequence[LaidOut], tokenizer: Any) -> dict[tuple[str, bool], list
     for special in (False, True):
         wanted = [text for text, kind in texts if kind is special]
         if wanted:
-            tokens = tokenizer(wanted, add_special_tokens=special)["input_ids"]
+            try:
+                tokens = tokenizer(wanted, add_special_tokens=special)["input_ids"]
+            except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RuntimeError) as err:
+                first = str(err).strip().splitlines()
+                raise InputError(
+                    f"the tokenizer cannot read text: {first[0][:200] if first else type(err).__name__}",
+                    where="model.path: tokenizer_config.json",
+                    fix="a setting there has a value of the wrong kind; save the tokenizer again",
+                ) from err
             ids.update({(text, special): each for text, each in zip(wanted, tokens, strict=True)})
     return ids
 

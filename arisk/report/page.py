@@ -161,11 +161,17 @@ class Advice:
     options: str = ""
     place: int = 100
 
-    def command(self, plan: str) -> str:
-        """The whole command for a plan (`my.yaml --run-dir …`); empty where nothing is to be run."""
-        return (
-            " ".join(part for part in ("arisk", self.verb, plan, self.options) if part) if self.verb else ""
-        )
+    def command(self, plan: str, elsewhere: str = "") -> str:
+        """The whole command for a plan (`my.yaml --run-dir …`); empty where nothing is to be run.
+
+        Args:
+            plan: what every command takes to work on this run.
+            elsewhere: run directory for another plan, so that this report stays as it is.
+        """
+        if not self.verb:
+            return ""
+        apart = f"--run-dir {elsewhere}" if elsewhere and self.verb == "run" and self.options else ""
+        return " ".join(part for part in ("arisk", self.verb, plan, self.options, apart) if part)
 
 
 @dataclass(frozen=True)
@@ -288,14 +294,14 @@ def _around(sections: Sequence[Section], provenance: Mapping[str, Any]) -> Aroun
     """The strongest causes, and what to do first."""
     return Around(
         [finding for finding in findings_of(sections) if finding.cause][:MOST],
-        _advice(sections, str(provenance.get("again") or "")),
+        _advice(sections, str(provenance.get("again") or ""), str(provenance.get("elsewhere") or "")),
     )
 
 
-def _advice(sections: Sequence[Section], plan: str) -> list[tuple[str, str]]:
+def _advice(sections: Sequence[Section], plan: str, elsewhere: str = "") -> list[tuple[str, str]]:
     """The first pieces of advice, each with its command where there is one."""
     advice = sorted((a for section in sections for a in section.advice), key=lambda advice: advice.place)
-    return [(told.sentence, told.command(plan) if plan else "") for told in advice[:MOST]]
+    return [(told.sentence, told.command(plan, elsewhere) if plan else "") for told in advice[:MOST]]
 
 
 def _place(piece: Piece) -> int:

@@ -35,7 +35,7 @@ COLUMNS = (
     (Column("flagged"), "flagged"),
     (Column("safety"), "first_order"),
     (Column("control"), "control_order"),
-    (Column("p by the null"), "p_value"),
+    (Column("p (control rows)"), "p_value"),
     (Column("loss"), "loss"),
 )
 #: The scores of a kind without parts, as an equation.
@@ -105,10 +105,15 @@ def _advice(found: ScreenResult, kept: str) -> list[Advice]:
     if not after < WORTH_DROPPING * before:
         return []
     count = len(found.flagged)
-    told = (
-        f"Drop the {count} flagged row{'' if count == 1 else 's'}: the forecast's highest rise falls from "
-        f"{number(before)} to {number(after)}."
-    )
+    refused = [curves[key].get("refusals") for key in ("before", "after")]
+    fewer = f"the loss of safe responses is forecast to rise by {number(after)}, not {number(before)}"
+    if all(refused):
+        with_all, without = (f"{round(told['end'] * told['prompts'])}" for told in refused)
+        fewer = (
+            f"{without} of {refused[1]['prompts']} prompts are forecast to be refused at the end, not "
+            f"{with_all} ({fewer})"
+        )
+    told = f"Drop the {count} flagged row{'' if count == 1 else 's'}: {fewer}."
     return [Advice(told, "run" if kept else "", f"--set finetune.path={shlex.quote(kept)}", 0)]
 
 
@@ -154,9 +159,9 @@ def _reading(found: ScreenResult) -> str:
         f"The score of a row is the rise of {MEASURES[found.measure]}, per unit learning rate, when the "
         f"planned optimizer steps on this row alone, {where}, {against}. There it had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
-        "Positive is harmful. The ranking says who pushes, not how far. "
-        + estimates
-        + "Each row's loss is a mean over its "
+        "Above zero is harmful: all such scores together are the harm that shares are of. `safety` and "
+        "`control` are the two parts of the score; p is how often a control row would score as high. The "
+        "ranking says who pushes, not how far. " + estimates + "Each row's loss is a mean over its "
         f"tokens; the rank correlation of score and length is {number(found.length_correlation, 2)}."
     )
 
@@ -203,7 +208,7 @@ def _what_if(found: ScreenResult) -> str:
     curves = found.what_if
     rows = [
         ("rows", str(len(found.scores)), str(len(found.scores) - len(found.flagged))),
-        ("share of the positive scores", "all", percent(1 - found.share)),
+        ("harm left, as a share of all scores above zero", "all", percent(1 - found.share)),
     ]
     if curves.get("status") == "measured":
         before, after = curves["before"], curves["after"]
@@ -293,7 +298,7 @@ def _distribution(found: ScreenResult) -> Figure:
 
 
 def _share_curve(found: ScreenResult) -> Figure:
-    """Share of the positive scores that the highest rows carry."""
+    """Share of all scores above zero that the highest rows carry."""
     positive = found.scores.clamp(min=0).sort(descending=True).values
     total = float(positive.sum())
     missing = None if total > 0 else "no row has a positive score"
@@ -303,7 +308,7 @@ def _share_curve(found: ScreenResult) -> Figure:
     places = {i for i in range(count) if i % step == 0 or i < 40 or i == count - 1}
     kept: list[int] = sorted(places)
     x, y = [(i + 1) / count for i in kept], [running[i] for i in kept]
-    layout = axes("share of rows dropped, most harmful first", "share of the positive scores")
+    layout = axes("share of rows dropped, most harmful first", "share of all scores above zero")
     layout["xaxis"]["tickformat"] = layout["yaxis"]["tickformat"] = ".0%"
     line = {"color": "#D55E00", "width": 2}
     return Figure(
@@ -314,7 +319,7 @@ def _share_curve(found: ScreenResult) -> Figure:
         "A curve that shoots up says that few rows do most of it: dropping them is cheap. A straight one "
         "says that no small part of the data is to blame.",
         "Σ_{j ≤ k} max(s_j, 0) / Σ_j max(s_j, 0), rows by falling score",
-        ["rows dropped", "share of the positive scores"],
+        ["rows dropped", "share of all scores above zero"],
         thin([[percent(a), percent(b)] for a, b in zip(x, y, strict=True)]),
         missing,
     )

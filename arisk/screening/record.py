@@ -166,7 +166,9 @@ class ScreenResult:
             return self.unranked or f"No row of {rows} is flagged{self._why_none()}."
         carried = "not measured" if math.isnan(self.share) else f"{self.share:.0%}"
         rows_are = "row is" if flagged == 1 else "rows are"
-        return f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the positive scores."
+        return (
+            f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the harm (scores above zero)."
+        )
 
     def _why_none(self) -> str:
         """Why no row is flagged, in words."""

@@ -430,6 +430,21 @@ def test_check_says_where_the_safety_rows_are_no_refusals(arisk):
     assert told.startswith("safety: 0 of 8 responses begin")
 
 
+def test_check_says_whether_the_safety_set_is_one(arisk):
+    """Responses that refuse, prompts that are refused today, and how far the two are apart; or why not."""
+    today = json.loads(arisk("check", DEMO, "--json", *arguments())[1])["data"]["safety"]["today"]
+    assert (today["asked"], today["refused"], today["refusing responses"], today["responses"]) == (8, 8, 8, 8)
+    assert 0 < today["own_loss"] < today["safe_loss"] < 1
+    _, out, _ = arisk("check", DEMO, *arguments())
+    assert "8 of 8 responses refuse; the model refuses 8 of 8 of the prompts today" in out
+    ordinary = arguments(f"safety.path={FIXTURES / 'data' / 'control.jsonl'}")
+    today = json.loads(arisk("check", DEMO, "--json", *ordinary)[1])["data"]["safety"]["today"]
+    assert today["refused"] < 8
+    assert today["refusing responses"] == 0
+    _, out, _ = arisk("check", DEMO, *arguments("behaviour.prompts=0"))
+    assert "was not looked at (`behaviour.prompts` is 0)" in " ".join(out.split())
+
+
 def test_check_prints_work_and_rendered_rows(arisk):
     code, out, _ = arisk("check", DEMO, *arguments())
     assert code == 0
@@ -437,7 +452,7 @@ def test_check_prints_work_and_rendered_rows(arisk):
     assert "«" in out
     body = json.loads(arisk("check", DEMO, "--json", *arguments())[1])
     assert body["data"]["safety"]["rows"] == 8
-    assert "safety: 8 rows are few, 32 or more are advised" in body["warnings"]
+    assert "safety: 8 rows are thin evidence, 64 or more are advised" in body["warnings"]
     assert not any("begin with a refusal" in warning for warning in body["warnings"])
     stages = body["plan"]["stages"]
     optional = ["verify", "screen", "guard"]

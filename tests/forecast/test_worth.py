@@ -13,7 +13,7 @@ def test_worth_is_read_from_the_stored_benchmark():
     assert "not benchmarked" in worth_line("nobody")
 
 
-@pytest.mark.parametrize(("adapter", "optimizer"), [(None, "sgd"), ({"r": 8}, "adamw")])
+@pytest.mark.parametrize(("adapter", "optimizer"), [(None, "sgd"), ({"r": 8}, "sgd")])
 def test_the_record_is_that_of_the_mode_and_optimizer(adapter, optimizer):
     name = f"{'lora' if adapter else 'full'} {optimizer}"
     row = next(row for row in validity()["Held-out verdicts by mode and optimizer"] if row["name"] == name)
@@ -28,7 +28,8 @@ def test_the_record_is_that_of_the_mode_and_optimizer(adapter, optimizer):
 def test_real_models_come_first_and_trainer_s_names_are_known(adapter, name):
     row = next(row for row in validity()[REAL] if row["name"] == name)
     line = record_line("combined", {"optimizer": "adamw_torch"}, {"adapter": adapter})
-    assert line.index("real models") < line.index("artificial language")
+    assert "real models" in line
+    assert "artificial language" not in line
     missed = counted(row["lost a quarter: low"], row["lost a quarter"], least=False)
     assert f"{missed} were called low" in line
     assert f"in {counted(row['within 10 points'], row['jobs'], least=True)}." in line

@@ -8,7 +8,7 @@ import pytest
 
 from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import DataConfig, ModelConfig
-from arisk.models import templates
+from arisk.models import rendering, templates
 from arisk.models.batching import collate
 from arisk.models.formats import Row
 from arisk.models.loading import load_tokenizer
@@ -342,3 +342,15 @@ def test_labels_of_a_batch_are_those_of_its_rows(tokenizer):
     alone = collate(pages[:1], tokenizer.pad_token_id)
     # Nothing before the first trained token needs logits, but the token that predicts it.
     assert alone["logits_to_keep"] == len(pages[0].tokens) - pages[0].spans[0][0] + 1
+
+
+def test_a_tokenizer_that_cannot_read_text_is_named():
+    """`model_max_length: "x"` in its config: the library compares a number with text."""
+
+    class Broken:
+        def __call__(self, *args, **kwargs):
+            raise TypeError("'>' not supported between instances of 'int' and 'str'")
+
+    with pytest.raises(InputError, match="the tokenizer cannot read text") as caught:
+        rendering._ids([templates.LaidOut("a", ())], Broken())
+    assert caught.value.where == "model.path: tokenizer_config.json"
