@@ -56,6 +56,7 @@ def preflight(
     *,
     safety: Any,
     control: Any = None,
+    probes: Mapping[str, Any] | None = None,
     config: PipelineConfig | Mapping[str, Any] | None = None,
     fail_on: Literal["low", "elevated", "high"] | None = None,
     progress: Progress = silent,
@@ -69,6 +70,8 @@ def preflight(
         safety: prompts with safe responses: a file, a list of mappings, a `datasets.Dataset`, or the
             settings of a data set (`{"path": …, "max_samples": 96}`).
         control: ordinary rows in the same forms, the null that drift is held against; optional.
+        probes: further rows by name, what else the fine-tune may cost, in the same forms or as the settings
+            of a probe (`{"maths": {"path": …, "measure": "choice"}}`); optional.
         config: settings of the stages. What its `training` sets wins over the trainer's arguments.
         fail_on: raise where the verdict reaches this level.
         progress: told of finished parts.
@@ -84,7 +87,7 @@ def preflight(
     _require_level(fail_on, "preflight(fail_on=…)")
     with keeping_random_state(), alone():
         planned = planned_by(trainer)
-        _, report = _forecast(planned, _settings(config), safety, control, progress)
+        _, report = _forecast(planned, _settings(config), safety, control, progress, probes)
     _log(trainer, trainer.state, _found(report))
     _gate(report, fail_on)
     return report
@@ -98,11 +101,16 @@ def _settings(config: PipelineConfig | Mapping[str, Any] | None) -> PipelineConf
 
 
 def _forecast(
-    planned: Planned, config: PipelineConfig, safety: Any, control: Any, progress: Progress
+    planned: Planned,
+    config: PipelineConfig,
+    safety: Any,
+    control: Any,
+    progress: Progress,
+    probes: Mapping[str, Any] | None = None,
 ) -> tuple[Task, RiskReport]:
     settings, notes = settings_of(planned, config)
     with as_loaded(planned.model):
-        task = task_of(planned, settings, safety, control, notes)
+        task = task_of(planned, settings, safety, control, notes, probes)
         return task, assess(task, settings, progress=progress)
 
 
@@ -173,6 +181,7 @@ class PreflightCallback:
     Args:
         safety: as of `preflight`.
         control: as of `preflight`.
+        probes: as of `preflight`.
         config: as of `preflight`.
         fail_on: level of the verdict at which training is stopped before its first step, by a `GateError`
             (`InconclusiveError` where the verdict cannot be vouched for); None only tells.
@@ -191,6 +200,7 @@ class PreflightCallback:
         *,
         safety: Any,
         control: Any = None,
+        probes: Mapping[str, Any] | None = None,
         config: PipelineConfig | Mapping[str, Any] | None = None,
         fail_on: Literal["low", "elevated", "high"] | None = None,
         watch_every: int = 25,
@@ -202,6 +212,7 @@ class PreflightCallback:
                 "`watch_every` is negative", where="PreflightCallback", fix="give a number of steps, or 0"
             )
         self.safety, self.control, self.config = safety, control, _settings(config)
+        self.probes = probes
         self.fail_on = fail_on
         self.watch_every = watch_every
         self.stop_at_threshold = stop_at_threshold
@@ -241,7 +252,9 @@ class PreflightCallback:
                 settings, notes = settings_of(planned, self.config)
                 task = task_of(planned, settings, self.safety, None, notes)
             else:
-                task, self.report = _forecast(planned, self.config, self.safety, self.control, silent)
+                task, self.report = _forecast(
+                    planned, self.config, self.safety, self.control, silent, self.probes
+                )
             if self.watch_every:
                 self._watch = _Watch(task, self.config)
                 self._measure(state.global_step, model)

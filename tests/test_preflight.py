@@ -150,6 +150,26 @@ def test_the_verdict_is_the_command_lines(
     assert report.verdict.probability == pytest.approx(told.verdict.probability, abs=1e-4)
 
 
+def test_probes_are_forecast_beside_safety(tokenizer: Any, safety: Path, tmp_path: Path) -> None:
+    """A file, rows in memory, and settings: each is rolled out and forecast under its name."""
+    question = {"question": "What holds soup?", "choices": ["a bowl", "a lamp"], "answer": "a bowl"}
+    (tmp_path / "asked.jsonl").write_text("\n".join([json.dumps(question)] * 3), encoding="utf-8")
+    probes = {
+        "small talk": FIXTURES / "data" / "control.jsonl",
+        "first words": {"path": str(safety), "measure": "opening"},
+        "in memory": rows_of("control.jsonl", 4),
+        "asked": {"path": str(tmp_path / "asked.jsonl"), "measure": "choice"},
+    }
+    report = arisk.preflight(
+        sft(tokenizer, tmp_path), safety=safety, probes=probes, config=SMALL | {"why": "off"}
+    )
+    assert [probe.name for probe in report.forecasted.probes] == list(probes)
+    assert [probe.measure for probe in report.forecasted.probes] == ["nll", "opening", "nll", "choice"]
+    with pytest.raises(ConfigError, match="should match pattern") as caught:
+        arisk.preflight(sft(tokenizer, tmp_path), safety=safety, probes={"a.b": safety}, config=SMALL)
+    assert "probes" in caught.value.where
+
+
 def test_a_training_with_a_preflight_is_the_one_without(tokenizer: Any, safety: Path, tmp_path: Path) -> None:
     """Parameters, losses and random states, with dropout in the adapter and checkpoints switched on."""
 

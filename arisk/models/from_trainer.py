@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from arisk.base.errors import ConfigError, InputError
 from arisk.base.task import SampleSet, Task
 from arisk.config.imports.account import Account, Import, Source
 from arisk.config.imports.trainer import read_trainer
-from arisk.config.plan import Config, DataConfig, TrainingConfig
+from arisk.config.plan import Config, DataConfig, ProbeConfig, TrainingConfig, probe_section
 from arisk.config.python import PipelineConfig
 from arisk.config.sections import BehaviourConfig
 from arisk.config.yaml import validate_mapping
 from arisk.models.answers import OwnAnswers
 from arisk.models.formats import Row
 from arisk.models.rendering import IGNORED, Rendered
-from arisk.models.tasks import LoadedData, assembled, load_set, require_fit, sample_set
+from arisk.models.tasks import LoadedData, assembled, load_set, probes_of, require_fit, sample_set
 
 __all__ = [
     "Planned",
@@ -282,7 +282,12 @@ def _sampler(loader: Any) -> str:
 
 
 def task_of(
-    planned: Planned, settings: PipelineConfig, safety: Any, control: Any, notes: Sequence[str]
+    planned: Planned,
+    settings: PipelineConfig,
+    safety: Any,
+    control: Any,
+    notes: Sequence[str],
+    probes: Mapping[str, Any] | None = None,
 ) -> Task:
     """The task of a trainer's plan.
 
@@ -292,6 +297,7 @@ def task_of(
         safety: prompts with safe responses: a file, rows, a `datasets.Dataset`, or a `DataConfig`.
         control: ordinary rows in the same forms; None without.
         notes: what a reader must know of the plan.
+        probes: further rows by name, in the same forms or as the settings of a probe.
 
     Raises:
         AriskError: what is wrong with the rows or the model.
@@ -305,16 +311,22 @@ def task_of(
             fix="call `requires_grad_(True)` on what the fine-tune trains, or attach an adapter",
         )
     with tempfile.TemporaryDirectory(prefix="arisk-") as folder:
-        given = {"safety": _data(safety, "safety", Path(folder))}
+        given: dict[str, DataConfig] = {"safety": _data(safety, "safety", Path(folder))}
         if control is not None:
             given["control"] = _data(control, "control", Path(folder))
-        config = _config(planned, settings, given)
+        further = {
+            name: _data(rows, probe_section(name), Path(folder), ProbeConfig)
+            for name, rows in (probes or {}).items()
+        }
+        config = _config(planned, settings, given, further)
         answers = OwnAnswers(lambda: model, tokenizer, settings.behaviour)
-        loaded = {name: load_set(config, name, (data,), tokenizer, answers) for name, data in given.items()}
+        named = {**given, **{probe_section(name): rows for name, rows in config.probes.items()}}
+        loaded = {name: load_set(config, name, (data,), tokenizer, answers) for name, data in named.items()}
     loaded["finetune"] = _trained(planned, settings.training)
     fit = require_fit(model, loaded, tokenizer, config)
     sets = {name: sample_set(name, one, config, tokenizer) for name, one in loaded.items()}
-    return assembled(model, config, names, sets, notes, fit)
+    task = assembled(model, config, names, sets, notes, fit)
+    return replace(task, probes=probes_of(config, loaded, sets))
 
 
 def safety_rows(
@@ -355,11 +367,17 @@ def safety_rows(
     return sample_set("safety", loaded, config, tokenizer)
 
 
-def _config(planned: Planned, settings: PipelineConfig, given: Mapping[str, DataConfig]) -> Config:
+def _config(
+    planned: Planned,
+    settings: PipelineConfig,
+    given: Mapping[str, DataConfig],
+    probes: Mapping[str, DataConfig],
+) -> Config:
     """The plan as the YAML would say it; the fine-tuning rows are in memory."""
     dtype = str(next(planned.model.parameters()).dtype).removeprefix("torch.")
     name = str(getattr(getattr(planned.model, "config", None), "_name_or_path", "") or "the trainer's model")
-    return Config.model_validate(
+    return validate_mapping(
+        Config,
         {
             "run": {"seed": settings.seed},
             "model": {"path": name, "dtype": dtype},
@@ -367,7 +385,9 @@ def _config(planned: Planned, settings: PipelineConfig, given: Mapping[str, Data
             "training": settings.training.model_dump(),
             "collect": settings.collect_settings.model_dump(),
             **{name: data.model_dump() for name, data in given.items()},
-        }
+            "probes": {name: data.model_dump(exclude_unset=True) for name, data in probes.items()},
+        },
+        "preflight",
     )
 
 
@@ -377,14 +397,14 @@ def _finetune(planned: Planned) -> dict[str, Any]:
     return {"path": ROWS, "seed": int(torch.initial_seed() if seed is None else seed) % 2**63}
 
 
-def _data(given: Any, name: str, folder: Path) -> DataConfig:
+def _data(given: Any, name: str, folder: Path, kind: type[DataConfig] = DataConfig) -> DataConfig:
     """A data set in any of its forms; rows in memory are read as those of a file."""
     if isinstance(given, DataConfig):
         return given
     if isinstance(given, (str, Path)):
-        return DataConfig(path=str(given))
+        return kind(path=str(given))
     if isinstance(given, Mapping):
-        return validate_mapping(DataConfig, dict(given), name)
+        return validate_mapping(kind, dict(given), name)
     if not isinstance(given, Iterable):
         raise ConfigError(
             f"a {type(given).__name__} is no data set",
@@ -395,7 +415,7 @@ def _data(given: Any, name: str, folder: Path) -> DataConfig:
     with path.open("w", encoding="utf-8") as file:
         for row in given:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    return DataConfig(path=str(path))
+    return kind(path=str(path))
 
 
 def _trained(planned: Planned, training: TrainingConfig) -> LoadedData:
