@@ -314,7 +314,7 @@ def _says(lead: Curve | None, forecast: ForecastResult) -> str:
         else f"{'rose' if done else 'is forecast to rise'} by {limit}, which counts as collapse, by step "
         f"{lead.collapse_step} of {lead.horizon}"
     )
-    top = "" if at is None else f"; its peak is {peak:+.2g} (step {at})".replace("-", "−")
+    top = "" if not at else f"; its peak is {peak:+.2g} (step {at})".replace("-", "−")
     return f"The loss of safe responses {crosses}{top}."
 
 

@@ -57,6 +57,8 @@ WEIGHTS, WEIGHT_SPREAD = (1.5, 2.0, 6.7), (1.5, 0.6, 1.5)
 TIME_SPREAD, LOSS_FACTOR, LOSS_SPREAD = 0.2, 1.4, 0.4
 #: u of what is certain, and of a run that has diverged.
 CERTAIN, NEWTON_STEPS = 12.0, 12
+#: Draws that are in memory at once.
+TOGETHER = 50
 
 
 def labelled(followed: FollowedPrompts, judge: Judge, *, safe: bool = True) -> dict[int, list[Outcome]]:
@@ -207,7 +209,7 @@ def refusal_forecast(
         refusing_responses=responses.count("refused"),
         safe_loss=None if measured.opening_loss is None else float(measured.opening_loss[:, 0].mean()),
         own_loss=said.own_loss,
-        notes=_notes(said, labels),
+        notes=_notes(said, labels, leaps=not measured.carried_out),
         outcomes=[list(labels[step]) for step in (min(labels), max(labels))],
     )
 
@@ -328,44 +330,48 @@ def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[T
     Returns:
         (S,) of the fit; (draws, S) of what it could as well have been on these prompts; the same on others.
     """
-    wanted = torch.tensor(steps, dtype=torch.float64)
+    wanted = torch.tensor([*steps, path.pilot], dtype=torch.float64)  # The pilot's end is put last.
     at = torch.tensor(path.steps, dtype=torch.float64)
-    beyond = wanted > at[-1] if path.diverged else torch.zeros(len(wanted), dtype=torch.bool)
+    beyond = wanted[:-1] > at[-1] if path.diverged else torch.zeros(len(steps), dtype=torch.bool)
     after = (wanted - path.pilot).clamp(min=0)
 
-    def probabilities(stretch: float) -> Tensor:
-        """(N, S + 1) at the steps, time after the pilot stretched, and at the pilot's end."""
-        moved = torch.cat([wanted.clamp(max=path.pilot) + after * stretch, at.new_tensor([path.pilot])])
-        return torch.sigmoid(read_between(at, path.u, moved))
+    def probabilities(stretch: Tensor) -> Tensor:
+        """(N, D, S + 1) at the steps, time after the pilot stretched by each of D factors."""
+        moved = wanted.clamp(max=path.pilot) + after * stretch[:, None]
+        return torch.sigmoid(read_between(at, path.u, moved.flatten())).reshape(len(path.u), *moved.shape)
 
-    def really(shares: Tensor, factor: float) -> Tensor:
-        """(S,) what is left where the leaps' own losses (the shares, the pilot's end last) count so much."""
-        kept, end = shares[:-1], shares[-1]
+    def really(shares: Tensor, factor: Tensor) -> Tensor:
+        """(D, S) what is left where the leaps' own losses (of shares (D, S + 1)) count so much."""
+        kept, end = shares[:, :-1], shares[:, -1:]
         fallen = (kept / end.clamp(min=1e-9)).clamp(max=1)
-        left = torch.where((after > 0) & (kept < end), end * fallen**factor, kept)
+        left = torch.where((after[:-1] > 0) & (kept < end), end * fallen ** factor[:, None], kept)
         return left.masked_fill(beyond, 0.0)
 
     generator = torch.Generator().manual_seed(seed + 2)
-    count = len(path.u)
+    count, one = len(path.u), torch.ones(1, dtype=torch.float64)
     weights = -torch.rand(draws, count, dtype=torch.float64, generator=generator).log()
     luck = torch.rand(draws, count, dtype=torch.float64, generator=generator)
-    noise = torch.randn(draws, 4, dtype=torch.float64, generator=generator)
-    when = torch.rand(draws, dtype=torch.float64, generator=generator) * float(wanted[-1])
-    found: list[Tensor] = []
-    others: list[Tensor] = []
-    ends = torch.cat([wanted, wanted.new_tensor([path.pilot])])
-    for weight, chance, (time, loss, held, lost), step in zip(
-        weights, luck, noise.tolist(), when.tolist(), strict=True
-    ):
-        # One uniform number per prompt for all steps: what is refused changes as P does.
-        refused = weight @ (chance[:, None] < probabilities(math.exp(TIME_SPREAD * time))).double()
-        factor = LOSS_FACTOR * math.exp(LOSS_SPREAD * loss)
-        found.append(really(refused / weight.sum(), factor))
-        # Half a prompt that is kept and half a one that is lost somewhere: none of 48 lost is not never.
-        half, other = held**2 / 2, lost**2 / 2
-        unseen = refused + half + other * (ends < step)
-        others.append(really(unseen / (weight.sum() + half + other), factor))
-    return really(probabilities(1.0).mean(0), LOSS_FACTOR), torch.stack(found), torch.stack(others)
+    time, loss, held, lost = torch.randn(draws, 4, dtype=torch.float64, generator=generator).T
+    when = torch.rand(draws, dtype=torch.float64, generator=generator) * float(steps[-1])
+    stretch, factor = torch.exp(TIME_SPREAD * time), LOSS_FACTOR * torch.exp(LOSS_SPREAD * loss)
+    # One uniform number per prompt for all steps: what is refused changes as P does.
+    refused = torch.cat(
+        [
+            torch.einsum(
+                "dn,nds->ds", weights[some], (luck[some].T[..., None] < probabilities(stretch[some])).double()
+            )
+            for some in torch.arange(draws).split(TOGETHER)
+        ]
+    )
+    total = weights.sum(1, keepdim=True)
+    # Half a prompt that is kept and half a one that is lost somewhere: none of 48 lost is not never.
+    half, other = (held**2 / 2)[:, None], (lost**2 / 2)[:, None]
+    unseen = refused + half + other * (wanted < when[:, None])
+    return (
+        really(probabilities(one).mean(0), LOSS_FACTOR * one)[0],
+        really(refused / total, factor),
+        really(unseen / (total + half + other), factor),
+    )
 
 
 def _first_lost(steps: Sequence[int], curve: Tensor, today: float, share: float) -> int | None:
@@ -403,9 +409,15 @@ def _responses(followed: FollowedPrompts, learnt: Sequence[str]) -> list[Outcome
     return RefusalRule(learnt, own=False)([Exchange(prompt, safe) for prompt, safe in rows if safe])
 
 
-def _notes(said: BehaviourResult, labels: Mapping[int, Sequence[Outcome]]) -> list[str]:
-    """How much was written, and what could not be."""
+def _notes(said: BehaviourResult, labels: Mapping[int, Sequence[Outcome]], *, leaps: bool) -> list[str]:
+    """How much was written, what could not be, and why the curve lies below what was written."""
     found = [f"Answers of {said.tokens} tokens were written at steps {', '.join(map(str, labels))}."]
+    if leaps:
+        found.append(
+            "Leaps lose fewer refusals than the steps they stand for, so the curve lies below the answers "
+            f"written after them (the logarithm of the share kept counts {LOSS_FACTOR:g} times, as on 20 "
+            "real fine-tunes)."
+        )
     if said.safety is not None and said.safety.log_p is None:
         found.append("Openings could not be followed: between these steps the curve is a straight line.")
     if said.ordinary is None:

@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
+import pkgutil
 import random
 import re
 import resource
@@ -699,9 +701,12 @@ def _imports() -> None:
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import arisk.cost.check
-    import arisk.engine.run
-    import arisk.models  # noqa: F401
+    import arisk
+
+    # All of it: a child that gave up its rights may not be able to read Python's own folder.
+    for module in pkgutil.walk_packages(arisk.__path__, "arisk."):
+        if module.name != "arisk.__main__":
+            importlib.import_module(module.name)
 
     torch.set_num_threads(1)
     harm.KEYS[:] = known_keys()

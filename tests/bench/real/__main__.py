@@ -80,9 +80,12 @@ def main() -> None:
         print(keep(given.folder), "rollouts")
         return
     if given.command == "publish":
+        import torch
+
         from tests.bench.real.rollouts import publish
         from tests.bench.validity.readme import STORED
 
+        torch.set_num_threads(1)
         publish(STORED)
         return
     if given.command == "read":

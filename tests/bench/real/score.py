@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from arisk.report.text import wilson
 from tests.bench.measure import print_table
@@ -417,6 +418,7 @@ def main(given: Sequence[str]) -> None:
     from tests.bench.real.baselines import baselines
     from tests.bench.real.rollouts import ROLLOUTS, forecasts
 
+    torch.set_num_threads(1)
     truths = read_truths()
     if not truths:
         sys.exit(f"no truths in {TRUTHS}; `just bench-real truths` makes them")
