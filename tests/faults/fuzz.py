@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib
+import importlib.readers
 import json
 import math
 import os

@@ -241,7 +241,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values], dtype=float)
+    below, same = values[None] < values[:, None], values[None] == values[:, None]
+    return below.sum(1) + (same.sum(1) - 1) / 2
 
 
 def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
