@@ -14,7 +14,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 
 from arisk.base.errors import ArtifactError
 
@@ -24,6 +25,7 @@ __all__ = [
     "columns",
     "fancy",
     "fitted",
+    "natives_silenced",
     "peak_memory",
     "printable",
     "said",
@@ -92,6 +94,34 @@ def say(text: str, *, err: bool = False) -> None:
             where="stdout",
             fix="send it elsewhere; the run itself is kept",
         ) from fault
+
+
+@contextmanager
+def natives_silenced() -> Generator[None]:
+    """What compiled code prints past Python's streams goes nowhere meanwhile; `ARISK_DEBUG` lets it through.
+
+    Such lines may hold whatever stands in a foreign file, commands for a terminal too.
+    """
+    kept: dict[int, int] = {}
+    if not os.environ.get("ARISK_DEBUG"):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        for number in (1, 2):
+            with suppress(OSError):  # Closed: nothing can be printed there.
+                kept[number] = os.dup(number)
+    silence = os.open(os.devnull, os.O_WRONLY) if kept else None
+    try:
+        if silence is not None:
+            for number in kept:
+                os.dup2(silence, number)
+        yield
+    finally:
+        for number, before in kept.items():
+            os.dup2(before, number)
+            os.close(before)
+        if silence is not None:
+            os.close(silence)
 
 
 def fancy(stream: object) -> bool:

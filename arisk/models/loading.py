@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from arisk.base.errors import ArtifactError, ConfigError, InputError, MissingExtraError, NumericsError
+from arisk.base.terminal import natives_silenced
 from arisk.config.plan import ModelConfig
 from arisk.config.yaml import shortened
 
@@ -503,7 +504,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
         MissingExtraError: transformers is not installed.
     """
     transformers = _quiet()
-    tokenizer = _load("tokenizer", config, transformers.AutoTokenizer.from_pretrained)
+    with natives_silenced():  # The tokenizers' own code prints keys that it does not know.
+        tokenizer = _load("tokenizer", config, transformers.AutoTokenizer.from_pretrained)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

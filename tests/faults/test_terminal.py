@@ -13,7 +13,7 @@ import pytest
 
 from arisk import cli
 from arisk.base.errors import ConfigError
-from arisk.base.terminal import StageDisplay, printable, say
+from arisk.base.terminal import StageDisplay, natives_silenced, printable, say
 
 ROOT = Path(__file__).parent.parent.parent
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -204,3 +204,14 @@ def test_a_closed_output_fails_nothing():
 def test_text_beyond_the_encoding_of_the_terminal_is_written_out(capsysbinary):
     say("½ 日本 \ud800")
     assert b"\\ud800" in capsysbinary.readouterr().out
+
+
+def test_what_compiled_code_prints_reaches_no_terminal(capfd, monkeypatch):
+    """The tokenizers' library prints the unknown keys of an added token, whatever they hold."""
+    monkeypatch.delenv("ARISK_DEBUG", raising=False)
+    sys.stdout.write("before\n")
+    with natives_silenced():
+        os.write(1, b"unknown key \x1b[2J\n")
+        os.write(2, b"\x1b]0;title\x07\n")
+    os.write(1, b"after\n")
+    assert capfd.readouterr() == ("before\nafter\n", "")
