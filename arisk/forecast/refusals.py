@@ -11,7 +11,7 @@ refuse in new words) and is linear in the step between them. Prompts that are no
 refused as often as the answers show. Where only answers can be had, they alone make the curve.
 
 Leaps lose fewer refusals than the steps they stand for. So the share that is kept after the pilot, as a
-share of what was refused at its end, is raised to the power `LOSS_FACTOR`; where every step was taken, there
+share of what was refused at its end, is raised to the power `LEAP_FACTOR`; where every step was taken, there
 is nothing after the pilot. The draws behind steps and probabilities weight the prompts anew (a Bayesian
 bootstrap), stretch the time after the pilot, and vary the factor. The band is one for other prompts like
 these: to each draw Jeffreys' prior adds half a prompt that is kept and half a one that is lost. What was not
@@ -54,7 +54,7 @@ LOST_SHARES = (0.1, 0.25, 0.5)
 WEIGHTS, WEIGHT_SPREAD = (1.5, 2.0, 6.7), (1.5, 0.6, 1.5)
 #: Standard deviation of log time after the pilot; refusals really lost there against those of a rollout, as
 #: logs of the share kept, and the standard deviation of the log of that. Chosen on the same jobs.
-TIME_SPREAD, LOSS_FACTOR, LOSS_SPREAD = 0.2, 1.4, 0.4
+TIME_SPREAD, LEAP_FACTOR, LEAP_SPREAD = 0.2, 1.4, 0.4
 #: u of what is certain, and of a run that has diverged.
 CERTAIN, NEWTON_STEPS = 12.0, 12
 #: Draws that are in memory at once.
@@ -353,7 +353,7 @@ def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[T
     luck = torch.rand(draws, count, dtype=torch.float64, generator=generator)
     time, loss, held, lost = torch.randn(draws, 4, dtype=torch.float64, generator=generator).T
     when = torch.rand(draws, dtype=torch.float64, generator=generator) * float(steps[-1])
-    stretch, factor = torch.exp(TIME_SPREAD * time), LOSS_FACTOR * torch.exp(LOSS_SPREAD * loss)
+    stretch, factor = torch.exp(TIME_SPREAD * time), LEAP_FACTOR * torch.exp(LEAP_SPREAD * loss)
     # One uniform number per prompt for all steps: what is refused changes as P does.
     refused = torch.cat(
         [
@@ -368,7 +368,7 @@ def _curves(path: _Path, steps: Sequence[int], draws: int, seed: int) -> tuple[T
     half, other = (held**2 / 2)[:, None], (lost**2 / 2)[:, None]
     unseen = refused + half + other * (wanted < when[:, None])
     return (
-        really(probabilities(one).mean(0), LOSS_FACTOR * one)[0],
+        really(probabilities(one).mean(0), LEAP_FACTOR * one)[0],
         really(refused / total, factor),
         really(unseen / (total + half + other), factor),
     )
@@ -415,7 +415,7 @@ def _notes(said: BehaviourResult, labels: Mapping[int, Sequence[Outcome]], *, le
     if leaps:
         found.append(
             "Leaps lose fewer refusals than the steps they stand for, so the curve lies below the answers "
-            f"written after them (the logarithm of the share kept counts {LOSS_FACTOR:g} times, as on 20 "
+            f"written after them (the logarithm of the share kept counts {LEAP_FACTOR:g} times, as on 20 "
             "real fine-tunes)."
         )
     if said.safety is not None and said.safety.log_p is None:

@@ -8,7 +8,7 @@ import torch
 from arisk.config.plan import ForecastConfig
 from arisk.forecast.record import FEW, AnswerCount, Curve, RefusalForecast, RolloutResult
 from arisk.forecast.refusals import (
-    LOSS_FACTOR,
+    LEAP_FACTOR,
     count_answers,
     labelled,
     refusal_forecast,
@@ -81,13 +81,13 @@ FALLING = {"held": [20, 20, 18, 8, 4], "answers": {0: said(20), 20: said(18), 10
 
 def test_the_curve_meets_the_answers_and_follows_openings_between():
     forecast = found(followed(**FALLING))
-    for step, count in ((0, 20), (20, 18), (100, 18 * (4 / 18) ** LOSS_FACTOR)):
+    for step, count in ((0, 20), (20, 18), (100, 18 * (4 / 18) ** LEAP_FACTOR)):
         assert at(forecast, step) == pytest.approx(count, abs=0.5)
         assert at(forecast, step, forecast.lower) <= count + 0.5
         assert at(forecast, step, forecast.upper) >= count - 0.5
     assert (forecast.today, forecast.at_end[0]) == (20, 2)
     # No answer was written at step 60: eight openings stand, and about as many refuse.
-    assert at(forecast, 60) == pytest.approx(18 * (8 / 18) ** LOSS_FACTOR, abs=1.5)
+    assert at(forecast, 60) == pytest.approx(18 * (8 / 18) ** LEAP_FACTOR, abs=1.5)
     assert at(forecast, 5) == pytest.approx(20, abs=1)
     assert [(c.step, c.refused, c.answered, c.prompts) for c in forecast.counts] == [
         (0, 20, 0, 20),
@@ -149,7 +149,7 @@ def test_which_prompts_are_drawn_is_no_loss(refused, count):
 
 def test_answers_alone_give_straight_lines():
     forecast = found(followed(**FALLING, openings=False))
-    assert at(forecast, 100) == pytest.approx(18 * (4 / 18) ** LOSS_FACTOR, abs=0.5)
+    assert at(forecast, 100) == pytest.approx(18 * (4 / 18) ** LEAP_FACTOR, abs=0.5)
     assert 4 < at(forecast, 60) < 18
     assert "straight line" in " ".join(forecast.notes)
 
