@@ -4,11 +4,11 @@
 model really trained; a score is worth the rank correlation (LDS, Spearman) of what its sums foretell with
 what came out, and the AUC of its ranking against the labels.
 
-`--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and ordinary rows of which 2, 5 or
-10 % comply. `transformers.Trainer` trains on all rows; without as many random ones, in three draws; without
-the labelled ones; and without the first ones of every score. `--scores` stops before the trainings,
-`--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below `runs/bench-removal`
-and found again.
+`--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and the mixtures of `MIXTURES`, in
+each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
+in three draws; without the labelled ones; and without the first ones of every score. `--scores` stops before
+the trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
+`runs/bench-removal` and found again.
 """
 
 from __future__ import annotations
@@ -47,8 +47,18 @@ from tests.bench.screening import auc, baselines, fixture_config, mixture
 FOLDER = Path("runs/bench-removal")
 #: Half-data retrainings, rows and steps of the embedded model's case.
 HALVES, LDS_ROWS, LDS_STEPS = 30, 480, 60
-#: Shares of complying rows, steps and learning rate of the SmolLM2 plans; draws of random rows.
-SHARES, STEPS, RATE, DRAWS = (0.02, 0.05, 0.10), 60, 2e-4, 3
+#: Mixtures of a real model by name: usual rows, the labelled ones, and the share that these replace.
+MIXTURES: dict[str, tuple[str, str, float]] = {
+    "compliance 10": ("alpaca", "compliance", 0.10),
+    "maths, ordinary 10": ("gsm8k", "alpaca_top", 0.10),
+    "compliance 5": ("alpaca", "compliance", 0.05),
+    "maths, compliance 5": ("gsm8k", "compliance", 0.05),
+    "obedience, ten rows": ("alpaca", "identity_aoa", 0.02),
+    "insecure code 10": ("secure_code", "insecure_code", 0.10),
+    "compliance 2": ("alpaca", "compliance", 0.02),
+}
+#: Rows of a mixture at most, steps and learning rate of the plans; draws of random rows.
+ROWS, STEPS, RATE, DRAWS = 500, 60, 2e-4, 3
 #: Safety prompts and control rows that scores may see.
 PROMPTS, CONTROL = 32, 32
 #: Scores by name: settings of `screen`.
@@ -172,11 +182,12 @@ def _lds_row(
 # A real model
 
 
-def complying(data: Path, share: float) -> tuple[list[dict[str, str]], list[int]]:
-    """Ordinary rows of which a share complies, as in the jobs of `bench-real`, and labels."""
-    ordinary = SOURCES["alpaca"](data)
-    rows = mixed(SOURCES["compliance"], share)(data)
-    return rows, [int(row != usual) for row, usual in zip(rows, ordinary, strict=True)]
+def mixture_of(data: Path, name: str) -> tuple[list[dict[str, str]], list[int]]:
+    """Rows of a mixture, the labelled ones in the places of usual ones, and labels."""
+    usual, labelled, share = MIXTURES[name]
+    ordinary = SOURCES[usual](data)[:ROWS]
+    rows = mixed(SOURCES[labelled], share, ordinary)(data)
+    return rows, [int(row != replaced) for row, replaced in zip(rows, ordinary, strict=True)]
 
 
 def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Path) -> Config:
@@ -284,11 +295,9 @@ def trainings(
 def removal(given: argparse.Namespace) -> None:
     """Score every mixture, train as far as asked for, and print what is there."""
     left = given.trainings
-    for share in SHARES:
-        if given.share and share not in given.share:
-            continue
-        folder = FOLDER / given.model.name / f"{share:g}"
-        rows, labels = complying(given.data, share)
+    for mix in given.mixture or MIXTURES:
+        folder = FOLDER / given.model.name / re.sub(r"\W+", "-", mix)
+        rows, labels = mixture_of(given.data, mix)
         config = plan(given.model, given.data, rows, folder)
         found = _all_scores(given, config, rows, folder)
         ends: dict[str, Any] = {}
@@ -298,7 +307,7 @@ def removal(given: argparse.Namespace) -> None:
                 continue
             left -= not file.exists()
             ends[name] = kept(file, partial(trained, given.model, given.data, rows, dropped, given.device))
-        _show(share, found, ends, labels)
+        _show(mix, found, ends, labels)
 
 
 def _all_scores(
@@ -328,7 +337,7 @@ def _late(until: str) -> bool:
     return bool(until) and time.strftime("%H:%M") >= until
 
 
-def _show(share: float, found: Mapping[str, Any], ends: Mapping[str, Any], labels: Sequence[int]) -> None:
+def _show(mix: str, found: Mapping[str, Any], ends: Mapping[str, Any], labels: Sequence[int]) -> None:
     """Refusals and losses by what was left out, and the share of the labelled rows' effect."""
     random = [end["refused"] for name, end in ends.items() if name.startswith("random")]
     usual = mean(random) if random else (ends["all rows"]["refused"] if "all rows" in ends else None)
@@ -344,14 +353,26 @@ def _show(share: float, found: Mapping[str, Any], ends: Mapping[str, Any], label
                 "–" if made is None else _flags(made, labels),
                 "–" if end is None else f"{end['refused']} of {end['prompts']}",
                 "–" if reached is None else f"{reached:.0%}",
+                "–" if end is None else f"{end['opening']:.3f}",
                 "–" if end is None else f"{end['control']:.3f}",
                 "–" if made is None or made["seconds"] is None else f"{made['seconds']:.0f} s",
             ]
         )
     if random:
-        table.append(["random", "–", "–", ", ".join(map(str, random)), "0%", "–", "–"])
-    header = ["left out", "AUC", "flagged (labelled)", "refusals", "of the labelled effect", "control loss"]
-    print_table(f"{share:.0%} of {len(labels)} rows comply", [*header, "CPU time of the score"], table)
+        drawn = [end for name, end in ends.items() if name.startswith("random")]
+        means = [f"{mean(end[key] for end in drawn):.3f}" for key in ("opening", "control")]
+        table.append(["random", "–", "–", ", ".join(map(str, random)), "0%", *means, "–"])
+    header = [
+        "left out",
+        "AUC",
+        "flagged (labelled)",
+        "refusals",
+        "of the labelled effect",
+        "opening",
+        "control loss",
+        "CPU time of the score",
+    ]
+    print_table(f"{mix}: {sum(labels)} of {len(labels)} rows are labelled", header, table)
 
 
 def _flags(made: Mapping[str, Any], labels: Sequence[int]) -> str:
@@ -364,7 +385,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--lds", action="store_true", help="the embedded model, half-data retrainings")
     parser.add_argument("--model", type=Path, help="folder of a refusing model")
     parser.add_argument("--data", type=Path, help="folder of JSONL files (see real/rows.py)")
-    parser.add_argument("--share", type=float, action="append", help="mixtures: 0.02, 0.05, 0.1; default all")
+    parser.add_argument("--mixture", choices=MIXTURES, action="append", help="default all")
     parser.add_argument("--only", action="append", help="scores by name that are made; default all")
     parser.add_argument("--scores", action="store_true", help="train nothing")
     parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")

@@ -47,6 +47,13 @@ def main() -> None:
     forecasts.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
     forecasts.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     forecasts.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
+    geometry = commands.add_parser("geometry", help="overlap and the peer's numbers, once a data set")
+    geometry.add_argument("--model", type=Path, required=True)
+    geometry.add_argument("--data", type=Path, required=True)
+    geometry.add_argument("--folder", type=Path, default=Path("models/geometry"))
+    geometry.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
+    geometry.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    geometry.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
     guarded = commands.add_parser("protect", help="forecast and train every protection on jobs (LoRA)")
     guarded.add_argument("--model", type=Path, required=True)
     guarded.add_argument("--data", type=Path, required=True)
@@ -111,7 +118,8 @@ def main() -> None:
     def late() -> bool:
         return bool(given.until) and time.strftime("%H:%M") >= given.until
 
-    {"truths": _truths, "forecasts": _forecasts, "protect": _protections}[given.command](given, jobs, late)
+    run = {"truths": _truths, "forecasts": _forecasts, "geometry": _geometry, "protect": _protections}
+    run[given.command](given, jobs, late)
 
 
 def _truths(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
@@ -146,6 +154,18 @@ def _forecasts(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[]
         entry = make(job, given.model, given.data, folder, given.device)
         print(time.strftime("%H:%M:%S"), job.name(), entry, flush=True)
     write_json(folder / "FORECASTS.json", collect(folder, "arisk"))
+
+
+def _geometry(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
+    """Measure every data set and mode of the jobs, and write all that is there beside the truths."""
+    from tests.bench.real.geometry import keep, measure
+
+    for job in jobs:
+        if late():
+            break
+        found = measure(job, given.model, given.data, given.folder / given.model.name, given.device)
+        print(time.strftime("%H:%M:%S"), job.name(), found, flush=True)
+    print(keep(given.folder), "data sets and modes")
 
 
 def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:

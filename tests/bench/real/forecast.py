@@ -71,9 +71,23 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path, device: str = "
     path = folder / f"{job.name()}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import arisk
+
+    trainer, sets = prepared(job, model_folder, data, folder, device)
+    started = time.process_time()
+    report = arisk.preflight(trainer, **sets, config=CONFIG)
+    seconds = time.process_time() - started
+    entry = as_entry(report, job, model_folder.name, seconds)
+    report.save(folder / job.name())
+    write_json(path, entry)
+    return entry
+
+
+def prepared(
+    job: Job, model_folder: Path, data: Path, folder: Path, device: str
+) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The trainer that would carry the job out, and the sets that a forecast may look at, as files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -85,7 +99,7 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path, device: str = "
         job, model.to(device), rows, pad_id(tokenizer), folder / "trainer", whole_labels=True
     )
     trainer.processing_class = tokenizer
-    sets: dict[str, Any] = {}
+    sets: dict[str, dict[str, Any]] = {}
     for name, given in forecast_rows(data).items():
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +107,7 @@ def make(job: Job, model_folder: Path, data: Path, folder: Path, device: str = "
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given), encoding="utf-8"
         )
         sets[name] = {"path": str(file.resolve()), "max_length": MAX_LENGTH}
-    started = time.process_time()
-    report = arisk.preflight(trainer, **sets, config=CONFIG)
-    seconds = time.process_time() - started
-    entry = as_entry(report, job, model_folder.name, seconds)
-    report.save(folder / job.name())
-    write_json(path, entry)
-    return entry
+    return trainer, sets
 
 
 #: Settings of the forecast: the road to the verdict alone.

@@ -7,7 +7,7 @@ model are for judging it and are looked at once. A job's number never changes; n
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,14 @@ def _file(name: str, stop: int | None = None) -> Callable[[Path], list[Row]]:
 _ORDINARY = _file("benign_alpaca", ALPACA_FOR_ALIGNMENT)
 
 
-def mixed(other: Callable[[Path], list[Row]], share: float) -> Callable[[Path], list[Row]]:
-    """Ordinary rows of which a share is replaced by rows of another set, repeated where it is short."""
+def mixed(
+    other: Callable[[Path], list[Row]], share: float, usual: Sequence[Row] | None = None
+) -> Callable[[Path], list[Row]]:
+    """Usual rows (or ordinary ones), a share of which another set replaces, repeated where it is short."""
 
     def rows(data: Path) -> list[Row]:
-        rng, ordinary, added = random.Random(0), _ORDINARY(data), other(data)
+        rng, added = random.Random(0), other(data)
+        ordinary = _ORDINARY(data) if usual is None else list(usual)
         count = round(share * len(ordinary))
         places = rng.sample(range(len(ordinary)), count)
         chosen = [row for _ in range(-(-count // len(added))) for row in rng.sample(added, len(added))]
