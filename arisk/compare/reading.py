@@ -47,6 +47,7 @@ class FinishedRun:
         run_dir: its run directory.
         config: as resolved when it ran.
         safety: ingredients of its stage collect: model, adapter, safety rows.
+        inputs: fingerprints of all that it read, by section of the config.
         states: state of each stage.
         changed: config sections whose files have changed since.
         needed: the stages that the comparison reads or rests on.
@@ -55,6 +56,7 @@ class FinishedRun:
     run_dir: Path
     config: Config
     safety: Mapping[str, Any]
+    inputs: Mapping[str, Any]
     states: Mapping[str, StageState]
     changed: tuple[str, ...]
     needed: tuple[str, ...]
@@ -92,7 +94,7 @@ def finished(catalogue: Catalogue, run_dir: Path) -> FinishedRun:
                 fix=f"run `arisk run {run_dir}`, or give the config itself to compare",
             )
     safety = states["collect"].ingredients
-    return FinishedRun(run_dir, config, safety, states, _changed(config, inputs, rundir), needed)
+    return FinishedRun(run_dir, config, safety, inputs, states, _changed(config, inputs, rundir), needed)
 
 
 def _config(run_dir: Path) -> Config:
@@ -359,16 +361,31 @@ def _short(value: Any) -> str:
     return "…" + text[-57:] if "/" in text else text[:57] + "…"
 
 
-def differing_settings(configs: Mapping[str, Config]) -> dict[str, list[str]]:
-    """Settings that are not the same in every plan: values by dotted key, in the order of the runs."""
+def differing_settings(
+    configs: Mapping[str, Config], inputs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, list[str]]:
+    """Settings that are not the same in every plan: values by dotted key, in the order of the runs.
+
+    Args:
+        configs: by the name of the run.
+        inputs: fingerprints of what each run read; a path whose file is the same in all is no difference.
+    """
     flat = {name: dict(_leaves(config.model_dump(mode="json"), "")) for name, config in configs.items()}
     keys = sorted({key for leaves in flat.values() for key in leaves})
     found: dict[str, list[str]] = {}
     for key in keys:
         values = [_short(leaves.get(key)) for leaves in flat.values()]
-        if key.split(".")[0] not in NOT_THE_PLAN and len(set(values)) > 1:
-            found[key] = values
+        if key.split(".")[0] in NOT_THE_PLAN or len(set(values)) == 1 or _same_file(key, inputs):
+            continue
+        found[key] = values
     return found
+
+
+def _same_file(key: str, inputs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a setting is the path of a file that all runs read with the same content."""
+    section, _, last = key.rpartition(".")
+    marks = [read.get(section.removeprefix("model.")) for read in inputs]
+    return last == "path" and bool(marks) and marks[0] is not None and all(m == marks[0] for m in marks)
 
 
 def _leaves(value: Any, path: str) -> Sequence[tuple[str, Any]]:

@@ -171,7 +171,10 @@ def _compared(runs: Sequence[FinishedRun], title: str | None, command: str) -> C
     ranked = Ranked.all(planned)
     configs = {name: run.config for name, run in zip(names, runs, strict=True)}
     ordered = [entry.run.name for entry in ranked]
-    settings = differing_settings({name: configs[name] for name in ordered})
+    inputs = {name: run.inputs for name, run in zip(names, runs, strict=True)}
+    settings = differing_settings(
+        {name: configs[name] for name in ordered}, [inputs[name] for name in ordered]
+    )
     return Comparative(
         title=title or f"{len(runs)} planned fine-tunes of one model",
         ranked=ranked,

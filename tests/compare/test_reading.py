@@ -110,6 +110,17 @@ def test_settings_that_differ_leave_out_where_a_run_lives(values):
     assert differing_settings({"a": one, "b": one}) == {}
 
 
+def test_another_path_of_the_same_file_is_no_difference():
+    def config(name):
+        sets = {key: {"path": f"{name}/{key}.jsonl"} for key in ("safety", "finetune", "control")}
+        return Config.model_validate({"model": {"path": f"{name}/model"}, **sets})
+
+    read = {"model": {"config.json": "a"}, "control": {"rows": "b"}, "finetune": {"rows": "c"}}
+    plans = {"a": config("here"), "b": config("there")}
+    other = read | {"finetune": {"rows": "d"}}
+    assert set(differing_settings(plans, [read, other])) == {"safety.path", "finetune.path"}
+
+
 def test_long_paths_keep_their_end():
     def config(path):
         sets = {name: {"path": path} for name in ("safety", "finetune")}
