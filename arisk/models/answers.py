@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,12 +34,15 @@ from arisk.models.rows import OWN_ANSWERS
 __all__ = [
     "BATCH",
     "GreedyAnswers",
+    "JudgedAnswer",
     "OwnAnswer",
     "OwnAnswers",
     "Shelf",
     "evaluating",
+    "judged_answers",
     "outcomes_said",
     "own_refusals",
+    "refused_today",
     "whole_sentences",
 ]
 
@@ -351,6 +354,57 @@ def _digest(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class JudgedAnswer:
+    """What the model says to the prompt of one row, and what that does.
+
+    Attributes:
+        row: index of the row.
+        tokens: of the answer.
+        exchange: prompt, answer and safe response as text.
+        outcome: what the judge takes it for.
+    """
+
+    row: int
+    tokens: list[int]
+    exchange: Exchange
+    outcome: Outcome
+
+
+def judged_answers(
+    model: nn.Module,
+    greedy: GreedyAnswers,
+    texts: Sequence[tuple[str, str]],
+    behaviour: BehaviourConfig,
+    *,
+    prompts: int,
+    max_new_tokens: int,
+    ordinary: Iterable[str] = (),
+) -> list[JudgedAnswer]:
+    """Answers to some of the safety prompts, spread evenly over the rows, by the judge of the run.
+
+    Args:
+        model: in evaluation mode.
+        greedy: writes answers to the rows.
+        texts: prompt and safe response of every row; empty where there is none.
+        behaviour: judge, and further openings of refusals.
+        prompts: how many are answered at most.
+        max_new_tokens: length of an answer at most.
+        ordinary: responses to ordinary prompts, whose openings are no refusals.
+
+    Raises:
+        InputError: the model cannot generate.
+    """
+    count = min(prompts, len(texts))
+    rows = [i * len(texts) // count for i in range(count)]
+    answers = from_first(lambda: greedy.tokens(model, rows, max_new_tokens))
+    exchanges = [
+        Exchange(texts[i][0], greedy.text(said), texts[i][1]) for i, said in zip(rows, answers, strict=True)
+    ]
+    judge = judge_for(behaviour, learnt_openings((response for _, response in texts), ordinary))
+    return [JudgedAnswer(*one) for one in zip(rows, answers, exchanges, judge(exchanges), strict=True)]
+
+
+@dataclass(frozen=True)
 class Today:
     """What the aligned model does with safety prompts before any training.
 
@@ -389,20 +443,23 @@ def refused_today(
     Raises:
         InputError: the model cannot generate.
     """
-    greedy, count = GreedyAnswers(tokenizer, rendered), min(prompts, len(rendered))
-    rows = [i * len(rendered) // count for i in range(count)]
+    greedy, first = GreedyAnswers(tokenizer, rendered), behaviour.opening_tokens
+    texts = [(row.row.prompt, row.row.response) for row in rendered]
     with torch.no_grad(), evaluating(model):
-        answers = greedy.tokens(model, rows, behaviour.tokens)
-        first = behaviour.opening_tokens
+        answers = judged_answers(
+            model,
+            greedy,
+            texts,
+            behaviour,
+            prompts=prompts,
+            max_new_tokens=behaviour.tokens,
+            ordinary=ordinary,
+        )
+        rows = [answer.row for answer in answers]
         safe = [rendered[i].tokens[rendered[i].response_start :][:first] for i in rows]
-        own = [said[:first] for said in answers]
+        own = [answer.tokens[:first] for answer in answers]
         losses = [float(-greedy.followed(model, rows, given).log_p.nanmean()) for given in (safe, own)]
-    learnt = learnt_openings((row.row.response for row in rendered), ordinary)
-    exchanges = [
-        Exchange(rendered[i].row.prompt, greedy.text(said), rendered[i].row.response)
-        for i, said in zip(rows, answers, strict=True)
-    ]
-    return Today(count, judge_for(behaviour, learnt)(exchanges).count("refused"), *losses)
+    return Today(len(answers), sum(answer.outcome == "refused" for answer in answers), *losses)
 
 
 def own_refusals(
@@ -434,26 +491,20 @@ def own_refusals(
     """
     greedy = samples.generate
     assert isinstance(greedy, GreedyAnswers)
-    count = min(prompts, len(samples.rows))
-    rows = [i * len(samples.rows) // count for i in range(count)]
-    answers = from_first(lambda: greedy.tokens(model, rows, max_new_tokens))
-    exchanges = [
-        Exchange(
-            str(samples.rows[i].get("prompt") or ""), greedy.text(said), str(samples.rows[i]["response"])
-        )
-        for i, said in zip(rows, answers, strict=True)
-    ]
-    learnt = learnt_openings(str(row.get("response") or "") for row in samples.rows)
-    outcomes = judge_for(behaviour, learnt)(exchanges)
+    texts = [(str(row.get("prompt") or ""), str(row.get("response") or "")) for row in samples.rows]
+    answers = judged_answers(model, greedy, texts, behaviour, prompts=prompts, max_new_tokens=max_new_tokens)
     kept = [
-        (_answered(greedy.rendered[i], said), {**samples.rows[i], "response": exchange.answer})
-        for i, said, exchange, outcome in zip(rows, answers, exchanges, outcomes, strict=True)
-        if outcome == "refused"
+        (
+            _answered(greedy.rendered[answer.row], answer.tokens),
+            {**samples.rows[answer.row], "response": answer.exchange.answer},
+        )
+        for answer in answers
+        if answer.outcome == "refused"
     ]
     if not kept:
         raise InputError(
-            f"the judge takes none of the model's {count} own answers for a refusal: the first says "
-            f"{shortened(exchanges[0].answer, 60)!r}",
+            f"the judge takes none of the model's {len(answers)} own answers for a refusal: the first says "
+            f"{shortened(answers[0].exchange.answer, 60)!r}",
             where=where,
             fix="give prompts that the model refuses, or list its openings as `behaviour.refusal_openings`",
         )
@@ -464,7 +515,7 @@ def own_refusals(
         FixedBatches(rendered, OWN_BATCH, greedy.padding),
         per_sample_nll,
         [{**row, "tokens": page.trained} for page, row in kept],
-        {"asked": count},
+        {"asked": len(answers)},
         GreedyAnswers(greedy.tokenizer, rendered),
     )
 

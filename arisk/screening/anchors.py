@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.task import Progress, Task
-from arisk.config.plan import ScreenConfig
+from arisk.config.plan import BehaviourConfig, ScreenConfig
 from arisk.gradients import move_batch
 from arisk.models.answers import GreedyAnswers
 from arisk.models.losses import KEEP
@@ -49,20 +49,23 @@ class AnchorScores:
     anchors: int
 
 
-def anchor_scores(task: Task, config: ScreenConfig, progress: Progress) -> AnchorScores:
+def anchor_scores(
+    task: Task, config: ScreenConfig, progress: Progress, behaviour: BehaviourConfig | None = None
+) -> AnchorScores:
     """Anchor scores at the aligned model, inside `measuring`.
 
     Args:
         task: model and data.
         config: rows per pass, control rows.
         progress: told of rows.
+        behaviour: the judge that tells which prompts are refused; default the rule.
 
     Raises:
         InputError: the safety set has no prompts that the model refuses, or the model shows no hidden states.
         NumericsError: a score is not finite; names the row.
     """
     writer = writer_of(task, "set `screen.score: point`")
-    rows, refusals = refused_prompts(task, writer, task.model)
+    rows, refusals = refused_prompts(task, writer, task.model, behaviour or BehaviourConfig())
     answers = _answered(task, writer, len(rows))
     # One length for both kinds, so that no score tells long from short.
     length = min(*(len(tokens) for tokens in answers), *(len(tokens) for tokens in refusals))

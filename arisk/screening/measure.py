@@ -15,12 +15,11 @@ from torch import nn
 
 from arisk.base.errors import InputError
 from arisk.base.task import SampleSet, Task
-from arisk.config.plan import ScreenConfig
-from arisk.models.answers import GreedyAnswers
-from arisk.models.judge import Exchange, RefusalRule, learnt_openings
+from arisk.config.plan import BehaviourConfig, ScreenConfig
+from arisk.models.answers import GreedyAnswers, judged_answers
 from arisk.models.losses import per_sample_nll
 from arisk.screening.record import MEASURES
-from arisk.training.behaviour import DECIDING, ORDINARY_RESPONSES, prompts_of, spread_rows
+from arisk.training.behaviour import DECIDING, ORDINARY_RESPONSES, prompts_of
 
 __all__ = ["MeasuredTask", "measured_by", "refused_prompts", "writer_of"]
 
@@ -45,7 +44,9 @@ class MeasuredTask:
     note: str | None = None
 
 
-def measured_by(task: Task, config: ScreenConfig, score: str) -> MeasuredTask:
+def measured_by(
+    task: Task, config: ScreenConfig, score: str, behaviour: BehaviourConfig | None = None
+) -> MeasuredTask:
     """The task with the safety set that `screen.measure` asks for, inside `measuring`.
 
     auto: the opening for path scores, where prompts can be answered and are refused; else the loss.
@@ -54,6 +55,7 @@ def measured_by(task: Task, config: ScreenConfig, score: str) -> MeasuredTask:
         task: model and data.
         config: the measure.
         score: kind of the scores.
+        behaviour: the judge that tells which prompts are refused; default the rule.
 
     Raises:
         InputError: the opening was asked for, and the safety set has no prompts that the model refuses.
@@ -64,44 +66,39 @@ def measured_by(task: Task, config: ScreenConfig, score: str) -> MeasuredTask:
     if wanted == "loss":
         return MeasuredTask(task, "loss")
     try:
-        return MeasuredTask(replace(task, safety=_openings(task)), "opening")
+        return MeasuredTask(replace(task, safety=_openings(task, behaviour or BehaviourConfig())), "opening")
     except InputError as err:
         if config.measure == "opening":
             raise
         return MeasuredTask(task, "loss", f"Harm is measured by {MEASURES['loss']}: {err.what}.")
 
 
-def refused_prompts(task: Task, writer: GreedyAnswers, model: nn.Module) -> tuple[list[int], list[list[int]]]:
+def refused_prompts(
+    task: Task, writer: GreedyAnswers, model: nn.Module, behaviour: BehaviourConfig
+) -> tuple[list[int], list[list[int]]]:
     """Safety prompts, spread over the set, that the model refuses: their rows, and what it says as tokens.
 
     Raises:
-        InputError: it refuses too few.
+        InputError: it refuses too few, or cannot generate.
     """
-    rows = spread_rows(len(task.safety.rows), PROMPTS)
-    answers = writer.tokens(model, rows, TOKENS)
-    ordinary = [] if task.control is None else task.control.rows
-    rule = RefusalRule(
-        learnt_openings(
-            [str(row.get("response") or "") for row in task.safety.rows],
-            [str(row.get("response") or "") for row in ordinary[:ORDINARY_RESPONSES]],
-        )
+    ordinary = [] if task.control is None else task.control.rows[:ORDINARY_RESPONSES]
+    answers = judged_answers(
+        model,
+        writer,
+        [(str(row.get("prompt") or ""), str(row.get("response") or "")) for row in task.safety.rows],
+        behaviour,
+        prompts=PROMPTS,
+        max_new_tokens=TOKENS,
+        ordinary=[str(row.get("response") or "") for row in ordinary],
     )
-    exchanges = [
-        Exchange(
-            str(task.safety.rows[i].get("prompt") or ""),
-            writer.text(tokens),
-            str(task.safety.rows[i].get("response") or ""),
-        )
-        for i, tokens in zip(rows, answers, strict=True)
-    ]
-    kept = [i for i, outcome in enumerate(rule(exchanges)) if outcome == "refused"]
+    kept = [answer for answer in answers if answer.outcome == "refused"]
     if len(kept) < LEAST:
         raise InputError(
-            f"the model refuses {len(kept)} of {len(rows)} safety prompts, fewer than {LEAST}",
+            f"the model refuses {len(kept)} of {len(answers)} safety prompts, fewer than {LEAST}",
             where="safety",
             fix="give prompts that the model refuses, or set `screen.measure: loss`",
         )
-    return [rows[i] for i in kept], [answers[i] for i in kept]
+    return [answer.row for answer in kept], [answer.tokens for answer in kept]
 
 
 def writer_of(task: Task, why: str) -> GreedyAnswers:
@@ -120,10 +117,10 @@ def writer_of(task: Task, why: str) -> GreedyAnswers:
     return writer
 
 
-def _openings(task: Task) -> SampleSet:
+def _openings(task: Task, behaviour: BehaviourConfig) -> SampleSet:
     """The model's own refusals' first tokens as a safety set."""
     writer = writer_of(task, "set `screen.measure: loss`")
-    rows, answers = refused_prompts(task, writer, task.model)
+    rows, answers = refused_prompts(task, writer, task.model, behaviour)
     openings = [tokens[:DECIDING] for tokens in answers]
     return SampleSet(
         "safety",

@@ -31,7 +31,7 @@ from torch import Tensor
 from arisk.anatomy.cost import numel, samples_in
 from arisk.base.errors import ConfigError, InputError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
-from arisk.config.plan import ScreenConfig, TrainingConfig, planned_steps
+from arisk.config.plan import BehaviourConfig, ScreenConfig, TrainingConfig, planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.run import rollout_passes
 from arisk.geometry.statistics import (
@@ -74,6 +74,7 @@ def screen(
     training: TrainingConfig,
     steps: int,
     seed: int = 0,
+    behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
 ) -> ScreenResult:
@@ -85,6 +86,7 @@ def screen(
         training: the planned recipe.
         steps: planned optimizer steps T.
         seed: seeds dropout and noise of the planned steps.
+        behaviour: the judge that tells which prompts are refused; default the rule.
         workspace: finished shards of rows are kept there and found again; None keeps none.
         progress: told of rows scored.
 
@@ -97,7 +99,7 @@ def screen(
     """
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        scene = _Scene(task, layout, config, training, steps, seed, start, workspace, progress)
+        scene = _Scene(task, layout, config, training, steps, seed, behaviour, start, workspace, progress)
         return KINDS[config.score](scene)
 
 
@@ -111,13 +113,14 @@ class _Scene:
     training: TrainingConfig
     steps: int
     seed: int
+    behaviour: BehaviourConfig | None
     start: Sequence[Tensor]
     workspace: Path | None
     progress: Progress
 
     def measured_for(self, score: str) -> tuple[_Scene, MeasuredTask]:
         """The same on what harm is measured by for scores of a kind."""
-        measured = measured_by(self.task, self.config, score)
+        measured = measured_by(self.task, self.config, score, self.behaviour)
         return replace(self, task=measured.task), measured
 
     @property
@@ -200,7 +203,7 @@ def _by_path(scene: _Scene) -> ScreenResult:
 
 def _by_anchors(scene: _Scene) -> ScreenResult:
     """Scores of hidden states at the aligned model."""
-    made = anchor_scores(scene.task, scene.config, scene.progress)
+    made = anchor_scores(scene.task, scene.config, scene.progress, scene.behaviour)
     record = _built(
         scene,
         MeasuredTask(scene.task, "loss"),

@@ -110,10 +110,10 @@ SCORES = (
     *("scores", "first_order", "control_order"),
     *("losses", "gradient_norms", "p_values", "exact"),
 )
-#: Settings that decide which refusals the what-if counts.
-SAID = tuple(
-    f"behaviour.{key}" for key in ("prompts", "tokens", "opening_tokens", "judge", "refusal_openings")
-)
+#: Settings that decide which prompts count as refused.
+JUDGED = ("behaviour.judge", "behaviour.refusal_openings")
+#: Further settings of the refusals that the what-if counts.
+SAID = ("behaviour.prompts", "behaviour.tokens", "behaviour.opening_tokens")
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.
 FLAGGING = ("drop", "false_discovery", "what_if")
 
@@ -136,6 +136,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             training=config.training,
             steps=steps,
             seed=config.run.seed,
+            behaviour=config.behaviour,
             workspace=workspace,
             progress=job.show.progress,
         )
@@ -277,10 +278,10 @@ def _share(text: str) -> float:
 
 SCREEN = Stage(
     name="screen",
-    version=7,
+    version=8,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
-    config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *SAID),
+    config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *JUDGED, *SAID),
     config_also=where_hidden(),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     optional=True,

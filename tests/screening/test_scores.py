@@ -10,7 +10,7 @@ import torch
 from arisk.base.errors import ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet
 from arisk.cli.demo import embedded_folder
-from arisk.config.plan import Config, ScreenConfig, TrainingConfig
+from arisk.config.plan import BehaviourConfig, Config, ScreenConfig, TrainingConfig
 from arisk.geometry.statistics import upper_tail_excess
 from arisk.gradients import layout_of, measuring
 from arisk.models import load_task
@@ -223,6 +223,28 @@ def test_the_opening_is_what_the_aligned_model_itself_says_first(config):
     # The fixture's model refuses them all.
     assert made.measure == "opening"
     assert losses.detach().double().tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"measure": "opening"}, {"score": "anchors"}])
+def test_the_judge_of_the_run_tells_which_prompts_are_refused(config, settings, monkeypatch):
+    asked = []
+
+    def nothing_refuses(behaviour, learnt=()):
+        asked.append(behaviour)
+        return lambda exchanges: ["answered"] * len(exchanges)
+
+    monkeypatch.setattr("arisk.models.answers.judge_for", nothing_refuses)
+    behaviour = BehaviourConfig(refusal_openings=["Nope"])
+    task = load_task(config, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="refuses 0 of 24 safety prompts"):
+        screen(
+            task,
+            config=ScreenConfig(**settings),
+            training=config.training,
+            steps=15,
+            behaviour=behaviour,
+        )
+    assert asked == [behaviour]
 
 
 def test_rows_that_comply_rank_first_along_the_path_and_are_flagged(config):
