@@ -89,7 +89,7 @@ def finished(catalogue: Catalogue, run_dir: Path) -> FinishedRun:
         if not states[stage].fresh:
             why = "; ".join(reason.sentence() for reason in states[stage].reasons)
             raise ArtifactError(
-                f"the stage {stage} of this run is not fresh: {why}",
+                f"the stage {stage} of this run is not up to date: {why}",
                 where=str(run_dir),
                 fix=f"run `arisk run {run_dir}`, or give the config itself to compare",
             )

@@ -66,7 +66,7 @@ class Reason:
             return "not run yet"
         if self.kind == "upstream":
             if self.new is None:
-                return f"{self.path} is not fresh"
+                return f"{self.path} is not up to date"
             return f"{self.path} was run again" if self.old else f"{self.path} has been run"
         if self.kind == "damaged":
             return f"{self.path}: {self.new}"
@@ -208,7 +208,7 @@ def _reasons(
         return
     if manifest.get("key") != key:
         for reason in _changes(spec, manifest.get("ingredients", {}), ingredients):
-            # A stage that would get another key has not been run with it: that it is not fresh comes below.
+            # A stage that would get another key has not been run with it: that it is out of date comes below.
             if reason.kind != "upstream" or reason.path not in spec.upstream or fresh[reason.path]:
                 yield reason
     try:
@@ -396,6 +396,10 @@ def _place(file: Path, placed: Path) -> None:
         shutil.copyfile(file, placed)
 
 
+#: States in the words that the terminal and the page share.
+SHOWN = {"fresh": "up to date", "stale": "out of date"}
+
+
 def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dict[str, Any]]:
     """One mapping per stage: name, fresh, optional, state, reasons, seconds, bytes, whether it can resume.
 
@@ -440,7 +444,7 @@ def describe(rows: Sequence[dict[str, Any]], *, width: int | None = None, comman
     cells = [
         [
             row["stage"],
-            row["state"],
+            SHOWN.get(row["state"], row["state"]),
             "–" if row["seconds"] is None else f"{row['seconds']:.1f} s",
             _size(row["bytes"]),
             _why(row) + (" (resumes what a killed run left)" if row["partial"] else ""),
@@ -452,7 +456,7 @@ def describe(rows: Sequence[dict[str, Any]], *, width: int | None = None, comman
     lines.append(f"total size: {_size(total)}")
     if command:
         stale = any(row["state"] == "stale" for row in rows)
-        lines.append(f"next: {command}" if stale else "next: nothing to do, all is fresh")
+        lines.append(f"next: {command}" if stale else "next: nothing to do, all is up to date")
     return "\n".join(lines)
 
 

@@ -180,7 +180,7 @@ class _Aim:
                 if state.stage in needed and state.stage in stale:
                     why = "; ".join(reason.sentence() for reason in state.reasons)
                     raise ArtifactError(
-                        f"the stage {state.stage} before it is not fresh: {why}",
+                        f"the stage {state.stage} before it is not up to date: {why}",
                         where=f"stage {self.only}",
                         fix=f"run `arisk {state.stage} CONFIG` first, or add --with-upstream",
                     )
@@ -393,7 +393,7 @@ class AskedOutcome:
     def last_line(self) -> str:
         """The report's path, or what the report waits for."""
         if self.report is None:
-            return f"no report: stage {self.missing} is not fresh; next: {self.next}"
+            return f"no report: stage {self.missing} is not up to date; next: {self.next}"
         return f"report: {self.report}"
 
     def as_json(self) -> dict[str, Any]:
@@ -467,7 +467,7 @@ def asked_text(catalogue: Catalogue, outcome: AskedOutcome) -> str:
 
 
 def _stale_before(catalogue: Catalogue, stage: str, config: Config, run_dir: Path) -> str | None:
-    """The first stage it reads that is not fresh."""
+    """The first stage it reads that is not up to date."""
     needed = catalogue.before(stage, config)
     cache = DigestCache(run_dir / ".digests.json")
     states = plan(catalogue, config, input_fingerprints(config, cache), RunDir(run_dir))

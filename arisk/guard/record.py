@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "drift_share",
     "ending",
+    "forecast_task_cost",
     "guard_summary",
     "paired_error",
     "paired_interval",
@@ -217,21 +218,46 @@ def paired_error(arm: Arm, plain: Arm) -> float:
     return stdev(pairs) / math.sqrt(len(pairs))
 
 
-def best_forecasts(forecasts: Sequence[ArmForecast], tolerated: float, count: int) -> list[str]:
+def forecast_task_cost(one: ArmForecast, said: ArmForecast, plain: Arm) -> float:
+    """Task loss that an arm is forecast to end with over the plain arm's real one, − 1.
+
+    A forecast takes leaps, which learn the task less than the steps do. How much less, the plain arm tells,
+    which was trained: the arm's forecast progress is taken times the plain arm's real over forecast progress.
+
+    Args:
+        one: the arm.
+        said: the forecast of the plain arm.
+        plain: the plain arm, trained, its task loss measured on the same rows.
+
+    Returns:
+        0 where a plain loss is 0 or no number.
+    """
+    start, end = plain.task[0], plain.task[-1]
+    if not (math.isfinite(said.task) and math.isfinite(end) and said.task and end):
+        return 0.0
+    real, forecast = start - end, start - said.task
+    if real > 0 and forecast > 0:
+        return (start - (start - one.task) * real / forecast) / end - 1
+    return one.task / said.task - 1
+
+
+def best_forecasts(forecasts: Sequence[ArmForecast], tolerated: float, count: int, plain: Arm) -> list[str]:
     """Labels of the arms that are trained: of those forecast, the best by openings kept, then by drift.
 
-    Arms whose forecast task loss is more than `tolerated` above the plain forecast's come after all others.
+    Arms whose forecast task cost is above the tolerated one come after all others, the cheaper ones first.
 
     Args:
         forecasts: plain first.
         tolerated: largest share of more task loss.
         count: how many.
+        plain: the plain arm, trained.
     """
-    plain, others = forecasts[0], [one for one in forecasts[1:] if one.diverged_at is None]
+    said, others = forecasts[0], [one for one in forecasts[1:] if one.diverged_at is None]
 
-    def place(one: ArmForecast) -> tuple[bool, float, float]:
-        cost = one.task / plain.task - 1 if math.isfinite(plain.task) and plain.task else 0.0
-        return cost > tolerated, -one.kept if math.isfinite(one.kept) else 0.0, one.safety
+    def place(one: ArmForecast) -> tuple[float, float, float]:
+        cost = forecast_task_cost(one, said, plain)
+        kept = -one.kept if math.isfinite(one.kept) else 0.0
+        return cost if cost > tolerated else -math.inf, kept, one.safety
 
     return [one.label for one in sorted(others, key=place)[:count]]
 

@@ -150,7 +150,7 @@ class _Comparison:
         chosen = self.others
         if not self.plan.config.all and saves(self.plan.last, len(self.others), BEST):
             forecasts = self.forecasts(plain[0])
-            labels = best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST)
+            labels = best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST, plain[0])
             forecasts = [replace(one, chosen=one.label in labels) for one in forecasts]
             chosen = [name for name in self.others if name.label in labels]
             rises = torch.tensor(forecasts[0].rises, dtype=torch.float64) if forecasts[0].rises else None

@@ -18,7 +18,7 @@ import torch
 
 from arisk.config.plan import Config, planned_steps
 from arisk.config.yaml import load_config
-from arisk.guard.record import Arm, GuardResult, standings, task_cost
+from arisk.guard.record import Arm, GuardResult, forecast_task_cost, standings, task_cost
 from arisk.guard.run import BEST, guard
 from arisk.models import load_task
 from arisk.models.judge import judge_for, learnt_openings
@@ -80,7 +80,7 @@ def report(result: GuardResult, config: Config) -> None:
                 f"{one.safety:+.3f}",
                 "–" if seen is None else f"{seen.kept:.0%}",
                 f"{one.refusals:g} of {len(result.prompts)}",
-                "–" if seen is None else f"{seen.task / plain.task - 1:+.1%}",
+                "–" if seen is None else f"{forecast_task_cost(seen, plain, result.plain):+.1%}",
                 f"{task_cost(arm, result.plain):+.1%}",
                 "–" if seen is None else f"{seen.cpu_seconds:.0f} for {_trained(arm):.0f}",
             ]

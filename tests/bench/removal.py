@@ -82,15 +82,23 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def scored(task: Task, config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of all rows, what is flagged, and CPU seconds."""
+def by_line(task: Task, values: Sequence[float], rows: int) -> list[float]:
+    """Values of all rows of the file; rows that arisk leaves out, whose prompt is too long, rank last."""
+    found = [min(values)] * rows
+    for row, value in zip(task.finetune.rows, values, strict=True):
+        found[int(row["line"]) - 1] = value
+    return found
+
+
+def scored(task: Task, config: Config, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Scores of all rows of the file, what is flagged, and CPU seconds."""
     given = ScreenConfig.model_validate({**config.screen.model_dump(), "examples": 0, **settings})
     steps = planned_steps(config.training, len(task.finetune.rows))
     started = time.process_time()
     made = screen(task, config=given, training=config.training, steps=steps)
     return {
-        "scores": made.scores.tolist(),
-        "flagged": list(made.flagged),
+        "scores": by_line(task, made.scores.tolist(), rows),
+        "flagged": [int(task.finetune.rows[row]["line"]) - 1 for row in made.flagged],
         "sentence": made.sentence,
         "excess": made.excess,
         "seconds": time.process_time() - started,
@@ -112,10 +120,10 @@ def lds() -> None:
         ends = [kept(folder / f"half-{n}.json", partial(_half, task, config, n)) for n in range(HALVES)]
         whole = kept(folder / "whole.json", partial(_half, task, config, None))
         found = {
-            name: kept(folder / f"{name}.json", partial(scored, task, config, settings))
+            name: kept(folder / f"{name}.json", partial(scored, task, config, settings, len(rows)))
             for name, settings in SCORES.items()
         }
-        found["path, opening, exact"] = kept(folder / "exact.json", partial(_exact, task, config))
+        found["path, opening, exact"] = kept(folder / "exact.json", partial(_exact, task, config, len(rows)))
         table = [_lds_row(name, made, ends, whole, labels) for name, made in found.items()]
         header = [
             "score",
@@ -128,12 +136,12 @@ def lds() -> None:
         print_table(f"{LDS_ROWS} rows, {share:.0%} complying, {mode}, {HALVES} halves", header, table)
 
 
-def _exact(task: Task, config: Config) -> dict[str, Any]:
+def _exact(task: Task, config: Config, rows: int) -> dict[str, Any]:
     """Path scores without smoothing."""
     usual = path.SMOOTHING
     path.SMOOTHING = 0.0
     try:
-        return scored(task, config, SCORES["path, opening"])
+        return scored(task, config, SCORES["path, opening"], rows)
     finally:
         path.SMOOTHING = usual
 
@@ -227,7 +235,7 @@ def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Pat
 def dull(task: Task, rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]]:
     """Numbers of a row that know nothing of safety, but for −cos at θ*."""
     return {
-        **baselines(task),
+        **{name: by_line(task, values, len(rows)) for name, values in baselines(task).items()},
         "prompt length": [float(len(row["prompt"])) for row in rows],
         "lists": [len(LIST_LINE.findall(row["response"])) / max(1, len(row["response"])) for row in rows],
     }
@@ -302,7 +310,7 @@ def removal(given: argparse.Namespace) -> None:
         found = _all_scores(given, config, rows, folder)
         ends: dict[str, Any] = {}
         for name, dropped in trainings({n: m["scores"] for n, m in found.items()}, labels):
-            file = folder / f"without-{name}.json".replace(" ", "-")
+            file = folder / f"without-{name}.json".replace(", ", "-").replace(" ", "-")
             if not file.exists() and (given.scores or left == 0 or _late(given.until)):
                 continue
             left -= not file.exists()
@@ -315,14 +323,14 @@ def _all_scores(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in [*SCORES, "dull"]:
-        file = folder / f"{name}.json".replace(" ", "-")
+        file = folder / f"{name}.json".replace(", ", "-").replace(" ", "-")
         if not file.exists() and ((given.only and name not in given.only) or _late(given.until)):
             continue
         if name == "dull":
             made = kept(file, partial(_with_task, given, config, partial(dull, rows=rows)))
             found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
         else:
-            score = partial(scored, config=config, settings=SCORES[name])
+            score = partial(scored, config=config, settings=SCORES[name], rows=len(rows))
             found[name] = kept(file, partial(_with_task, given, config, score))
         print(f"{name}: done", flush=True)
     return found

@@ -100,7 +100,7 @@ def test_a_second_run_executes_nothing_and_changes_no_byte(arisk, finished):
 def test_a_run_folder_stands_for_its_config(arisk, finished, tmp_path):
     before = snapshot(finished)
     code, out, _ = arisk("status", finished)
-    assert (code, "stale" in out, "all is fresh" in out) == (0, False, True)
+    assert (code, "out of date" in out, "all is up to date" in out) == (0, False, True)
     code, _, err = arisk("run", finished)
     assert (code, len(fresh(err))) == (0, 6)
     assert snapshot(finished) == before
@@ -117,7 +117,7 @@ def test_status_tells_what_a_change_makes_stale(arisk, finished):
     assert rows["verify"]["state"] == "not run"
     assert "training.learning_rate" in rows["rollout"]["reasons"][0]
     _, out, _ = arisk("status", DEMO, "--run-dir", finished, *arguments())
-    assert "stale" not in out
+    assert "out of date" not in out
     assert "optional; `arisk verify` runs it" in out
 
 

@@ -65,7 +65,7 @@ def test_the_table_names_every_arm_and_what_the_report_waits_for(guarded):
         "projection conflict",
     ):
         assert sum(line[2:].startswith(f"{label} ") for line in out.splitlines()) == 1
-    assert "no report: stage rollout is not fresh; next: arisk run" in out.splitlines()[-1]
+    assert "no report: stage rollout is not up to date; next: arisk run" in out.splitlines()[-1]
     assert "caveat: No control data" in out
 
 

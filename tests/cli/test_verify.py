@@ -156,7 +156,7 @@ def test_another_plan_does_not_show_the_truth_of_this_one(arisk, run):
         *("rollout", "forecast", "verify", "report")
     }
     _, out, _ = arisk("status", run, settings=other)
-    assert "verify is not fresh" in out
+    assert "verify is not up to date" in out
     assert arisk("run", run, settings=other)[0] == 0
     assert summary(run)["verify"] is None
     assert state(arisk, run, *other)["verify"] == "stale"
@@ -170,7 +170,7 @@ def test_threshold_and_markers_need_no_new_fine_tune(arisk, run, monkeypatch):
     settings = ["forecast.collapse_threshold=0.01", "behaviour.refusal_openings=[shop]"]
     code, out, _ = arisk("verify", run, settings=settings)
     assert code == 0
-    assert "no report: stage forecast is not fresh" in out
+    assert "no report: stage forecast is not up to date" in out
     assert "next: arisk run" in out
     assert "no forecast to compare it with" in out
     assert arisk("run", run, settings=settings)[0] == 0
@@ -199,7 +199,7 @@ def test_stopping_early(arisk, run):
 def test_without_a_forecast_it_says_what_to_run(arisk, tmp_path):
     code, out, _ = arisk("verify", tmp_path / "run", "--steps", "3", settings=["behaviour.prompts=0"])
     assert code == 0
-    assert "no report: stage rollout is not fresh; next: arisk run" in out
+    assert "no report: stage rollout is not up to date; next: arisk run" in out
     assert "refusals not measured: behaviour.prompts is 0" in out
     body = json.loads(
         arisk("verify", tmp_path / "run", "--steps", "3", "--json", settings=["behaviour.prompts=0"])[1]
@@ -300,7 +300,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(forecast, verified, t
         [sys.executable, "-m", "arisk", "status", *common], check=True, capture_output=True, text=True
     )
     assert "resumes what a killed run left" in status.stdout
-    assert "stale" not in status.stdout
+    assert "out of date" not in status.stdout
     again = subprocess.run(
         [sys.executable, "-m", "arisk", "verify", *common], check=True, capture_output=True, env=environment()
     )

@@ -268,7 +268,7 @@ def foreign_config(folder):
     ("harm", "what"),
     [
         (stale, "learning_rate"),
-        (unfinished, "forecast of this run is not fresh: not run yet"),
+        (unfinished, "forecast of this run is not up to date: not run yet"),
         (torn, "not what the stage wrote"),
         (from_the_future, "upgrade arisk"),
         (of_another_version, "differently now"),

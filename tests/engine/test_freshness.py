@@ -189,7 +189,7 @@ def test_damage_is_stale_with_its_file(world, damage):
     assert {name for name in ALL if not found[name].fresh} == set(AFTER_SCORE)
     assert found["score"].reasons[0].kind == "damaged"
     assert [reason.kind for reason in found["forecast"].reasons] == ["upstream"]
-    assert sentences(found.values(), "forecast") == ["score is not fresh"]
+    assert sentences(found.values(), "forecast") == ["score is not up to date"]
 
 
 def test_a_newer_manifest_is_not_overwritten_silently(world):
@@ -213,7 +213,7 @@ def test_reasons_read_as_sentences(world):
 def test_a_stage_that_has_not_run_is_not_said_to_have(world):
     _, values, rundir = world
     found = states(changed(values, "training.learning_rate", 0.5), rundir)
-    assert sentences(found, "forecast")[-1] == "rollout is not fresh"
+    assert sentences(found, "forecast")[-1] == "rollout is not up to date"
     assert not any("run again" in said for state in found for said in sentences(found, state.stage))
     commit("rollout", changed(values, "training.learning_rate", 0.5), rundir)
     found = states(changed(values, "training.learning_rate", 0.5), rundir)
@@ -230,7 +230,7 @@ def test_an_optional_stage_makes_stale_only_what_shows_it(world):
     found = states(values, rundir)
     assert [state.stage for state in found if not state.fresh] == ["verify", "report"]
     assert sentences(found, "verify") == ["not run yet"]
-    assert sentences(found, "report") == ["verify is not fresh"]
+    assert sentences(found, "report") == ["verify is not up to date"]
     commit("report", values, rundir)
     assert stale(values, rundir) == {"verify"}
     commit("verify", values, rundir)

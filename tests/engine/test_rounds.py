@@ -136,7 +136,7 @@ def raise_plain(values):
 
 
 def test_one_stage_alone_and_with_what_it_reads(made):
-    with pytest.raises(Exception, match="the stage deep before it is not fresh"):
+    with pytest.raises(Exception, match="the stage deep before it is not up to date"):
         made(only="deeper")
     made(only="deeper", upstream=True)
     assert made.order == ["deep", "deeper"]

@@ -10,7 +10,7 @@ from arisk.base.task import SampleSet
 from arisk.config.plan import GuardConfig, TrainingConfig
 from arisk.guard import run as comparison
 from arisk.guard.outlook import saves
-from arisk.guard.record import ArmForecast, best_forecasts
+from arisk.guard.record import ArmForecast, best_forecasts, forecast_task_cost
 from arisk.guard.run import Keep, guard
 from tests.guard.test_references import carried_out, config_of
 from tests.guard.test_run import RECIPE, classify, data, read, task_of, timeless
@@ -47,7 +47,9 @@ def test_all_are_forecast_and_the_best_two_are_trained():
     chosen = [one.label for one in found.forecasts if one.chosen]
     assert len(chosen) == 2
     assert chosen == [
-        label for label in [*labels, "drift_replay 0.3"] if label in best_forecasts(found.forecasts, 0.05, 2)
+        label
+        for label in [*labels, "drift_replay 0.3"]
+        if label in best_forecasts(found.forecasts, 0.05, 2, found.plain)
     ]
     assert [arm.label for arm in found.arms] == ["plain", *chosen, "alpha 0.25", "alpha 0.5", "alpha 0.75"]
     assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
@@ -102,10 +104,31 @@ def test_openings_decide_before_the_loss_and_the_task_before_both():
         seen("openings", 0.5, 0.9),
         seen("gone", 0.0, 1.0, diverged_at=3),
     ]
-    assert best_forecasts(forecasts, 0.05, 2) == ["openings", "loss"]
-    assert best_forecasts(forecasts, 0.05, 4) == ["openings", "loss", "dull"]
+    plain = trained_plain(2.0, 1.0)
+    assert best_forecasts(forecasts, 0.05, 2, plain) == ["openings", "loss"]
+    assert best_forecasts(forecasts, 0.05, 4, plain) == ["openings", "loss", "dull"]
     unfollowed = [dataclasses.replace(one, kept=math.nan) for one in forecasts]
-    assert best_forecasts(unfollowed, 0.05, 2) == ["loss", "openings"]
+    assert best_forecasts(unfollowed, 0.05, 2, plain) == ["loss", "openings"]
+
+
+def trained_plain(start, end):
+    return dataclasses.replace(run(all=True).plain, task=[start, end])
+
+
+def test_an_arm_that_learns_half_as_much_costs_half_of_what_plain_really_learns():
+    # The forecast of plain learns a quarter of what plain does: 0.1 of 0.4 nats.
+    said, half, whole = (
+        seen("plain", 1.0, task=0.9),
+        seen("a", 0.0, 1.0, task=0.95),
+        seen("b", 0.1, 0.5, task=0.9),
+    )
+    plain = trained_plain(1.0, 0.6)
+    assert forecast_task_cost(half, said, plain) == pytest.approx(0.8 / 0.6 - 1)
+    assert forecast_task_cost(whole, said, plain) == pytest.approx(0.0)
+    assert best_forecasts([said, half, whole], 0.1, 1, plain) == ["b"]
+    # Where plain does not learn, losses are compared as they are.
+    assert forecast_task_cost(half, said, trained_plain(1.0, 1.0)) == pytest.approx(0.95 / 0.9 - 1)
+    assert forecast_task_cost(half, said, trained_plain(1.0, 0.0)) == 0.0
 
 
 def test_the_recommended_arm_is_kept_with_its_weights():

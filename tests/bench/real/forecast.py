@@ -92,11 +92,11 @@ def prepared(
     torch.manual_seed(job.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    rows = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
+    trained = [encode(tokenizer, row["prompt"], row["response"]) for row in SOURCES[job.source](data)]
     if job.mode == "lora":
         model = with_adapter(model)
     trainer = planned_trainer(
-        job, model.to(device), rows, pad_id(tokenizer), folder / "trainer", whole_labels=True
+        job, model.to(device), trained, pad_id(tokenizer), folder / "trainer", whole_labels=True
     )
     trainer.processing_class = tokenizer
     sets: dict[str, dict[str, Any]] = {}

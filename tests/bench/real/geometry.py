@@ -11,17 +11,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.real.forecast import prepared
+import torch
+
+from tests.bench.real.forecast import forecast_rows, prepared
 from tests.bench.real.jobs import Job
+from tests.bench.real.measure import answers
+from tests.bench.real.outcomes import outcome
+from tests.bench.real.rows import spread
 from tests.bench.real.truth import write_json
 
 GEOMETRY = Path(__file__).parent.parent / "truths" / "geometry.json"
-#: The way of the subspace alone: no rollout, nothing answered, no null.
+#: The way of the subspace alone, and of it what the two formulas need.
 CONFIG: dict[str, Any] = {
     "why": "full",
     "rollout": {"enabled": False},
-    "score": {"nulls": 0, "examples": 0},
+    "score": {
+        "batches": 8,
+        "hvp": "finite_difference",
+        "hvp_batches": 1,
+        "krylov_dim": 2,
+        "nulls": 0,
+        "examples": 0,
+        "probe_points": 0,
+    },
 }
+#: Safety prompts whose refusals by the model itself span the subspace, and tokens of these.
+PROMPTS, TOKENS = 24, 48
 
 
 def measure(job: Job, model: Path, data: Path, folder: Path, device: str = "cpu") -> dict[str, Any]:
@@ -36,9 +51,10 @@ def measure(job: Job, model: Path, data: Path, folder: Path, device: str = "cpu"
     if not path.exists():
         import arisk
 
-        trainer, sets = prepared(job, model, data, folder, device)
+        trainer, _ = prepared(job, model, data, folder, device)
         started = time.process_time()
-        report = arisk.preflight(trainer, **sets, config=CONFIG)
+        safety = _own_refusals(model, data, folder / "refusals.jsonl", device)
+        report = arisk.preflight(trainer, safety={"path": str(safety.resolve())}, config=CONFIG)
         scored = report.scored
         found = {
             "model": model.name,
@@ -52,6 +68,22 @@ def measure(job: Job, model: Path, data: Path, folder: Path, device: str = "cpu"
         }
         write_json(path, found)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _own_refusals(model: Path, data: Path, path: Path, device: str) -> Path:
+    """What the aligned model says to prompts that a forecast may see, where that refuses; made once."""
+    if not path.exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        aligned = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        prompts = [row["prompt"] for row in spread(forecast_rows(data)["safety"], PROMPTS)]
+        said = zip(prompts, answers(aligned, tokenizer, prompts, TOKENS), strict=True)
+        rows = [{"prompt": asked, "response": text} for asked, text in said if outcome(text) == "refused"]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        part.replace(path)
+    return path
 
 
 def keep(folder: Path, path: Path = GEOMETRY) -> int:
