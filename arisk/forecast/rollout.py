@@ -10,7 +10,7 @@ gradients. The model is put back to the bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -131,9 +131,6 @@ def rollout(
     behaviour: BehaviourConfig | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
-    last: int | None = None,
-    prepare: Callable[[PlannedRun], None] | None = None,
-    ended: Callable[[nn.Module], None] | None = None,
 ) -> RolloutResult:
     """Measure losses, and what the model says, along the virtual run of `steps` optimizer steps.
 
@@ -146,10 +143,6 @@ def rollout(
         behaviour: prompts that are followed and answered; None: none.
         workspace: folder for the state of an unfinished run; None keeps none.
         progress: told of gradient evaluations done.
-        last: stop after this many steps, on the schedule of all; None: T.
-        prepare: is handed the run before its first step, to give it a protection.
-        ended: is handed the model where the run ends, in evaluation mode and the plan's precision; not one
-            that has diverged. Such a run is one of several that are only compared: it has no account.
 
     Raises:
         NumericsError: the safety loss at the aligned point is not finite.
@@ -157,18 +150,11 @@ def rollout(
     """
     layout = layout_of(task.model, task.parameter_names)
     recipe = recipe_of(training, steps)
-    if last is not None and last < steps:
-        recipe = replace(recipe, rates=recipe.rates[:last])
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
         walk = _Walk(task, layout, config, recipe, seed, start, progress, behaviour)
-        if prepare is not None:
-            prepare(walk.planned)
         walk.resume(workspace)
         walk.run(workspace)
-        if ended is not None and walk.track.diverged_at is None:
-            with walk.planned.reading():
-                ended(task.model)
-        found = walk.account(layout) if ended is None else None
+        found = walk.account(layout)
     return replace(walk.result(), account=found)
 
 

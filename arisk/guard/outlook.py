@@ -1,7 +1,9 @@
-"""Arms forecast before they are trained: a rollout of each with the protection in it.
+"""Arms forecast before they are trained: each is really run, in fewer and larger steps.
 
-All rollouts measure the same rows. They are shorter than the one that a verdict rests on: here arms are only
-ranked, so that the best can be trained.
+A fifth of the steps at five times the rate, with the moving averages of AdamW as much shorter, goes as far as
+the plan. Unlike the leaps of a rollout, every step meets the protection, which pulls back where the model has
+drifted: a leap along the pull of its start forecasts that replay does not hold. How far a run drifts, such a
+short one tells badly (the verdict rests on a rollout); it ranks arms, so that the best can be trained.
 """
 
 from __future__ import annotations
@@ -14,47 +16,55 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from arisk.base.task import Task
-from arisk.config.sections import RolloutConfig
-from arisk.forecast.leap import rollout_cost
-from arisk.forecast.rollout import rollout
 from arisk.guard.methods import METHODS, protection
 from arisk.guard.plan import ArmName, ArmPlan
 from arisk.guard.record import NEVER_BEGUN, ArmForecast
 from arisk.models.answers import GreedyAnswers
 from arisk.training.behaviour import DECIDING, spread_rows
-from arisk.training.loop import PlannedRun, keeping_parameters
+from arisk.training.loop import keeping_parameters
 from arisk.training.panels import Panel, panel_of, sample_losses
+from arisk.training.recipe import recipe_of
 from arisk.verification.run import TaskRows
 
-__all__ = ["FOLLOWED", "ROWS", "ForecastRows", "forecast_arm", "saves", "settings_of"]
+__all__ = ["ROWS", "ForecastRows", "forecast_arm", "saves", "short_steps", "shortened"]
 
 #: Safety and control rows that an arm's forecast measures at most.
 ROWS = 64
-#: Rows that the rollout itself follows, to see where it diverges.
-FOLLOWED = 8
-#: Real steps of the pilot and at the end of a leap, leaps, and share of the run they may take.
-PILOT_SHARE, LONGEST_PILOT, INNER, LEAPS = 0.1, 12, 3, 3
+#: Share of the steps that a forecast takes, and so many at least.
+SHARE, LEAST = 0.2, 10
 #: Share of the steps up to which a forecast saves time.
 WORTH = 0.6
 
 
-def settings_of(last: int) -> RolloutConfig:
-    """The rollout of an arm that takes `last` steps."""
-    pilot = max(INNER, min(LONGEST_PILOT, math.ceil(PILOT_SHARE * last)))
-    return RolloutConfig(
-        pilot_steps=pilot,
-        segments=LEAPS,
-        batches_per_segment=INNER,
-        eval_samples=FOLLOWED,
-        leading_samples=FOLLOWED,
-    )
+def short_steps(last: int) -> int:
+    """Steps that the forecast of an arm of `last` steps takes."""
+    return min(last, max(LEAST, math.ceil(SHARE * last)))
 
 
 def saves(last: int, arms: int, best: int) -> bool:
     """Whether forecasting so many arms and training the best takes fewer steps than training them all."""
-    gradients, _ = rollout_cost(last, settings_of(last))
-    return arms > best and gradients <= WORTH * last and arms * gradients + best * last < arms * last
+    steps = short_steps(last)
+    return arms > best and steps <= WORTH * last and arms * steps + best * last < arms * last
+
+
+def shortened(plan: ArmPlan, steps: int) -> ArmPlan:
+    """The plan carried out in so many steps, each as much larger: rates, schedule, averages of AdamW.
+
+    Args:
+        plan: an arm's.
+        steps: n of the K steps that are to be taken; the rate becomes η·K/n, each β becomes β^(K/n).
+    """
+    recipe, factor = plan.recipe, plan.last / steps
+    training = recipe.training
+    larger = training.model_copy(
+        update={
+            "learning_rate": training.learning_rate * factor,
+            "betas": tuple(beta**factor for beta in training.betas),
+            "warmup_steps": math.ceil(training.warmup_steps / factor),
+        }
+    )
+    horizon = max(steps, round(recipe.horizon / factor))
+    return replace(plan, recipe=recipe_of(larger, horizon), last=steps)
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class ForecastRows:
 
 
 def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: bool = False) -> ArmForecast:
-    """What an arm would come to, by a rollout with its protection; the model is left as found.
+    """What an arm would come to, by a short run with its protection; the model is left as found.
 
     Args:
         plan: model, data, recipe; inside `measuring`.
@@ -134,35 +144,24 @@ def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: boo
     started = time.process_time()
     found: dict[str, float] = {}
     risen: list[Tensor] = []
-    evaluations = 0
-    diverged_at, reason = None, None
+    done, diverged_at, reason = 0, None, None
     with keeping_parameters(plan.task.model, plan.layout):
         try:
             own = METHODS[name.method].planned(plan, name)
-            made = protection(own, name)
-
-            def prepare(run: PlannedRun) -> None:
-                run.protect, run.correct = made.protect, made.correct
-
-            def ended(model: nn.Module) -> None:
-                found.update(_measured(model, rows))
+            made = protection(own, name)  # As strong as in the plan itself.
+            # A plan of fewer steps, as `smaller` makes one, is shortened by the same factor.
+            short = shortened(own, max(1, round(own.last * short_steps(plan.last) / plan.last)))
+            run = short.fresh()
+            run.protect, run.correct = made.protect, made.correct
+            for number in range(1, short.last + 1):
+                run.step(number)
+                done = number
+            with run.reading():
+                found.update(_measured(plan.task.model, rows))
                 if rises:
-                    risen.append(rows.own.losses(model) - rows.own_start)
-
-            rolled = rollout(
-                _measuring(own.task),
-                config=settings_of(own.last),
-                training=own.recipe.training,
-                steps=own.recipe.horizon,
-                seed=plan.seed,
-                last=own.last,
-                prepare=prepare,
-                ended=ended,
-            )
-            evaluations, diverged_at = rolled.gradient_evaluations, rolled.diverged_at
-            reason = None if diverged_at is None else "its forecast diverges"
+                    risen.append(rows.own.losses(plan.task.model) - rows.own_start)
         except plan.set_up_errors as err:
-            diverged_at, reason = NEVER_BEGUN, err.what
+            diverged_at, reason = done + 1 if done else NEVER_BEGUN, err.what
     if diverged_at is None and not math.isfinite(found.get("safety", math.nan)):
         diverged_at, reason = plan.last, "its forecast loss is not finite"
     told = found if diverged_at is None else {}
@@ -174,17 +173,12 @@ def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: boo
         kept=told.get("kept", math.nan),
         control=told.get("control", math.nan),
         task=told.get("task", math.nan),
-        gradients=evaluations,
+        gradients=done * plan.recipe.training.gradient_accumulation,
         cpu_seconds=time.process_time() - started,
         diverged_at=diverged_at,
         reason=reason,
         rises=risen[0].tolist() if risen and diverged_at is None else [],
     )
-
-
-def _measuring(task: Task) -> Task:
-    """The task with the rows that a forecast follows on its way."""
-    return replace(task, safety=task.heldout or task.safety, control=None)
 
 
 def _measured(model: nn.Module, rows: ForecastRows) -> dict[str, float]:

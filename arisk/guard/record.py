@@ -91,7 +91,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmForecast:
-    """What a rollout with the protection in it says of an arm, before any step of it is taken for good.
+    """What a short run with the protection in it says of an arm, before it is trained.
 
     Attributes:
         label, method, strength: as of the arm.
@@ -142,7 +142,7 @@ class GuardResult:
         generation_reason: why nothing was written; None where it was.
         ordinary_prompts: control rows whose prompts were answered; empty where none were.
         ordinary_answers: what the aligned model wrote; `ordinary_outcomes` what they did.
-        forecasts: every arm that could be trained, as its rollout saw it, plain first; empty where all were
+        forecasts: every arm that could be trained, as a short run saw it, plain first; empty where all were
             trained without.
         repeats: the same arms on further seeds, plain first for each.
     """
@@ -221,8 +221,8 @@ def paired_error(arm: Arm, plain: Arm) -> float:
 def forecast_task_cost(one: ArmForecast, said: ArmForecast, plain: Arm) -> float:
     """Task loss that an arm is forecast to end with over the plain arm's real one, − 1.
 
-    A forecast takes leaps, which learn the task less than the steps do. How much less, the plain arm tells,
-    which was trained: the arm's forecast progress is taken times the plain arm's real over forecast progress.
+    A forecast takes few large steps, which learn the task otherwise than the plan's. How much less, the plain
+    arm tells, which was trained: forecast progress counts times the plain arm's real over forecast progress.
 
     Args:
         one: the arm.
@@ -574,7 +574,7 @@ def guard_summary(
             None if said.ordinary_aligned is None else int(sum(said.ordinary_aligned))
         ),
         "arms": [_arm_summary(one, result.plain) for one in found],
-        "forecasts": [_forecast_summary(one, result.forecasts[0]) for one in result.forecasts],
+        "forecasts": [_forecast_summary(one, result.forecasts[0], result.plain) for one in result.forecasts],
         "warnings": list(result.warnings),
     }
 
@@ -626,13 +626,13 @@ def _arm_summary(one: Standing, plain: Arm) -> dict[str, Any]:
     }
 
 
-def _forecast_summary(one: ArmForecast, plain: ArmForecast) -> dict[str, Any]:
+def _forecast_summary(one: ArmForecast, said: ArmForecast, plain: Arm) -> dict[str, Any]:
     return {
         "label": one.label,
         "safety": one.safety,
         "kept": one.kept,
         "control": one.control,
-        "task_cost": one.task / plain.task - 1 if plain.task else math.nan,
+        "task_cost": forecast_task_cost(one, said, plain),
         "cpu_seconds": one.cpu_seconds,
         "diverged_at": one.diverged_at,
         "reason": one.reason,

@@ -23,12 +23,11 @@ from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.engine.stage import Cost, CostScene
-from arisk.forecast.leap import rollout_cost
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.methods import METHODS, arm_names, methods_of
-from arisk.guard.outlook import FOLLOWED, ROWS, ForecastRows, forecast_arm, saves, settings_of
+from arisk.guard.outlook import ROWS, ForecastRows, forecast_arm, saves, short_steps
 from arisk.guard.plan import ArmName, ArmPlan
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult, best_forecasts
 from arisk.training.loop import draws_noise, keeping_parameters, put
@@ -75,7 +74,7 @@ def guard(
 ) -> GuardResult:
     """Fine-tune as planned, plain and protected, and measure safety, control and task losses along the way.
 
-    The plain arm is trained first. Then every other arm is forecast by a rollout with its protection in it,
+    The plain arm is trained first. Then every other arm is forecast by a short run with its protection in it,
     and the best two are trained; all are, where `config.all` says so or forecasts would save nothing.
 
     Args:
@@ -203,7 +202,7 @@ class _Comparison:
         return arms
 
     def forecasts(self, plain: Arm) -> list[ArmForecast]:
-        """Every arm that trains, as its rollout sees it, plain first."""
+        """Every arm that trains, as a short run sees it, plain first."""
         names = [self.names[0], *self.others]
         plan, rows = replace(self.plan, plain=plain), None
         found: list[ArmForecast] = []
@@ -424,10 +423,9 @@ def _passes(scene: CostScene) -> dict[str, float]:
     total["forward rows"] = float(len(derived) * measuring_rows)
     whole = [_arm_passes(scene, arm, last, last) for arm in others]
     if not given.all and saves(last, len(others), BEST):
-        gradients, measured = rollout_cost(last, settings_of(last))
         for arm in (arms[0], *others):
-            _add(total, _arm_passes(scene, arm, last, gradients))
-            total["forward rows"] += measured * FOLLOWED + 2 * ROWS + given.task_samples + given.generate
+            _add(total, _arm_passes(scene, arm, last, short_steps(last)))
+            total["forward rows"] += 2 * ROWS + given.task_samples + given.generate
         # Which are trained is not known beforehand: no dearer ones than these.
         whole = sorted(whole, key=lambda passes: -passes["gradient rows"])[:BEST]
     for passes in given.seeds * [_arm_passes(scene, arms[0], last, last), *whole]:

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from arisk.base.task import SampleSet
-from arisk.config.plan import GuardConfig, TrainingConfig
+from arisk.config.plan import BehaviourConfig, GuardConfig, TrainingConfig
+from arisk.gradients import layout_of
 from arisk.guard import run as comparison
-from arisk.guard.outlook import saves
+from arisk.guard.outlook import saves, shortened
+from arisk.guard.plan import ArmPlan
 from arisk.guard.record import ArmForecast, best_forecasts, forecast_task_cost
 from arisk.guard.run import Keep, guard
+from arisk.training.recipe import recipe_of
 from tests.guard.test_references import carried_out, config_of
 from tests.guard.test_run import RECIPE, classify, data, read, task_of, timeless
 
@@ -53,8 +56,7 @@ def test_all_are_forecast_and_the_best_two_are_trained():
     ]
     assert [arm.label for arm in found.arms] == ["plain", *chosen, "alpha 0.25", "alpha 0.5", "alpha 0.75"]
     assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
-    # The pilot's steps are real; the leaps are not, and few.
-    assert all(0 < one.gradients < 40 for one in found.forecasts)
+    assert {one.gradients for one in found.forecasts} == {12}
     assert len(found.forecasts[0].rises) == 12
     # Replay of safety rows is seen to lower their loss, as it does.
     seen = {one.label: one.safety for one in found.forecasts}
@@ -65,6 +67,22 @@ def test_all_trains_all_and_forecasts_none():
     found = run(all=True)
     assert list(found.forecasts) == []
     assert len(found.arms) == 10
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_shortened_plan_goes_as_far_in_fewer_steps(schedule):
+    training = TrainingConfig(schedule=schedule, learning_rate=1e-3, warmup_steps=10)
+    recipe, task = recipe_of(training, 200), task_of()
+    layout = layout_of(task.model, task.parameter_names)
+    plan = ArmPlan(task, layout, recipe, GuardConfig(), BehaviourConfig(), 200, frozenset(), 0)
+    short = shortened(plan, 40)
+    assert (short.last, short.recipe.horizon) == (40, 40)
+    assert float(short.recipe.rates.sum()) == pytest.approx(float(recipe.rates.sum()), rel=0.03)
+    # An average over ten steps is one over two.
+    assert short.recipe.training.betas == pytest.approx((0.9**5, 0.999**5))
+    # A run that stops halfway stops halfway through the schedule.
+    half = shortened(dataclasses.replace(plan, last=100), 20)
+    assert (half.last, half.recipe.horizon) == (20, 40)
 
 
 def test_short_runs_are_not_worth_a_forecast():
