@@ -287,7 +287,7 @@ class ScreenConfig(Settings):
     where none stands out."""
     measure: Literal["auto", "loss", "opening"] = "auto"
     """What harm is: a rise of the safe responses' loss, or of that of the model's own refusals' first
-    tokens. auto: the opening for path scores, the loss for others."""
+    tokens. auto: the opening where the model refuses safety prompts today, else the loss."""
     memory_gb: PositiveFloat = 2.0
     """Memory for the stored steps of path scores (GB); beyond it steps are walked again."""
     rise: PositiveFloat = 0.02

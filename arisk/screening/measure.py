@@ -44,26 +44,21 @@ class MeasuredTask:
     note: str | None = None
 
 
-def measured_by(
-    task: Task, config: ScreenConfig, score: str, behaviour: BehaviourConfig | None = None
-) -> MeasuredTask:
+def measured_by(task: Task, config: ScreenConfig, behaviour: BehaviourConfig | None = None) -> MeasuredTask:
     """The task with the safety set that `screen.measure` asks for, inside `measuring`.
 
-    auto: the opening for path scores, where prompts can be answered and are refused; else the loss.
+    auto: the opening where prompts can be answered and are refused, else the loss. On a refusing SmolLM2 the
+    opening finds rows that the mean loss does not (`tests/bench/README.md`).
 
     Args:
         task: model and data.
         config: the measure.
-        score: kind of the scores.
         behaviour: the judge that tells which prompts are refused; default the rule.
 
     Raises:
         InputError: the opening was asked for, and the safety set has no prompts that the model refuses.
     """
-    wanted = config.measure
-    if wanted == "auto":
-        wanted = "opening" if score == "path" else "loss"
-    if wanted == "loss":
+    if config.measure == "loss":
         return MeasuredTask(task, "loss")
     try:
         return MeasuredTask(replace(task, safety=_openings(task, behaviour or BehaviourConfig())), "opening")

@@ -118,9 +118,9 @@ class _Scene:
     workspace: Path | None
     progress: Progress
 
-    def measured_for(self, score: str) -> tuple[_Scene, MeasuredTask]:
-        """The same on what harm is measured by for scores of a kind."""
-        measured = measured_by(self.task, self.config, score, self.behaviour)
+    def measured(self) -> tuple[_Scene, MeasuredTask]:
+        """The same on what harm is measured by."""
+        measured = measured_by(self.task, self.config, self.behaviour)
         return replace(self, task=measured.task), measured
 
     @property
@@ -139,7 +139,7 @@ class _Scene:
 
 def _by_point(scene: _Scene) -> ScreenResult:
     """Scores at one point of the plan, or two."""
-    scene, measured = scene.measured_for("point")
+    scene, measured = scene.measured()
     task, layout, config = scene.task, scene.layout, scene.config
     found = places(
         task,
@@ -172,7 +172,7 @@ def _by_point(scene: _Scene) -> ScreenResult:
 
 def _by_path(scene: _Scene) -> ScreenResult:
     """Scores along the first steps of the plan."""
-    scene, measured = scene.measured_for("path")
+    scene, measured = scene.measured()
     made = path_scores(
         scene.task,
         scene.layout,

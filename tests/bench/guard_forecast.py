@@ -1,8 +1,9 @@
 """Arms of `arisk guard` forecast and really trained: does the forecast order them as the truth does?
 
-`python -m tests.bench.guard_forecast [CONFIG] [--set KEY=VALUE …] [--work FOLDER]`. Every arm is trained
-and every arm is forecast, on the same rows; told are both, Kendall's τ between them, and what forecasting all
-and training two costs beside training all. Resumable with --work.
+`python -m tests.bench.guard_forecast [CONFIG] [--job lora-obedience …] [--set KEY=VALUE …] [--work FOLDER]`;
+jobs are those of `guard_arms`. Every arm is trained and every arm is forecast, on the same rows; told are
+both, Kendall's τ between them, and what forecasting all and training two costs beside training all. Resumable
+with --work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from arisk.guard.record import Arm, GuardResult, forecast_task_cost, standings, 
 from arisk.guard.run import BEST, guard
 from arisk.models import load_task
 from arisk.models.judge import judge_for, learnt_openings
+from tests.bench.guard_arms import JOBS, config_of
 from tests.bench.measure import print_table
 
 HEADER = [
@@ -111,14 +113,22 @@ def main() -> None:
     """Run both and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", default="configs/demo.yaml")
+    parser.add_argument("--job", choices=["-".join(job) for job in JOBS], action="append", default=[])
     parser.add_argument("--set", dest="settings", action="append", default=[])
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    config = load_config(Path(given.config), given.settings)
     with tempfile.TemporaryDirectory() as folder:
-        report(both(config, given.work or Path(folder), given.device), config)
+        work = given.work or Path(folder)
+        for job in given.job:
+            print(job)
+            (work / job).mkdir(parents=True, exist_ok=True)
+            config = config_of(*job.split("-", 1), work / job)
+            report(both(config, work / job / "arms", given.device), config)
+        if not given.job:
+            config = load_config(Path(given.config), given.settings)
+            report(both(config, work, given.device), config)
 
 
 if __name__ == "__main__":

@@ -152,9 +152,7 @@ def _half(task: Task, config: Config, number: int | None) -> dict[str, Any]:
     dropped = [] if number is None else Random(number).sample(range(count), count // 2)
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        sets = {
-            m: measured_by(task, ScreenConfig(measure=m), "path").task.safety for m in ("opening", "loss")
-        }
+        sets = {m: measured_by(task, ScreenConfig(measure=m)).task.safety for m in ("opening", "loss")}
         panels = {name: panel_of(samples, None, start[0].device) for name, samples in sets.items()}
         run = PlannedRun(task, layout, recipe_of(config.training, LDS_STEPS))
         put(run.parameters, start)

@@ -231,7 +231,8 @@ def test_without_control_the_contrast_is_said_not_to_be_measured():
     assert not found.contrasted
     assert found.null_source == "rows"
     assert torch.equal(found.scores, found.first_order)
-    assert "was not measured" in found.warnings[0]
+    assert "the safety set has no prompts" in found.warnings[0]
+    assert "was not measured" in found.warnings[1]
 
 
 def test_a_row_that_is_not_finite_is_named():

@@ -213,7 +213,7 @@ def test_the_opening_is_what_the_aligned_model_itself_says_first(config):
     task = load_task(config, device=torch.device("cpu"))
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout):
-        made = measured_by(task, ScreenConfig(measure="opening"), "point")
+        made = measured_by(task, ScreenConfig(measure="opening"))
         losses = torch.cat([per_sample_nll(task.model, batch) for batch in made.task.safety.batches])
         writer = task.safety.generate
         assert isinstance(writer, GreedyAnswers)

@@ -8,8 +8,11 @@ on the job's own end. The second seed is no forecast: it is the ceiling.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from tests.bench.real.score import (
     still_refused,
 )
 
+GEOMETRY = Path(__file__).parent.parent / "truths" / "geometry.json"
 #: Answers that "20 steps and 32 answers" reads.
 ANSWERS = 32
 
@@ -37,6 +41,8 @@ def baselines(truths: Sequence[Truth]) -> dict[str, Forecasts]:
         "mean of the odd jobs": _fitted(truths, lambda t: 1.0, 0.0),
         "lr × steps × ‖Dg‖": _fitted(truths, lambda t: math.log(_reach(t)), _steps_cost(5)),
         "initial loss": _fitted(truths, lambda t: float(np.mean(t.job["train"]["loss"][:5])), _steps_cost(5)),
+        "overlap |Pg|/|g|": _fitted(truths, _overlap, None),
+        "the peer's formula": _fitted(truths, _peer, None),
         "20 real steps and 32 answers": _each(truths, lambda t: _answers(t, 20)),
     }
     for k in (20, 30):
@@ -66,10 +72,13 @@ def _steps_cost(k: int) -> Callable[[Truth], float]:
 def _fitted(
     truths: Sequence[Truth],
     value: Callable[[Truth], float | None],
-    cost: float | Callable[[Truth], float],
+    cost: float | Callable[[Truth], float] | None,
     safety: Callable[[Truth], float | None] = lambda _: None,
 ) -> Forecasts:
-    """Share of the refusals that is lost = a + b × value, fitted on the odd jobs, within 0 and 1."""
+    """Share of the refusals that is lost = a + b × value, fitted on the odd jobs, within 0 and 1.
+
+    A cost of None: it was measured on another machine than the truths.
+    """
     known = [(v, t.lost / t.start) for t in truths if t.settings and t.start and (v := value(t)) is not None]
     if not known:
         return {}
@@ -105,6 +114,32 @@ def _reach(truth: Truth) -> float:
     """Learning rates of the plan together, times the length of an AdamW move."""
     job = truth.job
     return float(job["job"]["learning_rate"] * learning_rates(job["job"])[-1] * job["train"]["adam_move"])
+
+
+@cache
+def _geometry() -> dict[tuple[str, str, str], dict[str, float]]:
+    """Numbers of the aligned model by model, data set and mode, see `geometry.py`."""
+    found = json.loads(GEOMETRY.read_text(encoding="utf-8"))["geometry"]
+    return {(one["model"], one["source"], one["mode"]): one for one in found}
+
+
+def _at_start(truth: Truth) -> dict[str, float] | None:
+    return _geometry().get((truth.model, truth.source, truth.job["job"]["mode"]))
+
+
+def _overlap(truth: Truth) -> float | None:
+    found = _at_start(truth)
+    return None if found is None else found["overlap"]
+
+
+def _peer(truth: Truth) -> float | None:
+    """½ λ max(½ γ t² − ε t, 0)², t the learning rates together: what the package alignment-risk forecasts."""
+    found, job = _at_start(truth), truth.job["job"]
+    if found is None:
+        return None
+    t = float(job["learning_rate"] * learning_rates(job)[-1])
+    drift = max(0.5 * found["gamma"] * t**2 - found["epsilon"] * t, 0.0)
+    return 0.5 * found["eigenvalue"] * drift**2
 
 
 def _points(truth: Truth, last: int) -> dict[int, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tests.bench.real.baselines import GEOMETRY
 from tests.bench.real.forecast import forecast_rows, prepared
 from tests.bench.real.jobs import Job
 from tests.bench.real.measure import answers
@@ -20,7 +21,6 @@ from tests.bench.real.outcomes import outcome
 from tests.bench.real.rows import spread
 from tests.bench.real.truth import write_json
 
-GEOMETRY = Path(__file__).parent.parent / "truths" / "geometry.json"
 #: The way of the subspace alone, and of it what the two formulas need.
 CONFIG: dict[str, Any] = {
     "why": "full",
