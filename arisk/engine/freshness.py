@@ -444,7 +444,7 @@ def describe(rows: Sequence[dict[str, Any]], *, width: int | None = None, comman
     cells = [
         [
             row["stage"],
-            SHOWN.get(row["state"], row["state"]),
+            SHOWN.get(row["state"], str(row["state"])),
             "–" if row["seconds"] is None else f"{row['seconds']:.1f} s",
             _size(row["bytes"]),
             _why(row) + (" (resumes what a killed run left)" if row["partial"] else ""),

@@ -224,7 +224,7 @@ def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
         NOT_MEASURED if ordinary is None else f"{number(ordinary)} of {body['ordinary_prompts']}",
         NOT_MEASURED if math.isnan(one["control"]) else number(one["control"]),
         number(one["task"], 4),
-        percent(one["task_cost"]),
+        percent(one["task_cost"]) + _plus_minus_percent(one["task_error"]),
         "–" if math.isnan(one["surprising"]) else number(one["surprising"]),
         f"× {number(one['cost'])}",
         number(one["setup_seconds"]),
@@ -233,6 +233,10 @@ def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
 
 def _plus_minus(error: float) -> str:
     return "" if math.isnan(error) or error == 0 else f" ± {number(error, 2)}"
+
+
+def _plus_minus_percent(error: float) -> str:
+    return "" if math.isnan(error) or error == 0 else f" ± {100 * error:.1f}"
 
 
 def _forecast_table(body: Mapping[str, Any]) -> str:
@@ -467,7 +471,8 @@ def guard_text(outcome: Any) -> str:
         "",
         f"safety: change of the loss of {found['safety_rows']} safety rows (nats/token), "
         + ("held out" if found["heldout"] else "NOT held out"),
-        f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain",
+        f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain "
+        "± its standard error",
         _answers(found),
         *_forecasts(found),
         *[f"caveat: {warning}" for warning in found["warnings"]],
@@ -514,5 +519,6 @@ def _ratio(value: float | None) -> str:
 
 
 def _task(arm: Mapping[str, Any]) -> str:
-    cost = "" if arm["task_cost"] is None else f" ({arm['task_cost']:+.1%})"
+    error = f" ± {100 * arm['task_error']:.1f}" if arm["task_error"] else ""
+    cost = "" if arm["task_cost"] is None else f" ({arm['task_cost']:+.1%}{error})"
     return f"{arm['task']:.3f}{cost}" if arm["task"] is not None else "not measured"

@@ -28,6 +28,7 @@ __all__ = [
     "paired_interval",
     "standings",
     "task_cost",
+    "task_error",
     "without_texts",
 ]
 
@@ -52,6 +53,7 @@ class Arm:
         task: (M,) mean task loss, evaluation mode (nats per response token).
         surprising: (M,) mean loss of the fine-tuning rows left out of `task`; empty where there are none.
         final_safety: (N,) change of each safety sample's loss at the last point.
+        final_task: loss of each row of the task loss there.
         terms: by name, (M,) mean value over the steps before each point, NaN at 0: penalty terms and
             `‖∇ …‖` gradient norms, cosines.
         cpu_seconds: of the optimizer steps, measuring left out.
@@ -77,6 +79,7 @@ class Arm:
     task: Sequence[float]
     surprising: Sequence[float]
     final_safety: Sequence[float]
+    final_task: Sequence[float]
     terms: Mapping[str, Sequence[float]]
     cpu_seconds: float
     setup_seconds: float
@@ -212,9 +215,23 @@ def paired_error(arm: Arm, plain: Arm) -> float:
 
     Paired by sample; NaN below two samples, or where one diverged.
     """
-    if arm.diverged_at is not None or plain.diverged_at is not None or len(arm.final_safety) < 2:
+    if arm.diverged_at is not None or plain.diverged_at is not None:
         return math.nan
-    pairs = [a - b for a, b in zip(arm.final_safety, plain.final_safety, strict=True)]
+    return _error(arm.final_safety, plain.final_safety)
+
+
+def task_error(arm: Arm, plain: Arm) -> float:
+    """Standard error of `task_cost`, paired by row: that of the mean difference over the plain loss."""
+    if math.isnan(task_cost(arm, plain)):
+        return math.nan
+    return _error(arm.final_task, plain.final_task) / plain.task[-1]
+
+
+def _error(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Standard error of the mean of paired differences; NaN below two."""
+    if len(ours) < 2:
+        return math.nan
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
     return stdev(pairs) / math.sqrt(len(pairs))
 
 
@@ -274,6 +291,7 @@ class Standing:
         drift_share: that over the plain arm's; NaN where plain did not rise.
         control: mean final change of the control loss; NaN without control rows.
         task_cost: mean L_arm / L_plain − 1.
+        task_error: its standard error, paired by row.
         refusals: mean number of safety prompts refused; NaN where not measured.
         saved: share of the refusals that plain loses which the arm keeps; NaN where plain loses none.
         ordinary: mean number of ordinary prompts refused; NaN where not measured.
@@ -288,6 +306,7 @@ class Standing:
     drift_share: float
     control: float
     task_cost: float
+    task_error: float
     refusals: float
     saved: float
     ordinary: float
@@ -355,7 +374,8 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidenc
     ordinary = _by_prompt([said.ordinary(arm) for arm, _ in pairs])
     differences = [a - b for a, b in zip(refused, plain, strict=True)] if refused and plain else []
     lost = sum(said.aligned or []) - sum(plain)
-    errors = [paired_error(arm, own) for arm, own in pairs]
+    errors = _root_mean([paired_error(arm, own) for arm, own in pairs])
+    task_errors = _root_mean([task_error(arm, own) for arm, own in pairs])
     whole = not diverged
     return Standing(
         label=runs[0].label,
@@ -365,10 +385,11 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidenc
         drift_share=safety / drift if whole and drift > 0 else math.nan,
         control=_mean([arm.control[-1] for arm, _ in pairs if arm.control]) if whole else math.nan,
         task_cost=_mean([task_cost(arm, own) for arm, own in pairs]) if whole else math.nan,
+        task_error=task_errors if whole else math.nan,
         refusals=sum(refused) if refused and whole else math.nan,
         saved=sum(differences) / lost if differences and whole and lost > 0 else math.nan,
         ordinary=sum(ordinary) if ordinary and whole else math.nan,
-        safety_error=math.sqrt(sum(e * e for e in errors)) / len(errors) if whole else math.nan,
+        safety_error=errors if whole else math.nan,
         refusals_interval=paired_interval(differences, confidence) if whole else (math.nan, math.nan),
     )
 
@@ -379,6 +400,11 @@ def _by_prompt(answers: Sequence[list[float] | None]) -> list[float]:
     if not known or len(known) < len(answers):
         return []
     return [sum(column) / len(column) for column in zip(*known, strict=True)]
+
+
+def _root_mean(errors: Sequence[float]) -> float:
+    """Standard error of a mean from those of its terms."""
+    return math.sqrt(sum(e * e for e in errors)) / len(errors) if errors else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -614,6 +640,7 @@ def _arm_summary(one: Standing, plain: Arm) -> dict[str, Any]:
         "control": one.control,
         "task": _mean([run.task[-1] for run in one.runs]) if finished else math.nan,
         "task_cost": one.task_cost,
+        "task_error": one.task_error,
         "surprising": arm.surprising[-1] if finished and arm.surprising else math.nan,
         "cost": arm.cpu_seconds / plain.cpu_seconds if finished and plain.cpu_seconds else math.nan,
         "setup_seconds": arm.setup_seconds,

@@ -45,12 +45,14 @@ class TaskCurve:
         loss: (M,) mean over them (nats per response token).
         surprising: (M,) mean over the fine-tuning rows kept apart; empty where there are none.
         cpu_seconds: of the optimizer steps, measuring left out.
+        final: loss of each row at the last point.
     """
 
     rows: str
     loss: Sequence[float]
     surprising: Sequence[float]
     cpu_seconds: float
+    final: Sequence[float]
 
 
 @dataclass(frozen=True)

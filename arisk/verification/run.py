@@ -264,7 +264,8 @@ class _RealRun:
             for name in (TASK, SURPRISING)
         }
         seconds = sum(note[CPU] for note in self.track.notes)
-        return TaskCurve(self.judged.digest, means[TASK], means[SURPRISING], seconds)
+        final = self.track.others[TASK][-1].tolist()
+        return TaskCurve(self.judged.digest, means[TASK], means[SURPRISING], seconds, final)
 
     def shared_prompts(self) -> int:
         """Held-out rows whose prompt the forecast used, as far as the task names its rows."""

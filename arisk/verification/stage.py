@@ -165,7 +165,7 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
 #: The truth depends on the plan alone: another threshold or another judge need no new fine-tune.
 VERIFY = Stage(
     name="verify",
-    version=5,
+    version=6,
     help="Really fine-tune as planned, measure safety along the way, and lay it over the forecast",
     run=_verify,
     config=(

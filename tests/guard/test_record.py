@@ -15,6 +15,7 @@ from arisk.guard.record import (
     paired_interval,
     standings,
     task_cost,
+    task_error,
 )
 from arisk.models.judge import RefusalRule
 
@@ -35,6 +36,7 @@ def arm(label, safety=0.4, task=1.0, **changes):
         "task": [2.0, 1.5, task],
         "surprising": [],
         "final_safety": [safety - 0.1, safety + 0.1],
+        "final_task": [task - 0.1, task + 0.1],
         "terms": {},
         "cpu_seconds": 1.0,
         "setup_seconds": 0.0,
@@ -117,6 +119,22 @@ def test_the_paired_error():
     other = arm("ewc", final_safety=[1.0, 1.0, 1.0])
     assert paired_error(other, plain) == pytest.approx(1 / math.sqrt(3))
     assert math.isnan(paired_error(arm("ewc", final_safety=[1.0]), plain))
+
+
+def test_the_error_of_the_task_cost_is_paired_by_row():
+    plain = arm("plain", task=2.0, final_task=[1.0, 2.0, 3.0])
+    other = arm("ewc", task=1.0, final_task=[1.0, 1.0, 1.0])
+    assert task_error(other, plain) == pytest.approx(1 / math.sqrt(3) / 2.0)
+    # Rows that differ by the same leave no doubt, however far they lie apart.
+    assert task_error(arm("ewc", task=2.1, final_task=[1.1, 2.1, 3.1]), plain) == pytest.approx(0, abs=1e-9)
+    assert math.isnan(task_error(arm("ewc", final_task=[1.0]), plain))
+    assert math.isnan(task_error(arm("ewc", diverged_at=1), plain))
+    twice = standings(dataclasses.replace(result(plain, other), repeats=[again(plain), again(other)]))[1]
+    assert twice.task_error == pytest.approx(1 / math.sqrt(3) / 2.0 / math.sqrt(2))
+
+
+def again(run):
+    return dataclasses.replace(run, seed=1)
 
 
 PROMPTS = [{"prompt": str(i), "response": ""} for i in range(10)]
