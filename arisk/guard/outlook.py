@@ -33,7 +33,7 @@ ROWS = 64
 #: Share of the steps that a forecast takes, and so many at least.
 SHARE, LEAST = 0.2, 10
 #: Share of the steps up to which a forecast saves time.
-WORTH = 0.6
+WORTH = 0.35
 
 
 def short_steps(last: int) -> int:
