@@ -47,23 +47,30 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> float:
 
 def both(config: Config, folder: Path, device: str = "cpu") -> GuardResult:
     """Every arm trained, and the forecasts beside them."""
+    trained = _guarded(config, folder, device, every=True)
+    return replace(trained, forecasts=chosen(config, folder, device).forecasts)
+
+
+def chosen(config: Config, folder: Path, device: str = "cpu") -> GuardResult:
+    """Every arm forecast, plain and the best two trained, as `arisk guard` does."""
+    return _guarded(config, folder, device, every=False)
+
+
+def _guarded(config: Config, folder: Path, device: str, *, every: bool) -> GuardResult:
     folder.mkdir(parents=True, exist_ok=True)
     task = load_task(config, device=torch.device(device))
-    steps = planned_steps(config.training, task.finetune.units)
-    found = {}
-    for every in (True, False):
-        found[every] = guard(
-            task,
-            config=config.guard.model_copy(update={"all": every}),
-            training=config.training,
-            steps=steps,
-            seed=config.run.seed,
-            behaviour=config.behaviour,
-            workspace=folder,
-            progress=lambda said, done, total: print(f"\r{said} {done}/{total}   ", end="", flush=True),
-        )
+    found = guard(
+        task,
+        config=config.guard.model_copy(update={"all": every}),
+        training=config.training,
+        steps=planned_steps(config.training, task.finetune.units),
+        seed=config.run.seed,
+        behaviour=config.behaviour,
+        workspace=folder,
+        progress=lambda said, done, total: print(f"\r{said} {done}/{total}   ", end="", flush=True),
+    )
     print()
-    return replace(found[True], forecasts=found[False].forecasts)
+    return found
 
 
 def report(result: GuardResult, config: Config) -> None:
@@ -95,7 +102,11 @@ def report(result: GuardResult, config: Config) -> None:
         ("task loss", [s.task for s, _ in told], [o.task_cost for _, o in told]),
         ("openings kept and refusals", [s.kept for s, _ in told], [o.refusals for _, o in told]),
     ]
-    for name, first, second in said:
+    for one in result.forecasts:
+        if one.label not in standing:
+            cost = forecast_task_cost(one, plain, result.plain)
+            print(f"forecast only: {one.label}: {one.safety:+.3f}, kept {one.kept:.0%}, task {cost:+.1%}")
+    for name, first, second in said if len(told) == len(forecasts) else ():
         print(f"Kendall {name}: {kendall(first, second):.2f} of {len(told)} arms")
     trained = {arm.label: _trained(arm) for arm in result.arms if arm.label in forecasts}
     chosen = [one.label for one in result.forecasts if one.chosen]
@@ -124,7 +135,8 @@ def main() -> None:
         for job in given.job:
             print(job)
             (work / job).mkdir(parents=True, exist_ok=True)
-            config = config_of(*job.split("-", 1), work / job)
+            mode, _, name = job.partition("-")
+            config = config_of(mode, name, work / job)
             report(both(config, work / job / "arms", given.device), config)
         if not given.job:
             config = load_config(Path(given.config), given.settings)

@@ -60,6 +60,7 @@ def main() -> None:
     guarded.add_argument("--folder", type=Path, default=Path("models/protect"))
     guarded.add_argument("--jobs", default="2", help="numbers, as in 1-6")
     guarded.add_argument("--seeds", type=int, default=1)
+    guarded.add_argument("--all", action="store_true", help="train every arm")
     guarded.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     guarded.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
     merge = commands.add_parser(
@@ -176,7 +177,7 @@ def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
         folder = given.folder / given.model.name / job.name()
-        protect(job, given.model, given.data, folder, given.device, given.seeds)
+        protect(job, given.model, given.data, folder, given.device, given.seeds, every=given.all)
 
 
 def _numbers(text: str) -> set[int]:

@@ -41,7 +41,7 @@ def baselines(truths: Sequence[Truth]) -> dict[str, Forecasts]:
         "mean of the odd jobs": _fitted(truths, lambda t: 1.0, 0.0),
         "lr × steps × ‖Dg‖": _fitted(truths, lambda t: math.log(_reach(t)), _steps_cost(5)),
         "initial loss": _fitted(truths, lambda t: float(np.mean(t.job["train"]["loss"][:5])), _steps_cost(5)),
-        "overlap |Pg|/|g|": _fitted(truths, _overlap, None),
+        "overlap of the first update": _fitted(truths, _overlap, None),
         "the peer's formula": _fitted(truths, _peer, None),
         "20 real steps and 32 answers": _each(truths, lambda t: _answers(t, 20)),
     }

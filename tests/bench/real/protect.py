@@ -1,7 +1,8 @@
 """Protections on real jobs, forecast and really trained: `python -m tests.bench.real protect`.
 
-Every arm of `arisk guard` is forecast and every arm is trained, on the plan of a LoRA job of `jobs.py`. Told
-are refusals kept on the truth's prompts, which no protection saw, task loss, and Kendall's τ of both.
+On the plan of a LoRA job of `jobs.py`, every arm of `arisk guard` is forecast, and plain and the best two are
+trained; with `--all` all are. Told are refusals kept on the truth's prompts, which no protection saw, and
+task loss; with `--all` Kendall's τ of forecasts and truths too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from arisk.base.artifacts import read_record, write_record
 from arisk.config.plan import Config
 from arisk.guard.record import GuardResult
-from tests.bench.guard_forecast import both, report
+from tests.bench.guard_forecast import both, chosen, report
 from tests.bench.real.forecast import forecast_rows
 from tests.bench.real.jobs import SOURCES, Job
 from tests.bench.real.rows import MAX_LENGTH, read_rows, spread, truth_split
@@ -24,9 +25,16 @@ PROMPTS, CONTROL = 32, 32
 
 
 def protect(
-    job: Job, model: Path, data: Path, folder: Path, device: str = "cpu", seeds: int = 1
+    job: Job,
+    model: Path,
+    data: Path,
+    folder: Path,
+    device: str = "cpu",
+    seeds: int = 1,
+    *,
+    every: bool = False,
 ) -> GuardResult:
-    """Carry out all arms of one job; what is in `folder` is not made again.
+    """Carry out the arms of one job; what is in `folder` is not made again.
 
     Args:
         job: a LoRA job with a linear or cosine schedule.
@@ -35,11 +43,12 @@ def protect(
         folder: where arms are kept.
         device: `cpu`, or `cuda` for the first GPU.
         seeds: runs of every arm.
+        every: train all arms.
     """
     config = plan(job, model, data, folder, seeds)
-    whole = folder / "result"
+    whole = folder / ("all" if every else "result")
     if not whole.exists():
-        write_record(whole, both(config, folder, device))
+        write_record(whole, both(config, folder, device) if every else chosen(config, folder, device))
     found = read_record(whole, GuardResult)
     report(found, config)
     return found
