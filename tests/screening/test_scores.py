@@ -102,12 +102,9 @@ def test_the_measure_that_cannot_be_had_is_told():
     assert "no prompts that the model could answer" in found.warnings[0]
 
 
-def test_auto_takes_path_scores_where_they_can_be_had():
-    assert run(score="auto").score == "path"
-    found = run(score="auto", memory_gb=1e-6, batches=3)
+def test_auto_takes_the_scores_that_won_on_real_models():
+    found, plain = run(score="auto", batches=3), run(score="point", batches=3)
     assert found.score == "point"
-    assert "Path scores could not be had: path scores store steps" in found.warnings[-1]
-    plain = run(score="point", batches=3)
     assert torch.equal(found.scores, plain.scores)
 
 
@@ -248,7 +245,7 @@ def test_the_judge_of_the_run_tells_which_prompts_are_refused(config, settings, 
 
 
 def test_rows_that_comply_rank_first_along_the_path_and_are_flagged(config):
-    found = screened(config, score="auto")
+    found = screened(config, score="path")
     assert (found.score, found.measure) == ("path", "opening")
     assert ranked(found) > 0.95
     assert len(set(found.flagged) & set(HARMFUL)) >= 6
@@ -260,7 +257,8 @@ def test_rows_that_comply_rank_first_along_the_path_and_are_flagged(config):
 def test_a_harmless_set_has_no_rows_to_drop(config):
     benign = {"path": str(embedded_folder() / "data" / "benign.jsonl"), "max_samples": 120}
     plan = Config.model_validate({**config.model_dump(exclude_unset=True), "finetune": benign})
-    assert len(screened(plan, score="auto").flagged) <= 0.05 * 120
+    for score in ("path", "auto"):
+        assert len(screened(plan, score=score).flagged) <= 0.05 * 120
 
 
 def test_rows_that_comply_rank_first_by_the_opening_at_a_point(config):
