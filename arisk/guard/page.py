@@ -172,15 +172,16 @@ EQUATION = """alignguard: λ Σ_j λ_j⟨b_j, ΔW⟩² · ewc: λ Σ_j F_jj (θ_
 projection: g − min(0, ⟨g, s⟩)s/‖s‖² · replay: L + λ L_safety · own_replay: the same on own refusals
 constrained: Σ_t (2/β_t) softplus(β_t(ℓ_t − ℓ*_t)) · kl: L + λ KL(p_θ* ‖ p_θ)"""
 HEADER = (
-    *("arm", "safety drift", "of plain", "highest", "refuses", "more than plain", "refuses ordinary"),
-    *("control drift", "task loss", "against plain", "surprising rows’ loss", "CPU time", "set-up (CPU s)"),
+    *("arm", "refuses", "more than plain", "refuses ordinary", "task loss against plain", "safety drift"),
+    *("of plain", "highest", "control drift", "task loss", "surprising rows’ loss", "CPU time"),
+    "set-up (CPU s)",
 )
 FORECAST_HEADER = (
     "arm",
-    "safety drift",
     "openings kept",
-    "control drift",
     "task loss against plain",
+    "safety drift",
+    "control drift",
     "trained",
 )
 
@@ -214,29 +215,42 @@ def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
         return [label, f"{ending(one['diverged_at'])}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
     lower, upper = one["refusals_more"]
     ordinary = one["ordinary_refusals"]
-    return [
-        label,
-        f"{number(one['safety'])}{_plus_minus(one['safety_error'])}",
-        percent(one["drift_share"]),
-        number(one["peak"]),
+    cells = [
         _refuses(one["label"], body),
         "–" if math.isnan(lower) or one["label"] == body["arms"][0]["label"] else f"{lower:+g} to {upper:+g}",
         NOT_MEASURED if ordinary is None else f"{number(ordinary)} of {body['ordinary_prompts']}",
-        NOT_MEASURED if math.isnan(one["control"]) else number(one["control"]),
-        number(one["task"], 4),
-        percent(one["task_cost"]) + _plus_minus_percent(one["task_error"]),
+        _share_more(one["task_cost"], one["task_error"]),
+        f"{_nats(one['safety'])}{_plus_minus(one['safety_error'])}",
+        percent(one["drift_share"]),
+        _nats(one["peak"]),
+        _nats(one["control"]),
+        number(one["task"], 3),
         "–" if math.isnan(one["surprising"]) else number(one["surprising"]),
         f"× {number(one['cost'])}",
-        number(one["setup_seconds"]),
+        f"{one['setup_seconds']:.1f}",
     ]
+    return [label, *(_minus(cell).replace(" ", "\u00a0") for cell in cells)]
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _nats(value: float) -> str:
+    """A change of a loss: a thousandth of a nat is no difference that anybody sees."""
+    return NOT_MEASURED if math.isnan(value) else f"{value:+.3f}"
+
+
+def _share_more(cost: float, error: float) -> str:
+    """A share of more task loss, with its standard error."""
+    if math.isnan(cost):
+        return NOT_MEASURED
+    doubt = "" if math.isnan(error) or error == 0 else f" ± {100 * error:.1f}"
+    return f"{100 * cost:+.1f}{doubt} %"
 
 
 def _plus_minus(error: float) -> str:
-    return "" if math.isnan(error) or error == 0 else f" ± {number(error, 2)}"
-
-
-def _plus_minus_percent(error: float) -> str:
-    return "" if math.isnan(error) or error == 0 else f" ± {100 * error:.1f}"
+    return "" if math.isnan(error) or error == 0 else f" ± {error:.3f}"
 
 
 def _forecast_table(body: Mapping[str, Any]) -> str:
@@ -251,10 +265,10 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
         if math.isnan(one["safety"])
         else [
             one["label"],
-            number(one["safety"]),
-            percent(one["kept"]) if math.isfinite(one["kept"]) else NOT_MEASURED,
-            number(one["control"]) if math.isfinite(one["control"]) else NOT_MEASURED,
-            percent(one["task_cost"]),
+            percent(one["kept"]),
+            _minus(_share_more(one["task_cost"], math.nan)),
+            _minus(_nats(one["safety"])),
+            _minus(_nats(one["control"])),
             "yes" if one["chosen"] or one["label"] == body["arms"][0]["label"] else "no",
         ]
         for one in body["forecasts"]

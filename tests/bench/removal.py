@@ -294,7 +294,8 @@ def trainings(
         if name in first:
             yield name, first.pop(name)
     for draw in range(DRAWS):
-        yield f"random {draw}", Random(draw).sample(range(len(labels)), count)
+        # Not the seed that `mixed` draws the places of the labelled rows with.
+        yield f"random {draw}", Random(f"left out {draw}").sample(range(len(labels)), count)
     yield from first.items()
 
 

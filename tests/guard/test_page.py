@@ -127,7 +127,7 @@ def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     counted = made(
         arm("plain", answers=["Sure", "I cannot say"]), prompts=prompts, aligned_answers=["I refuse."] * 2
     )
-    assert "<td>1 of 2</td>" in html(counted)
+    assert "<td>1\u00a0of\u00a02</td>" in html(counted)
     assert "the aligned model refuses 2 of them" in html(counted)
     assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
     silent = made(arm("plain"), generation_reason="guard.generate is 0")
