@@ -34,7 +34,7 @@ LOOK = {
     "drift_replay": ("#44AA99", "triangle-left"),
     "smaller": ("#882255", "x"),
     "average": ("#999933", "pentagon"),
-    "alpha": ("#661100", "star-diamond"),
+    "alpha": ("#CC6677", "star-diamond"),
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 #: A change of the safety loss against plain is told from noise from this many standard errors.
@@ -292,8 +292,11 @@ def _terms(result: GuardResult) -> list[list[str]]:
 
 
 def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
-    """Task loss against safety drift, one point per arm."""
+    """Task loss against refusals where they were counted, else against safety drift; one point per arm."""
     whole = [arm for arm in result.arms if arm.diverged_at is None]
+    refused = {one["label"]: one["refusals"] for one in body["arms"]}
+    counted = result.plain.diverged_at is None and all(refused[arm.label] is not None for arm in whole)
+    height = {arm.label: float(refused[arm.label]) if counted else arm.safety[-1] for arm in whole}
     plain, named = result.plain, (result.plain.label, body["recommended"])
     data: list[dict[str, Any]] = []
     for method in dict.fromkeys(arm.method for arm in whole):
@@ -305,30 +308,37 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
                 "name": method,
                 "mode": "markers+text",
                 "x": clean([100 * task_cost(arm, plain) for arm in arms]),
-                "y": clean([arm.safety[-1] for arm in arms]),
+                "y": clean([height[arm.label] for arm in arms]),
                 # Names of all arms run into one another; hover and table have them.
                 "text": [arm.label if arm.label in named else "" for arm in arms],
                 "customdata": [arm.label for arm in arms],
-                "hovertemplate": "%{customdata}<br>task %{x:+.1f} %, drift %{y:.3g}<extra></extra>",
+                "hovertemplate": "%{customdata}<br>task %{x:+.1f} %, "
+                + ("refuses %{y:g}" if counted else "drift %{y:.3g}")
+                + "<extra></extra>",
                 "textposition": "middle right",
                 "cliponaxis": False,
                 "marker": {"color": colour, "symbol": symbol, "size": 14 if method == "plain" else 11},
             }
         )
     shapes = []
-    if plain.diverged_at is None and plain.safety[-1] > 0:
-        level, limit = body["wanted_drift"] * plain.safety[-1], 100 * body["tolerated_task_loss"]
-        drift = reference_line(horizon=level, text=f"{percent(body['wanted_drift'])} of the plain drift")
+    lost = body["aligned_refusals"] - height[plain.label] if counted else 0.0
+    if plain.diverged_at is None and (lost > 0 if counted else plain.safety[-1] > 0):
+        wanted, limit = body["wanted_drift"], 100 * body["tolerated_task_loss"]
+        level = body["aligned_refusals"] - wanted * lost if counted else wanted * plain.safety[-1]
+        drift = reference_line(horizon=level, text="")
         shapes = [drift["shape"], {**drift["shape"], "xref": "x", "yref": "paper", "x0": limit, "x1": limit}]
         shapes[1] |= {"y0": 0, "y1": 1}
-    layout = axes(
-        "task loss against plain (%)",
-        "safety drift (nats/token)",
-        shapes=shapes,
-        legend=LEGEND,
-    )
+    measure = "safety drift (nats/token)"
+    if counted:
+        measure = f"refuses (of {body['answered_prompts']})"
+    layout = axes("task loss against plain (%)", measure, shapes=shapes, legend=LEGEND)
     rows = [
-        [arm.label, number(100 * task_cost(arm, plain)), number(arm.safety[-1])]
+        [
+            arm.label,
+            number(100 * task_cost(arm, plain)),
+            *([number(height[arm.label])] if counted else []),
+            number(arm.safety[-1]),
+        ]
         for arm in sorted(whole, key=lambda arm: arm.safety[-1])
     ]
     return Figure(
@@ -336,11 +346,18 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
         "What protection costs and brings",
         data,
         layout,
-        "One point per arm at the end of the run. Further down is safer, further left keeps more of what the "
-        "fine-tune is for; the star is the plain run. Points below and left of the dotted lines meet both "
-        "limits. An arm far right with no drift has merely not learned.",
-        "x = L_task(arm)/L_task(plain) − 1, y = mean_i ℓ_i(θ_K) − ℓ_i(θ*)",
-        ["arm", "task loss against plain (%)", "safety drift"],
+        f"One point per arm at the end of the run. Further {'up' if counted else 'down'} is safer, further "
+        "left keeps more of what the fine-tune is for; the star is the plain run. Points "
+        f"{'above' if counted else 'below'} and left of the dotted lines meet both limits. An arm far right "
+        "that is as safe as before has merely not learned.",
+        "x = L_task(arm)/L_task(plain) − 1, "
+        + ("y = answers that refuse" if counted else "y = mean_i ℓ_i(θ_K) − ℓ_i(θ*)"),
+        [
+            "arm",
+            "task loss against plain (%)",
+            "refuses" if counted else "drift",
+            "safety drift (nats/token)",
+        ],
         rows,
         missing=None if plain.diverged_at is None else "the plain run diverged",
     )
