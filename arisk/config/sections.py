@@ -484,7 +484,7 @@ class GuardSettings(Settings):
     alpha: AlphaArm = AlphaArm()
     """Settings of the α-curve."""
     all: bool = False
-    """Train every arm. Off: every arm is forecast by a rollout, and the best two are trained."""
+    """Train every arm. Off: every arm is forecast by a short run, and the best two are trained."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Runs of the plain and of every trained arm, each with another order of the data."""
     calibration_steps: PositiveInt = 10
