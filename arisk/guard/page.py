@@ -276,9 +276,11 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     seconds = sum(one["cpu_seconds"] for one in body["forecasts"])
+    chosen = sum(one["chosen"] for one in body["forecasts"])
+    trained = "all were trained" if chosen == len(rows) - 1 else "the best two were trained"
     told = (
         f"<h3>Forecast of every arm ({number(seconds)} CPU s)</h3><p>A short run with the protection in it, "
-        "in a fifth of the steps at five times the rate; the best two were trained.</p>"
+        f"in a fifth of the steps at five times the rate; {trained}.</p>"
     )
     return told + table(FORECAST_HEADER, rows)
 

@@ -149,13 +149,20 @@ class _Comparison:
         chosen = self.others
         if not self.plan.config.all and saves(self.plan.last, len(self.others), BEST):
             forecasts = self.forecasts(plain[0])
-            labels = best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST, plain[0])
+            labels = self.best(forecasts, plain[0])
             forecasts = [replace(one, chosen=one.label in labels) for one in forecasts]
             chosen = [name for name in self.others if name.label in labels]
             rises = torch.tensor(forecasts[0].rises, dtype=torch.float64) if forecasts[0].rises else None
         plan = replace(self.plan, plain=plain[0], rises=rises)
         arms = [*plain, *self.trained(plan, chosen, 0)]
         return sorted(arms, key=lambda arm: self.numbers[arm.label]), forecasts
+
+    def best(self, forecasts: Sequence[ArmForecast], plain: Arm) -> list[str]:
+        """Labels of the arms that are trained: all, where larger steps diverge though the plan does not."""
+        whole = [one for one in forecasts if one.diverged_at is None]
+        if forecasts[0].diverged_at is not None or len(whole) <= BEST:
+            return [name.label for name in self.others]
+        return best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST, plain)
 
     def repeated(self, number: int, arms: Sequence[Arm]) -> list[Arm]:
         """The same arms once more, on the data in another order."""

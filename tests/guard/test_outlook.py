@@ -109,6 +109,16 @@ def test_an_arm_whose_forecast_is_not_a_number_is_named_and_never_chosen():
     assert len([one for one in found.forecasts if one.chosen]) == 2
 
 
+def test_where_larger_steps_diverge_all_arms_are_trained(monkeypatch):
+    def diverges(plan, name, rows, rises=False):
+        return seen(name.label, math.nan, diverged_at=3, reason="the loss is NaN")
+
+    monkeypatch.setattr(comparison, "forecast_arm", diverges)
+    found = run()
+    assert [arm.label for arm in found.arms] == [arm.label for arm in run(all=True).arms]
+    assert all(one.chosen for one in found.forecasts[1:])
+
+
 def seen(label, safety, kept=math.nan, task=1.0, **changes):
     made = ArmForecast(label, label, None, safety, kept, math.nan, task, 9, 1.0, None, None)
     return dataclasses.replace(made, **changes)
