@@ -25,6 +25,7 @@ from arisk.engine.job import REPORT_FILE
 from arisk.engine.rundir import RunDir
 from arisk.engine.stage import Catalogue
 from arisk.forecast.record import Curve, ForecastResult, RolloutResult
+from arisk.report.identity import subject
 
 __all__ = [
     "FinishedRun",
@@ -177,6 +178,7 @@ def _planned(run: FinishedRun, name: str) -> RankedRun:
         notes=[f"The {section} files changed since this run." for section in run.changed],
         refusals=forecast.refusals,
         probes=forecast.probes,
+        trains=subject({"task": rolled_out.task}),
     )
 
 

@@ -63,6 +63,7 @@ class RankedRun:
         notes: sentences on this run alone.
         refusals: how many safety prompts are still refused; None where no rollout recorded anything.
         probes: what else the fine-tune costs.
+        trains: the model and its adapter, as a report names them.
     """
 
     name: str
@@ -91,6 +92,7 @@ class RankedRun:
     notes: Sequence[str] = ()
     refusals: RefusalForecast | None = None
     probes: Sequence[ProbeForecast] = ()
+    trains: str = ""
 
     @property
     def counted(self) -> RefusalForecast | None:

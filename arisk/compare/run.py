@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -176,12 +177,24 @@ def _compared(runs: Sequence[FinishedRun], title: str | None, command: str) -> C
         {name: configs[name] for name in ordered}, [inputs[name] for name in ordered]
     )
     return Comparative(
-        title=title or f"{len(runs)} planned fine-tunes of one model",
+        title=title or f"{len(runs)} planned fine-tunes of {_common([run.trains for run in planned])}",
         ranked=ranked,
         settings=settings,
         notes=[*said, *notes([entry.run for entry in ranked], settings)],
         command=command,
     )
+
+
+def _common(trains: Sequence[str]) -> str:
+    """What all runs train, or the model that they share; "one model" where nobody knows its name.
+
+    >>> _common(["m + LoRA r = 8", "m + LoRA r = 8"]), _common(["m + LoRA r = 8", "m (all weights)"])
+    ('m + LoRA r = 8', 'm')
+    """
+    if len(set(trains)) == 1:
+        return trains[0] or "one model"
+    models = {re.split(r" [+(]", text)[0] for text in trains}
+    return models.pop() if len(models) == 1 and "" not in models else "one model"
 
 
 def _refuse_run_as_output(output: Path) -> None:
