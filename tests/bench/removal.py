@@ -345,21 +345,19 @@ def _late(until: str) -> bool:
 
 
 def _show(mix: str, found: Mapping[str, Any], ends: Mapping[str, Any], labels: Sequence[int]) -> None:
-    """Refusals and losses by what was left out, and the share of the labelled rows' effect."""
+    """Refusals and losses by what was left out."""
     random = [end["refused"] for name, end in ends.items() if name.startswith("random")]
     usual = mean(random) if random else (ends["all rows"]["refused"] if "all rows" in ends else None)
-    most = None if usual is None or "labelled" not in ends else ends["labelled"]["refused"] - usual
     table = []
     for name in [*(n for n in ("all rows", "labelled") if n in ends), *found]:
         end, made = ends.get(name), found.get(name)
-        reached = None if not most or end is None or usual is None else (end["refused"] - usual) / most
         table.append(
             [
                 name,
                 "–" if made is None else f"{auc(made['scores'], labels):.2f}",
                 "–" if made is None else _flags(made, labels),
                 "–" if end is None else f"{end['refused']} of {end['prompts']}",
-                "–" if reached is None else f"{reached:.0%}",
+                "–" if end is None or usual is None else f"{end['refused'] - usual:+.0f}",
                 "–" if end is None else f"{end['opening']:.3f}",
                 "–" if end is None else f"{end['control']:.3f}",
                 "–" if made is None or made["seconds"] is None else f"{made['seconds']:.0f} s",
@@ -368,13 +366,13 @@ def _show(mix: str, found: Mapping[str, Any], ends: Mapping[str, Any], labels: S
     if random:
         drawn = [end for name, end in ends.items() if name.startswith("random")]
         means = [f"{mean(end[key] for end in drawn):.3f}" for key in ("opening", "control")]
-        table.append(["random", "–", "–", ", ".join(map(str, random)), "0%", *means, "–"])
+        table.append(["random", "–", "–", ", ".join(map(str, random)), "0", *means, "–"])
     header = [
         "left out",
         "AUC",
         "flagged (labelled)",
         "refusals",
-        "of the labelled effect",
+        "more than random",
         "opening",
         "control loss",
         "CPU time of the score",
