@@ -295,8 +295,31 @@ def _changes(found: Mapping[str, Any]) -> list[str]:
     return ["–" if m is None else f"{m['safety']:+.3f} ({m['control']:+.3f})" for m in made]
 
 
+def measures_table() -> None:
+    """Print what both measures of harm find in the mixtures of LoRA with AdamW, and what is flagged."""
+    cases = [(base, share) for base in TUNING for share in (0.0, 0.01, 0.05, 0.2)]
+    rows = []
+    for base, share in [*cases, *((base, 0.05) for base in OTHERS), ("benign_far", 0.0)]:
+        trained, labels = mixture(base, share, 1)
+        config = fixture_config(trained, "lora", f"{base}-{share:g}-1")
+        cells = [f"{base}, {share:.0%}"]
+        for measure in ("loss", "opening"):
+            own = config.model_copy(update={"screen": config.screen.model_copy(update={"measure": measure})})
+            found = kept(f"{base}-{share:g}-{measure}", lambda c=own, k=labels: judged(c, k)[0])
+            cells += [
+                f"{found['auc']['score']:.2f}",
+                f"{found['hits']} / {found['flagged']} of {found['harmful']}",
+            ]
+        rows.append(cells)
+    header = ["mixture", "AUC, loss", "harmful / flagged", "AUC, opening", "harmful / flagged"]
+    print_table("Both measures of harm, LoRA, AdamW, 400 rows", header, rows)
+
+
 def main() -> None:
-    """All tables; with `--data` those of SmolLM2 alone."""
+    """All tables; with `--data` those of SmolLM2 alone, with `--measures` those of both measures of harm."""
+    if "--measures" in sys.argv:
+        measures_table()
+        return
     if "--data" in sys.argv:
         kit_main(Path(sys.argv[sys.argv.index("--data") + 1]))
         return
