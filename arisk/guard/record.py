@@ -247,11 +247,13 @@ def forecast_task_cost(one: ArmForecast, said: ArmForecast, plain: Arm) -> float
         plain: the plain arm, trained, its task loss measured on the same rows.
 
     Returns:
-        0 where a plain loss is 0 or no number.
+        (s − (s − a)(s − p)/(s − f))/p − 1 with s the start's task loss, p the plain arm's at the end, f what
+        was forecast of it and a of this arm; a/f − 1 where one of the two does not fall. NaN where a loss
+        that is divided by is 0, or one is no number.
     """
     start, end = plain.task[0], plain.task[-1]
     if not (math.isfinite(said.task) and math.isfinite(end) and said.task and end):
-        return 0.0
+        return math.nan
     real, forecast = start - end, start - said.task
     if real > 0 and forecast > 0:
         return (start - (start - one.task) * real / forecast) / end - 1
@@ -272,6 +274,7 @@ def best_forecasts(forecasts: Sequence[ArmForecast], tolerated: float, count: in
     said, others = forecasts[0], [one for one in forecasts[1:] if one.diverged_at is None]
 
     def place(one: ArmForecast) -> tuple[float, float, float]:
+        # What is not known is no reason to leave an arm out.
         cost = forecast_task_cost(one, said, plain)
         kept = -one.kept if math.isfinite(one.kept) else 0.0
         return cost if cost > tolerated else -math.inf, kept, one.safety

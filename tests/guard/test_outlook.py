@@ -156,7 +156,9 @@ def test_an_arm_that_learns_half_as_much_costs_half_of_what_plain_really_learns(
     assert best_forecasts([said, half, whole], 0.1, 1, plain) == ["b"]
     # Where plain does not learn, losses are compared as they are.
     assert forecast_task_cost(half, said, trained_plain(1.0, 1.0)) == pytest.approx(0.95 / 0.9 - 1)
-    assert forecast_task_cost(half, said, trained_plain(1.0, 0.0)) == 0.0
+    assert math.isnan(forecast_task_cost(half, said, trained_plain(1.0, 0.0)))
+    # What is not known leaves no arm out.
+    assert best_forecasts([said, half, whole], 0.1, 1, trained_plain(1.0, 0.0)) == ["a"]
 
 
 def test_the_recommended_arm_is_kept_with_its_weights():

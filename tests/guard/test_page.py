@@ -132,3 +132,13 @@ def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
     silent = made(arm("plain"), generation_reason="guard.generate is 0")
     assert "Refusals: not measured (guard.generate is 0)." in html(silent)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_numbers_of_a_figure_stand_under_their_headings(counted):
+    said = {"prompts": [{"prompt": "p", "response": ""}], "aligned_answers": ["I cannot help."]}
+    answers = {"answers": ["I cannot help."]} if counted else {}
+    found = made(arm("plain", **answers), arm("replay 0.3", 0.1, **answers), **(said if counted else {}))
+    figure = next(one for one in figures(found) if one.id == "guard-pareto")
+    assert ("refuses" in figure.header) == counted
+    assert all(len(row) == len(one.header) for one in figures(found) for row in one.rows)

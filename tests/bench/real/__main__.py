@@ -40,29 +40,15 @@ def main() -> None:
     truths.add_argument(
         "--until", default="", help="HH:MM today; a job that runs then stops at its next measured step"
     )
-    forecasts = commands.add_parser("forecasts", help="what arisk says of jobs beforehand, for the scorer")
-    forecasts.add_argument("--model", type=Path, required=True)
-    forecasts.add_argument("--data", type=Path, required=True)
-    forecasts.add_argument("--folder", type=Path, default=Path("models/forecasts"))
-    forecasts.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
-    forecasts.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    forecasts.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
-    geometry = commands.add_parser("geometry", help="overlap and the peer's numbers, once a data set")
-    geometry.add_argument("--model", type=Path, required=True)
-    geometry.add_argument("--data", type=Path, required=True)
-    geometry.add_argument("--folder", type=Path, default=Path("models/geometry"))
-    geometry.add_argument("--jobs", default="", help="numbers, as in 1-20,25; all by default")
-    geometry.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    geometry.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
-    guarded = commands.add_parser("protect", help="forecast and train every protection on jobs (LoRA)")
-    guarded.add_argument("--model", type=Path, required=True)
-    guarded.add_argument("--data", type=Path, required=True)
-    guarded.add_argument("--folder", type=Path, default=Path("models/protect"))
-    guarded.add_argument("--jobs", default="2", help="numbers, as in 1-6")
+    told = "what arisk says of jobs beforehand, for the scorer"
+    _plans(commands.add_parser("forecasts", help=told), Path("models/forecasts"))
+    told = "overlap and the peer's numbers, once a data set and mode"
+    _plans(commands.add_parser("geometry", help=told), Path("models/geometry"))
+    told = "forecast protections on jobs (LoRA), and train the best two"
+    guarded = commands.add_parser("protect", help=told)
+    _plans(guarded, Path("models/protect"), "2")
     guarded.add_argument("--seeds", type=int, default=1)
     guarded.add_argument("--all", action="store_true", help="train every arm")
-    guarded.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    guarded.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
     merge = commands.add_parser(
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
@@ -121,6 +107,16 @@ def main() -> None:
 
     run = {"truths": _truths, "forecasts": _forecasts, "geometry": _geometry, "protect": _protections}
     run[given.command](given, jobs, late)
+
+
+def _plans(parser: argparse.ArgumentParser, folder: Path, jobs: str = "") -> None:
+    """What every command on jobs that keeps a folder per model is told."""
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=folder)
+    parser.add_argument("--jobs", default=jobs, help=f"numbers, as in 1-20,25; {jobs or 'all'} by default")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--until", default="", help="HH:MM today; no job is begun after it")
 
 
 def _truths(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
