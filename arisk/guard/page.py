@@ -12,7 +12,8 @@ from typing import Any
 
 from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
-from arisk.guard.record import Arm, GuardResult, drift_share, ending, guard_summary, paired_error, task_cost
+from arisk.guard.choice import drift_share, ending, guard_summary, paired_error, task_cost
+from arisk.guard.record import Arm, GuardResult
 from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section

@@ -26,10 +26,11 @@ from arisk.engine.stage import Cost, CostScene
 from arisk.gradients import layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
+from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names, methods_of
 from arisk.guard.outlook import ROWS, ForecastRows, forecast_arm, saves, short_steps
 from arisk.guard.plan import ArmName, ArmPlan
-from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult, best_forecasts
+from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.training.loop import draws_noise, keeping_parameters, put
 from arisk.training.recipe import recipe_of
 from arisk.verification.record import VerifyResult

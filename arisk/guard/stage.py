@@ -32,7 +32,7 @@ GUARD_KEYS = (
 
 def _guard(job: Job, workspace: Path) -> GuardResult:
     """Carry out the planned fine-tune plain and under every protection."""
-    from arisk.guard.record import without_texts
+    from arisk.guard.choice import without_texts
     from arisk.guard.run import guard
 
     config = job.config
@@ -110,7 +110,7 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
 
 def _summary(result: GuardResult, config: Config) -> dict[str, Any]:
     """What the limits of the config make of the arms."""
-    from arisk.guard.record import guard_summary
+    from arisk.guard.choice import guard_summary
 
     return guard_summary(
         result,

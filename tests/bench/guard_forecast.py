@@ -19,7 +19,8 @@ import torch
 
 from arisk.config.plan import Config, planned_steps
 from arisk.config.yaml import load_config
-from arisk.guard.record import Arm, GuardResult, forecast_task_cost, standings, task_cost
+from arisk.guard.choice import forecast_task_cost, standings, task_cost
+from arisk.guard.record import Arm, GuardResult
 from arisk.guard.run import BEST, guard
 from arisk.models import load_task
 from arisk.models.judge import judge_for, learnt_openings

@@ -10,9 +10,10 @@ from arisk.base.task import SampleSet
 from arisk.config.plan import BehaviourConfig, GuardConfig, TrainingConfig
 from arisk.gradients import layout_of
 from arisk.guard import run as comparison
+from arisk.guard.choice import best_forecasts, forecast_task_cost
 from arisk.guard.outlook import saves, shortened
 from arisk.guard.plan import ArmPlan
-from arisk.guard.record import ArmForecast, best_forecasts, forecast_task_cost
+from arisk.guard.record import ArmForecast
 from arisk.guard.run import Keep, guard
 from arisk.training.recipe import recipe_of
 from tests.guard.test_references import carried_out, config_of

@@ -5,9 +5,7 @@ import math
 
 import pytest
 
-from arisk.guard.record import (
-    Arm,
-    GuardResult,
+from arisk.guard.choice import (
     choose,
     drift_share,
     guard_summary,
@@ -17,6 +15,7 @@ from arisk.guard.record import (
     task_cost,
     task_error,
 )
+from arisk.guard.record import Arm, GuardResult
 from arisk.models.judge import RefusalRule
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}

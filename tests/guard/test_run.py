@@ -13,8 +13,9 @@ from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.guard.arm import ArmRun
+from arisk.guard.choice import choose, drift_share, ending, guard_summary
 from arisk.guard.methods import arm_names
-from arisk.guard.record import NEVER_BEGUN, choose, drift_share, ending, guard_summary
+from arisk.guard.record import NEVER_BEGUN
 from arisk.guard.run import guard
 from arisk.models.judge import RefusalRule
 from arisk.training import state as run_state
