@@ -117,13 +117,21 @@ def per_sample_parts(
             model, batch, loss_fn, layout, lambda n, block: sink(n, [block]), engine=engine, offset=offset
         )
 
+    later: list[tuple[str, Tensor]] = []
+
     def checked(name: str, parts: Sequence[Part]) -> None:
         for tensor in (tensor for part in parts for tensor in tensors_of(part)):
-            if not bool(torch.isfinite(tensor.sum())):
+            if tensor.device.type != "cpu":
+                # To read a number stops the device: all are read at once, after the pass.
+                later.append((name, tensor.flatten(1).isfinite().all(1)))
+            elif not bool(torch.isfinite(tensor.sum())):
                 _require_finite(tensor.flatten(1).isfinite().all(1), f"gradient of {name!r}", offset)
         sink(name, parts)
 
     losses = hook_parts(model, batch, loss_fn, layout, checked)
+    if later and not bool(torch.stack([finite.all().to(losses.device) for _, finite in later]).all()):
+        for name, finite in later:
+            _require_finite(finite, f"gradient of {name!r}", offset)
     _require_finite(torch.isfinite(losses), "loss", offset)
     return losses
 

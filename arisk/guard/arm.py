@@ -20,14 +20,14 @@ from arisk.base.processes import barrier
 from arisk.base.task import Progress
 from arisk.guard.afterwards import Averages
 from arisk.guard.methods import METHODS, protection
-from arisk.guard.plan import ArmName, ArmPlan, PlainRun, Protection
+from arisk.guard.plan import ArmName, ArmPlan, PlainRun, Protection, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm
 from arisk.training.behaviour import FollowedPrompts
 from arisk.training.loop import StepDone, follow, put
 from arisk.training.panels import panel_of
 from arisk.training.state import Pauses, Track, load_state
 from arisk.verification.record import VerifyResult
-from arisk.verification.run import CPU, SURPRISING, TASK, TaskRows, Writer, measure_task, measured_steps
+from arisk.verification.run import CPU, SURPRISING, TASK, TaskRows, Writer, measure_task
 
 __all__ = ["ArmRun", "Looks"]
 
@@ -73,7 +73,7 @@ class ArmRun:
     ) -> None:
         self.plan, self.looks, self.name = plan, looks, name
         self.judged, self.writes = looks.judged, looks.writes
-        self.points = measured_steps(plan.last)
+        self.points = measured_points(plan.last)
         self.said, self.progress, self.repeat = said, progress, repeat
         task = plan.task
         self.run = plan.fresh()
@@ -104,7 +104,7 @@ class ArmRun:
             self.track.diverged_at, self.reason = NEVER_BEGUN, f"it cannot be set up: {err.what}"
             self.measure(0)
             return self.arm(made, time.process_time() - started)
-        self.run, self.points = plan.fresh(), measured_steps(plan.last)
+        self.run, self.points = plan.fresh(), measured_points(plan.last)
         self.run.protect, self.run.correct = made.protect, made.correct
         setup = time.process_time() - started
         self.resume(folder)
@@ -114,7 +114,7 @@ class ArmRun:
     def taken_over(self, measured: VerifyResult) -> Arm | None:
         """This arm, the plain one, from the same run of `verify`; None where that did not measure the same.
 
-        Equal to the bit but for the CPU time: the same rows, losses and answers of the same steps.
+        Equal to the bit but for the CPU time: the same rows, losses and answers, at an arm's steps.
         """
         said = measured.behaviour
         curve, answers = measured.task, _answers(measured, self.writes, said.safety)
@@ -125,12 +125,14 @@ class ArmRun:
             or answers is None
             or ordinary is None
             or measured.diverged_at is not None
-            or list(measured.steps) != self.points
+            or measured.steps[-1] != self.points[-1]
+            or not set(self.points) <= set(measured.steps)
             or curve.rows != self.judged.digest
             or (0 if measured.control is None else len(measured.control)) != control
         ):
             return None
-        safety = measured.safety.T.contiguous()
+        places = [list(measured.steps).index(step) for step in self.points]
+        safety = measured.safety.T[places].contiguous()
         made = protection(self.plan, self.name)
         return Arm(
             label=self.name.label,
@@ -138,12 +140,12 @@ class ArmRun:
             strength=self.name.strength,
             weights=dict(made.weights),
             note=made.note,
-            steps=list(measured.steps),
+            steps=list(self.points),
             safety_start=measured.start,
             safety=safety.mean(1).tolist(),
-            control=[] if measured.control is None else _means(list(measured.control.T.contiguous())),
-            task=list(curve.loss),
-            surprising=list(curve.surprising),
+            control=[] if measured.control is None else _means(list(measured.control.T[places].contiguous())),
+            task=[curve.loss[place] for place in places],
+            surprising=[curve.surprising[place] for place in places] if curve.surprising else [],
             final_safety=safety[-1].tolist(),
             final_task=list(curve.final),
             terms={},

@@ -24,6 +24,7 @@ from arisk.guard.record import Arm
 from arisk.guard.rivals import SafetyBatches
 from arisk.training.loop import PlannedRun, Protect
 from arisk.training.recipe import Recipe
+from arisk.verification.run import measured_steps
 
 __all__ = [
     "ArmName",
@@ -36,6 +37,7 @@ __all__ = [
     "by_strength",
     "gradient_of",
     "gradients_of",
+    "measured_points",
     "norm_of",
     "penalising",
     "put_gradients",
@@ -178,6 +180,17 @@ def _in_the_loss(method: str, strength: float | str) -> ArmName:
     if isinstance(strength, str):
         return ArmName(f"{method} as given", method, None, "as_given")
     return ArmName(f"{method} {strength:g}", method, strength, "loss")
+
+
+#: An arm is measured at so many steps: measuring costs as much as training, and arms are compared at the end.
+POINTS = 9
+
+
+def measured_points(last: int) -> list[int]:
+    """Ascending steps 0 … `last` at which an arm's losses are measured: some of those of `verify`."""
+    steps = measured_steps(last)
+    count = min(POINTS, len(steps))
+    return [steps[i * (len(steps) - 1) // max(1, count - 1)] for i in range(count)]
 
 
 #: Scalar penalty terms with gradient, by name.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,13 @@ from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.engine.stage import Cost, CostScene
-from arisk.gradients import layout_of, measuring
+from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names, methods_of
 from arisk.guard.outlook import ROWS, ForecastRows, forecast_arm, saves, short_steps
-from arisk.guard.plan import ArmName, ArmPlan
+from arisk.guard.plan import ArmName, ArmPlan, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.training.loop import draws_noise, keeping_parameters, put
 from arisk.training.recipe import recipe_of
@@ -38,13 +39,12 @@ from arisk.verification.run import (
     COPIES_OF_A_RUN,
     Writer,
     looked,
-    measured_steps,
     per_step,
     task_rows,
     writer,
 )
 
-__all__ = ["Keep", "guard", "guard_cost"]
+__all__ = ["Comparison", "Keep", "comparison", "guard", "guard_cost"]
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,52 @@ def guard(
         InputError: a data set gives no batch.
     """
     layout = layout_of(task.model, task.parameter_names)
-    recipe = recipe_of(training, steps)
-    last = min(config.steps or steps, steps)
-    points = frozenset(measured_steps(last))
     with measuring(task.model, layout):
-        plan = ArmPlan(task, layout, recipe, config, behaviour or BehaviourConfig(), last, points, seed)
-        found = _Comparison(plan, workspace, measured, keep, progress)
+        found = comparison(
+            task,
+            layout,
+            config=config,
+            training=training,
+            steps=steps,
+            seed=seed,
+            behaviour=behaviour,
+            workspace=workspace,
+            measured=measured,
+            keep=keep,
+            progress=progress,
+        )
         arms, forecasts = found.first()
         repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
-        result = _result(plan, found, arms, forecasts, repeats)
+        result = _result(found.plan, found, arms, forecasts, repeats)
         if keep is not None:
             found.keep_chosen(result, keep)
     return result
 
 
-class _Comparison:
+def comparison(
+    task: Task,
+    layout: ParameterLayout,
+    *,
+    config: GuardSettings,
+    training: TrainingConfig,
+    steps: int,
+    seed: int = 0,
+    behaviour: BehaviourConfig | None = None,
+    workspace: Path | None = None,
+    measured: VerifyResult | None = None,
+    keep: Keep | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """What `guard` compares, before anything is trained; inside `measuring`. Arguments and errors are its."""
+    last = min(config.steps or steps, steps)
+    points = frozenset(measured_points(last))
+    plan = ArmPlan(
+        task, layout, recipe_of(training, steps), config, behaviour or BehaviourConfig(), last, points, seed
+    )
+    return Comparison(plan, workspace, measured, keep, progress)
+
+
+class Comparison:
     """All arms of one plan, at the aligned point and inside `measuring`."""
 
     def __init__(
@@ -167,18 +198,24 @@ class _Comparison:
 
     def repeated(self, number: int, arms: Sequence[Arm]) -> list[Arm]:
         """The same arms once more, on the data in another order."""
-        finetune = self.plan.task.finetune
-        batches: Any = finetune.batches
-        if hasattr(batches, "reseeded"):
-            finetune = replace(finetune, batches=batches.reseeded(number))
-        task = replace(self.plan.task, finetune=finetune)
-        plan = replace(self.plan, task=task, seed=self.plan.seed + number)
+        plan = self.plan_of(number)
         plain = self.plain(plan, number)
         labels = {arm.label for arm in arms if arm.diverged_at != NEVER_BEGUN}
         chosen = [name for name in self.others if name.label in labels]
         if plain[0].diverged_at is not None:
             return plain[:1]
         return [*plain, *self.trained(replace(plan, plain=plain[0]), chosen, number)]
+
+    def plan_of(self, number: int) -> ArmPlan:
+        """The plan of a seed; 0 is the plan's own."""
+        if number == 0:
+            return self.plan
+        finetune = self.plan.task.finetune
+        batches: Any = finetune.batches
+        if hasattr(batches, "reseeded"):
+            finetune = replace(finetune, batches=batches.reseeded(number))
+        task = replace(self.plan.task, finetune=finetune)
+        return replace(self.plan, task=task, seed=self.plan.seed + number)
 
     def plain(self, plan: ArmPlan, repeat: int) -> list[Arm]:
         """The plain arm, and those that are read off it."""
@@ -212,22 +249,31 @@ class _Comparison:
     def forecasts(self, plain: Arm) -> list[ArmForecast]:
         """Every arm that trains, as a short run sees it, plain first."""
         names = [self.names[0], *self.others]
-        plan, rows = replace(self.plan, plain=plain), None
+        plan = replace(self.plan, plain=plain)
         found: list[ArmForecast] = []
         for number, name in enumerate(names):
             self.progress(f"forecast: {name.label}", number, len(names))
-            folder = self.folder(name, 0, "forecast")
-            done = from_first(lambda folder=folder: _read(folder, ArmForecast))
-            if done is None:
-                rows = rows or ForecastRows.of(self.plan, self.looks.judged)
-                done = forecast_arm(plan, name, rows, rises=number == 0)
-                if folder is not None and is_first():
-                    write_record(folder, done)
+            done = self.forecast(plan, name)
             found.append(done)
             if number == 0 and done.rises:
                 plan = replace(plan, rises=torch.tensor(done.rises, dtype=torch.float64))
         self.progress("forecast", len(names), len(names))
         return found
+
+    def forecast(self, plan: ArmPlan, name: ArmName) -> ArmForecast:
+        """One arm, as a short run sees it."""
+        folder = self.folder(name, 0, "forecast")
+        done = from_first(lambda: _read(folder, ArmForecast))
+        if done is None:
+            done = forecast_arm(plan, name, self.forecast_rows, rises=name is self.names[0])
+            if folder is not None and is_first():
+                write_record(folder, done)
+        return done
+
+    @cached_property
+    def forecast_rows(self) -> ForecastRows:
+        """What every forecast measures."""
+        return ForecastRows.of(self.plan, self.looks.judged)
 
     def trained(self, plan: ArmPlan, names: Sequence[ArmName], repeat: int) -> list[Arm]:
         """These arms, one after the other from the same start."""
@@ -325,7 +371,7 @@ def _keep(folder: Path | None, arm: Arm) -> None:
 
 def _result(
     plan: ArmPlan,
-    found: _Comparison,
+    found: Comparison,
     arms: list[Arm],
     forecasts: list[ArmForecast],
     repeats: list[Arm],
@@ -421,7 +467,7 @@ def _passes(scene: CostScene) -> dict[str, float]:
     given, arms = config.guard, arm_names(config.guard, task)
     steps = planned_steps(config.training, task.finetune.units)
     last = min(given.steps or steps, steps)
-    points = len(measured_steps(last))
+    points = len(measured_points(last))
     derived = [arm for arm in arms if METHODS[arm.method].read_off is not None]
     others = [arm for arm in arms[1:] if arm not in derived]
     measuring_rows = looked(task, given.control_samples) + given.task_samples

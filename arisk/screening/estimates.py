@@ -34,7 +34,7 @@ from arisk.config.names import Table
 from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.layout import in_float32, is_narrow, parameters_of, widened
 from arisk.gradients.store import Sketch, balanced, per_sample_sketches, sketch_of
-from arisk.screening.points import Place, RowGroup, overflowing, row_groups, row_products, with_row
+from arisk.screening.points import Place, RowGroup, beside, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
 from arisk.training.panels import batch_losses
 
@@ -338,11 +338,14 @@ class Passes:
         """
 
         def made(place: Place) -> AbstractContextManager[Estimate]:
+            directions = beside(place.directions, self.parameters[0])
+            # Either both are there or none: they are multiplied with the same pieces.
+            d = place.metric.to(directions.device) if metric else None
+
             def products(shard: Sequence[RowGroup]) -> Tensor:
                 put(self.parameters, list(self.layout.split(place.theta).values()))
                 run = partial(row_products, self.task.model, engine=self.engine)
-                against = (samples.loss_fn, self.layout, place.directions, place.metric if metric else None)
-                return torch.cat([run(group, *against) for group in shard])
+                return torch.cat([run(g, samples.loss_fn, self.layout, directions, d) for g in shard])
 
             return nullcontext(products)
 

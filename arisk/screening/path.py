@@ -178,7 +178,7 @@ class _Guests:
             if not rows or samples is None:
                 continue
             if pull is None:
-                pull = torch.cat([c.reshape(-1) for c in step.pull])[:, None].cpu()
+                pull = torch.cat([c.reshape(-1) for c in step.pull])[:, None]
             for group in row_groups(samples, self.config.batch_size, rows=rows, limit=max(rows) + 1):
                 found = self._products(step.number, pull, group, samples.loss_fn)
                 if samples is self.task.finetune:

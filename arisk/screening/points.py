@@ -46,6 +46,7 @@ __all__ = [
     "EVERY",
     "Place",
     "RowGroup",
+    "beside",
     "control_groups",
     "overflowing",
     "places",
@@ -145,8 +146,8 @@ def row_products(
         group: B rows.
         loss_fn: their loss.
         layout: the selected parameters.
-        directions: (P, m).
-        metric: (P,) D of the optimizer; None where the D-norm is not needed.
+        directions: (P, m); products are made on their device (see `beside`).
+        metric: (P,) D of the optimizer, there too; None where the D-norm is not needed.
         engine: engine of the per-sample gradients.
         by_module: keep the products apart by module.
 
@@ -160,13 +161,15 @@ def row_products(
     size, width = len(group.rows), directions.shape[1]
     modules = len(layout.modules) if by_module else 1
     place = dict(zip(layout.names, layout.module_of_parameter, strict=True))
-    products = torch.zeros(size, modules, width, dtype=torch.float64)
-    squares = torch.zeros(size, 2, dtype=torch.float64)
+    device = directions.device
+    products = torch.zeros(size, modules, width, dtype=torch.float64, device=device)
+    squares = torch.zeros(size, 2, dtype=torch.float64, device=device)
 
     def sink(name: str, parts: Sequence[Part]) -> None:
         where = layout.slice_of(name)
         target = products[:, place[name] if by_module else 0]
-        for first, part in _pieces(parts):
+        for first, piece in _pieces(parts):
+            part = piece.to(device)
             columns = slice(where.start + first, where.start + first + part.shape[1])
             target += (part @ directions[columns].to(part.dtype)).to(torch.float64)
             if not by_module:
@@ -179,6 +182,7 @@ def row_products(
         losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
     except NumericsError as err:
         raise with_row(err, group) from err
+    products, squares = products.cpu(), squares.cpu()
     finite = products.isfinite().flatten(1).all(1) & squares.isfinite().all(1)
     if not bool(finite.all()):
         raise overflowing(group, finite)
@@ -202,11 +206,29 @@ def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, Tensor]]:
         step = max(1, PER_POSITION * right.shape[1] // width)
         for start in range(0, left.shape[1], step):
             piece = torch.bmm(left[:, start : start + step], right)
-            yield start * width, piece.flatten(1).cpu()
+            yield start * width, piece.flatten(1)
         return
-    whole = sum((block_of(part) for part in parts[1:]), block_of(parts[0])).flatten(1).cpu()
+    whole = sum((block_of(part) for part in parts[1:]), block_of(parts[0])).flatten(1)
     for start in range(0, whole.shape[1], CHUNK):
         yield start, whole[:, start : start + CHUNK]
+
+
+#: Share of the free memory of a device that directions may take there.
+ROOM = 0.25
+
+
+def beside(vectors: Tensor, parameter: Tensor) -> Tensor:
+    """Vectors on the device of the gradients, where they are few enough; else as they are.
+
+    Args:
+        vectors: (P, …), on the CPU.
+        parameter: one of the model's.
+    """
+    # Other devices know no float64, or are not asked what is free.
+    if parameter.device.type != "cuda":
+        return vectors
+    free = torch.cuda.mem_get_info(parameter.device)[0]
+    return vectors.to(parameter.device) if vectors.nbytes <= ROOM * free else vectors
 
 
 def overflowing(group: RowGroup, finite: Tensor) -> NumericsError:
