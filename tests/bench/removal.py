@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -40,8 +41,10 @@ from arisk.training.loop import PlannedRun, keeping_parameters, put
 from arisk.training.panels import panel_of
 from arisk.training.recipe import recipe_of
 from tests.bench.measure import print_table
+from tests.bench.pool import Item
+from tests.bench.pool import share as share_out
 from tests.bench.real.jobs import SOURCES, Job, mixed
-from tests.bench.real.rows import MAX_LENGTH, encode, pad_id
+from tests.bench.real.rows import MAX_LENGTH, encode, pad_id, write_rows
 from tests.bench.screening import auc, baselines, fixture_config, mixture
 
 FOLDER = Path("runs/bench-removal")
@@ -76,8 +79,9 @@ def kept(file: Path, make: Callable[[], Any]) -> Any:
     """The stored value of this file, made and stored when absent."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(make()), encoding="utf-8")
+        made = make()
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(made), encoding="utf-8")
         part.replace(file)
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -209,8 +213,7 @@ def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Pat
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, given in files.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", given)
     return Config.model_validate(
         {
             "model": {"path": str(model), "adapter": {"r": 8, "alpha": 16}},
@@ -279,60 +282,118 @@ def trained(
     }
 
 
-def trainings(
-    scores: Mapping[str, Sequence[float]], labels: Sequence[int]
-) -> Iterator[tuple[str, list[int]]]:
-    """What is left out in each training, the most telling ones first."""
-    count, marked = sum(labels), [row for row, label in enumerate(labels) if label]
-    yield "all rows", []
-    yield "labelled", marked
-    first = {
-        name: torch.argsort(torch.tensor(values), descending=True, stable=True)[:count].tolist()
-        for name, values in scores.items()
-    }
-    for name in SCORES:
-        if name in first:
-            yield name, first.pop(name)
-    for draw in range(DRAWS):
+def left_out(name: str, scores: Mapping[str, Sequence[float]], labels: Sequence[int]) -> list[int]:
+    """Rows that a training leaves out: none, the labelled ones, random ones, or a score's first."""
+    count = sum(labels)
+    if name == "all rows":
+        return []
+    if name == "labelled":
+        return [row for row, label in enumerate(labels) if label]
+    if name.startswith("random"):
         # Not the seed that `mixed` draws the places of the labelled rows with.
-        yield f"random {draw}", Random(f"left out {draw}").sample(range(len(labels)), count)
-    yield from first.items()
+        return Random(f"left out {name.split()[1]}").sample(range(len(labels)), count)
+    return torch.argsort(torch.tensor(scores[name]), descending=True, stable=True)[:count].tolist()
+
+
+#: Trainings of a mixture, the most telling ones first.
+TRAININGS = [
+    *("all rows", "labelled", "random 0", "point, opening", "path, opening", "random 1", "random 2"),
+    *("gradient norm", "loss", "−cos at θ*", "anchors", "length", "prompt length", "lists"),
+    *("point, loss", "path, loss"),
+]
+
+
+class Mixture:
+    """One mixture of a model: its scores, its trainings, and where they are kept."""
+
+    def __init__(self, given: argparse.Namespace, name: str) -> None:
+        self.given, self.name = given, name
+        self.folder = FOLDER / given.model.name / re.sub(r"\W+", "-", name)
+        self.rows, self.labels = mixture_of(given.data, name)
+        self.config = plan(given.model, given.data, self.rows, self.folder)
+
+    def file(self, name: str) -> Path:
+        """Where a score or a training is kept."""
+        return self.folder / f"{name}.json".replace(", ", "-").replace(" ", "-")
+
+    def score(self, name: str) -> Any:
+        """One of `SCORES`, or all `dull` ones."""
+        make = partial(dull, rows=self.rows)
+        if name != "dull":
+            make = partial(scored, config=self.config, settings=SCORES[name], rows=len(self.rows))
+        return kept(self.file(name), partial(_with_task, self.given, self.config, make))
+
+    def scores(self) -> dict[str, Any]:
+        """What is there of them."""
+        found = {name: self.score(name) for name in SCORES if self.file(name).exists()}
+        if self.file("dull").exists():
+            made = self.score("dull")
+            found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
+        return found
+
+    def training(self, name: str) -> Any:
+        """One of `TRAININGS`, whose score must be there."""
+        dropped = left_out(name, {n: made["scores"] for n, made in self.scores().items()}, self.labels)
+        make = partial(trained, self.given.model, self.given.data, self.rows, dropped, self.given.device)
+        return kept(self.file(f"without {name}"), make)
+
+    def needs(self, training: str) -> Path | None:
+        """The score that a training needs."""
+        if training.startswith(("all", "labelled", "random")):
+            return None
+        return self.file(training if training in SCORES else "dull")
+
+    def items(self) -> list[tuple[str, Item]]:
+        """Scores and trainings as pieces of work, by their names."""
+        scores = [(n, self.file(n), partial(self.score, n), None) for n in ["dull", *SCORES]]
+        trainings = [
+            (f"without {n}", self.file(f"without {n}"), partial(self.training, n), self.needs(n))
+            for n in TRAININGS
+        ]
+        return [
+            (name, Item(f"{name} of {self.name}", self.name, make, file.exists, partial(_there, needed)))
+            for name, file, make, needed in [*scores, *trainings]
+        ]
+
+
+def _there(needed: Path | None) -> bool:
+    return needed is None or needed.exists()
 
 
 def removal(given: argparse.Namespace) -> None:
     """Score every mixture, train as far as asked for, and print what is there."""
     left = given.trainings
-    for mix in given.mixture or MIXTURES:
-        folder = FOLDER / given.model.name / re.sub(r"\W+", "-", mix)
-        rows, labels = mixture_of(given.data, mix)
-        config = plan(given.model, given.data, rows, folder)
-        found = _all_scores(given, config, rows, folder)
-        ends: dict[str, Any] = {}
-        for name, dropped in trainings({n: m["scores"] for n, m in found.items()}, labels):
-            file = folder / f"without-{name}.json".replace(", ", "-").replace(" ", "-")
-            if not file.exists() and (given.scores or left == 0 or _late(given.until)):
+    for mix in [Mixture(given, name) for name in given.mixture or MIXTURES]:
+        for name in [*SCORES, "dull"]:
+            if not mix.file(name).exists() and not (
+                (given.only and name not in given.only) or _late(given.until)
+            ):
+                mix.score(name)
+                print(f"{name}: done", flush=True)
+        found, ends = mix.scores(), dict[str, Any]()
+        for name in TRAININGS:
+            new, needed = not mix.file(f"without {name}").exists(), mix.needs(name)
+            if new and (given.scores or left == 0 or _late(given.until) or not _there(needed)):
                 continue
-            left -= not file.exists()
-            ends[name] = kept(file, partial(trained, given.model, given.data, rows, dropped, given.device))
-        _show(mix, found, ends, labels)
+            left -= new
+            ends[name] = mix.training(name)
+        _show(mix.name, found, ends, mix.labels)
 
 
-def _all_scores(
-    given: argparse.Namespace, config: Config, rows: Sequence[Mapping[str, str]], folder: Path
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in [*SCORES, "dull"]:
-        file = folder / f"{name}.json".replace(", ", "-").replace(" ", "-")
-        if not file.exists() and ((given.only and name not in given.only) or _late(given.until)):
-            continue
-        if name == "dull":
-            made = kept(file, partial(_with_task, given, config, partial(dull, rows=rows)))
-            found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
-        else:
-            score = partial(scored, config=config, settings=SCORES[name], rows=len(rows))
-            found[name] = kept(file, partial(_with_task, given, config, score))
-        print(f"{name}: done", flush=True)
-    return found
+def shared(given: argparse.Namespace) -> None:
+    """Work through scores and trainings of all mixtures beside other processes that do the same."""
+    mixtures = [Mixture(given, name) for name in given.mixture or MIXTURES]
+    pieces = [piece for mixture in mixtures for piece in mixture.items()]
+    order = ["dull", *SCORES, *(f"without {name}" for name in TRAININGS)]
+    chosen = [item for name, item in sorted(pieces, key=lambda piece: order.index(piece[0]))]
+    started = time.monotonic()
+    first = mixtures[given.share % len(mixtures)].name
+    share_out(
+        chosen,
+        FOLDER / given.model.name / "claims",
+        first=first,
+        late=lambda: time.monotonic() - started > given.seconds,
+    )
 
 
 def _with_task(given: argparse.Namespace, config: Config, make: Callable[[Task], Any]) -> Any:
@@ -396,12 +457,17 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--until", default="", help="HH:MM today; nothing is begun after it")
+    told = "number of this process among those that share the work; prints what is done, and no tables"
+    parser.add_argument("--share", type=int, help=told)
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="with --share: begin nothing after so long"
+    )
     asked = parser.parse_args(sys.argv[2:] if given is None else given)
     torch.set_num_threads(1)
     if asked.lds:
         lds()
     if asked.model and asked.data:
-        removal(asked)
+        removal(asked) if asked.share is None else shared(asked)
     if not asked.lds and not (asked.model and asked.data):
         parser.error("give --lds, or --model and --data")
 

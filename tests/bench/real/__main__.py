@@ -49,6 +49,11 @@ def main() -> None:
     _plans(guarded, Path("models/protect"), "2")
     guarded.add_argument("--seeds", type=int, default=1)
     guarded.add_argument("--all", action="store_true", help="train every arm")
+    told = "number of this process among those that share the arms; nothing is printed but what is done"
+    guarded.add_argument("--share", type=int, help=told)
+    guarded.add_argument(
+        "--seconds", type=float, default=1e9, help="with --share: begin nothing after so long"
+    )
     merge = commands.add_parser(
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
@@ -166,14 +171,21 @@ def _geometry(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[],
 
 
 def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[[], bool]) -> None:
-    from tests.bench.real.protect import protect
+    from tests.bench.pool import share
+    from tests.bench.real.protect import items, protect
 
+    home = given.folder / given.model.name
+    if given.share is not None:
+        started = time.monotonic()
+        work = items(jobs, given.model, given.data, home, given.device, given.seeds, every=given.all)
+        first = jobs[given.share % len(jobs)].name()
+        share(work, home / "claims", first=first, late=lambda: time.monotonic() - started > given.seconds)
+        return
     for job in jobs:
         if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
-        folder = given.folder / given.model.name / job.name()
-        protect(job, given.model, given.data, folder, given.device, given.seeds, every=given.all)
+        protect(job, given.model, given.data, home / job.name(), given.device, given.seeds, every=given.all)
 
 
 def _numbers(text: str) -> set[int]:

@@ -8,6 +8,7 @@ named by file and index here and in the results; their texts stay where they are
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,13 @@ def read_rows(folder: Path, name: str) -> list[dict[str, str]]:
     """Rows of one file of the data folder."""
     text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def write_rows(file: Path, rows: Sequence[Any]) -> None:
+    """Write rows as JSONL as a whole or not at all: several processes may do so at once."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(file)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -438,6 +439,6 @@ def _point(step: int, model: Any, panel: Panel, points: list[dict[str, Any]], en
 
 def write_json(path: Path, value: Any) -> None:
     """Write as a whole or not at all, so that an interrupted job leaves nothing half done."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
