@@ -344,11 +344,14 @@ class Mixture:
         return self.file(training if training in SCORES else "dull")
 
     def items(self) -> list[tuple[str, Item]]:
-        """Scores and trainings as pieces of work, by their names."""
-        scores = [(n, self.file(n), partial(self.score, n), None) for n in ["dull", *SCORES]]
+        """Scores and trainings as pieces of work, by their names; of scores those asked for."""
+        wanted = [name for name in ["dull", *SCORES] if name in (self.given.only or [name])]
+        known = {None, *(self.file(name) for name in wanted)}
+        scores = [(n, self.file(n), partial(self.score, n), None) for n in wanted]
         trainings = [
             (f"without {n}", self.file(f"without {n}"), partial(self.training, n), self.needs(n))
             for n in TRAININGS
+            if self.needs(n) in known
         ]
         return [
             (name, Item(f"{name} of {self.name}", self.name, make, file.exists, partial(_there, needed)))
@@ -385,7 +388,7 @@ def shared(given: argparse.Namespace) -> None:
     mixtures = [Mixture(given, name) for name in given.mixture or MIXTURES]
     pieces = [piece for mixture in mixtures for piece in mixture.items()]
     order = ["dull", *SCORES, *(f"without {name}" for name in TRAININGS)]
-    chosen = [item for name, item in sorted(pieces, key=lambda piece: order.index(piece[0]))]
+    chosen = [item for _, item in sorted(pieces, key=lambda piece: order.index(piece[0]))]
     started = time.monotonic()
     first = mixtures[given.share % len(mixtures)].name
     share_out(
