@@ -50,7 +50,7 @@ from arisk.guard.plan import (
 from arisk.guard.references import CONSTRAINED, KL, OWN_REPLAY
 from arisk.guard.smaller import DRIFT_REPLAY, SMALLER
 from arisk.models.losses import tempered
-from arisk.training.loop import PlannedRun, put
+from arisk.training.loop import put
 
 __all__ = [
     "METHODS",
@@ -117,7 +117,10 @@ def _replay(plan: ArmPlan, arm: ArmName) -> Protection:
 def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
     task, settings, parameters = plan.task, plan.config.ewc, plan.fresh().parameters
     safety = tempered(task.safety, settings.temperature, "guard.ewc.temperature")
-    diagonals = fisher_diagonals(task.model, plan.layout, safety)
+    diagonals = plan.once(
+        ("Fisher diagonals", settings.temperature),
+        lambda: fisher_diagonals(task.model, plan.layout, safety),
+    )
     reference = [p.detach().clone() for p in parameters]
     blind = sum(d.numel() for d in diagonals if not bool(d.any()))
     total = sum(d.numel() for d in diagonals)
@@ -133,7 +136,7 @@ def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
     if arm.kind == "after":
         return _after(plan, arm, penalty, parameters, settings.repeats, note)
     wanted = {"fisher": arm.strength or 0.0}
-    weights = calibrated(plan.fresh, lambda: {"fisher": penalty()}, wanted, plan.config.calibration_steps)
+    weights = calibrated(plan, lambda: {"fisher": penalty()}, wanted)
     weighted = lambda _: {"fisher": weights["fisher"] * penalty()}  # noqa: E731
     return Protection(penalising(plan, parameters, weighted), weights, note)
 
@@ -209,7 +212,10 @@ def _alignguard(plan: ArmPlan, arm: ArmName) -> Protection:
     safety = tempered(
         plan.task.safety, 1.0 if given else settings.temperature, "guard.alignguard.temperature"
     )
-    guard = build_mitigator(plan.task.model, safety, config, sites=sites)
+    guard = plan.once(
+        ("AlignGuard", config.model_dump_json(), 1.0 if given else settings.temperature),
+        lambda: build_mitigator(plan.task.model, safety, config, sites=sites),
+    )
     assert guard.directions is not None
     note += f" {len(guard.directions.eigenvalues)} directions hold {guard.directions.explained:.0%} of tr F."
     if arm.kind == "after":
@@ -229,7 +235,7 @@ def _weighed(plan: ArmPlan, strength: float, guard: LoRAMitigator) -> LoRAMitiga
     shares = {"fisher": 1.0, "task": settings.task_share, "overlap": settings.overlap_share}
     wanted = {name: strength * share for name, share in shares.items() if share > 0}
     single = _reweighted(plan, guard, dict.fromkeys(wanted, 1.0))
-    found = calibrated(plan.fresh, lambda: _acting(single, wanted), wanted, plan.config.calibration_steps)
+    found = calibrated(plan, lambda: _acting(single, wanted), wanted)
     return _reweighted(plan, guard, found)
 
 
@@ -326,41 +332,48 @@ METHODS: Table[Method] = Table(
 )
 
 
-def calibrated(
-    fresh: Callable[[], PlannedRun], terms: Callable[[], Terms], wanted: Mapping[str, float], steps: int
-) -> dict[str, float]:
+def calibrated(plan: ArmPlan, terms: Callable[[], Terms], wanted: Mapping[str, float]) -> dict[str, float]:
     """λ by term such that λ‖∇term‖ = c‖∇L_task‖ after a few plain steps.
 
     ‖∇L_task‖ is the mean over those steps, ‖∇term‖ is taken after the last; the parameters are put
     back. At the aligned point itself the gradient of a quadratic penalty is 0.
 
     Args:
-        fresh: makes the planned run from its start.
+        plan: takes the steps, at most those of the recipe.
         terms: the terms with weight 1, at the parameters as they are.
         wanted: c by term.
-        steps: plain steps, at most those of the plan.
 
     Raises:
         NumericsError: the run diverges, or a term has no gradient there.
     """
-    run = fresh()
-    start = [p.detach().clone() for p in run.parameters]
+    count = min(plan.config.calibration_steps, plan.recipe.horizon)
+    task, there = plan.once(("plain steps", count, plan.seed), lambda: _plain_steps(plan, count))
+    parameters = plan.fresh().parameters
+    start = [p.detach().clone() for p in parameters]
     try:
-        norms: list[float] = []
-        for number in range(1, min(steps, len(run.rates)) + 1):
-            run.step(number)
-            norms.append(norm_of([p.grad for p in run.parameters]))
-        task = sum(norms) / len(norms)
-        found = {
-            n: norm_of(gradient_of(value, run.parameters)) for n, value in terms().items() if n in wanted
-        }
+        put(parameters, there)
+        found = {n: norm_of(gradient_of(value, parameters)) for n, value in terms().items() if n in wanted}
     finally:
-        put(run.parameters, start)
+        put(parameters, start)
     weak = [name for name in wanted if not found.get(name, 0.0) > 0]
     if weak:
         raise NumericsError(
-            f"the {weak[0]} term has no gradient after {len(norms)} plain steps, so no strength can be set",
+            f"the {weak[0]} term has no gradient after {count} plain steps, so no strength can be set",
             where=f"guard: {weak[0]}",
             fix="raise `guard.calibration_steps`, or check that the safety loss depends on what trains",
         )
     return {name: c * task / found[name] for name, c in wanted.items()}
+
+
+def _plain_steps(plan: ArmPlan, count: int) -> tuple[float, list[Tensor]]:
+    """Mean norm of the task's gradient over the first steps, and where they end; put back."""
+    run = plan.fresh()
+    start = [p.detach().clone() for p in run.parameters]
+    try:
+        norms: list[float] = []
+        for number in range(1, count + 1):
+            run.step(number)
+            norms.append(norm_of([p.grad for p in run.parameters]))
+        return sum(norms) / len(norms), [p.detach().clone() for p in run.parameters]
+    finally:
+        put(run.parameters, start)

@@ -26,10 +26,10 @@ from arisk.training.panels import Panel, panel_of, sample_losses
 from arisk.training.recipe import recipe_of
 from arisk.verification.run import TaskRows
 
-__all__ = ["ROWS", "ForecastRows", "forecast_arm", "saves", "short_steps", "shortened"]
+__all__ = ["CONTROL_ROWS", "ROWS", "ForecastRows", "forecast_arm", "saves", "short_steps", "shortened"]
 
-#: Safety and control rows that an arm's forecast measures at most.
-ROWS = 64
+#: Safety and control rows that an arm's forecast measures at most: openings and the task rank arms first.
+ROWS, CONTROL_ROWS = 32, 16
 #: Share of the steps that a forecast takes, and so many at least.
 SHARE, LEAST = 0.2, 10
 #: Share of the steps up to which a forecast saves time.
@@ -99,7 +99,9 @@ class ForecastRows:
         samples = task.heldout or task.safety
         safety = panel_of(samples, ROWS, device)
         control = (
-            panel_of(task.control, min(ROWS, plan.config.control_samples), device) if task.control else None
+            panel_of(task.control, min(CONTROL_ROWS, plan.config.control_samples), device)
+            if task.control
+            else None
         )
         own = panel_of(task.safety, None, device)
         writes = samples.generate if isinstance(samples.generate, GreedyAnswers) else None

@@ -9,9 +9,9 @@ Gradients of penalties beside the task's own: adding them, comparing them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ __all__ = [
 ]
 
 
+Made = TypeVar("Made")
+
+
 @dataclass(frozen=True)
 class ArmPlan:
     """What a protection is built from.
@@ -60,6 +63,7 @@ class ArmPlan:
         seed: seeds dropout, directions and minibatches.
         plain: the plain run, where it is known.
         rises: (N,) predicted rise of every safety row's loss; None where nothing is predicted.
+        shared: what arms measured at the aligned point, by what it is and what it depends on; see `once`.
     """
 
     task: Task
@@ -72,6 +76,18 @@ class ArmPlan:
     seed: int
     plain: Arm | None = None
     rises: Tensor | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made once for all arms and forecasts of this task.
+
+        Args:
+            key: names it, with every setting it depends on, the seed included where it draws.
+            make: measures at the aligned point.
+        """
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def fresh(self) -> PlannedRun:
         """The planned run from its start."""

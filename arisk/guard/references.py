@@ -48,7 +48,8 @@ def _constrained_plan(plan: ArmPlan, arm: ArmName) -> ArmPlan:
     """The plan with the constrained loss in place of its own; the references are measured here."""
     _require(_uncountable(plan.task), "constrained")
     settings, scale, finetune = plan.config.constrained, arm.strength or 1.0, plan.task.finetune
-    loss = constrained(_references(plan), [scale * beta for beta in settings.first], scale * settings.later)
+    references = plan.once(("reference losses", plan.seed), lambda: _references(plan))
+    loss = constrained(references, [scale * beta for beta in settings.first], scale * settings.later)
 
     def means(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return loss.sums(model, batch) / trained_tokens(batch).clamp(min=1)
@@ -108,13 +109,16 @@ def _unasked(task: Task) -> str | None:
 def _own_replay(plan: ArmPlan, arm: ArmName) -> Protection:
     _require(_unasked(plan.task), "own_replay")
     settings = plan.config.own_replay
-    own = own_refusals(
-        plan.task.model,
-        plan.task.safety,
-        plan.behaviour,
-        prompts=settings.prompts,
-        max_new_tokens=settings.tokens,
-        where="guard.methods: own_replay",
+    own = plan.once(
+        ("own refusals", settings.prompts, settings.tokens),
+        lambda: own_refusals(
+            plan.task.model,
+            plan.task.safety,
+            plan.behaviour,
+            prompts=settings.prompts,
+            max_new_tokens=settings.tokens,
+            where="guard.methods: own_replay",
+        ),
     )
     refused = f"{len(own.rows)} of {own.statistics['asked']} safety prompts"
     note = f"Trains on the model's own refusals of {refused}; no safe response is needed."

@@ -29,7 +29,7 @@ from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names, methods_of
-from arisk.guard.outlook import ROWS, ForecastRows, forecast_arm, saves, short_steps
+from arisk.guard.outlook import CONTROL_ROWS, ROWS, ForecastRows, forecast_arm, saves, short_steps
 from arisk.guard.plan import ArmName, ArmPlan, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.training.loop import draws_noise, keeping_parameters, put
@@ -435,8 +435,8 @@ def _shared_prompts(task: Task) -> int:
     return sum(row.get("prompt") in used for row in task.heldout.rows)
 
 
-#: Copies of the selected parameters beside the model: a run, the reference and a Fisher diagonal.
-COPIES = 6
+#: Copies of the selected parameters beside the model: a run, two references and a Fisher diagonal.
+COPIES = 7
 
 
 def guard_cost(scene: CostScene) -> Cost:
@@ -475,14 +475,15 @@ def _passes(scene: CostScene) -> dict[str, float]:
     total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     total["answer tokens"] = written * (1 + len(derived))
     total["forward rows"] = float(len(derived) * measuring_rows)
-    whole = [_arm_passes(scene, arm, last, last) for arm in others]
+    whole = [_arm_passes(scene, arm, last) for arm in others]
+    _add(total, _setting_up(scene, others, last))
     if not given.all and saves(last, len(others), BEST):
         for arm in (arms[0], *others):
-            _add(total, _arm_passes(scene, arm, last, short_steps(last)))
-            total["forward rows"] += 2 * ROWS + given.task_samples + given.generate
+            _add(total, _arm_passes(scene, arm, short_steps(last)))
+            total["forward rows"] += ROWS + CONTROL_ROWS + given.task_samples + given.generate
         # Which are trained is not known beforehand: no dearer ones than these.
         whole = sorted(whole, key=lambda passes: -passes["gradient rows"])[:BEST]
-    for passes in given.seeds * [_arm_passes(scene, arms[0], last, last), *whole]:
+    for passes in given.seeds * [_arm_passes(scene, arms[0], last), *whole]:
         _add(total, passes)
         total["forward rows"] += points * measuring_rows
         total["answer tokens"] += written
@@ -494,16 +495,23 @@ def _add(total: dict[str, float], passes: Mapping[str, float]) -> None:
         total[kind] += count
 
 
-def _arm_passes(scene: CostScene, arm: ArmName, last: int, steps: int) -> dict[str, float]:
-    """Passes of setting an arm up and taking so many steps of it, measuring left out."""
-    task, config, method = scene.task, scene.config, METHODS[arm.method]
-    given, safety = config.guard, samples_in(task.safety)
+def _arm_passes(scene: CostScene, arm: ArmName, steps: int) -> dict[str, float]:
+    """Passes of so many steps of an arm, setting up and measuring left out."""
+    method, config = METHODS[arm.method], scene.config
+    rows = steps * (per_step(config) + method.rows(arm, config.guard))
+    return {**dict.fromkeys(KINDS, 0.0), "gradient rows": rows}
+
+
+def _setting_up(scene: CostScene, arms: Sequence[ArmName], last: int) -> dict[str, float]:
+    """Passes at the aligned point, which arms and forecasts share."""
+    task, config = scene.task, scene.config
+    measuring_safety = {
+        (a.method, a.kind == "as_given") for a in arms if METHODS[a.method].safety_gradients(a)
+    }
     passes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    passes["gradient rows"] = steps * (per_step(config) + method.rows(arm, given))
-    if method.safety_gradients(arm):
-        passes["single-row gradients"] = safety
-    if method.references:
+    passes["single-row gradients"] = len(measuring_safety) * samples_in(task.safety)
+    if any(METHODS[arm.method].references for arm in arms):
         passes["forward rows"] = min(samples_in(task.finetune), last * per_step(config))
-    if method.calibrated(arm):
-        passes["gradient rows"] += given.calibration_steps * per_step(config)
+    if any(METHODS[arm.method].calibrated(arm) for arm in arms):
+        passes["gradient rows"] = config.guard.calibration_steps * per_step(config)
     return passes
