@@ -288,7 +288,7 @@ SCREEN = Stage(
     parallel=True,
     resume_files=("point-*.safetensors", "rows-*.safetensors"),
     record="arisk.screening.record:ScreenResult",
-    cost="arisk.screening.run:screen_cost",
+    cost="arisk.screening.cost:screen_cost",
     section=_section,
     options=(
         StageOption(

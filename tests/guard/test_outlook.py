@@ -9,6 +9,7 @@ import torch
 from arisk.base.task import SampleSet
 from arisk.config.plan import BehaviourConfig, GuardConfig, TrainingConfig
 from arisk.gradients import layout_of
+from arisk.guard import methods
 from arisk.guard import run as comparison
 from arisk.guard.choice import best_forecasts, forecast_task_cost
 from arisk.guard.outlook import saves, shortened
@@ -214,3 +215,27 @@ def test_held_out_rows_are_measured_where_there_are_some():
     found = run(task_of(safety=easy), methods=["plain", "replay", "ewc", "projection"])
     assert sum(found.forecasts[0].rises) < 0
     assert found.forecasts[0].safety > 0
+
+
+def test_what_arms_need_of_the_aligned_model_is_measured_once(monkeypatch):
+    counts = {"fisher": 0, "directions": 0, "steps": 0}
+
+    def counting(name, function):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr(methods, "fisher_diagonals", counting("fisher", methods.fisher_diagonals))
+    monkeypatch.setattr(methods, "build_mitigator", counting("directions", methods.build_mitigator))
+    monkeypatch.setattr(methods, "_plain_steps", counting("steps", methods._plain_steps))
+    given = {"methods": ["plain", "alignguard", "ewc"], "all": True}
+    strong = {"alignguard": {"strengths": [3.0, 30.0, "as_given"]}, "ewc": {"strengths": [3.0, 30.0]}}
+    found = run(**given, **strong)
+    assert len([arm for arm in found.arms if arm.diverged_at is None]) == len(found.arms) == 8
+    # Directions as the peer takes them are measured at other logits than those of the other arms.
+    assert counts == {"fisher": 1, "directions": 2, "steps": 1}
+    alone = run(methods=["plain", "ewc"], all=True, ewc={"strengths": [30.0], "relaxations": []}).arms[1]
+    again = next(arm for arm in found.arms if arm.label == alone.label)
+    assert (again.weights, again.safety) == (alone.weights, alone.safety)
