@@ -310,6 +310,7 @@ class Passes:
         engine: engine of the per-sample gradients.
         workspace: finished shards are kept there; None keeps none.
         progress: told of rows scored.
+        precision: autocast of exact products.
     """
 
     def __init__(
@@ -320,9 +321,11 @@ class Passes:
         engine: str,
         workspace: Path | None,
         progress: Progress,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.task, self.layout, self.found = task, layout, found
         self.engine, self.workspace, self.progress = engine, workspace, progress
+        self.precision = precision
         self.parameters = parameters_of(task.model, layout)
 
     def exact(
@@ -344,7 +347,7 @@ class Passes:
 
             def products(shard: Sequence[RowGroup]) -> Tensor:
                 put(self.parameters, list(self.layout.split(place.theta).values()))
-                run = partial(row_products, self.task.model, engine=self.engine)
+                run = partial(row_products, self.task.model, engine=self.engine, precision=self.precision)
                 return torch.cat([run(g, samples.loss_fn, self.layout, directions, d) for g in shard])
 
             return nullcontext(products)

@@ -21,7 +21,7 @@ from arisk.base.task import LossFn, Progress, RowBatches, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import ParameterLayout, batch_size, mean_gradient, move_batch
 from arisk.gradients.layout import parameters_of
-from arisk.screening.points import RowGroup, control_groups, row_groups, row_products
+from arisk.screening.points import RowGroup, control_groups, precision_of, row_groups, row_products
 from arisk.training.loop import PlannedRun, put
 from arisk.training.panels import Panel, panel_of, sample_losses, spread
 from arisk.training.recipe import Recipe
@@ -187,7 +187,10 @@ class _Guests:
                     self.null[[self.place[row] for row in group.rows]] += found
 
     def _products(self, number: int, pull: Tensor, group: RowGroup, loss_fn: LossFn) -> Tensor:
-        found = row_products(self.task.model, group, loss_fn, self.layout, pull, engine=self.engine)[:, 0]
+        precision = precision_of(self.run.training)
+        found = row_products(
+            self.task.model, group, loss_fn, self.layout, pull, engine=self.engine, precision=precision
+        )[:, 0]
         return found * self.run.terms_per_loss(number, group.batch)
 
 

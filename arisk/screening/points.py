@@ -26,7 +26,7 @@ from arisk.base.artifacts import read_tensors, write_tensors
 from arisk.base.errors import InputError, NumericsError
 from arisk.base.processes import barrier, from_first, is_first, share, summed
 from arisk.base.task import Batch, LossFn, Progress, RowBatches, SampleSet, Task
-from arisk.config.plan import ScreenConfig
+from arisk.config.plan import ScreenConfig, TrainingConfig
 from arisk.gradients import (
     ParameterLayout,
     batch_size,
@@ -35,7 +35,7 @@ from arisk.gradients import (
     per_sample_parts,
     slice_batch,
 )
-from arisk.gradients.factors import Outer, Part, block_of
+from arisk.gradients.factors import Outer, Part, block_of, widened
 from arisk.screening.record import ScreenPoint
 from arisk.training.loop import PlannedRun, StepDone, follow, put
 from arisk.training.panels import panel_of, sample_losses, spread
@@ -50,6 +50,7 @@ __all__ = [
     "control_groups",
     "overflowing",
     "places",
+    "precision_of",
     "row_groups",
     "row_products",
     "with_row",
@@ -138,6 +139,7 @@ def row_products(
     *,
     engine: str,
     by_module: bool = False,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """⟨v_m, g_j⟩ of every row with every direction, with the row's norms and loss.
 
@@ -150,6 +152,7 @@ def row_products(
         metric: (P,) D of the optimizer, there too; None where the D-norm is not needed.
         engine: engine of the per-sample gradients.
         by_module: keep the products apart by module.
+        precision: autocast of the passes; None computes in the weights' own. Products are float32 at least.
 
     Returns:
         (B, m + 3) float64: products, ‖g_j‖, √⟨g_j, D g_j⟩ (NaN without a metric) and ℓ_j (nats per
@@ -168,7 +171,7 @@ def row_products(
     def sink(name: str, parts: Sequence[Part]) -> None:
         where = layout.slice_of(name)
         target = products[:, place[name] if by_module else 0]
-        for first, piece in _pieces(parts):
+        for first, piece in _pieces([widened(part) for part in parts]):
             part = piece.to(device)
             columns = slice(where.start + first, where.start + first + part.shape[1])
             target += (part @ directions[columns].to(part.dtype)).to(torch.float64)
@@ -177,9 +180,11 @@ def row_products(
                 if metric is not None:
                     squares[:, 1] += (part.square() @ metric[columns].to(part.dtype)).to(torch.float64)
 
-    batch = move_batch(group.batch, next(model.parameters()).device)
+    own = next(model.parameters()).device
+    batch = move_batch(group.batch, own)
     try:
-        losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
+        with torch.autocast(own.type, dtype=precision, enabled=precision is not None):
+            losses = per_sample_parts(model, batch, loss_fn, layout, sink, engine=engine)
     except NumericsError as err:
         raise with_row(err, group) from err
     products, squares = products.cpu(), squares.cpu()
@@ -211,6 +216,11 @@ def _pieces(parts: Sequence[Part]) -> Iterator[tuple[int, Tensor]]:
     whole = sum((block_of(part) for part in parts[1:]), block_of(parts[0])).flatten(1)
     for start in range(0, whole.shape[1], CHUNK):
         yield start, whole[:, start : start + CHUNK]
+
+
+def precision_of(training: TrainingConfig) -> torch.dtype | None:
+    """Autocast in which rows are scored: that of the plan in bfloat16; float16 needs a loss scale."""
+    return torch.bfloat16 if training.precision == "bf16" else None
 
 
 #: Share of the free memory of a device that directions may take there.
@@ -318,11 +328,13 @@ class _PointWalk:
 
     def _losses(self) -> tuple[float, float | None]:
         """Mean safety and control loss here."""
-        safety = float(self.safety.losses(self.task.model).mean())
-        if self.task.control is None:
-            return safety, None
-        batches = [move_batch(group.batch, self.device) for group in self.control]
-        return safety, float(sample_losses(self.task.model, batches, self.task.control.loss_fn).mean())
+        torch.clear_autocast_cache()
+        with self.run.reading():
+            safety = float(self.safety.losses(self.task.model).mean())
+            if self.task.control is None:
+                return safety, None
+            batches = [move_batch(group.batch, self.device) for group in self.control]
+            return safety, float(sample_losses(self.task.model, batches, self.task.control.loss_fn).mean())
 
     def until_risen(self) -> int:
         """Take real steps until the safety loss has risen; the number taken."""
@@ -332,7 +344,8 @@ class _PointWalk:
             self.progress("planned steps", done.number, last)
             if done.number % EVERY and done.number != last:
                 return False
-            safety = float(self.safety.losses(self.task.model).mean())
+            with self.run.reading():
+                safety = float(self.safety.losses(self.task.model).mean())
             return safety - self.start[0] >= self.config.rise
 
         self.progress("planned steps", 0, last)

@@ -43,7 +43,7 @@ from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estim
 from arisk.screening.explain import explained, listed
 from arisk.screening.measure import MeasuredTask, measured_by
 from arisk.screening.path import path_scores
-from arisk.screening.points import Place, control_groups, places, row_groups
+from arisk.screening.points import Place, control_groups, places, precision_of, row_groups
 from arisk.screening.record import MEASURES, ScreenPoint, ScreenResult
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import Recipe, recipe_of
@@ -145,7 +145,8 @@ def _by_point(scene: _Scene) -> ScreenResult:
         workspace=scene.workspace,
         progress=scene.progress,
     )
-    passes = Passes(task, layout, found, scene.engine, scene.workspace, scene.progress)
+    precision = precision_of(scene.training)
+    passes = Passes(task, layout, found, scene.engine, scene.workspace, scene.progress, precision)
     limit = _limit(task.finetune, scene.training, scene.steps)
     control = None
     if task.control is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,10 +41,11 @@ HEADER = [
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:
-    """Kendall's τ-a in [−1, 1]: pairs in the same order less pairs in the other, over all pairs."""
+    """Kendall's τ-b in [−1, 1], which leaves out what ties: arms that keep all refusals have no order."""
     pairs = list(itertools.combinations(zip(first, second, strict=True), 2))
-    signs = [((a > c) - (a < c)) * ((b > d) - (b < d)) for (a, b), (c, d) in pairs]
-    return sum(signs) / len(pairs)
+    signs = [((a > c) - (a < c), (b > d) - (b < d)) for (a, b), (c, d) in pairs]
+    untied = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
+    return sum(a * b for a, b in signs) / math.sqrt(untied[0] * untied[1]) if all(untied) else math.nan
 
 
 def both(config: Config, folder: Path, device: str = "cpu") -> GuardResult:

@@ -24,7 +24,7 @@ from arisk.screening import estimates
 from arisk.screening import estimates as screen_passes
 from arisk.screening import run as screen_head
 from arisk.screening.estimates import worth_estimating
-from arisk.screening.points import RowGroup, row_products
+from arisk.screening.points import RowGroup, precision_of, row_products
 from arisk.screening.record import ScreenResult
 from arisk.screening.run import flagged_anew, screen
 from arisk.screening.stage import _flags_stand
@@ -548,6 +548,34 @@ def test_a_product_beyond_the_numbers_names_its_row():
     group = RowGroup([4, 7, 9], batch)
     with measuring(model, layout), pytest.raises(NumericsError, match="row 7 overflows"):
         row_products(model, group, steep, layout, torch.ones(1, 1), engine="hooks")
+
+
+@pytest.mark.parametrize("engine", ["hooks", "vmap", "loop"])
+def test_rows_of_a_bfloat16_plan_are_scored_in_bfloat16_and_products_are_not(engine):
+    model = net().float()
+    x, y = points(2, 8)
+    layout = layout_of(model, NAMES)
+    directions = torch.randn(layout.numel, 2, generator=torch.Generator().manual_seed(0))
+    group = RowGroup(list(range(8)), (x.float(), y))
+
+    def products(precision):
+        with measuring(model, layout):
+            return row_products(
+                model, group, classify, layout, directions, engine=engine, precision=precision
+            )
+
+    wide, narrow = products(None), products(torch.bfloat16)
+    assert not torch.equal(wide, narrow)
+    assert float((wide[:, :2] - narrow[:, :2]).norm() / wide[:, :2].norm()) < 0.02
+    # Factors of eight bits, multiplied and summed in more: norms have digits that bfloat16 has not.
+    assert not torch.equal(narrow[:, 2], narrow[:, 2].bfloat16().double())
+    assert [
+        precision_of(TRAINING.model_copy(update={"precision": p})) for p in ("weights", "bf16", "fp16")
+    ] == [
+        None,
+        torch.bfloat16,
+        None,
+    ]
 
 
 def test_screen_from_python_is_the_stage_with_its_what_if():
