@@ -49,6 +49,7 @@ def main() -> None:
     _plans(guarded, Path("models/protect"), "2")
     guarded.add_argument("--seeds", type=int, default=1)
     guarded.add_argument("--all", action="store_true", help="train every arm")
+    guarded.add_argument("--methods", default="", help="as in kl,alpha; by default all that the task allows")
     told = "number of this process among those that share the arms; nothing is printed but what is done"
     guarded.add_argument("--share", type=int, help=told)
     guarded.add_argument(
@@ -175,6 +176,7 @@ def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[
     from tests.bench.real.protect import items, protect
 
     home = given.folder / given.model.name
+    methods = given.methods.split(",") if given.methods else None
     if given.share is not None:
         started = time.monotonic()
         work = items(jobs, given.model, given.data, home, given.device, given.seeds, every=given.all)
@@ -185,7 +187,8 @@ def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[
         if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
-        protect(job, given.model, given.data, home / job.name(), given.device, given.seeds, every=given.all)
+        options = {"every": given.all, "methods": methods}
+        protect(job, given.model, given.data, home / job.name(), given.device, given.seeds, **options)
 
 
 def _numbers(text: str) -> set[int]:

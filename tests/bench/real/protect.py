@@ -45,6 +45,7 @@ def protect(
     seeds: int = 1,
     *,
     every: bool = False,
+    methods: Sequence[str] | None = None,
 ) -> GuardResult:
     """Carry out the arms of one job; what is in `folder` is not made again.
 
@@ -56,8 +57,11 @@ def protect(
         device: `cpu`, or `cuda` for the first GPU.
         seeds: runs of every arm.
         every: train all arms.
+        methods: what is compared, in a folder of their own; None: all that the task allows.
     """
-    config = plan(job, model, data, folder, seeds)
+    if methods is not None:
+        folder = folder.with_name(f"{folder.name}-{'-'.join(methods)}")
+    config = plan(job, model, data, folder, seeds, methods)
     whole = folder / ("all" if every else "result")
     if not whole.exists():
         write_record(whole, both(config, folder, device) if every else chosen(config, folder, device))
@@ -224,7 +228,9 @@ class _Bench:
         return replace(found.plan_of(seed), plain=plain, rises=at_risk)
 
 
-def plan(job: Job, model: Path, data: Path, folder: Path, seeds: int) -> Config:
+def plan(
+    job: Job, model: Path, data: Path, folder: Path, seeds: int, methods: Sequence[str] | None = None
+) -> Config:
     """The job in arisk's words; its data go to `folder`."""
     sets, split = forecast_rows(data), truth_split(data)["harmful"]
     files: dict[str, Sequence[Any]] = {
@@ -250,7 +256,12 @@ def plan(job: Job, model: Path, data: Path, folder: Path, seeds: int) -> Config:
                 "weight_decay": job.weight_decay,
                 "precision": "bf16",
             },
-            "guard": {"seeds": seeds, "task_samples": 32, "control_samples": CONTROL},
+            "guard": {
+                "methods": methods,
+                "seeds": seeds,
+                "task_samples": 32,
+                "control_samples": CONTROL,
+            },
         }
     )
 
