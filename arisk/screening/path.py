@@ -21,7 +21,7 @@ from arisk.base.task import LossFn, Progress, RowBatches, Task
 from arisk.config.plan import ScreenConfig
 from arisk.gradients import ParameterLayout, batch_size, mean_gradient, move_batch
 from arisk.gradients.layout import parameters_of
-from arisk.screening.points import RowGroup, control_groups, precision_of, row_groups, row_products
+from arisk.screening.points import RowGroup, beside, control_groups, precision_of, row_groups, row_products
 from arisk.training.loop import PlannedRun, put
 from arisk.training.panels import Panel, panel_of, sample_losses, spread
 from arisk.training.recipe import Recipe
@@ -179,6 +179,7 @@ class _Guests:
                 continue
             if pull is None:
                 pull = torch.cat([c.reshape(-1) for c in step.pull])[:, None]
+                pull = beside(pull, self.run.parameters[0])
             for group in row_groups(samples, self.config.batch_size, rows=rows, limit=max(rows) + 1):
                 found = self._products(step.number, pull, group, samples.loss_fn)
                 if samples is self.task.finetune:

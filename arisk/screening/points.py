@@ -231,12 +231,12 @@ def beside(vectors: Tensor, parameter: Tensor) -> Tensor:
     """Vectors on the device of the gradients, where they are few enough; else as they are.
 
     Args:
-        vectors: (P, …), on the CPU.
+        vectors: (P, …).
         parameter: one of the model's.
     """
     # Other devices know no float64, or are not asked what is free.
     if parameter.device.type != "cuda":
-        return vectors
+        return vectors.cpu()
     free = torch.cuda.mem_get_info(parameter.device)[0]
     return vectors.to(parameter.device) if vectors.nbytes <= ROOM * free else vectors
 
