@@ -111,11 +111,18 @@ def report(result: GuardResult, config: Config) -> None:
             print(f"forecast only: {one.label}: {one.safety:+.3f}, kept {one.kept:.0%}, task {cost:+.1%}")
     for name, first, second in said if len(told) == len(forecasts) else ():
         print(f"Kendall {name}: {kendall(first, second):.2f} of {len(told)} arms")
-    trained = {arm.label: _trained(arm) for arm in result.arms if arm.label in forecasts}
+    arms = {arm.label: arm for arm in result.arms if arm.label in forecasts}
     chosen = [one.label for one in result.forecasts if one.chosen]
-    spent = sum(one.cpu_seconds for one in result.forecasts) + sum(trained[x] for x in (plain.label, *chosen))
-    print(f"forecast all and train plain and {BEST}: {spent:.0f} CPU s of {sum(trained.values()):.0f}")
-    print(f"share {spent / sum(trained.values()):.2f}; chosen: {', '.join(chosen)}")
+    # Arms of a method share what they measure beforehand, and the forecasts have measured it already.
+    setting_up: dict[tuple[str, bool], float] = {}
+    for arm in arms.values():
+        key = arm.method, arm.strength is None
+        setting_up[key] = max(setting_up.get(key, 0.0), arm.setup_seconds)
+    everything = sum(setting_up.values()) + sum(arm.cpu_seconds for arm in arms.values())
+    spent = sum(one.cpu_seconds for one in result.forecasts)
+    spent += sum(arms[label].cpu_seconds for label in (plain.label, *chosen) if label in arms)
+    print(f"forecast all and train plain and {BEST}: {spent:.0f} CPU s of {everything:.0f}")
+    print(f"share {spent / everything:.2f}; chosen: {', '.join(chosen)}")
 
 
 def _trained(arm: Arm) -> float:

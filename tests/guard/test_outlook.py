@@ -236,6 +236,10 @@ def test_what_arms_need_of_the_aligned_model_is_measured_once(monkeypatch):
     assert len([arm for arm in found.arms if arm.diverged_at is None]) == len(found.arms) == 8
     # Directions as the peer takes them are measured at other logits than those of the other arms.
     assert counts == {"fisher": 1, "directions": 2, "steps": 1}
-    alone = run(methods=["plain", "ewc"], all=True, ewc={"strengths": [30.0], "relaxations": []}).arms[1]
-    again = next(arm for arm in found.arms if arm.label == alone.label)
-    assert (again.weights, again.safety) == (alone.weights, alone.safety)
+    for method, strengths in (("ewc", [30.0]), ("alignguard", [30.0]), ("alignguard", ["as_given"])):
+        settings = {method: {"strengths": strengths, "relaxations": []}}
+        alone = run(methods=["plain", method], all=True, **settings).arms[1]
+        again = next(arm for arm in found.arms if arm.label == alone.label)
+        assert (again.weights, again.safety) == (alone.weights, alone.safety)
+        # What it would take alone, though another arm has measured it.
+        assert again.setup_seconds > 0.2 * alone.setup_seconds
