@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.pool import Item, share
-from tests.bench.removal import TRAININGS, left_out
+from tests.bench.removal import DEFAULT, TRAININGS, left_out
 
 
 def item(folder: Path, name: str, group: str = "", needs: str = "") -> Item:
@@ -72,12 +72,16 @@ def test_two_processes_do_every_item_once(tmp_path):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_leaves_out_as_many_rows_as_are_labelled(name):
     labels = [1, 0, 0, 1, 0, 0, 0, 1]
-    scores = {name: [0.1, 0.9, 0.2, 0.8, 0.7, 0.0, 0.3, 0.4]}
-    found = left_out(name, scores, labels)
+    made = {"scores": [0.1, 0.9, 0.2, 0.8, 0.7, 0.0, 0.3, 0.4], "flagged": [1, 3]}
+    found = left_out(name, {name: made, DEFAULT: made}, labels)
     if name == "all rows":
         assert found == []
     elif name == "labelled":
         assert found == [0, 3, 7]
+    elif name == "flagged":
+        assert found == [1, 3]
+    elif name == "as many random":
+        assert len(set(found)) == 2
     elif name.startswith("random"):
         assert len(set(found)) == 3
     else:

@@ -282,9 +282,13 @@ def trained(
     }
 
 
-def left_out(name: str, scores: Mapping[str, Sequence[float]], labels: Sequence[int]) -> list[int]:
-    """Rows that a training leaves out: none, the labelled ones, random ones, or a score's first."""
+def left_out(name: str, found: Mapping[str, Mapping[str, Any]], labels: Sequence[int]) -> list[int]:
+    """Rows that a training leaves out: none, the labelled, random ones, a score's first, or those it flags."""
     count = sum(labels)
+    if name == "flagged":
+        return list(found[DEFAULT]["flagged"])
+    if name == "as many random":
+        return Random(name).sample(range(len(labels)), len(found[DEFAULT]["flagged"]))
     if name == "all rows":
         return []
     if name == "labelled":
@@ -292,15 +296,17 @@ def left_out(name: str, scores: Mapping[str, Sequence[float]], labels: Sequence[
     if name.startswith("random"):
         # Not the seed that `mixed` draws the places of the labelled rows with.
         return Random(f"left out {name.split()[1]}").sample(range(len(labels)), count)
-    return torch.argsort(torch.tensor(scores[name]), descending=True, stable=True)[:count].tolist()
+    return torch.argsort(torch.tensor(found[name]["scores"]), descending=True, stable=True)[:count].tolist()
 
 
 #: Trainings of a mixture, the most telling ones first.
 TRAININGS = [
     *("all rows", "labelled", "random 0", "point, opening", "path, opening", "random 1", "random 2"),
     *("gradient norm", "loss", "−cos at θ*", "anchors", "length", "prompt length", "lists"),
-    *("point, loss", "path, loss"),
+    *("point, loss", "path, loss", "flagged", "as many random"),
 ]
+#: The score that `screen.score: auto` takes, whose flags are left out too.
+DEFAULT = "point, opening"
 
 
 class Mixture:
@@ -333,7 +339,7 @@ class Mixture:
 
     def training(self, name: str) -> Any:
         """One of `TRAININGS`, whose score must be there."""
-        dropped = left_out(name, {n: made["scores"] for n, made in self.scores().items()}, self.labels)
+        dropped = left_out(name, self.scores(), self.labels)
         make = partial(trained, self.given.model, self.given.data, self.rows, dropped, self.given.device)
         return kept(self.file(f"without {name}"), make)
 
@@ -341,6 +347,8 @@ class Mixture:
         """The score that a training needs."""
         if training.startswith(("all", "labelled", "random")):
             return None
+        if training in ("flagged", "as many random"):
+            return self.file(DEFAULT)
         return self.file(training if training in SCORES else "dull")
 
     def items(self) -> list[tuple[str, Item]]:
@@ -427,6 +435,15 @@ def _show(mix: str, found: Mapping[str, Any], ends: Mapping[str, Any], labels: S
                 "–" if made is None or made["seconds"] is None else f"{made['seconds']:.0f} s",
             ]
         )
+    for name in ("flagged", "as many random"):
+        if name in ends:
+            end, rows = ends[name], len(ends[name]["dropped"])
+            cells = [
+                f"{end['refused']} of {end['prompts']}",
+                "–" if usual is None else f"{end['refused'] - usual:+.0f}",
+            ]
+            numbers = [f"{end['opening']:.3f}", f"{end['control']:.3f}"]
+            table.append([f"{name}, {rows} rows", "–", "–", *cells, *numbers, "–"])
     if random:
         drawn = [end for name, end in ends.items() if name.startswith("random")]
         means = [f"{mean(end[key] for end in drawn):.3f}" for key in ("opening", "control")]
