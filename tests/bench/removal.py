@@ -283,7 +283,7 @@ def trained(
 
 
 def left_out(name: str, found: Mapping[str, Mapping[str, Any]], labels: Sequence[int]) -> list[int]:
-    """Rows that a training leaves out: none, the labelled, random ones, a score's first, or those it flags."""
+    """Rows that a training leaves out: none, labelled or random ones, a score's first or flagged ones."""
     count = sum(labels)
     if name == "flagged":
         return list(found[DEFAULT]["flagged"])
