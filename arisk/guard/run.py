@@ -44,7 +44,7 @@ from arisk.verification.run import (
     writer,
 )
 
-__all__ = ["Comparison", "Keep", "comparison", "guard", "guard_cost"]
+__all__ = ["ArmComparison", "Keep", "arm_comparison", "guard", "guard_cost"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def guard(
     """
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout):
-        found = comparison(
+        found = arm_comparison(
             task,
             layout,
             config=config,
@@ -122,7 +122,7 @@ def guard(
     return result
 
 
-def comparison(
+def arm_comparison(
     task: Task,
     layout: ParameterLayout,
     *,
@@ -135,17 +135,17 @@ def comparison(
     measured: VerifyResult | None = None,
     keep: Keep | None = None,
     progress: Progress = silent,
-) -> Comparison:
+) -> ArmComparison:
     """What `guard` compares, before anything is trained; inside `measuring`. Arguments and errors are its."""
     last = min(config.steps or steps, steps)
     points = frozenset(measured_points(last))
     plan = ArmPlan(
         task, layout, recipe_of(training, steps), config, behaviour or BehaviourConfig(), last, points, seed
     )
-    return Comparison(plan, workspace, measured, keep, progress)
+    return ArmComparison(plan, workspace, measured, keep, progress)
 
 
-class Comparison:
+class ArmComparison:
     """All arms of one plan, at the aligned point and inside `measuring`."""
 
     def __init__(
@@ -371,7 +371,7 @@ def _keep(folder: Path | None, arm: Arm) -> None:
 
 def _result(
     plan: ArmPlan,
-    found: Comparison,
+    found: ArmComparison,
     arms: list[Arm],
     forecasts: list[ArmForecast],
     repeats: list[Arm],

@@ -24,7 +24,7 @@ from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names
 from arisk.guard.plan import ArmPlan
 from arisk.guard.record import Arm, ArmForecast, GuardResult
-from arisk.guard.run import BEST, Comparison, comparison
+from arisk.guard.run import BEST, ArmComparison, arm_comparison
 from arisk.models import load_task
 from tests.bench.guard_forecast import both, chosen, report
 from tests.bench.pool import Item
@@ -98,7 +98,7 @@ def items(
 
 
 @contextmanager
-def _measuring(bench: _Bench) -> Generator[Comparison]:
+def _measuring(bench: _Bench) -> Generator[ArmComparison]:
     """The comparison of a job; the last one loaded by this process is kept."""
     if bench.folder not in _LOADED:
         _LOADED.clear()
@@ -106,7 +106,7 @@ def _measuring(bench: _Bench) -> Generator[Comparison]:
         steps = planned_steps(bench.config.training, task.finetune.units)
         layout = layout_of(task.model, task.parameter_names)
         with measuring(task.model, layout):
-            found = comparison(
+            found = arm_comparison(
                 task,
                 layout,
                 config=bench.config.guard,
@@ -123,7 +123,7 @@ def _measuring(bench: _Bench) -> Generator[Comparison]:
         yield found
 
 
-_LOADED: dict[Path, tuple[Comparison, ParameterLayout]] = {}
+_LOADED: dict[Path, tuple[ArmComparison, ParameterLayout]] = {}
 
 
 class _Bench:
@@ -139,7 +139,7 @@ class _Bench:
         return self.folder / "-".join(parts) / "record.json"
 
     def item(
-        self, what: str, record: Path, make: Callable[[Comparison], object], needs: Sequence[Path] = ()
+        self, what: str, record: Path, make: Callable[[ArmComparison], object], needs: Sequence[Path] = ()
     ) -> Item:
         """A piece of work that ends with a record."""
 
@@ -166,7 +166,7 @@ class _Bench:
     def forecasts(self) -> list[Item]:
         """Of the arms that train, plain first."""
 
-        def forecast(number: int) -> Callable[[Comparison], object]:
+        def forecast(number: int) -> Callable[[ArmComparison], object]:
             return lambda f: f.forecast(self.known(f, 0, rises=number > 0), f.names[number])
 
         def needs(number: int) -> list[Path]:
@@ -180,7 +180,7 @@ class _Bench:
     def arm(self, number: int, seed: int) -> Item:
         """One arm that trains."""
 
-        def train(found: Comparison) -> None:
+        def train(found: ArmComparison) -> None:
             found.trained(self.known(found, seed, rises=True), [found.names[number]], seed)
 
         needs = [self.kept(0, seed), self.kept(0, kind="forecast")]
@@ -218,7 +218,7 @@ class _Bench:
             for place in range(BEST)
         ]
 
-    def known(self, found: Comparison, seed: int, *, rises: bool) -> ArmPlan:
+    def known(self, found: ArmComparison, seed: int, *, rises: bool) -> ArmPlan:
         """The plan of a seed with what plain and its forecast told, as `arisk guard` hands it to the arms."""
         plain = read_record(self.kept(0, seed).parent, Arm)
         told = (
