@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AskedOutcome", "Outcome", "asked_text", "run_asked", "run_stages", "run_task"]
 
-#: Files of any workspace that serve resuming only.
-RESUME_FILES = ("*.partial",)
+#: Files of any workspace, below it too, that a killed process left half written.
+RESUME_FILES = ("**/*.partial",)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from arisk.base.errors import ArtifactError
 from arisk.engine.fingerprints import stage_key
+from arisk.engine.run import RESUME_FILES
 from arisk.engine.rundir import RunDir
 
 
@@ -36,6 +37,18 @@ def test_commit_moves_the_workspace_and_records_digests(tmp_path):
     assert list(manifest["outputs"]) == ["out.txt"]
     rundir.verify("collect", deep=True)
     assert not (tmp_path / ".partial").exists()
+
+
+def test_what_a_killed_process_left_half_written_is_in_no_stage(tmp_path):
+    rundir = RunDir(tmp_path)
+    given, key = ingredients("k1")
+    work = rundir.workspace("collect", key)
+    (work / "gradients").mkdir()
+    for name in ("gradients/shard-0.safetensors", "gradients/shard-1.safetensors.partial", "out.txt.partial"):
+        (work / name).write_text("x")
+    rundir.commit("collect", key=key, ingredients=given, workspace=work, seconds=1.0, leave_out=RESUME_FILES)
+    assert list(rundir.manifest("collect")["outputs"]) == ["gradients/shard-0.safetensors"]
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_second_commit_replaces_the_first(tmp_path):
@@ -82,6 +95,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import arisk.engine.rundir as module
+from arisk.engine.run import RESUME_FILES
 from arisk.engine.rundir import RunDir
 rundir = RunDir(Path(sys.argv[1]))
 point = sys.argv[2]
@@ -122,7 +136,8 @@ def test_two_writers(tmp_path):
         f"""
         import sys, time
         from pathlib import Path
-        from arisk.engine.rundir import RunDir
+        from arisk.engine.run import RESUME_FILES
+from arisk.engine.rundir import RunDir
         with RunDir(Path({str(tmp_path)!r})).lock("arisk run other.yaml"):
             print("held", flush=True)
             time.sleep(60)
