@@ -95,7 +95,6 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import arisk.engine.rundir as module
-from arisk.engine.run import RESUME_FILES
 from arisk.engine.rundir import RunDir
 rundir = RunDir(Path(sys.argv[1]))
 point = sys.argv[2]
@@ -136,8 +135,7 @@ def test_two_writers(tmp_path):
         f"""
         import sys, time
         from pathlib import Path
-        from arisk.engine.run import RESUME_FILES
-from arisk.engine.rundir import RunDir
+        from arisk.engine.rundir import RunDir
         with RunDir(Path({str(tmp_path)!r})).lock("arisk run other.yaml"):
             print("held", flush=True)
             time.sleep(60)
