@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from arisk.base.errors import AriskError, ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, Task
+from arisk.config.plan import TrainingConfig
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.gradients import ParameterLayout
 from arisk.guard.record import Arm
 from arisk.guard.rivals import SafetyBatches
 from arisk.training.loop import PlannedRun, Protect
-from arisk.training.recipe import Recipe
+from arisk.training.recipe import Recipe, recipe_of
 from arisk.verification.run import measured_steps
 
 __all__ = [
@@ -94,6 +95,24 @@ class ArmPlan:
     plain: Arm | None = None
     rises: Tensor | None = None
     shared: Shared = field(default_factory=Shared, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        task: Task,
+        layout: ParameterLayout,
+        *,
+        config: GuardSettings,
+        training: TrainingConfig,
+        steps: int,
+        seed: int,
+        behaviour: BehaviourConfig | None,
+    ) -> ArmPlan:
+        """The plan without protection, to `config.steps` of its `steps`; the judge is the rule by default."""
+        last = min(config.steps or steps, steps)
+        points = frozenset(measured_points(last))
+        judge = behaviour or BehaviourConfig()
+        return cls(task, layout, recipe_of(training, steps), config, judge, last, points, seed)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` gives, made once for all arms and forecasts of this task.

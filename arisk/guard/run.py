@@ -24,7 +24,7 @@ from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.engine.stage import Cost, CostScene
-from arisk.gradients import ParameterLayout, layout_of, measuring
+from arisk.gradients import layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.choice import best_forecasts
@@ -33,7 +33,6 @@ from arisk.guard.outlook import CONTROL_ROWS, ROWS, ForecastRows, forecast_arm, 
 from arisk.guard.plan import ArmName, ArmPlan, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.training.loop import draws_noise, keeping_parameters, put
-from arisk.training.recipe import recipe_of
 from arisk.verification.record import VerifyResult
 from arisk.verification.run import (
     COPIES_OF_A_RUN,
@@ -44,7 +43,7 @@ from arisk.verification.run import (
     writer,
 )
 
-__all__ = ["ArmComparison", "Keep", "arm_comparison", "guard", "guard_cost"]
+__all__ = ["ArmComparison", "Keep", "guard", "guard_cost"]
 
 
 @dataclass(frozen=True)
@@ -101,60 +100,36 @@ def guard(
     """
     layout = layout_of(task.model, task.parameter_names)
     with measuring(task.model, layout):
-        found = arm_comparison(
-            task,
-            layout,
-            config=config,
-            training=training,
-            steps=steps,
-            seed=seed,
-            behaviour=behaviour,
-            workspace=workspace,
-            measured=measured,
-            keep=keep,
-            progress=progress,
+        plan = ArmPlan.of(
+            task, layout, config=config, training=training, steps=steps, seed=seed, behaviour=behaviour
         )
+        found = ArmComparison(plan, workspace, measured, keep, progress)
         arms, forecasts = found.first()
         repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
-        result = _result(found.plan, found, arms, forecasts, repeats)
+        result = _result(plan, found, arms, forecasts, repeats)
         if keep is not None:
             found.keep_chosen(result, keep)
     return result
 
 
-def arm_comparison(
-    task: Task,
-    layout: ParameterLayout,
-    *,
-    config: GuardSettings,
-    training: TrainingConfig,
-    steps: int,
-    seed: int = 0,
-    behaviour: BehaviourConfig | None = None,
-    workspace: Path | None = None,
-    measured: VerifyResult | None = None,
-    keep: Keep | None = None,
-    progress: Progress = silent,
-) -> ArmComparison:
-    """What `guard` compares, before anything is trained; inside `measuring`. Arguments and errors are its."""
-    last = min(config.steps or steps, steps)
-    points = frozenset(measured_points(last))
-    plan = ArmPlan(
-        task, layout, recipe_of(training, steps), config, behaviour or BehaviourConfig(), last, points, seed
-    )
-    return ArmComparison(plan, workspace, measured, keep, progress)
-
-
 class ArmComparison:
-    """All arms of one plan, at the aligned point and inside `measuring`."""
+    """All arms of one plan, at the aligned point and inside `measuring`.
+
+    Args:
+        plan: the planned run without protection.
+        workspace, measured, keep, progress: see `guard`.
+
+    Raises:
+        InputError: a data set gives no batch.
+    """
 
     def __init__(
         self,
         plan: ArmPlan,
         workspace: Path | None,
-        measured: VerifyResult | None,
-        keep: Keep | None,
-        progress: Progress,
+        measured: VerifyResult | None = None,
+        keep: Keep | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.plan, self.workspace, self.measured = plan, workspace, measured
         self.progress, self.keeps = progress, keep is not None

@@ -328,7 +328,6 @@ class _PointWalk:
 
     def _losses(self) -> tuple[float, float | None]:
         """Mean safety and control loss here."""
-        torch.clear_autocast_cache()
         with self.run.reading():
             safety = float(self.safety.losses(self.task.model).mean())
             if self.task.control is None:

@@ -24,7 +24,7 @@ from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names
 from arisk.guard.plan import ArmPlan
 from arisk.guard.record import Arm, ArmForecast, GuardResult
-from arisk.guard.run import BEST, ArmComparison, arm_comparison
+from arisk.guard.run import BEST, ArmComparison
 from arisk.models import load_task
 from tests.bench.guard_forecast import both, chosen, report
 from tests.bench.pool import Item
@@ -106,7 +106,7 @@ def _measuring(bench: _Bench) -> Generator[ArmComparison]:
         steps = planned_steps(bench.config.training, task.finetune.units)
         layout = layout_of(task.model, task.parameter_names)
         with measuring(task.model, layout):
-            found = arm_comparison(
+            planned = ArmPlan.of(
                 task,
                 layout,
                 config=bench.config.guard,
@@ -114,8 +114,8 @@ def _measuring(bench: _Bench) -> Generator[ArmComparison]:
                 steps=steps,
                 seed=bench.config.run.seed,
                 behaviour=bench.config.behaviour,
-                workspace=bench.folder,
             )
+            found = ArmComparison(planned, bench.folder)
         assert [name.label for name in found.names] == [name.label for name in bench.names]
         _LOADED[bench.folder] = found, layout
     found, layout = _LOADED[bench.folder]
