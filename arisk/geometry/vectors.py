@@ -4,13 +4,14 @@ A model of 135 million parameters makes a vector of half a gigabyte, and stage s
 them. Products with them go parameter by parameter, so what is asked of V is one block at a time: it may
 lie in memory, in a file (`VectorStack`), or be made when it is read (`Scaled`).
 
-Gram matrices of tall rows, accumulated in float64.
+Gram matrices of tall rows, accumulated in float64; products of vectors in parts, one tensor per parameter.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,12 +33,29 @@ __all__ = [
     "column_groups",
     "columns_of",
     "gram",
+    "inner_product",
+    "norm",
 ]
 
 #: Entries of each vector that are read at a time.
 CHUNK = 1 << 22
 #: Bytes of directions in memory where no budget is given.
 DEFAULT_MEMORY = 1e9
+
+
+def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Σ ⟨a, b⟩ over the parts of two vectors in float64; a device is waited for once, not once a part.
+
+    Args:
+        pairs: parts of like shape; they may lie on several devices.
+    """
+    found = [(a.double() * b.double()).sum() for a, b in pairs]
+    return float(torch.stack([part.to(found[0].device) for part in found]).sum()) if found else 0.0
+
+
+def norm(parts: Iterable[Tensor | None]) -> float:
+    """‖·‖ over all parts together, in float64; None counts as zero."""
+    return math.sqrt(inner_product((part, part) for part in parts if part is not None))
 
 
 class Columns(Protocol):

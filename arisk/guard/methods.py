@@ -16,6 +16,7 @@ from arisk.base.task import Task
 from arisk.config import names
 from arisk.config.names import Table
 from arisk.config.sections import GuardSettings
+from arisk.geometry.vectors import norm
 from arisk.guard import (
     AlignGuardConfig,
     LoRAMitigator,
@@ -42,7 +43,6 @@ from arisk.guard.plan import (
     by_strength,
     gradient_of,
     gradients_of,
-    norm_of,
     penalising,
     put_gradients,
     replayed,
@@ -352,7 +352,7 @@ def calibrated(plan: ArmPlan, terms: Callable[[], Terms], wanted: Mapping[str, f
     start = [p.detach().clone() for p in parameters]
     try:
         put(parameters, there)
-        found = {n: norm_of(gradient_of(value, parameters)) for n, value in terms().items() if n in wanted}
+        found = {n: norm(gradient_of(value, parameters)) for n, value in terms().items() if n in wanted}
     finally:
         put(parameters, start)
     weak = [name for name in wanted if not found.get(name, 0.0) > 0]
@@ -373,7 +373,7 @@ def _plain_steps(plan: ArmPlan, count: int) -> tuple[float, list[Tensor]]:
         norms: list[float] = []
         for number in range(1, count + 1):
             run.step(number)
-            norms.append(norm_of([p.grad for p in run.parameters]))
+            norms.append(norm([p.grad for p in run.parameters]))
         return sum(norms) / len(norms), [p.detach().clone() for p in run.parameters]
     finally:
         put(run.parameters, start)

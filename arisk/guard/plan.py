@@ -21,6 +21,7 @@ from arisk.base.errors import AriskError, ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import BehaviourConfig, GuardSettings
+from arisk.geometry.vectors import norm
 from arisk.gradients import ParameterLayout
 from arisk.guard.record import Arm
 from arisk.guard.rivals import SafetyBatches
@@ -41,7 +42,6 @@ __all__ = [
     "gradient_of",
     "gradients_of",
     "measured_points",
-    "norm_of",
     "penalising",
     "put_gradients",
     "replayed",
@@ -265,11 +265,6 @@ def put_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
         parameter.grad = gradient
 
 
-def norm_of(tensors: Sequence[Tensor | None]) -> float:
-    """‖·‖ over all tensors together; None counts as zero."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors if t is not None))
-
-
 def add_gradients(parameters: Sequence[nn.Parameter], terms: Terms, *, each: bool) -> dict[str, float]:
     """Add ∇Σ terms to `.grad`; tells values and norms.
 
@@ -286,13 +281,13 @@ def add_gradients(parameters: Sequence[nn.Parameter], terms: Terms, *, each: boo
     """
     told = {name: float(value.detach()) for name, value in terms.items()}
     acting = {name: value for name, value in terms.items() if value.requires_grad}
-    told["‖∇task‖"] = norm_of([p.grad for p in parameters])
+    told["‖∇task‖"] = norm([p.grad for p in parameters])
     if each:
-        told |= {f"‖∇{name}‖": norm_of(gradient_of(value, parameters)) for name, value in acting.items()}
+        told |= {f"‖∇{name}‖": norm(gradient_of(value, parameters)) for name, value in acting.items()}
     added: Sequence[Tensor | None] = []
     if acting:
         added = gradient_of(torch.stack(list(acting.values())).sum(), parameters, keep=False)
-        told["‖∇penalty‖"] = norm_of(added)
+        told["‖∇penalty‖"] = norm(added)
     bad = [name for name, value in told.items() if not math.isfinite(value)]
     if bad:
         raise NumericsError(

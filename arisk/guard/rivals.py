@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import NumericsError
 from arisk.base.task import Batch, SampleSet
+from arisk.geometry.vectors import inner_product
 from arisk.gradients import (
     ParameterLayout,
     batch_size,
@@ -152,9 +153,8 @@ def without_conflict(gradients: Sequence[Tensor], safety: Sequence[Tensor]) -> t
         a gradient is 0.
     """
     pairs = list(zip(gradients, safety, strict=True))
-    inner = sum(float((g.double() * s.double()).sum()) for g, s in pairs)
-    square = sum(float(s.double().square().sum()) for s in safety)
-    own = sum(float(g.double().square().sum()) for g in gradients)
+    inner = inner_product(pairs)
+    square, own = (inner_product((t, t) for t in vector) for vector in (safety, gradients))
     cosine = inner / (square * own) ** 0.5 if square > 0 and own > 0 else float("nan")
     if inner >= 0 or square == 0:
         return list(gradients), cosine
@@ -217,7 +217,7 @@ def relax(
         if turn == repeats or not current.requires_grad:
             break
         gradients = torch.autograd.grad(current, list(parameters), allow_unused=True)
-        square = sum(float(g.double().square().sum()) for g in gradients if g is not None)
+        square = inner_product((g, g) for g in gradients if g is not None)
         if not abs(after) < float("inf") or not square < float("inf"):
             raise NumericsError(
                 f"the penalty diverges: its value is {after}",

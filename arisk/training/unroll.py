@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from arisk.base.errors import ConfigError
 from arisk.base.task import Progress, silent
+from arisk.geometry.vectors import inner_product, norm
 from arisk.training.loop import PlannedRun, put
 from arisk.training.optimizers import Slopes
 
@@ -269,14 +270,9 @@ def _stride(size: int, steps: int, memory: float) -> int:
     )
 
 
-def _norm(gradients: Sequence[Tensor | None]) -> float:
-    squares = [float(g.double().square().sum()) for g in gradients if g is not None]
-    return math.sqrt(sum(squares))
-
-
 def _clipping(gradients: Sequence[Tensor | None], limit: float | None) -> float:
     """The factor by which a step's gradient was clipped."""
-    return 1.0 if not limit else min(1.0, limit / (_norm(gradients) + CLIP_EPS))
+    return 1.0 if not limit else min(1.0, limit / (norm(gradients) + CLIP_EPS))
 
 
 def _unclipped(
@@ -285,8 +281,6 @@ def _unclipped(
     """Slopes of the gradient before clipping: s c − ⟨c, g⟩ g s²/(‖g‖ limit) where it was clipped by s."""
     if not limit or factor == 1.0:
         return pull
-    along = sum(
-        float((c.double() * g.double()).sum()) for c, g in zip(pull, gradients, strict=True) if g is not None
-    )
-    share = along * factor**2 / (limit * _norm(gradients))
+    along = inner_product((c, g) for c, g in zip(pull, gradients, strict=True) if g is not None)
+    share = along * factor**2 / (limit * norm(gradients))
     return [factor * c if g is None else factor * c - share * g for c, g in zip(pull, gradients, strict=True)]

@@ -49,7 +49,12 @@ def main() -> None:
     _plans(guarded, Path("models/protect"), "2")
     guarded.add_argument("--seeds", type=int, default=1)
     guarded.add_argument("--all", action="store_true", help="train every arm")
-    guarded.add_argument("--methods", default="", help="as in kl,alpha; by default all that the task allows")
+    told = (
+        "as for `arisk guard`, for example guard.methods=[kl,alpha]; give these arms a --folder of their own"
+    )
+    guarded.add_argument(
+        "--set", dest="settings", metavar="KEY=VALUE", action="append", default=[], help=told
+    )
     told = "number of this process among those that share the arms; nothing is printed but what is done"
     guarded.add_argument("--share", type=int, help=told)
     guarded.add_argument(
@@ -176,10 +181,10 @@ def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[
     from tests.bench.real.protect import items, protect
 
     home = given.folder / given.model.name
-    methods = given.methods.split(",") if given.methods else None
     if given.share is not None:
         started = time.monotonic()
-        work = items(jobs, given.model, given.data, home, given.device, given.seeds, every=given.all)
+        options = {"every": given.all, "settings": given.settings}
+        work = items(jobs, given.model, given.data, home, given.device, given.seeds, **options)
         first = jobs[given.share % len(jobs)].name()
         share(work, home / "claims", first=first, late=lambda: time.monotonic() - started > given.seconds)
         return
@@ -187,7 +192,7 @@ def _protections(given: argparse.Namespace, jobs: Sequence[Job], late: Callable[
         if late():
             return
         print(time.strftime("%H:%M:%S"), job.name(), flush=True)
-        options = {"every": given.all, "methods": methods}
+        options = {"every": given.all, "settings": given.settings}
         protect(job, given.model, given.data, home / job.name(), given.device, given.seeds, **options)
 
 

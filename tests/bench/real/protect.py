@@ -19,6 +19,7 @@ import torch
 
 from arisk.base.artifacts import read_record, write_record
 from arisk.config.plan import Config, planned_steps
+from arisk.config.yaml import set_value
 from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.guard.choice import best_forecasts
 from arisk.guard.methods import METHODS, arm_names
@@ -26,14 +27,15 @@ from arisk.guard.plan import ArmPlan
 from arisk.guard.record import Arm, ArmForecast, GuardResult
 from arisk.guard.run import BEST, ArmComparison
 from arisk.models import load_task
+from arisk.models.answers import Shelf
 from tests.bench.guard_forecast import both, chosen, report
 from tests.bench.pool import Item
 from tests.bench.real.forecast import forecast_rows
 from tests.bench.real.jobs import SOURCES, Job
 from tests.bench.real.rows import MAX_LENGTH, read_rows, spread, truth_split, write_rows
 
-#: Safety prompts and control rows that the protections use.
-PROMPTS, CONTROL = 32, 32
+#: Safety prompts, control rows and rows of the task that an arm is measured on; protections use the first.
+PROMPTS, CONTROL, TASK = 64, 32, 64
 
 
 def protect(
@@ -45,7 +47,7 @@ def protect(
     seeds: int = 1,
     *,
     every: bool = False,
-    methods: Sequence[str] | None = None,
+    settings: Sequence[str] = (),
 ) -> GuardResult:
     """Carry out the arms of one job; what is in `folder` is not made again.
 
@@ -57,11 +59,9 @@ def protect(
         device: `cpu`, or `cuda` for the first GPU.
         seeds: runs of every arm.
         every: train all arms.
-        methods: what is compared, in a folder of their own; None: all that the task allows.
+        settings: as for `arisk guard --set`.
     """
-    if methods is not None:
-        folder = folder.with_name(f"{folder.name}-{'-'.join(methods)}")
-    config = plan(job, model, data, folder, seeds, methods)
+    config = plan(job, model, data, folder, seeds, settings)
     whole = folder / ("all" if every else "result")
     if not whole.exists():
         write_record(whole, both(config, folder, device) if every else chosen(config, folder, device))
@@ -71,11 +71,20 @@ def protect(
 
 
 def items(
-    jobs: Sequence[Job], model: Path, data: Path, folder: Path, device: str, seeds: int, *, every: bool
+    jobs: Sequence[Job],
+    model: Path,
+    data: Path,
+    folder: Path,
+    device: str,
+    seeds: int,
+    *,
+    every: bool,
+    settings: Sequence[str] = (),
 ) -> list[Item]:
     """Arms and forecasts of jobs as pieces of work, the plan's own seed first.
 
-    Of further seeds the plain arm and the best two forecast are trained, as `arisk guard` would.
+    Of further seeds the plain arm and the best two forecast are trained, as `arisk guard` would; with `every`
+    the others too, last of all.
 
     Args:
         jobs: LoRA jobs.
@@ -85,15 +94,17 @@ def items(
         device: where to train.
         seeds: runs of every arm.
         every: train all arms, not the best two alone.
+        settings: as for `arisk guard --set`.
     """
     benches = [
-        _Bench(plan(job, model, data, folder / job.name(), seeds), folder / job.name(), device)
+        _Bench(plan(job, model, data, folder / job.name(), seeds, settings), folder / job.name(), device)
         for job in jobs
     ]
     plains = [bench.plain(seed) for seed in range(seeds) for bench in benches]
     forecasts = [item for bench in benches for item in bench.forecasts()]
     best = [item for seed in range(seeds) for bench in benches for item in bench.best(seed)]
-    others = [item for bench in benches for item in bench.others()] if every else []
+    others = [item for seed in range(seeds) for bench in benches for item in bench.others(seed)]
+    others = others if every else []
     return [*plains, *forecasts, *best, *others]
 
 
@@ -102,7 +113,9 @@ def _measuring(bench: _Bench) -> Generator[ArmComparison]:
     """The comparison of a job; the last one loaded by this process is kept."""
     if bench.folder not in _LOADED:
         _LOADED.clear()
-        task = load_task(bench.config, device=torch.device(bench.device))
+        # The same prompts in every job, and the same answers.
+        shelf = Shelf(bench.folder.parent, {"path": str(bench.config.model.path)})
+        task = load_task(bench.config, device=torch.device(bench.device), shelf=shelf)
         steps = planned_steps(bench.config.training, task.finetune.units)
         layout = layout_of(task.model, task.parameter_names)
         with measuring(task.model, layout):
@@ -186,9 +199,9 @@ class _Bench:
         needs = [self.kept(0, seed), self.kept(0, kind="forecast")]
         return self.item(f"arm {number} seed {seed}", self.kept(number, seed), train, needs)
 
-    def others(self) -> list[Item]:
-        """All arms of the plan's own seed."""
-        return [self.arm(number, 0) for number in self.trains()]
+    def others(self, seed: int) -> list[Item]:
+        """All arms that train."""
+        return [self.arm(number, seed) for number in self.trains()]
 
     def best(self, seed: int) -> list[Item]:
         """The best two by forecast; which they are is told when all are forecast."""
@@ -228,9 +241,7 @@ class _Bench:
         return replace(found.plan_of(seed), plain=plain, rises=at_risk)
 
 
-def plan(
-    job: Job, model: Path, data: Path, folder: Path, seeds: int, methods: Sequence[str] | None = None
-) -> Config:
+def plan(job: Job, model: Path, data: Path, folder: Path, seeds: int, settings: Sequence[str] = ()) -> Config:
     """The job in arisk's words; its data go to `folder`."""
     sets, split = forecast_rows(data), truth_split(data)["harmful"]
     files: dict[str, Sequence[Any]] = {
@@ -241,29 +252,29 @@ def plan(
     }
     folder.mkdir(parents=True, exist_ok=True)
     given = {name: _written(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
-    return Config.model_validate(
-        {
-            "model": {"path": str(model), "adapter": {"r": 8, "alpha": 16}},
-            "verify": {"safety": given.pop("heldout")},
-            **given,
-            "training": {
-                "learning_rate": job.learning_rate,
-                "max_steps": job.steps,
-                "batch_size": job.batch,
-                "gradient_accumulation": job.accumulation,
-                "schedule": job.schedule,
-                "warmup_ratio": job.warmup_ratio,
-                "weight_decay": job.weight_decay,
-                "precision": "bf16",
-            },
-            "guard": {
-                "methods": methods,
-                "seeds": seeds,
-                "task_samples": 32,
-                "control_samples": CONTROL,
-            },
-        }
-    )
+    mapping: dict[str, Any] = {
+        "model": {"path": str(model), "adapter": {"r": 8, "alpha": 16}},
+        "verify": {"safety": given.pop("heldout")},
+        **given,
+        "training": {
+            "learning_rate": job.learning_rate,
+            "max_steps": job.steps,
+            "batch_size": job.batch,
+            "gradient_accumulation": job.accumulation,
+            "schedule": job.schedule,
+            "warmup_ratio": job.warmup_ratio,
+            "weight_decay": job.weight_decay,
+            "precision": "bf16",
+        },
+        "guard": {
+            "seeds": seeds,
+            "task_samples": TASK,
+            "control_samples": CONTROL,
+        },
+    }
+    for setting in settings:
+        set_value(mapping, setting)
+    return Config.model_validate(mapping)
 
 
 def _written(file: Path, rows: Sequence[Any]) -> dict[str, Any]:
