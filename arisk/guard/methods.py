@@ -163,13 +163,15 @@ def _after(
 
 
 def _projection(plan: ArmPlan, arm: ArmName) -> Protection:
-    task, parameters = plan.task, plan.fresh().parameters
+    task, run = plan.task, plan.fresh()
+    parameters = run.parameters
     if arm.kind == "subspace":
         return _subspace(plan, parameters)
     stream = SafetyBatches(task.safety, plan.config.projection.rows, plan.seed, plan.device)
 
     def protect(number: int) -> Mapping[str, float]:
-        loss = task.safety.loss_fn(task.model, stream.at(number)).mean()
+        with run.beside():
+            loss = task.safety.loss_fn(task.model, stream.at(number)).mean()
         safety = torch.autograd.grad(loss, parameters, allow_unused=True)
         filled = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, safety, strict=True)]
         changed, cosine = without_conflict(gradients_of(parameters), filled)

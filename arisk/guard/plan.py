@@ -323,11 +323,12 @@ def replayed(plan: ArmPlan, samples: SampleSet, strength: float, rows: int, note
         rows: rows of a minibatch.
         note: what is guarded.
     """
-    model, parameters = plan.task.model, plan.fresh().parameters
-    stream = SafetyBatches(samples, rows, plan.seed, plan.device)
+    model, run = plan.task.model, plan.fresh()
+    parameters, stream = run.parameters, SafetyBatches(samples, rows, plan.seed, plan.device)
 
     def protect(number: int) -> Mapping[str, float]:
-        loss = samples.loss_fn(model, stream.at(number)).mean()
+        with run.beside():
+            loss = samples.loss_fn(model, stream.at(number)).mean()
         return add_gradients(parameters, {"safety loss": strength * loss}, each=False)
 
     return Protection(protect, {"safety loss": strength}, note)

@@ -22,6 +22,7 @@ from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, add_gradients
 from arisk.guard.rivals import SafetyBatches
 from arisk.models.anchored import AlignedPoint, ReferenceLosses, constrained, kl_to_aligned
 from arisk.models.answers import GreedyAnswers, own_refusals
+from arisk.models.batching import first_tokens
 from arisk.models.losses import per_sample_nll, trained_tokens
 from arisk.training.panels import panel_of_rows
 
@@ -88,13 +89,16 @@ def _safety_loss_is_foreign(task: Task) -> str | None:
 
 def _kl(plan: ArmPlan, arm: ArmName) -> Protection:
     _require(_safety_loss_is_foreign(plan.task), "kl")
-    model, parameters, strength = plan.task.model, plan.fresh().parameters, arm.strength or 0.0
+    model, run, strength = plan.task.model, plan.fresh(), arm.strength or 0.0
     stream = SafetyBatches(plan.task.safety, plan.config.kl.rows, plan.seed, plan.device)
-    aligned = AlignedPoint(parameters)
+    if plan.config.kl.tokens is not None:
+        stream.batches = [first_tokens(batch, plan.config.kl.tokens) for batch in stream.batches]
+    aligned = AlignedPoint(run.parameters)
 
     def protect(number: int) -> Mapping[str, float]:
-        divergence = kl_to_aligned(model, stream.at(number), aligned).mean()
-        return add_gradients(parameters, {"divergence": strength * divergence}, each=False)
+        with run.beside():
+            divergence = kl_to_aligned(model, stream.at(number), aligned).mean()
+        return add_gradients(run.parameters, {"divergence": strength * divergence}, each=False)
 
     note = "What the aligned model says after each token of the safe responses."
     return Protection(protect, {"divergence": strength}, note)

@@ -125,7 +125,7 @@ def _summary(result: GuardResult, config: Config) -> dict[str, Any]:
 
 GUARD = Stage(
     name="guard",
-    version=9,
+    version=10,
     help="Really fine-tune plain and protected, and measure what protection costs and brings",
     run=_guard,
     config=(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import InputError
 from arisk.base.task import TokenLoss
+from arisk.models.answers import evaluating
 from arisk.models.losses import response_logits, trained_losses, trained_tokens
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
 
 #: β_t of the first response tokens, and of those after them. Source: arXiv 2406.05946, section 4.
 BETAS, LATER_BETA = (0.5, 2.0, 2.0, 2.0, 2.0), 0.1
+#: Logits of the aligned model that are kept, where they are asked for again and again (GB).
+KEPT_GB = 0.5
 
 
 class AlignedPoint:
@@ -44,11 +47,29 @@ class AlignedPoint:
 
     Args:
         parameters: those that will train.
+        memory_gb: logits of batches that are kept at most.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], memory_gb: float = KEPT_GB) -> None:
         self.parameters = list(parameters)
         self.values = [p.detach().clone() for p in self.parameters]
+        self.left = memory_gb * 1e9
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """(n, V) what the aligned model says at the response tokens, see `response_logits`, without dropout.
+
+        A batch is known by its tensor `input_ids` itself: one that comes again is read where it was kept.
+        """
+        ids: Tensor = batch["input_ids"]
+        if id(ids) in self._known:
+            return self._known[id(ids)][1]
+        with self.standing(), evaluating(model):
+            found, _ = response_logits(model, batch)
+        if found.nbytes <= self.left:
+            self.left -= found.nbytes
+            self._known[id(ids)] = ids, found
+        return found
 
     @contextmanager
     def standing(self) -> Generator[None]:
@@ -196,13 +217,12 @@ def kl_to_aligned(model: nn.Module, batch: Mapping[str, Any], aligned: AlignedPo
     Args:
         model: a causal LM.
         batch: safety rows, as for `response_logits`.
-        aligned: the aligned model; one forward pass without a gradient.
+        aligned: the aligned model; one forward pass without a gradient for a batch that is new to it.
 
     Source: distillation from the model before training, Li and Hoiem, Learning without forgetting, arXiv
     1606.09282; on safety rows here, where that takes the rows of the new task.
     """
-    with aligned.standing():
-        then, _ = response_logits(model, batch)
+    then = aligned.logits(model, batch)
     now, where = response_logits(model, batch)
     each = kl_to_reference(now, then)
     rows = where.nonzero()[:, 0].to(each.device)

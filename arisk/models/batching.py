@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from arisk.models.losses import KEEP
 from arisk.models.rendering import IGNORED, Rendered
 
-__all__ = ["FixedBatches", "PlannedBatches", "collate"]
+__all__ = ["FixedBatches", "PlannedBatches", "collate", "first_tokens"]
 
 
 def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Any]:
@@ -38,6 +38,21 @@ def collate(rows: Sequence[Rendered], pad: int) -> dict[str, Any]:
         "labels": labels,
         KEEP: min(longest, longest - first + 1),
     }
+
+
+def first_tokens(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The batch with labels at the first `count` trained tokens of each row alone, cut after the last one.
+
+    Args:
+        batch: as `collate` makes it.
+        count: tokens.
+    """
+    labels = batch["labels"]
+    trained = labels != IGNORED
+    kept = labels.masked_fill(trained.cumsum(1) > count, IGNORED)
+    end = int((kept != IGNORED).any(0).nonzero().max()) + 1 if bool(trained.any()) else labels.shape[1]
+    cut = {name: value[:, :end] for name, value in {**batch, "labels": kept}.items() if name != KEEP}
+    return cut if KEEP not in batch else cut | {KEEP: batch[KEEP] - (labels.shape[1] - end)}
 
 
 class FixedBatches:

@@ -462,6 +462,14 @@ class PlannedRun:
         kind = self.stream.device.type
         return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
 
+    def beside(self) -> torch.autocast:
+        """Inside: forward passes of a loss beside the plan's own, whose gradient no scaler scales.
+
+        In bfloat16 where the plan is; a plan in float16 has them in the precision of the weights.
+        """
+        narrow = self.autocast if self.autocast == torch.bfloat16 else None
+        return torch.autocast(self.stream.device.type, dtype=narrow, enabled=narrow is not None)
+
     def _sum_gradients(self) -> None:
         """Sum of all ranks' gradients; a parameter that no rank used keeps none, as with one process."""
         used = summed(torch.tensor([float(p.grad is not None) for p in self.parameters]))
