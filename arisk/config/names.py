@@ -50,7 +50,7 @@ METHODS = [
     *("drift_replay", "smaller", "average", "alpha"),
 ]
 #: Names of the ways to estimate a row's score before the exact ones.
-ROW_SCORES = ["differences", "sketch"]
+ROW_SCORES = ["differences", "first_tokens", "sketch"]
 #: Schedules of transformers that no plan can tell beforehand.
 MEASURED = ("reduce_lr_on_plateau", "greedy")
 

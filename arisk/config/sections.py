@@ -298,9 +298,9 @@ class ScreenConfig(Settings):
     points: Literal["risen", "start", "both"] = "risen"
     """Where gradients are taken; start: the aligned model, where a first-order score is mostly noise."""
     method: Annotated[str, AfterValidator(known_row_score)] = "auto"
-    """Exact products for every row; or an estimate first, by differences of its loss or by a sketch of its
-    gradient, and exact products for the head of that ranking, from which rows are flagged. auto: differences
-    from 5000 rows where most of the model is selected."""
+    """Exact products for every row; or an estimate first, by differences of its loss, by the first tokens of
+    its response or by a sketch of its gradient, and exact products for the head of that ranking, from which
+    rows are flagged. auto: differences from 5000 rows where most of the model is selected."""
     sketch_side: Annotated[int, Field(gt=0, le=10_000)] = 32
     """Entries that a sketch keeps of each side of a matrix; larger is truer and costs more."""
     batches: Annotated[int, Field(ge=2, le=LARGEST)] = 8

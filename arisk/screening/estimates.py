@@ -4,8 +4,9 @@ The score is the slope of the row's loss along one direction v, the same for all
 
     s_j = ⟨v, g_j⟩ = (ℓ_j(θ + εv) − ℓ_j(θ − εv))/2ε + O(ε²)
 
-`differences` takes two forward passes and no backward pass. `sketch` takes one forward and backward pass
-in which no weight gradient is multiplied out, and projects the factors with random sides.
+`differences` takes two forward passes and no backward pass. `first_tokens` takes the exact product of the
+first tokens of the response, which is their part of s_j, and never reads the rest. `sketch` takes one forward
+and backward pass in which no weight gradient is multiplied out, and projects the factors with random sides.
 
 Passes over the rows of a data set at every point: exact products, or estimates of the score.
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.artifacts import read_tensors, write_tensors
-from arisk.base.errors import NumericsError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.processes import gathered, rank, world
 from arisk.base.task import LossFn, Progress, RowBatches, SampleSet, Task
 from arisk.config import names
@@ -34,6 +35,8 @@ from arisk.config.names import Table
 from arisk.gradients import ParameterLayout, move_batch
 from arisk.gradients.layout import in_float32, is_narrow, parameters_of, widened
 from arisk.gradients.store import Sketch, balanced, per_sample_sketches, sketch_of
+from arisk.models.batching import first_tokens
+from arisk.models.losses import per_sample_nll, trained_tokens
 from arisk.screening.points import Place, RowGroup, beside, overflowing, row_groups, row_products, with_row
 from arisk.training.loop import put
 from arisk.training.panels import batch_losses
@@ -46,6 +49,7 @@ __all__ = [
     "RowScore",
     "RowTables",
     "by_differences",
+    "by_first_tokens",
     "by_sketches",
     "contrast",
     "worth_estimating",
@@ -61,6 +65,8 @@ ROWS, SELECTED = 5_000, 0.5
 #: Share of ‖θ‖ (of 1 where that is less) from which the search for ε starts, its rounds, and the root mean
 #: square of ℓ(θ + εv) − ℓ(θ − εv) that it ends at (nats per token): a step at which losses already bend.
 START, ROUNDS, RISE = 1e-4, 4, 2e-2
+#: Response tokens that `first_tokens` reads.
+FIRST = 8
 #: From there ε falls by this factor so many times: at the bottom losses are mostly rounding.
 FACTOR, RUNGS = 4.0, 7
 
@@ -176,6 +182,54 @@ def _require_finite(groups: Sequence[RowGroup], losses: Tensor) -> None:
 
 
 @contextmanager
+def by_first_tokens(
+    model: nn.Module,
+    layout: ParameterLayout,
+    place: Place,
+    loss_fn: LossFn,
+    engine: str,
+    precision: torch.dtype | None = None,
+) -> Generator[Estimate]:
+    """⟨v, (1/S) Σ_{s ≤ 8} ∇(−log p(y_s))⟩ of a row of S response tokens; its loss is not known.
+
+    A row is not read any further, so a long response costs no more than a short one. What a row does to
+    refusals shows in how its answer begins; a row that does harm later on only is ranked too low.
+
+    Args:
+        model: the model, inside `measuring`; is moved to the point.
+        layout: the selected parameters.
+        place: the point.
+        loss_fn: the mean loss per response token of a causal LM.
+        engine: engine of the per-sample gradients.
+        precision: autocast, as of `row_products`.
+
+    Raises:
+        ConfigError: another loss, whose tokens are not known.
+        NumericsError: a loss or gradient is not finite; names the row.
+    """
+    if loss_fn is not per_sample_nll:
+        raise ConfigError(
+            "the first tokens of a row cannot be told from the others: its loss is no causal LM's",
+            where="screen.method: first_tokens",
+            fix="use `exact` or `differences`",
+        )
+    parameters = parameters_of(model, layout)
+    direction = beside(contrast(place)[:, None], parameters[0])
+
+    def estimate(groups: Sequence[RowGroup]) -> Tensor:
+        put(parameters, list(layout.split(place.theta).values()))
+        made: list[Tensor] = []
+        for group in groups:
+            cut = RowGroup(group.rows, first_tokens(group.batch, FIRST))
+            found = row_products(model, cut, loss_fn, layout, direction, engine=engine, precision=precision)
+            share = trained_tokens(cut.batch) / trained_tokens(group.batch).clamp(min=1)
+            made.append(torch.stack([found[:, 0] * share, torch.full_like(share, torch.nan)], dim=1))
+        return torch.cat(made)
+
+    yield estimate
+
+
+@contextmanager
 def by_sketches(
     model: nn.Module, layout: ParameterLayout, place: Place, loss_fn: LossFn, side: int, engine: str
 ) -> Generator[Estimate]:
@@ -243,6 +297,7 @@ class EstimateScene:
         probe: rows to set a step on, best spread over the data.
         side: entries that a sketch keeps of each side of a matrix.
         engine: engine of the per-sample gradients.
+        precision: autocast of gradients.
     """
 
     model: nn.Module
@@ -252,6 +307,7 @@ class EstimateScene:
     probe: Callable[[], Iterator[RowGroup]]
     side: int
     engine: str
+    precision: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +317,7 @@ class RowScore:
     Attributes:
         made: from a scene to `estimate(groups)` → (rows, 2): score and loss.
         said: what rows are scored by, in words.
-        forwards: forward passes of the model that a row takes; a backward pass counts as two.
+        forwards: forward passes of the model that a whole row takes; a backward pass counts as two.
     """
 
     made: Callable[[EstimateScene], AbstractContextManager[Estimate]]
@@ -273,6 +329,12 @@ def _differences(scene: EstimateScene) -> AbstractContextManager[Estimate]:
     return by_differences(scene.model, scene.layout, scene.place, scene.loss_fn, list(scene.probe()))
 
 
+def _first_tokens(scene: EstimateScene) -> AbstractContextManager[Estimate]:
+    return by_first_tokens(
+        scene.model, scene.layout, scene.place, scene.loss_fn, scene.engine, scene.precision
+    )
+
+
 def _sketches(scene: EstimateScene) -> AbstractContextManager[Estimate]:
     return by_sketches(scene.model, scene.layout, scene.place, scene.loss_fn, scene.side, scene.engine)
 
@@ -282,6 +344,7 @@ ROW_SCORES: Table[RowScore] = Table(
     names.ROW_SCORES,
     {
         "differences": RowScore(_differences, "differences of their loss", 2),
+        "first_tokens": RowScore(_first_tokens, f"the first {FIRST} tokens of their responses", 3),
         "sketch": RowScore(_sketches, "a sketch of their gradient", 3),
     },
 )
@@ -380,7 +443,7 @@ class Passes:
         def made(place: Place) -> AbstractContextManager[Estimate]:
             probe = partial(row_groups, samples, size, rows=_spread(samples), limit=PROBED)
             return ROW_SCORES[method].made(
-                EstimateScene(model, layout, place, loss_fn, probe, side, self.engine)
+                EstimateScene(model, layout, place, loss_fn, probe, side, self.engine, self.precision)
             )
 
         return self._tables(groups, f"{samples.name} rows by {method}", len(samples.rows), made)

@@ -58,9 +58,11 @@ class ScreenResult:
         losses, gradient_norms: (N,) at the last point; nats per response token.
         null: (N_c,) scores of control rows, each left out of its own ∇L_c; None where there are none.
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
-            that rows are held against, or by a "sketch" of their gradient.
+            that rows are held against, by the "first_tokens" of their responses, or by a "sketch" of their
+            gradient.
         exact: (N,) whether a row's numbers are exact products; of the others `scores` has the estimate,
-            and all but `losses` is NaN (a loss by differences is that of the point to O(ε²)).
+            and all but `losses` is NaN (by differences a loss is that of the point to O(ε²), by first tokens
+            it is NaN too).
         p_values: (N,) probability that a harmless row scores as high, by `null_source`; NaN for estimates.
         flagged: row numbers, the most harmful first.
         rule: how they were chosen, in words. threshold: smallest score that the rule flags, NaN

@@ -1,5 +1,7 @@
 """Arms that hold to the aligned model, against plain loops of torch; what they need, and what they say."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ from arisk.base.errors import ConfigError, InputError
 from arisk.config.plan import Config
 from arisk.config.sections import BehaviourConfig
 from arisk.gradients import layout_of, measuring
+from arisk.guard import references
 from arisk.guard.methods import METHODS, arm_names
+from arisk.guard.plan import ArmName, ArmPlan
 from arisk.guard.record import NEVER_BEGUN
 from arisk.guard.run import guard
 from arisk.models import load_task
@@ -103,6 +107,40 @@ def test_the_divergence_is_added_to_the_task():
 
     assert arm.final_safety == pytest.approx(by_hand(task, loss), rel=1e-3, abs=1e-5)
     assert arm.terms["divergence"][-1] > 0
+
+
+@pytest.mark.parametrize(("precision", "narrow"), [("bf16", True), ("weights", False)])
+def test_safety_rows_are_read_in_the_precision_of_the_plan(precision, narrow, monkeypatch):
+    """As where a term is added to the loss of a trainer under autocast."""
+    config = config_of(training={**config_of().training.model_dump(), "precision": precision})
+    task, seen = load_task(config, device=torch.device("cpu")), []
+
+    def noted(loss):
+        def wrapped(*given):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return loss(*given)
+
+        return wrapped
+
+    monkeypatch.setattr(references, "kl_to_aligned", noted(references.kl_to_aligned))
+    assert carried_out(config, task, methods=["plain", "kl"]).arms[1].diverged_at is None
+    layout = layout_of(task.model, task.parameter_names)
+    with measuring(task.model, layout):
+        safety = dataclasses.replace(task.safety, loss_fn=noted(per_sample_nll))
+        plan = ArmPlan.of(
+            dataclasses.replace(task, safety=safety),
+            layout,
+            config=config.guard,
+            training=config.training,
+            steps=STEPS,
+            seed=0,
+            behaviour=None,
+        )
+        for method, strength, kind in (("replay", 0.1, "loss"), ("projection", None, "conflict")):
+            run, name = plan.fresh(), ArmName(method, method, strength, kind)
+            run.protect = METHODS[method].build(plan, name).protect
+            run.step(1)
+    assert seen == [narrow] * (STEPS + 2)
 
 
 def test_own_refusals_are_the_models_greedy_words_and_the_judge_chooses_them():

@@ -15,6 +15,7 @@ from arisk.models.anchored import (
     constrained_weights,
     kl_to_aligned,
 )
+from arisk.models.batching import first_tokens
 from arisk.models.losses import trained_losses, trained_sums
 from arisk.models.selection import attach_adapter
 from tests.models.test_openings import ROWS, batch_of, small
@@ -130,3 +131,40 @@ def test_a_graph_that_waits_survives_a_look_at_the_aligned_model():
     want = gradients(model, trained_sums(model, batch).sum())
     kl_to_aligned(model, batch, aligned)
     assert torch.equal(gradients(model, waiting), want)
+
+
+def test_what_the_aligned_model_says_of_a_batch_is_computed_once_and_without_dropout():
+    model, batch, passes = small(), batch_of(ROWS), []
+    dropping = torch.nn.Dropout(0.5)
+    model.model.norm.register_forward_hook(lambda *_: passes.append(1))
+    model.model.norm.register_forward_hook(lambda _, __, made: dropping(made))
+    model.dropping = dropping
+    aligned = AlignedPoint(model.parameters())
+    model.train()
+    first = aligned.logits(model, batch)
+    moved(model)
+    assert aligned.logits(model, batch) is first
+    assert len(passes) == 1
+    assert model.training
+    assert dropping.training
+    again = AlignedPoint(aligned.parameters)
+    again.values = aligned.values
+    # Nothing is kept beyond the budget, and no number depends on what is.
+    again.left = 0.0
+    assert torch.equal(again.logits(model, batch), first)
+    assert torch.equal(again.logits(model, batch), first)
+    assert len(passes) == 3
+
+
+def test_first_tokens_are_labels_up_to_a_number_and_nothing_after_them():
+    batch = batch_of([([5, 6], [7, 8, 9, 10]), ([5, 6, 7, 8], [9])])
+    cut = first_tokens(batch, 2)
+    assert cut["input_ids"].shape[1] == 5
+    assert cut["labels"].tolist() == [[-100, -100, 7, 8, -100], [-100, -100, -100, -100, 9]]
+    model = small()
+    whole, _ = trained_losses(model, batch)
+    part, where = trained_losses(model, cut)
+    assert where.sum(1).tolist() == [2, 1]
+    assert torch.allclose(part.sum(1), torch.stack([whole[0, 1:3].sum(), whole[1].sum()]), rtol=1e-10)
+    kept = first_tokens({**batch, "logits_to_keep": 5}, 2)
+    assert kept["logits_to_keep"] == 4

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from arisk.gradients import layout_of, measuring
 from arisk.models import load_task
 from arisk.models.answers import GreedyAnswers
 from arisk.models.losses import per_sample_nll
-from arisk.screening import path
+from arisk.screening import estimates, path
+from arisk.screening import run as screen_head
 from arisk.screening.anchors import _layer, anchor_scores
 from arisk.screening.measure import measured_by
 from arisk.screening.run import flagged_anew, screen
@@ -204,6 +206,34 @@ def ranked(found):
     others = torch.ones(len(found.scores)).bool()
     others[HARMFUL] = False
     return float((found.scores[HARMFUL][:, None] > found.scores[others][None]).double().mean())
+
+
+def test_first_tokens_are_their_part_of_the_exact_score(config, monkeypatch):
+    """A row of no more tokens has its exact score; a longer one the slope of its first ones."""
+    exact = screened(config, measure="loss", examples=0, what_if=False)
+    monkeypatch.setattr(screen_head, "CHECKED", 1)
+    monkeypatch.setattr(screen_head, "HEAD", 1)
+    settings = {"measure": "loss", "examples": 0, "what_if": False, "method": "first_tokens", "drop": 0.01}
+    for first in (10_000, 3):
+        monkeypatch.setattr(estimates, "FIRST", first)
+        found = screened(config, **settings)
+        assert found.method == "first_tokens"
+        told = ~found.exact
+        assert int(told.sum()) > 100
+        assert bool(found.losses[told].isnan().all())
+        size = float(exact.scores.abs().max())
+        off = (found.scores - exact.scores)[told].abs().max() / size
+        assert off < 1e-5 if first == 10_000 else 1e-3 < off < 1
+
+
+def test_first_tokens_need_a_loss_whose_tokens_are_known(config):
+    task = load_task(config, device=torch.device("cpu"))
+    foreign = dataclasses.replace(task.finetune, loss_fn=partial(per_sample_nll, temperature=2.0))
+    settings = ScreenConfig(method="first_tokens", measure="loss")
+    with pytest.raises(ConfigError, match="first tokens of a row cannot be told"):
+        screen(
+            dataclasses.replace(task, finetune=foreign), config=settings, training=config.training, steps=15
+        )
 
 
 def test_the_opening_is_what_the_aligned_model_itself_says_first(config):
