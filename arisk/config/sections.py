@@ -400,7 +400,7 @@ class ConstrainedArm(Settings):
 class KlArm(Settings):
     """The divergence from the aligned model on a safety minibatch, added to every step."""
 
-    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[1.0])
+    strengths: Annotated[list[PositiveFloat], Field(min_length=1)] = Field(default=[1.0, 2.0])
     """One arm each: λ of L = L_task + λ KL(p_aligned ‖ p)."""
     rows: PositiveInt = 8
     """Safety rows per optimizer step."""

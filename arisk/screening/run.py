@@ -382,6 +382,9 @@ NULL_ROWS = 16
 STANDS_OUT = 0.05
 #: Share of the rows above the null from which the whole set is to blame.
 WHOLE_SET = 0.5
+#: Share of the rows that control rows may flag alone, and of more flags the share that must also stand out
+#: among the rows themselves: control rows of another kind flag the upper part of one cloud.
+ALONE, AMONG_ROWS = 0.05, 1 / 3
 
 
 def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
@@ -406,16 +409,15 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
         excess=upper_tail_excess(scores, null) if enough else None,
         beyond=float((p_values <= STANDS_OUT).double().mean()) if enough else math.nan,
     )
-    unranked = _unranked(record) if config.score == "auto" and config.drop is None else None
+    found = discoveries(p_values, config.false_discovery)
+    found = found[scores[found] > max(0.0, ceiling if enough else 0.0)]
+    unranked = _unranked(record, found, config) if config.score == "auto" and config.drop is None else None
     if config.drop is not None:
         count = min(len(scores), max(1, round(config.drop * len(scores))))
         chosen = torch.tensor([row for row in record.order if record.exact[row]][:count], dtype=torch.int64)
         rule = f"the {config.drop:.3g} of the rows with the highest scores, as asked for"
     else:
-        found = discoveries(p_values, config.false_discovery)
-        if not record.rise_reached or unranked:
-            found = found[:0]
-        chosen = found[scores[found] > max(0.0, ceiling if enough else 0.0)]
+        chosen = found if record.rise_reached and not unranked else found[:0]
         chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
         rule = (
             f"scores beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
@@ -443,7 +445,7 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     )
 
 
-def _unranked(record: ScreenResult) -> str | None:
+def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str | None:
     """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
     if not record.rise_reached or record.excess is None:
         return None
@@ -453,6 +455,17 @@ def _unranked(record: ScreenResult) -> str | None:
     if record.excess > STANDS_OUT:
         p = f"{record.excess:.2g}"
         return f"No rows to blame, {whole}: the highest scores are no higher than control rows' (p = {p})."
+    scores = record.scores
+    among = discoveries(
+        tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0), config.false_discovery
+    )
+    standing = int((scores[among] > 0).sum())
+    if len(found) > ALONE * len(scores) and standing < AMONG_ROWS * len(found):
+        return (
+            f"No rows to blame, {whole}: {len(found)} of {len(scores)} rows score above every control row, "
+            f"but {standing} of them stand out among the rows themselves. Control rows are of another kind: "
+            "give `control` rows like the harmless part of your data."
+        )
     return None
 
 

@@ -21,7 +21,7 @@ import torch
 from arisk.config.plan import Config, planned_steps
 from arisk.config.yaml import load_config
 from arisk.guard.choice import forecast_task_cost, standings, task_cost
-from arisk.guard.record import Arm, GuardResult
+from arisk.guard.record import Arm, ArmForecast, GuardResult
 from arisk.guard.run import BEST, guard
 from arisk.models import load_task
 from arisk.models.judge import judge_for, learnt_openings
@@ -81,7 +81,10 @@ def report(result: GuardResult, config: Config) -> None:
     judge = judge_for(config.behaviour, learnt_openings(str(row["response"]) for row in result.prompts))
     standing = {one.label: one for one in standings(result, judge)}
     forecasts = {one.label: one for one in result.forecasts}
-    plain = result.forecasts[0]
+
+    def foretold(one: ArmForecast) -> str:
+        return f"{forecast_task_cost(one, result.forecasts[0], result.plain):+.1%}"
+
     rows, told = [], []
     for label, one in standing.items():
         arm, seen = one.runs[0], forecasts.get(label)
@@ -92,7 +95,7 @@ def report(result: GuardResult, config: Config) -> None:
                 f"{one.safety:+.3f}",
                 "–" if seen is None else f"{seen.kept:.0%}",
                 f"{one.refusals:g} of {len(result.prompts)}",
-                "–" if seen is None else f"{forecast_task_cost(seen, plain, result.plain):+.1%}",
+                "–" if seen is None else foretold(seen),
                 f"{task_cost(arm, result.plain):+.1%}",
                 "–" if seen is None else f"{seen.cpu_seconds:.0f} for {_trained(arm):.0f}",
             ]
@@ -107,10 +110,12 @@ def report(result: GuardResult, config: Config) -> None:
     ]
     for one in result.forecasts:
         if one.label not in standing:
-            cost = forecast_task_cost(one, plain, result.plain)
-            print(f"forecast only: {one.label}: {one.safety:+.3f}, kept {one.kept:.0%}, task {cost:+.1%}")
+            told_so = f"{one.safety:+.3f}, kept {one.kept:.0%}, task {foretold(one)}"
+            print(f"forecast only: {one.label}: {told_so}")
     for name, first, second in said if len(told) == len(forecasts) else ():
         print(f"Kendall {name}: {kendall(first, second):.2f} of {len(told)} arms")
+    if not result.forecasts:
+        return
     arms = {arm.label: arm for arm in result.arms if arm.label in forecasts}
     chosen = [one.label for one in result.forecasts if one.chosen]
     # Arms of a method share what they measure beforehand, and the forecasts have measured it already.
@@ -120,7 +125,7 @@ def report(result: GuardResult, config: Config) -> None:
         setting_up[key] = max(setting_up.get(key, 0.0), arm.setup_seconds)
     everything = sum(setting_up.values()) + sum(arm.cpu_seconds for arm in arms.values())
     spent = sum(one.cpu_seconds for one in result.forecasts)
-    spent += sum(arms[label].cpu_seconds for label in (plain.label, *chosen) if label in arms)
+    spent += sum(arms[label].cpu_seconds for label in (result.plain.label, *chosen) if label in arms)
     print(f"forecast all and train plain and {BEST}: {spent:.0f} CPU s of {everything:.0f}")
     print(f"share {spent / everything:.2f}; chosen: {', '.join(chosen)}")
 

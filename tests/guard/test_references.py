@@ -140,7 +140,8 @@ def test_safety_rows_are_read_in_the_precision_of_the_plan(precision, narrow, mo
             run, name = plan.fresh(), ArmName(method, method, strength, kind)
             run.protect = METHODS[method].build(plan, name).protect
             run.step(1)
-    assert seen == [narrow] * (STEPS + 2)
+    # Two strengths of kl, and a step each of the others.
+    assert seen == [narrow] * (2 * STEPS + 2)
 
 
 def test_own_refusals_are_the_models_greedy_words_and_the_judge_chooses_them():
@@ -200,4 +201,4 @@ def test_an_arm_whose_loss_is_not_a_number_is_named_and_the_others_go_on(monkeyp
 
 def test_labels_name_the_strength():
     config = test_run.GuardConfig(methods=["constrained", "kl", "own_replay"])
-    assert [arm.label for arm in arm_names(config)] == ["plain", "constrained 1", "kl 1", "own_replay 0.3"]
+    assert [arm.label for arm in arm_names(config)] == ["plain", "constrained 1", "kl 1", "kl 2", "own_replay 0.3"]

@@ -157,6 +157,19 @@ def test_a_few_rows_that_stand_out_are_flagged_and_a_whole_set_is_not(told):
     )
 
 
+def test_control_rows_of_another_kind_blame_nobody(told):
+    """One cloud that lies above control rows has an upper part, which is no group of its own."""
+    cloud, null = 3 * drawn(300, 1) + 1.5, drawn(64, 2)
+    found = flagged(told, cloud, null)
+    assert found.flagged == []
+    assert "stand out among the rows themselves" in found.sentence
+    # A second cloud, far from the first, is one.
+    cloud, null = 3 * drawn(300, 1) + 1, drawn(64, 2)
+    cloud[:45] = 100 + torch.arange(45)
+    found = flagged(told, cloud, null)
+    assert set(range(45)) <= set(found.flagged)
+
+
 def test_a_tail_is_told_from_none_whatever_the_shift():
     p = [
         upper_tail_excess(drawn(200, seed, shift=seed), drawn(64, 500 + seed), draws=99) for seed in range(40)

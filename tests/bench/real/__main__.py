@@ -64,6 +64,9 @@ def main() -> None:
         "merge", help="write tests/bench/truths/MODEL.json from the cache, without texts"
     )
     merge.add_argument("--cache", type=Path, default=Path("models/truths"))
+    done = commands.add_parser("protections", help="print tests/bench/truths/protections.json")
+    done.add_argument("--keep", type=Path, help="write it first, from this folder of `protect`")
+    done.add_argument("--device", default="", help="with --keep: where that was, in words")
     kept = commands.add_parser("rollouts", help="write tests/bench/truths/rollouts.json from the forecasts")
     kept.add_argument("--folder", type=Path, default=Path("models/forecasts"))
     commands.add_parser("publish", help="put the record of refusals into arisk/forecast/validity.json")
@@ -78,6 +81,13 @@ def main() -> None:
 
         for path in write(given.cache):
             print(path)
+        return
+    if given.command == "protections":
+        from tests.bench.real.protections import keep, show
+
+        if given.keep is not None:
+            keep(given.keep, given.device)
+        show()
         return
     if given.command == "rollouts":
         from tests.bench.real.rollouts import keep
