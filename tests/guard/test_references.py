@@ -201,4 +201,10 @@ def test_an_arm_whose_loss_is_not_a_number_is_named_and_the_others_go_on(monkeyp
 
 def test_labels_name_the_strength():
     config = test_run.GuardConfig(methods=["constrained", "kl", "own_replay"])
-    assert [arm.label for arm in arm_names(config)] == ["plain", "constrained 1", "kl 1", "kl 2", "own_replay 0.3"]
+    assert [arm.label for arm in arm_names(config)] == [
+        "plain",
+        "constrained 1",
+        "kl 1",
+        "kl 2",
+        "own_replay 0.3",
+    ]
