@@ -382,8 +382,8 @@ NULL_ROWS = 16
 STANDS_OUT = 0.05
 #: Share of the rows above the null from which the whole set is to blame.
 WHOLE_SET = 0.5
-#: Share of the rows that control rows may flag alone, and of more flags the share that must also stand out
-#: among the rows themselves: control rows of another kind flag the upper part of one cloud.
+#: Share of the rows that control rows may flag alone. Of more flags more than this share must stand out among
+#: the rows themselves: control rows of another kind flag the upper part of one cloud.
 ALONE, AMONG_ROWS = 0.05, 1 / 3
 
 
@@ -449,23 +449,21 @@ def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str 
     """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
     if not record.rise_reached or record.excess is None:
         return None
-    whole = "the whole set moves " + MEASURES[record.measure]
-    if record.beyond > WHOLE_SET:
+    whole, scores = "the whole set moves " + MEASURES[record.measure], record.scores
+    among = tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0)
+    standing = int((scores[discoveries(among, config.false_discovery)] > 0).sum())
+    one_cloud = standing <= AMONG_ROWS * len(found)
+    if record.beyond > WHOLE_SET and one_cloud:
         return f"No rows to blame, {whole}: {record.beyond:.0%} of the rows score above what control rows do."
-    if record.excess > STANDS_OUT:
-        p = f"{record.excess:.2g}"
-        return f"No rows to blame, {whole}: the highest scores are no higher than control rows' (p = {p})."
-    scores = record.scores
-    among = discoveries(
-        tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0), config.false_discovery
-    )
-    standing = int((scores[among] > 0).sum())
-    if len(found) > ALONE * len(scores) and standing < AMONG_ROWS * len(found):
+    if len(found) > ALONE * len(scores) and one_cloud:
         return (
             f"No rows to blame, {whole}: {len(found)} of {len(scores)} rows score above every control row, "
             f"but {standing} of them stand out among the rows themselves. Control rows are of another kind: "
             "give `control` rows like the harmless part of your data."
         )
+    if not len(found) and record.excess > STANDS_OUT:
+        p = f"{record.excess:.2g}"
+        return f"No rows to blame, {whole}: the highest scores are no higher than control rows' (p = {p})."
     return None
 
 

@@ -13,7 +13,7 @@ from arisk.gradients import layout_of, mean_gradient, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.models.losses import per_sample_nll
 from arisk.models.selection import attach_adapter, select_parameters
-from arisk.screening.estimates import by_differences, by_sketches
+from arisk.screening.estimates import by_differences, by_first_tokens, by_sketches
 from arisk.screening.points import Place, RowGroup, row_products
 from arisk.screening.record import ScreenPoint
 from arisk.screening.run import screen
@@ -34,11 +34,12 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
     directions = torch.randn(3, layout.numel).T
     theta = torch.cat([p.detach().reshape(-1) for p in parameters_of(model, layout)])
     place = Place(ScreenPoint(0, 0.0, None, 1.0), theta, directions, torch.ones(layout.numel))
-    spent = {"plain": 0.0, "scored": 0.0, "differences": 0.0, "sketched": 0.0}
+    spent = {"plain": 0.0, "scored": 0.0, "differences": 0.0, "first tokens": 0.0, "sketched": 0.0}
     side, rows = ScreenConfig().sketch_side, RowGroup(range(BATCH), data[0])
     with (
         measuring(model, layout),
         by_differences(model, layout, place, per_sample_nll, [rows]) as slopes,
+        by_first_tokens(model, layout, place, per_sample_nll, "hooks") as beginnings,
         by_sketches(model, layout, place, per_sample_nll, side, "hooks") as sketches,
     ):
         for number, batch in enumerate(data):
@@ -48,9 +49,11 @@ def ratio(mode: str, tokens: int) -> dict[str, float]:
                 lambda g=group: row_products(model, g, per_sample_nll, layout, directions, engine="hooks")
             )
             sloped = cpu_seconds(lambda g=group: slopes([g]))
+            begun = cpu_seconds(lambda g=group: beginnings([g]))
             sketched = cpu_seconds(lambda g=group: sketches([g]))
             if number:
                 spent["differences"] += sloped
+                spent["first tokens"] += begun
                 spent["sketched"] += sketched
                 spent["plain"] += plain
                 spent["scored"] += scored
@@ -123,7 +126,7 @@ def growing(rows: int) -> dict[str, float]:
 def cost_tables() -> None:
     """Print both tables."""
     rows: list[list[str]] = []
-    for mode, tokens in (("lora", 16), ("lora", 128), ("full", 16), ("full", 128)):
+    for mode, tokens in (("lora", 16), ("lora", 128), ("lora", 512), ("full", 16), ("full", 128)):
         found, memory = in_own_process(ratio, mode, tokens)
         rows.append(
             [
@@ -132,6 +135,7 @@ def cost_tables() -> None:
                 f"{1e3 * found['plain'] / found['rows']:.0f} ms",
                 f"{found['scored'] / found['plain']:.2f} ×",
                 f"{found['differences'] / found['plain']:.2f} ×",
+                f"{found['first tokens'] / found['plain']:.2f} ×",
                 f"{found['sketched'] / found['plain']:.2f} ×",
                 f"{memory:.1f} GB",
             ]
@@ -142,6 +146,7 @@ def cost_tables() -> None:
         "plain forward + backward per row",
         "scored",
         "differences",
+        "first tokens",
         "sketched",
         "peak RSS",
     ]

@@ -259,7 +259,7 @@ def test_rows_far_outside_the_null_are_flagged_and_no_others(made):
     clean = dataclasses.replace(told, scores=made.null[torch.arange(30) % 20])
     assert flagged_anew(clean, ScreenConfig()).flagged == []
     usual = float(made.null.max())
-    assert flagged_anew(clean, ScreenConfig()).sentence == (
+    assert flagged_anew(clean, ScreenConfig(score="point")).sentence == (
         f"No row of 30 is flagged: the highest score is {usual:.3g}, that of a control row {usual:.3g}."
     )
 
@@ -279,7 +279,8 @@ def test_what_a_control_row_reaches_too_is_not_flagged(made):
 def test_a_data_set_of_which_nothing_would_be_kept_is_an_error(made):
     told = dataclasses.replace(made, scores=made.null.abs().max() * torch.full((30,), 1e6), rise_reached=True)
     with pytest.raises(InputError, match="none would be kept"):
-        flagged_anew(told, ScreenConfig())
+        flagged_anew(told, ScreenConfig(score="point"))
+    assert "100% of the rows score above what control rows do" in flagged_anew(told, ScreenConfig()).sentence
 
 
 def test_a_killed_screening_goes_on_and_ends_the_same(made, tmp_path, monkeypatch):
