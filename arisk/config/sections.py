@@ -404,8 +404,6 @@ class KlArm(Settings):
     """One arm each: λ of L = L_task + λ KL(p_aligned ‖ p)."""
     rows: PositiveInt = 8
     """Safety rows per optimizer step."""
-    tokens: PositiveInt | None = None
-    """First tokens of each safe response that are held; null: all."""
 
 
 class OwnReplayArm(Settings):

@@ -20,13 +20,12 @@ from arisk.base.task import RowBatches, Task
 from arisk.forecast.leap import scored_rows
 from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, add_gradients, by_strength, replayed
 from arisk.guard.rivals import SafetyBatches
-from arisk.models.anchored import AlignedPoint, ReferenceLosses, constrained, kl_to_aligned
+from arisk.models.anchored import KEPT_GB, AlignedPoint, ReferenceLosses, constrained, kl_to_aligned
 from arisk.models.answers import GreedyAnswers, own_refusals
-from arisk.models.batching import first_tokens
 from arisk.models.losses import per_sample_nll, trained_tokens
 from arisk.training.panels import panel_of_rows
 
-__all__ = ["CONSTRAINED", "KL", "OWN_REPLAY"]
+__all__ = ["CONSTRAINED", "KL", "OWN_REPLAY", "kept_gb"]
 
 CAUSAL = "it needs the loss of a Hugging Face causal LM, and this one is given from Python"
 
@@ -91,8 +90,6 @@ def _kl(plan: ArmPlan, arm: ArmName) -> Protection:
     _require(_safety_loss_is_foreign(plan.task), "kl")
     model, run, strength = plan.task.model, plan.fresh(), arm.strength or 0.0
     stream = SafetyBatches(plan.task.safety, plan.config.kl.rows, plan.seed, plan.device)
-    if plan.config.kl.tokens is not None:
-        stream.batches = [first_tokens(batch, plan.config.kl.tokens) for batch in stream.batches]
     aligned = AlignedPoint(run.parameters)
 
     def protect(number: int) -> Mapping[str, float]:
@@ -102,6 +99,15 @@ def _kl(plan: ArmPlan, arm: ArmName) -> Protection:
 
     note = "What the aligned model says after each token of the safe responses."
     return Protection(protect, {"divergence": strength}, note)
+
+
+def kept_gb(task: Task) -> float:
+    """Logits of the aligned model that `kl` keeps, in float32 at most (GB)."""
+    head: Any = getattr(task.model, "get_output_embeddings", lambda: None)()
+    if head is None or _safety_loss_is_foreign(task) is not None:
+        return 0.0
+    tokens = sum(float(trained_tokens(batch).sum()) for batch in task.safety.batches)
+    return min(KEPT_GB, tokens * head.weight.shape[0] * 4 / 1e9)
 
 
 def _unasked(task: Task) -> str | None:

@@ -32,6 +32,7 @@ from arisk.guard.methods import METHODS, arm_names, methods_of
 from arisk.guard.outlook import CONTROL_ROWS, ROWS, ForecastRows, forecast_arm, saves, short_steps
 from arisk.guard.plan import ArmName, ArmPlan, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
+from arisk.guard.references import kept_gb
 from arisk.training.loop import draws_noise, keeping_parameters, put
 from arisk.verification.record import VerifyResult
 from arisk.verification.run import (
@@ -417,11 +418,13 @@ COPIES = 7
 def guard_cost(scene: CostScene) -> Cost:
     """Every arm's real run, measured as verify measures, and what its protection needs beforehand."""
     vector, on_device = numel(scene.task) * 4 / 1e9, scene.device.get("gradients")
+    arms = arm_names(scene.config.guard, scene.task)
+    kept = kept_gb(scene.task) if any(arm.method == "kl" for arm in arms) else 0.0
     return Cost(
         passes=_passes(scene),
         seconds=scene.loading,
-        memory_gb=scene.memory["gradients"] + COPIES * vector,
-        device_gb=None if on_device is None else on_device + (COPIES_OF_A_RUN + 2) * vector,
+        memory_gb=scene.memory["gradients"] + COPIES * vector + kept,
+        device_gb=None if on_device is None else on_device + (COPIES_OF_A_RUN + 2) * vector + kept,
     )
 
 

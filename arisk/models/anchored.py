@@ -24,6 +24,7 @@ from arisk.models.losses import response_logits, trained_losses, trained_tokens
 
 __all__ = [
     "BETAS",
+    "KEPT_GB",
     "LATER_BETA",
     "AlignedPoint",
     "ReferenceLosses",
