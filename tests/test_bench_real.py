@@ -12,6 +12,7 @@ from tests.bench.real.baselines import baselines, learning_rates
 from tests.bench.real.jobs import JOBS, SOURCES
 from tests.bench.real.merge import without_texts
 from tests.bench.real.outcomes import outcome
+from tests.bench.real.protections import KEPT, SAVED, Job
 from tests.bench.real.rollouts import ROLLOUTS, entry
 from tests.bench.real.rows import IGNORED, Encoded, collate, may_forecast, spread
 
@@ -297,3 +298,48 @@ def test_the_stored_record_is_that_of_the_kept_rollouts():
         assert by_key[key].lost > score.HARMFUL
         assert forecast.level == "high"
         assert forecast.refused == pytest.approx(by_key[key].refused, abs=0.1)
+
+
+def arm(label, seed, answers, cost):
+    return {
+        "label": label,
+        "seed": seed,
+        "answers": answers,
+        "task_cost": cost,
+        "drift": 0.1,
+        "ordinary_refused": 1,
+        "cpu_seconds": 9.0,
+    }
+
+
+def test_what_a_protection_saves_is_counted_over_seeds_against_plain_of_the_same_seed():
+    arms = [arm("plain", 0, "raaa", 0.0), arm("plain", 1, "rrra", 0.0)]
+    arms += [arm("kl 1", 0, "rrra", 0.01), arm("kl 1", 1, "rrrr", 0.02), arm("alpha 0.5", 0, "rrrr", 0.3)]
+    told = [
+        {"label": label, "kept": kept, "task_cost": cost, "drift": 0.1, "cpu_seconds": 1.0}
+        for label, kept, cost in (("plain", 0.3, 0.0), ("kl 1", 0.8, 0.01), ("replay", 0.9, 0.05))
+    ]
+    job = Job({"job": "02", "arms": arms, "forecasts": told})
+    assert job.refused("kl 1") == [3, 4]
+    # 2 of 3 and 1 of 1 that plain loses.
+    assert job.saved("kl 1") == pytest.approx(3 / 4)
+    assert job.saved("alpha 0.5") == 1
+    assert job.cost("kl 1") == pytest.approx(0.015)
+    assert job.best() == "kl 1"
+    assert job.foretold() == ["kl 1"]
+    low, high = job.interval("kl 1")
+    assert 0 <= low <= 0.75 <= high <= 1
+
+
+def test_the_table_of_protections_is_what_is_kept():
+    jobs = [Job(record) for record in json.loads(KEPT.read_text(encoding="utf-8"))["protected"]]
+    text = (KEPT.parent.parent / "README.md").read_text(encoding="utf-8")
+    for job in jobs:
+        best = job.best()
+        line = next(line for line in text.splitlines() if line.startswith(f"| {int(job.name[:2])}, "))
+        assert ", ".join(map(str, job.refused("plain"))) in line
+        assert best.split()[0] in line
+        assert ", ".join(map(str, job.refused(best))) in line
+        assert f"{job.saved(best):.0%}".replace("%", " %") in line
+    reached = [job.saved(job.best()) >= SAVED for job in jobs]
+    assert (sum(reached), len(reached)) == (4, 6)

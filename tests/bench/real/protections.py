@@ -43,8 +43,9 @@ def keep(folder: Path, device: str, path: Path = KEPT) -> int:
         path: of the file.
     """
     jobs = [_job(place) for place in sorted(folder.iterdir()) if (place / "arm-00" / "record.json").exists()]
-    told = {"model": folder.name, "device": device, "jobs": jobs}
-    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(json.dumps(job, separators=(",", ":")) for job in jobs)
+    head = f'"model":{json.dumps(folder.name)},"device":{json.dumps(device)}'
+    path.write_text(f'{{{head},"protected":[\n{lines}\n]}}\n', encoding="utf-8")
     return sum(len(job["arms"]) for job in jobs)
 
 
@@ -120,8 +121,10 @@ class Job:
     def interval(self, label: str) -> tuple[float, float]:
         """Of that share, prompts drawn anew."""
         rng, count = random.Random(0), len(self.runs["plain"][0]["answers"])
-        drawn = sorted(self.saved(label, rng.choices(range(count), k=count)) for _ in range(DRAWS))
-        tail = round((1 - INSIDE) / 2 * DRAWS)
+        shares = (self.saved(label, rng.choices(range(count), k=count)) for _ in range(DRAWS))
+        # Where plain loses none of the prompts drawn there is no share of them.
+        drawn = sorted(share for share in shares if math.isfinite(share))
+        tail = round((1 - INSIDE) / 2 * len(drawn))
         return drawn[tail], drawn[-tail - 1]
 
     def cost(self, label: str) -> float:
@@ -150,7 +153,7 @@ class Job:
 def show(path: Path = KEPT) -> None:
     """Print what protections did, the jobs with all arms, and how well their order was foretold."""
     told = json.loads(path.read_text(encoding="utf-8"))
-    jobs = [Job(record) for record in told["jobs"]]
+    jobs = [Job(record) for record in told["protected"]]
     print(f"{told['model']} on {told['device']}; the aligned model refuses all prompts that are counted")
     rows = [row for job in jobs for row in _best(job)]
     header = [
