@@ -192,7 +192,7 @@ def test_the_embedded_model_runs_every_method(tmp_path):
     done = subprocess.run([*command, *sets], check=True, capture_output=True, text=True, env=environment())
     body = json.loads(done.stdout, parse_constant=pytest.fail)["guard"]
     assert body["heldout"] is True
-    assert len({arm["label"] for arm in body["arms"]}) == 20
+    assert len({arm["label"] for arm in body["arms"]}) == 21
     assert {arm["method"] for arm in body["arms"]} == set(METHODS)
     assert body["ordinary_prompts"] == 2
     assert all(arm["diverged_at"] is None for arm in body["arms"])
