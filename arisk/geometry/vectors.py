@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,7 @@ __all__ = [
     "gram",
     "inner_product",
     "norm",
+    "squared_norm",
 ]
 
 #: Entries of each vector that are read at a time.
@@ -49,13 +50,21 @@ def inner_product(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     Args:
         pairs: parts of like shape; they may lie on several devices.
     """
-    found = [(a.double() * b.double()).sum() for a, b in pairs]
-    return float(torch.stack([part.to(found[0].device) for part in found]).sum()) if found else 0.0
+    return _total([(a.double() * b.double()).sum() for a, b in pairs])
+
+
+def squared_norm(parts: Iterable[Tensor | None]) -> float:
+    """‖·‖² over all parts together, in float64; None counts as zero."""
+    return _total([part.double().square().sum() for part in parts if part is not None])
 
 
 def norm(parts: Iterable[Tensor | None]) -> float:
     """‖·‖ over all parts together, in float64; None counts as zero."""
-    return math.sqrt(inner_product((part, part) for part in parts if part is not None))
+    return math.sqrt(squared_norm(parts))
+
+
+def _total(sums: Sequence[Tensor]) -> float:
+    return float(torch.stack([one.to(sums[0].device) for one in sums]).sum()) if sums else 0.0
 
 
 class Columns(Protocol):

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import NumericsError
 from arisk.base.task import Batch, SampleSet
-from arisk.geometry.vectors import inner_product
+from arisk.geometry.vectors import inner_product, squared_norm
 from arisk.gradients import (
     ParameterLayout,
     batch_size,
@@ -154,7 +154,7 @@ def without_conflict(gradients: Sequence[Tensor], safety: Sequence[Tensor]) -> t
     """
     pairs = list(zip(gradients, safety, strict=True))
     inner = inner_product(pairs)
-    square, own = (inner_product((t, t) for t in vector) for vector in (safety, gradients))
+    square, own = squared_norm(safety), squared_norm(gradients)
     cosine = inner / (square * own) ** 0.5 if square > 0 and own > 0 else float("nan")
     if inner >= 0 or square == 0:
         return list(gradients), cosine
@@ -217,7 +217,7 @@ def relax(
         if turn == repeats or not current.requires_grad:
             break
         gradients = torch.autograd.grad(current, list(parameters), allow_unused=True)
-        square = inner_product((g, g) for g in gradients if g is not None)
+        square = squared_norm(gradients)
         if not abs(after) < float("inf") or not square < float("inf"):
             raise NumericsError(
                 f"the penalty diverges: its value is {after}",
