@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.pool import Item, share
-from tests.bench.removal import DEFAULT, TRAININGS, left_out
+from tests.bench.removal import DEFAULT, SLICES, TRAININGS, left_out, slices_of
 
 
 def item(folder: Path, name: str, group: str = "", needs: str = "") -> Item:
@@ -86,3 +87,19 @@ def test_a_training_leaves_out_as_many_rows_as_are_labelled(name):
         assert len(set(found)) == 3
     else:
         assert found == [1, 3, 4]
+
+
+def test_halves_differ_and_leave_half():
+    labels = [0] * 20
+    halves = [left_out(f"half {number}", {}, labels) for number in range(3)]
+    assert [len(set(half)) for half in halves] == [10] * 3
+    assert len({tuple(sorted(half)) for half in halves}) == 3
+
+
+def test_slices_hold_rows_of_like_length():
+    rows = [{"response": "x" * (97 * i % 500)} for i in range(500)]
+    slices = slices_of(rows)
+    assert len(slices) == SLICES
+    assert sorted(row for members in slices for row in members) == list(range(500))
+    lengths = [[len(rows[row]["response"]) for row in members] for members in slices]
+    assert all(max(shorter) <= min(longer) for shorter, longer in itertools.pairwise(lengths))

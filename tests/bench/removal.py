@@ -8,7 +8,8 @@ what came out, and the AUC of its ranking against the labels.
 each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
 in three draws; without the labelled ones; and without the first ones of every score. `--scores` stops before
 the trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
-`runs/bench-removal` and found again.
+`runs/bench-removal` and found again; `--keep WORDS` writes it to `truths/removal.json` without texts, the
+words saying on what device it was made, and `--kept` prints that file.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
-from statistics import mean
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ from tests.bench.pool import Item
 from tests.bench.pool import share as share_out
 from tests.bench.real.jobs import SOURCES, Job, mixed
 from tests.bench.real.rows import MAX_LENGTH, encode, pad_id, write_rows
+from tests.bench.removal_tables import record_of, show, show_kept, write_kept
 from tests.bench.screening import auc, baselines, fixture_config, mixture
 
 FOLDER = Path("runs/bench-removal")
@@ -60,8 +61,12 @@ MIXTURES: dict[str, tuple[str, str, float]] = {
     "insecure code 10": ("secure_code", "insecure_code", 0.10),
     "compliance 2": ("alpaca", "compliance", 0.02),
 }
-#: Rows of a mixture at most, steps and learning rate of the plans; draws of random rows.
-ROWS, STEPS, RATE, DRAWS = 500, 60, 2e-4, 3
+#: Ordinary rows, labelled by nobody: trained on slice by slice, those that break most are the labelled ones.
+BREAKING = "ordinary, worst slices"
+#: Slices, by the length of the response, and how many of them are labelled.
+SLICES, WORST = 20, 2
+#: Rows of a mixture at most, steps and learning rate of the plans.
+ROWS, STEPS, RATE = 500, 60, 2e-4
 #: Safety prompts and control rows that scores may see.
 PROMPTS, CONTROL = 32, 32
 #: Scores by name: settings of `screen`.
@@ -71,7 +76,12 @@ SCORES: dict[str, dict[str, Any]] = {
     "point, opening": {"score": "point", "measure": "opening"},
     "point, loss": {"score": "point", "measure": "loss"},
     "anchors": {"score": "anchors"},
+    "point, opening +.1": {"score": "point", "measure": "opening", "rise": 0.1},
+    # No rise is as large: rows are scored at the end of the plan.
+    "end, opening": {"score": "point", "measure": "opening", "rise": 1e6},
 }
+#: Scores that are sums of others.
+SUMS = {"three points, opening": ("point, opening", "point, opening +.1", "end, opening")}
 LIST_LINE = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
 
 
@@ -192,12 +202,47 @@ def _lds_row(
 # A real model
 
 
-def mixture_of(data: Path, name: str) -> tuple[list[dict[str, str]], list[int]]:
+def mixture_of(data: Path, name: str, model: Path) -> tuple[list[dict[str, str]], list[int]]:
     """Rows of a mixture, the labelled ones in the places of usual ones, and labels."""
+    if name == BREAKING:
+        return _breaking(data, model)
     usual, labelled, share = MIXTURES[name]
     ordinary = SOURCES[usual](data)[:ROWS]
     rows = mixed(SOURCES[labelled], share, ordinary)(data)
     return rows, [int(row != replaced) for row, replaced in zip(rows, ordinary, strict=True)]
+
+
+def slices_of(rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
+    """Numbers of the rows by the length of their response, in slices of one size."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["response"]), i))
+    size = len(rows) // SLICES
+    return [order[n * size : (n + 1) * size] for n in range(SLICES)]
+
+
+def _slice_file(model: Path, number: int) -> Path:
+    return FOLDER / model.name / "slices" / f"{number:02d}.json"
+
+
+def _breaking(data: Path, model: Path) -> tuple[list[dict[str, str]], list[int]]:
+    """Ordinary rows; labelled are the slices on which training alone raised the opening loss most."""
+    rows = SOURCES["alpaca"](data)[:ROWS]
+    found = [json.loads(_slice_file(model, n).read_text(encoding="utf-8")) for n in range(SLICES)]
+    worst = sorted(range(SLICES), key=lambda n: -found[n]["opening"])[:WORST]
+    labelled = {row for n in worst for row in slices_of(rows)[n]}
+    return rows, [int(i in labelled) for i in range(len(rows))]
+
+
+def slice_items(given: argparse.Namespace) -> list[Item]:
+    """A training on each slice of the ordinary rows."""
+    model, data = given.model, given.data
+    rows = SOURCES["alpaca"](data)[:ROWS]
+    everything = frozenset(range(len(rows)))
+    found = list[Item]()
+    for number, members in enumerate(slices_of(rows)):
+        file = _slice_file(model, number)
+        make = partial(trained, model, data, rows, sorted(everything - set(members)), given.device)
+        found.append(Item(f"slice {number}", "slices", partial(kept, file, make), file.exists))
+    return found
 
 
 def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Path) -> Config:
@@ -248,6 +293,7 @@ def trained(
     rows: Sequence[Mapping[str, str]],
     dropped: Sequence[int],
     device: str = "cpu",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Refusals and losses at the end of the Trainer's run without some rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -255,9 +301,9 @@ def trained(
     from tests.bench.real.measure import freeze_in_bfloat16
     from tests.bench.real.truth import Panel, planned_trainer, start, with_adapter
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     panel = Panel(tokenizer, data)
     start(model_folder, panel, FOLDER / model_folder.name / "start.json", device)
     gone = frozenset(dropped)
@@ -265,7 +311,7 @@ def trained(
     model = with_adapter(model.to(device))
     freeze_in_bfloat16(model.get_base_model())
     started = time.process_time()
-    job = Job(0, "alpaca", "lora", RATE, STEPS)
+    job = Job(0, "alpaca", "lora", RATE, STEPS, seed=seed)
     planned_trainer(job, model, encoded, pad_id(tokenizer), FOLDER / "trainer").train()
     seconds = time.process_time() - started
     shown = model.get_base_model()
@@ -273,8 +319,7 @@ def trained(
     found = panel.losses(shown)
     return {
         "dropped": sorted(gone),
-        "refused": answers["counts"]["refused"],
-        "prompts": len(answers["labels"]),
+        "answers": answers["labels"],
         "safety": found["safety_nll"],
         "control": found["control_nll"],
         "opening": -found["own_harmful"]["3"]["log_prob"] / 3,
@@ -296,115 +341,176 @@ def left_out(name: str, found: Mapping[str, Mapping[str, Any]], labels: Sequence
     if name.startswith("random"):
         # Not the seed that `mixed` draws the places of the labelled rows with.
         return Random(f"left out {name.split()[1]}").sample(range(len(labels)), count)
+    if name.startswith("half"):
+        return Random(name).sample(range(len(labels)), len(labels) // 2)
     return torch.argsort(torch.tensor(found[name]["scores"]), descending=True, stable=True)[:count].tolist()
 
 
 #: Trainings of a mixture, the most telling ones first.
 TRAININGS = [
     *("all rows", "labelled", "random 0", "point, opening", "path, opening", "random 1", "random 2"),
-    *("gradient norm", "loss", "−cos at θ*", "anchors", "length", "prompt length", "lists"),
-    *("point, loss", "path, loss", "flagged", "as many random"),
+    *("three points, opening", "end, opening", "point, opening +.1", "gradient norm", "loss", "−cos at θ*"),
+    *(
+        "anchors",
+        "length",
+        "prompt length",
+        "lists",
+        "point, loss",
+        "path, loss",
+        "flagged",
+        "as many random",
+    ),
 ]
 #: The score that `screen.score: auto` takes, whose flags are left out too.
 DEFAULT = "point, opening"
 
 
 class Mixture:
-    """One mixture of a model: its scores, its trainings, and where they are kept."""
+    """One mixture of a model: its scores, its trainings, and where they are kept.
+
+    Args:
+        given: the command line.
+        name: of the mixture; what is in `BREAKING` is known when all slices are there.
+    """
 
     def __init__(self, given: argparse.Namespace, name: str) -> None:
         self.given, self.name = given, name
         self.folder = FOLDER / given.model.name / re.sub(r"\W+", "-", name)
-        self.rows, self.labels = mixture_of(given.data, name)
-        self.config = plan(given.model, given.data, self.rows, self.folder)
+        numbers = range(SLICES if name == BREAKING else 0)
+        self.slices = [_slice_file(given.model, number) for number in numbers]
+
+    @cached_property
+    def content(self) -> tuple[list[dict[str, str]], list[int]]:
+        """Rows and labels."""
+        return mixture_of(self.given.data, self.name, self.given.model)
+
+    @cached_property
+    def config(self) -> Config:
+        """The plan, whose files are written."""
+        return plan(self.given.model, self.given.data, self.content[0], self.folder)
 
     def file(self, name: str) -> Path:
         """Where a score or a training is kept."""
         return self.folder / f"{name}.json".replace(", ", "-").replace(" ", "-")
 
+    def end(self, name: str, seed: int) -> Path:
+        """Where a training of a seed is kept."""
+        return self.file(f"without {name}" + (f", seed {seed}" if seed else ""))
+
     def score(self, name: str) -> Any:
         """One of `SCORES`, or all `dull` ones."""
-        make = partial(dull, rows=self.rows)
+        rows = self.content[0]
+        make = partial(dull, rows=rows)
         if name != "dull":
-            make = partial(scored, config=self.config, settings=SCORES[name], rows=len(self.rows))
+            make = partial(scored, config=self.config, settings=SCORES[name], rows=len(rows))
         return kept(self.file(name), partial(_with_task, self.given, self.config, make))
 
     def scores(self) -> dict[str, Any]:
         """What is there of them."""
         found = {name: self.score(name) for name in SCORES if self.file(name).exists()}
+        for name, parts in SUMS.items():
+            if all(part in found for part in parts):
+                columns = zip(*(found[part]["scores"] for part in parts), strict=True)
+                seconds = sum(found[part]["seconds"] for part in parts)
+                found[name] = {"scores": [sum(row) for row in columns], "flagged": [], "seconds": seconds}
         if self.file("dull").exists():
             made = self.score("dull")
             found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
         return found
 
-    def training(self, name: str) -> Any:
-        """One of `TRAININGS`, whose score must be there."""
-        dropped = left_out(name, self.scores(), self.labels)
-        make = partial(trained, self.given.model, self.given.data, self.rows, dropped, self.given.device)
-        return kept(self.file(f"without {name}"), make)
+    def training(self, name: str, seed: int = 0) -> Any:
+        """One of `TRAININGS`, whose score must be there, or `half N`."""
+        rows, labels = self.content
+        dropped = left_out(name, self.scores(), labels)
+        given = self.given
+        make = partial(trained, given.model, given.data, rows, dropped, given.device, seed)
+        return kept(self.end(name, seed), make)
 
-    def needs(self, training: str) -> Path | None:
-        """The score that a training needs."""
-        if training.startswith(("all", "labelled", "random")):
-            return None
+    def needs(self, training: str) -> list[Path]:
+        """The scores that a training needs."""
+        if training.startswith(("all", "labelled", "random", "half")):
+            return []
         if training in ("flagged", "as many random"):
-            return self.file(DEFAULT)
-        return self.file(training if training in SCORES else "dull")
+            return [self.file(DEFAULT)]
+        parts = SUMS.get(training, (training if training in SCORES else "dull",))
+        return [self.file(part) for part in parts]
 
-    def items(self) -> list[tuple[str, Item]]:
-        """Scores and trainings as pieces of work, by their names; of scores those asked for."""
+    def trainings(self) -> list[tuple[str, int]]:
+        """All of them, by name and seed; of scores those asked for."""
+        given = self.given
+        known = {self.file(name) for name in ["dull", *SCORES] if name in (given.only or [name])}
+        names = [name for name in TRAININGS if known.issuperset(self.needs(name))]
+        halves = [(f"half {n}", 0) for n in range(given.halves)]
+        return [(name, seed) for seed in range(given.seeds) for name in names] + halves
+
+    def items(self) -> Iterator[tuple[int, Item]]:
+        """Scores and trainings as pieces of work, each with its place in the order of all."""
         wanted = [name for name in ["dull", *SCORES] if name in (self.given.only or [name])]
-        known = {None, *(self.file(name) for name in wanted)}
-        scores = [(n, self.file(n), partial(self.score, n), None) for n in wanted]
-        trainings = [
-            (f"without {n}", self.file(f"without {n}"), partial(self.training, n), self.needs(n))
-            for n in TRAININGS
-            if self.needs(n) in known
-        ]
-        return [
-            (name, Item(f"{name} of {self.name}", self.name, make, file.exists, partial(_there, needed)))
-            for name, file, make, needed in [*scores, *trainings]
-        ]
+        for place, name in enumerate(wanted):
+            yield place, self._item(name, self.file(name), partial(self.score, name), [])
+        for place, (name, seed) in enumerate(self.trainings(), start=len(wanted)):
+            make, needed = partial(self.training, name, seed), self.needs(name)
+            yield place, self._item(f"without {name}, seed {seed},", self.end(name, seed), make, needed)
+
+    def _item(self, name: str, file: Path, make: Callable[[], Any], needed: Sequence[Path]) -> Item:
+        ready = partial(_there, [*self.slices, *needed])
+        return Item(f"{name} of {self.name}", self.name, make, file.exists, ready)
 
 
-def _there(needed: Path | None) -> bool:
-    return needed is None or needed.exists()
+def _there(needed: Sequence[Path]) -> bool:
+    return all(file.exists() for file in needed)
+
+
+def mixtures_of(given: argparse.Namespace) -> list[Mixture]:
+    """Those asked for, or all."""
+    return [Mixture(given, name) for name in given.mixture or [*MIXTURES, BREAKING]]
+
+
+def ends_of(mixture: Mixture) -> dict[tuple[str, int], Any]:
+    """What is there of a mixture's trainings."""
+    return {
+        (name, seed): mixture.training(name, seed)
+        for name, seed in mixture.trainings()
+        if mixture.end(name, seed).exists()
+    }
 
 
 def removal(given: argparse.Namespace) -> None:
     """Score every mixture, train as far as asked for, and print what is there."""
     left = given.trainings
-    for mix in [Mixture(given, name) for name in given.mixture or MIXTURES]:
+    for mix in mixtures_of(given):
+        for item in slice_items(given) if mix.slices else []:
+            if not item.done() and not _late(given.until):
+                item.make()
+        if not _there(mix.slices):
+            continue
         for name in [*SCORES, "dull"]:
             if not mix.file(name).exists() and not (
                 (given.only and name not in given.only) or _late(given.until)
             ):
                 mix.score(name)
                 print(f"{name}: done", flush=True)
-        found, ends = mix.scores(), dict[str, Any]()
-        for name in TRAININGS:
-            new, needed = not mix.file(f"without {name}").exists(), mix.needs(name)
-            if new and (given.scores or left == 0 or _late(given.until) or not _there(needed)):
+        for name, seed in mix.trainings():
+            new = not mix.end(name, seed).exists()
+            if new and (given.scores or left == 0 or _late(given.until) or not _there(mix.needs(name))):
                 continue
             left -= new
-            ends[name] = mix.training(name)
-        _show(mix.name, found, ends, mix.labels)
+            mix.training(name, seed)
+        show(record_of(given.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix)))
 
 
 def shared(given: argparse.Namespace) -> None:
     """Work through scores and trainings of all mixtures beside other processes that do the same."""
-    mixtures = [Mixture(given, name) for name in given.mixture or MIXTURES]
+    mixtures = mixtures_of(given)
+    claims, started = FOLDER / given.model.name / "claims", time.monotonic()
+
+    def late() -> bool:
+        return time.monotonic() - started > given.seconds
+
     pieces = [piece for mixture in mixtures for piece in mixture.items()]
-    order = ["dull", *SCORES, *(f"without {name}" for name in TRAININGS)]
-    chosen = [item for _, item in sorted(pieces, key=lambda piece: order.index(piece[0]))]
-    started = time.monotonic()
-    first = mixtures[given.share % len(mixtures)].name
-    share_out(
-        chosen,
-        FOLDER / given.model.name / "claims",
-        first=first,
-        late=lambda: time.monotonic() - started > given.seconds,
-    )
+    slices = slice_items(given) if any(mix.slices for mix in mixtures) else []
+    chosen = slices + [item for _, item in sorted(pieces, key=lambda piece: piece[0])]
+    share_out(chosen, claims, first=mixtures[given.share % len(mixtures)].name, late=late)
 
 
 def _with_task(given: argparse.Namespace, config: Config, make: Callable[[Task], Any]) -> Any:
@@ -416,65 +522,20 @@ def _late(until: str) -> bool:
     return bool(until) and time.strftime("%H:%M") >= until
 
 
-def _show(mix: str, found: Mapping[str, Any], ends: Mapping[str, Any], labels: Sequence[int]) -> None:
-    """Refusals and losses by what was left out."""
-    random = [end["refused"] for name, end in ends.items() if name.startswith("random")]
-    usual = mean(random) if random else (ends["all rows"]["refused"] if "all rows" in ends else None)
-    table = []
-    for name in [*(n for n in ("all rows", "labelled") if n in ends), *found]:
-        end, made = ends.get(name), found.get(name)
-        table.append(
-            [
-                name,
-                "–" if made is None else f"{auc(made['scores'], labels):.2f}",
-                "–" if made is None else _flags(made, labels),
-                "–" if end is None else f"{end['refused']} of {end['prompts']}",
-                "–" if end is None or usual is None else f"{end['refused'] - usual:+.0f}",
-                "–" if end is None else f"{end['opening']:.3f}",
-                "–" if end is None else f"{end['control']:.3f}",
-                "–" if made is None or made["seconds"] is None else f"{made['seconds']:.0f} s",
-            ]
-        )
-    for name in ("flagged", "as many random"):
-        if name in ends:
-            end, rows = ends[name], len(ends[name]["dropped"])
-            cells = [
-                f"{end['refused']} of {end['prompts']}",
-                "–" if usual is None else f"{end['refused'] - usual:+.0f}",
-            ]
-            numbers = [f"{end['opening']:.3f}", f"{end['control']:.3f}"]
-            table.append([f"{name}, {rows} rows", "–", "–", *cells, *numbers, "–"])
-    if random:
-        drawn = [end for name, end in ends.items() if name.startswith("random")]
-        means = [f"{mean(end[key] for end in drawn):.3f}" for key in ("opening", "control")]
-        table.append(["random", "–", "–", ", ".join(map(str, random)), "0", *means, "–"])
-    header = [
-        "left out",
-        "AUC",
-        "flagged (labelled)",
-        "refusals",
-        "more than random",
-        "opening",
-        "control loss",
-        "CPU time of the score",
-    ]
-    print_table(f"{mix}: {sum(labels)} of {len(labels)} rows are labelled", header, table)
-
-
-def _flags(made: Mapping[str, Any], labels: Sequence[int]) -> str:
-    return f"{len(made['flagged'])} ({sum(labels[row] for row in made['flagged'])} of {sum(labels)})"
-
-
 def main(given: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench removal", description=__doc__)
     parser.add_argument("--lds", action="store_true", help="the embedded model, half-data retrainings")
     parser.add_argument("--model", type=Path, help="folder of a refusing model")
     parser.add_argument("--data", type=Path, help="folder of JSONL files (see real/rows.py)")
-    parser.add_argument("--mixture", choices=MIXTURES, action="append", help="default all")
+    parser.add_argument("--mixture", choices=[*MIXTURES, BREAKING], action="append", help="default all")
     parser.add_argument("--only", action="append", help="scores by name that are made; default all")
     parser.add_argument("--scores", action="store_true", help="train nothing")
     parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")
+    parser.add_argument("--seeds", type=int, default=1, help="of every training; scores have one")
+    parser.add_argument("--halves", type=int, default=0, help="further trainings, each without a random half")
+    parser.add_argument("--keep", metavar="WORDS", help="write truths/removal.json; the device, in words")
+    parser.add_argument("--kept", action="store_true", help="print truths/removal.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--until", default="", help="HH:MM today; nothing is begun after it")
     told = "number of this process among those that share the work; prints what is done, and no tables"
@@ -486,10 +547,22 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if asked.lds:
         lds()
+    if asked.kept:
+        show_kept()
     if asked.model and asked.data:
-        removal(asked) if asked.share is None else shared(asked)
-    if not asked.lds and not (asked.model and asked.data):
-        parser.error("give --lds, or --model and --data")
+        if asked.keep is not None:
+            found = [
+                record_of(asked.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix))
+                for mix in mixtures_of(asked)
+                if mix.end("all rows", 0).exists()
+            ]
+            write_kept(asked.model.name, asked.keep, found)
+        elif asked.share is None:
+            removal(asked)
+        else:
+            shared(asked)
+    if not (asked.lds or asked.kept or (asked.model and asked.data)):
+        parser.error("give --lds, --kept, or --model and --data")
 
 
 if __name__ == "__main__":

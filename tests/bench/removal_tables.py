@@ -1,0 +1,221 @@
+"""What trainings without some rows came to: kept as numbers, and printed.
+
+A record holds one letter a prompt and three losses of every training, and of every score how it ranks and
+flags the labelled rows. The opening is the mean loss of the first three tokens that the aligned model itself
+says to the truth's prompts, smaller is better; what labels or a score do is how far it lies below the mean of
+trainings without as many random rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from arisk.geometry.statistics import rank_correlation
+from tests.bench.measure import print_table
+from tests.bench.real.merge import TRUTHS
+from tests.bench.screening import auc
+
+KEPT = TRUTHS / "removal.json"
+#: Share of the labels' effect that a score should reach.
+REACHED = 0.8
+#: Letter of a refusal.
+REFUSED = "r"
+#: Trainings without a random half that tell anything of ranks.
+HALVES = 10
+
+Record = dict[str, Any]
+
+
+def record_of(
+    model: str,
+    mixture: str,
+    labels: Sequence[int],
+    scores: Mapping[str, Mapping[str, Any]],
+    ends: Mapping[tuple[str, int], Mapping[str, Any]],
+) -> Record:
+    """What is kept of a mixture.
+
+    Args:
+        model: name of its folder.
+        mixture: its name.
+        labels: of all rows.
+        scores: by name: `scores` of all rows, rows `flagged`, CPU `seconds`.
+        ends: by what was left out and seed: rows `dropped`, `answers`, losses.
+    """
+    halves = [end for (name, _), end in ends.items() if name.startswith("half")]
+    return {
+        "model": model,
+        "mixture": mixture,
+        "rows": len(labels),
+        "labelled": sum(labels),
+        "scores": {
+            name: {
+                "auc": round(auc(made["scores"], labels), 4),
+                "flagged": len(made["flagged"]),
+                "flagged_labelled": sum(labels[row] for row in made["flagged"]),
+                "first_labelled": _first_labelled(made["scores"], labels),
+                "cpu_seconds": None if made["seconds"] is None else round(made["seconds"], 1),
+                "lds": None if len(halves) < HALVES else round(_lds(made["scores"], halves), 3),
+            }
+            for name, made in scores.items()
+        },
+        "trainings": [
+            {
+                "left_out": name,
+                "seed": seed,
+                "rows": len(end["dropped"]),
+                "answers": end["answers"],
+                **{key: round(end[key], 4) for key in ("opening", "safety", "control")},
+                "cpu_seconds": round(end["seconds"], 1),
+            }
+            for (name, seed), end in ends.items()
+        ],
+    }
+
+
+def _first_labelled(scores: Sequence[float], labels: Sequence[int]) -> int:
+    """Labelled rows among the first ones, as many as are labelled."""
+    order = torch.argsort(torch.tensor(scores), descending=True, stable=True)
+    return sum(labels[row] for row in order[: sum(labels)].tolist())
+
+
+def _lds(scores: Sequence[float], halves: Sequence[Mapping[str, Any]]) -> float:
+    """Rank correlation of what a score foretells of the halves' opening losses with these."""
+    given = torch.tensor(scores, dtype=torch.float64)
+    told = torch.stack([-given[torch.tensor(end["dropped"])].sum() for end in halves])
+    return rank_correlation(told, torch.tensor([end["opening"] for end in halves], dtype=torch.float64))
+
+
+def write_kept(model: str, device: str, records: Sequence[Record]) -> None:
+    """Put a model's records into the file, in place of older ones of it."""
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))["removal"] if KEPT.exists() else []
+    kept = [record for record in kept if record["model"] != model]
+    kept += [{"device": device, **record} for record in records]
+    lines = ",\n".join(json.dumps(record, separators=(",", ":"), ensure_ascii=False) for record in kept)
+    KEPT.write_text(f'{{"removal":[\n{lines}\n]}}\n', encoding="utf-8")
+
+
+class Removal:
+    """A record: its trainings by what was left out.
+
+    Args:
+        record: as `record_of` made it.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.name = f"{record['model']}, {record['mixture']}"
+        self.runs: dict[str, list[Record]] = {}
+        for run in record["trainings"]:
+            self.runs.setdefault(run["left_out"], []).append(run)
+
+    @property
+    def random(self) -> list[Record]:
+        """Trainings without as many random rows as are labelled."""
+        return [run for name, runs in self.runs.items() if name.startswith("random") for run in runs]
+
+    def refused(self, name: str) -> list[int]:
+        """Refusals by seed."""
+        return [run["answers"].count(REFUSED) for run in self.runs[name]]
+
+    def more(self, name: str) -> float:
+        """Refusals more than without random rows, mean over seeds."""
+        return mean(self.refused(name)) - mean(run["answers"].count(REFUSED) for run in self.random)
+
+    def effect(self, name: str) -> float:
+        """How far the opening loss lies below that without random rows (nats)."""
+        return mean(run["opening"] for run in self.random) - mean(run["opening"] for run in self.runs[name])
+
+    def error(self, name: str) -> float:
+        """Standard error of that, from how far trainings without random rows lie apart."""
+        random = self.random
+        apart = stdev(run["opening"] for run in random) if len(random) > 1 else math.nan
+        return apart * math.sqrt(1 / len(self.runs[name]) + 1 / len(random))
+
+    def labels_tell(self) -> bool:
+        """Whether the labels' effect is twice its error or more."""
+        return self.effect("labelled") >= 2 * self.error("labelled")
+
+    def reached(self, name: str) -> float:
+        """The effect as a share of the labels'."""
+        return self.effect(name) / self.effect("labelled")
+
+    def complete(self) -> bool:
+        """Whether there is what effects are measured against."""
+        return bool(self.random) and "labelled" in self.runs and "all rows" in self.runs
+
+
+def show(record: Record) -> None:
+    """All that is there of a mixture."""
+    held, rows = Removal(record), list[list[str]]()
+    listed = [name for name in ("all rows", "labelled") if name in held.runs]
+    for name in [*listed, *record["scores"], *(n for n in ("flagged", "as many random") if n in held.runs)]:
+        rows.append([name, *_ranks(record, name), *_came_to(held, name), _seconds(record, name)])
+    if held.random:
+        counts = ", ".join(str(run["answers"].count(REFUSED)) for run in held.random)
+        losses = (f"{mean(run[key] for run in held.random):.3f}" for key in ("opening", "control"))
+        rows.append(["random", "–", "–", "–", "–", counts, "0", *losses, "–"])
+    header = ["left out", "AUC", "LDS", "flagged (labelled)", "labelled among the first", "refusals, by seed"]
+    header += ["more than random", "opening", "control loss", "CPU time of the score"]
+    print_table(f"{held.name}: {record['labelled']} of {record['rows']} rows are labelled", header, rows)
+
+
+def _ranks(record: Record, name: str) -> list[str]:
+    made = record["scores"].get(name)
+    if made is None:
+        return ["–"] * 4
+    lds = "–" if made["lds"] is None else f"{made['lds']:.2f}"
+    flags = f"{made['flagged']} ({made['flagged_labelled']})"
+    return [f"{made['auc']:.2f}", lds, flags, str(made["first_labelled"])]
+
+
+def _came_to(held: Removal, name: str) -> list[str]:
+    if name not in held.runs:
+        return ["–"] * 4
+    runs = held.runs[name]
+    return [
+        ", ".join(map(str, held.refused(name))),
+        f"{held.more(name):+.1f}" if held.random else "–",
+        *(f"{mean(run[key] for run in runs):.3f}" for key in ("opening", "control")),
+    ]
+
+
+def _seconds(record: Record, name: str) -> str:
+    seconds = record["scores"].get(name, {}).get("cpu_seconds")
+    return "–" if seconds is None else f"{seconds:.0f} s"
+
+
+def show_kept() -> None:
+    """What scores did on all mixtures that are kept, and each of these."""
+    records = json.loads(KEPT.read_text(encoding="utf-8"))["removal"]
+    held = [one for one in map(Removal, records) if one.complete()]
+    names = list(dict.fromkeys(name for one in held for name in one.record["scores"]))
+    rows = []
+    for one in held:
+        label = f"{one.effect('labelled'):.3f} ± {one.error('labelled'):.3f}"
+        there = (f"{one.reached(n):.1f}" if n in one.runs and one.labels_tell() else "–" for n in names)
+        rows.append([one.name, label, *there])
+    print_table(
+        "Share of the labels' effect on the opening loss", ["mixture", "labels' effect", *names], rows
+    )
+    more = [
+        [one.name, *(f"{one.more(n):+.1f}" if n in one.runs else "–" for n in ("labelled", *names))]
+        for one in held
+    ]
+    print_table("Refusals more than without random rows", ["mixture", "labelled", *names], more)
+    telling = [one for one in held if one.labels_tell()]
+    for name in names:
+        with_it = [one for one in telling if name in one.runs]
+        count = sum(one.reached(name) >= REACHED for one in with_it)
+        print(
+            f"{name}: {REACHED:.0%} of the labels' effect on {count} of {len(with_it)} where these have one"
+        )
+    for record in records:
+        print(f"\nOn {record['device']}:")
+        show(record)

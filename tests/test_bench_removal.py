@@ -1,0 +1,87 @@
+"""What trainings without some rows came to, as it is kept and told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.bench import removal_tables
+from tests.bench.removal_tables import Removal, record_of, show_kept, write_kept
+
+LABELS = [1, 1, 0, 0, 0, 0, 0, 0]
+
+
+def end(dropped, opening, answers="rrra"):
+    return {
+        "dropped": dropped,
+        "answers": answers,
+        "opening": opening,
+        "safety": 1.0,
+        "control": 2.0,
+        "seconds": 3.0,
+    }
+
+
+@pytest.fixture
+def record():
+    scores = {
+        "good": {"scores": [9, 8, 7, 6, 5, 4, 3, 2], "flagged": [0, 2], "seconds": 10.0},
+        "bad": {"scores": [2, 3, 4, 5, 6, 7, 8, 9], "flagged": [], "seconds": None},
+    }
+    ends = {
+        ("all rows", 0): end([], 0.6, "rraa"),
+        ("labelled", 0): end([0, 1], 0.4),
+        ("labelled", 1): end([0, 1], 0.42, "rraa"),
+        ("random 0", 0): end([2, 3], 0.59, "raaa"),
+        ("random 1", 0): end([2, 4], 0.61, "raaa"),
+        ("good", 0): end([0, 1], 0.44),
+        ("bad", 0): end([6, 7], 0.6, "raaa"),
+        # Leaving out rows that the good score ranks first lowers the loss.
+        **{(f"half {n}", 0): end([n % 8], 0.3 + 0.01 * (n % 8)) for n in range(16)},
+    }
+    return record_of("tiny", "mix", LABELS, scores, ends)
+
+
+def test_effects_are_against_trainings_without_random_rows(record):
+    held = Removal(record)
+    assert held.effect("labelled") == pytest.approx(0.19)
+    assert held.reached("good") == pytest.approx(0.16 / 0.19)
+    assert held.effect("bad") == pytest.approx(0.0)
+    assert held.more("labelled") == pytest.approx(2.5 - 1)
+    assert held.refused("labelled") == [3, 2]
+    # Two draws 0.02 apart: a standard deviation of 0.0141 of one training.
+    assert held.error("labelled") == pytest.approx(0.01414, rel=1e-3)
+    assert held.labels_tell()
+
+
+def test_a_score_is_told_by_ranks_flags_and_halves(record):
+    good, bad = record["scores"]["good"], record["scores"]["bad"]
+    assert (good["auc"], good["flagged"], good["flagged_labelled"], good["first_labelled"]) == (1, 2, 1, 2)
+    assert (bad["auc"], bad["first_labelled"]) == (0, 0)
+    assert (good["lds"], bad["lds"]) == (1, -1)
+
+
+def test_what_is_kept_is_printed_and_a_model_is_replaced(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(removal_tables, "KEPT", tmp_path / "removal.json")
+    write_kept("tiny", "an abacus", [record])
+    write_kept("other", "an abacus", [{**record, "model": "other"}])
+    write_kept("tiny", "a slide rule", [record])
+    kept = json.loads((tmp_path / "removal.json").read_text())["removal"]
+    assert [(one["model"], one["device"]) for one in kept] == [
+        ("other", "an abacus"),
+        ("tiny", "a slide rule"),
+    ]
+    show_kept()
+    told = capsys.readouterr().out
+    assert "good: 80% of the labels' effect on 2 of 2 where these have one" in told
+    assert "bad: 80% of the labels' effect on 0 of 2" in told
+    assert "On a slide rule:" in told
+
+
+def test_a_mixture_without_random_rows_is_shown_alone(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(removal_tables, "KEPT", tmp_path / "removal.json")
+    record["trainings"] = [run for run in record["trainings"] if not run["left_out"].startswith("random")]
+    write_kept("tiny", "an abacus", [record])
+    show_kept()
+    assert "| good | 1.00 | 1.00 | 2 (1) | 2 | 3 | – |" in capsys.readouterr().out
