@@ -241,7 +241,7 @@ def slice_items(given: argparse.Namespace) -> list[Item]:
     for number, members in enumerate(slices_of(rows)):
         file = _slice_file(model, number)
         make = partial(trained, model, data, rows, sorted(everything - set(members)), given.device)
-        found.append(Item(f"slice {number}", "slices", partial(kept, file, make), file.exists))
+        found.append(Item(f"slice {number}", "", partial(kept, file, make), file.exists))
     return found
 
 
@@ -346,20 +346,16 @@ def left_out(name: str, found: Mapping[str, Mapping[str, Any]], labels: Sequence
     return torch.argsort(torch.tensor(found[name]["scores"]), descending=True, stable=True)[:count].tolist()
 
 
-#: Trainings of a mixture, the most telling ones first.
-TRAININGS = [
+#: Trainings that further seeds repeat, the most telling ones first.
+REPEATED = [
     *("all rows", "labelled", "random 0", "point, opening", "path, opening", "random 1", "random 2"),
-    *("three points, opening", "end, opening", "point, opening +.1", "gradient norm", "loss", "−cos at θ*"),
-    *(
-        "anchors",
-        "length",
-        "prompt length",
-        "lists",
-        "point, loss",
-        "path, loss",
-        "flagged",
-        "as many random",
-    ),
+    "three points, opening",
+]
+#: All trainings of a mixture.
+TRAININGS = [
+    *REPEATED,
+    *("gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"),
+    *("point, loss", "end, opening", "point, opening +.1", "path, loss", "flagged", "as many random"),
 ]
 #: The score that `screen.score: auto` takes, whose flags are left out too.
 DEFAULT = "point, opening"
@@ -439,9 +435,10 @@ class Mixture:
         """All of them, by name and seed; of scores those asked for."""
         given = self.given
         known = {self.file(name) for name in ["dull", *SCORES] if name in (given.only or [name])}
-        names = [name for name in TRAININGS if known.issuperset(self.needs(name))]
+        wanted = [name for name in TRAININGS if known.issuperset(self.needs(name))]
+        again = [(n, seed) for seed in range(1, given.seeds) for n in REPEATED if n in wanted]
         halves = [(f"half {n}", 0) for n in range(given.halves)]
-        return [(name, seed) for seed in range(given.seeds) for name in names] + halves
+        return [*((name, 0) for name in wanted), *again, *halves]
 
     def items(self) -> Iterator[tuple[int, Item]]:
         """Scores and trainings as pieces of work, each with its place in the order of all."""
@@ -454,7 +451,7 @@ class Mixture:
 
     def _item(self, name: str, file: Path, make: Callable[[], Any], needed: Sequence[Path]) -> Item:
         ready = partial(_there, [*self.slices, *needed])
-        return Item(f"{name} of {self.name}", self.name, make, file.exists, ready)
+        return Item(f"{name} of {self.name}", "", make, file.exists, ready)
 
 
 def _there(needed: Sequence[Path]) -> bool:
@@ -510,7 +507,7 @@ def shared(given: argparse.Namespace) -> None:
     pieces = [piece for mixture in mixtures for piece in mixture.items()]
     slices = slice_items(given) if any(mix.slices for mix in mixtures) else []
     chosen = slices + [item for _, item in sorted(pieces, key=lambda piece: piece[0])]
-    share_out(chosen, claims, first=mixtures[given.share % len(mixtures)].name, late=late)
+    share_out(chosen, claims, late=late)
 
 
 def _with_task(given: argparse.Namespace, config: Config, make: Callable[[Task], Any]) -> Any:
@@ -532,7 +529,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", help="scores by name that are made; default all")
     parser.add_argument("--scores", action="store_true", help="train nothing")
     parser.add_argument("--trainings", type=int, default=-1, help="at most so many; default all")
-    parser.add_argument("--seeds", type=int, default=1, help="of every training; scores have one")
+    parser.add_argument("--seeds", type=int, default=1, help="of the most telling trainings; scores have one")
     parser.add_argument("--halves", type=int, default=0, help="further trainings, each without a random half")
     parser.add_argument("--keep", metavar="WORDS", help="write truths/removal.json; the device, in words")
     parser.add_argument("--kept", action="store_true", help="print truths/removal.json")
