@@ -351,12 +351,11 @@ REPEATED = [
     *("all rows", "labelled", "random 0", "point, opening", "path, opening", "random 1", "random 2"),
     "three points, opening",
 ]
+#: Those of one seed, before and after the further seeds.
+ONCE = ["gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"]
+LAST = ["point, loss", "end, opening", "point, opening +.1", "path, loss", "flagged", "as many random"]
 #: All trainings of a mixture.
-TRAININGS = [
-    *REPEATED,
-    *("gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"),
-    *("point, loss", "end, opening", "point, opening +.1", "path, loss", "flagged", "as many random"),
-]
+TRAININGS = [*REPEATED, *ONCE, *LAST]
 #: The score that `screen.score: auto` takes, whose flags are left out too.
 DEFAULT = "point, opening"
 
@@ -436,9 +435,10 @@ class Mixture:
         given = self.given
         known = {self.file(name) for name in ["dull", *SCORES] if name in (given.only or [name])}
         wanted = [name for name in TRAININGS if known.issuperset(self.needs(name))]
-        again = [(n, seed) for seed in range(1, given.seeds) for n in REPEATED if n in wanted]
-        halves = [(f"half {n}", 0) for n in range(given.halves)]
-        return [*((name, 0) for name in wanted), *again, *halves]
+        seeds = [(seed, REPEATED if seed else TRAININGS) for seed in range(given.seeds)]
+        every = [(name, seed) for seed, names in seeds for name in names if name in wanted]
+        every.sort(key=lambda training: training[0] in LAST)
+        return [*every, *((f"half {n}", 0) for n in range(given.halves))]
 
     def items(self) -> Iterator[tuple[int, Item]]:
         """Scores and trainings as pieces of work, each with its place in the order of all."""
