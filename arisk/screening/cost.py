@@ -78,22 +78,23 @@ def _point_passes(scene: CostScene) -> dict[str, float]:
 
 
 def _path_passes(scene: CostScene) -> dict[str, float]:
-    """The steps, the same taken back, and the guests: rows they do not meet, and control rows."""
+    """The steps, the same taken back, and the rows that products score: theirs, others, and control rows."""
     task, config = scene.task, scene.config
     rows, given = samples_in(task.finetune), config.screen
     control = min(samples_in(task.control), given.control_samples)
     met = min(given.max_steps, planned_steps(config.training, task.finetune.units)) * per_step(config)
     often = max(1, round(met / max(1, rows)))
     guests = max(0, rows - met) + often * control
+    products = guests if given.curvature else met + guests
     prompts = min(PROMPTS, samples_in(task.safety))
     return {
         # Where steps do not fit into the memory, they are taken twice.
         "gradient rows": 2 * met + samples_in(task.safety),
-        "curvature rows": met,
+        "curvature rows": met if given.curvature else 0,
         "forward rows": 2 * (samples_in(task.safety) + control),
-        "single-row gradients": guests,
-        "products": guests,
-        "product columns": guests,
+        "single-row gradients": products,
+        "products": products,
+        "product columns": products,
         "answer tokens": prompts * TOKENS,
     }
 

@@ -6,6 +6,9 @@ with M the measured harm after K steps, ε_j a weight on row j wherever the plan
 `arisk.training.unroll`. Rows that these steps do not meet are scored as guests of one step, drawn from a
 few spread evenly, and so are control rows, as often as a row is met: the null. K is the plan's own length,
 at most `screen.max_steps`; later steps are not looked at.
+
+c_k leaves out that a step bends the gradients of later ones, unless `screen.curvature` asks for it, and
+levels AdamW's scale: an approximation, for which `tests/bench/README.md` shows what it foretells.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from arisk.training.unroll import Unrolled, Walk
 
 __all__ = ["SMOOTHING", "PathScores", "path_scores"]
 
-#: Share of its root mean square by which AdamW's scale is levelled on the way back.
-SMOOTHING = 1.0
+#: Multiple of its root mean square by which AdamW's scale is levelled on the way back.
+SMOOTHING = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,22 @@ def path_scores(
         control_groups(task.control, config.model_copy(update={"batch_size": 1})) if task.control else []
     )
     before = _losses(task, measured, control)
-    walk = Walk(run, last, config.memory_gb * 1e9, smoothing=SMOOTHING, progress=progress)
+    memory = config.memory_gb * 1e9
+    walk = Walk(run, last, memory, smoothing=SMOOTHING, curvature=config.curvature, progress=progress)
     after = _losses(task, measured, control)
     met = [row for k in range(1, last + 1) for place in run.batches_of(k) for row in batches.indices(place)]
     visited = torch.bincount(torch.tensor(met), minlength=batches.row_count)
-    guests = _Guests(task, run, layout, config, control, visited, seed, engine)
+    met_rows = _MetRows(task, run, layout, config, control, visited, seed, engine)
     for step in walk.backwards(_slopes(task, layout, measured)):
         for place, terms in step.rows:
-            guests.scores.index_add_(0, torch.tensor(batches.indices(place)), terms)
-        guests.meet(step)
+            met_rows.scores.index_add_(0, torch.tensor(batches.indices(place)), terms)
+        own = [] if config.curvature else [batches.indices(place) for place in run.batches_of(step.number)]
+        met_rows.meet(step, own)
     put(parameters_of(task.model, layout), start)
-    _require_finite(guests.scores, guests.null)
+    _require_finite(met_rows.scores, met_rows.null)
     control_rise = None if after[1] is None or before[1] is None else after[1] - before[1]
-    null = guests.null if control else None
-    return PathScores(guests.scores, visited, null, last, after[0] - before[0], control_rise)
+    null = met_rows.null if control else None
+    return PathScores(met_rows.scores, visited, null, last, after[0] - before[0], control_rise)
 
 
 def _losses(task: Task, measured: Panel, control: Sequence[RowGroup]) -> tuple[float, float | None]:
@@ -142,8 +147,8 @@ def _slopes(task: Task, layout: ParameterLayout, measured: Panel) -> list[Tensor
     return list(layout.split((total / count).to(like.device, like.dtype)).values())
 
 
-class _Guests:
-    """Rows that are scored at steps which do not train on them."""
+class _MetRows:
+    """Scores by products with rows: of guests, at steps which do not train on them, and of the steps' own."""
 
     def __init__(
         self,
@@ -168,11 +173,17 @@ class _Guests:
         self.rows = _by_step(unmet, last, generator)
         self.controls = [_by_step(chosen, last, generator) for _ in range(often)]
 
-    def meet(self, step: Unrolled) -> None:
-        """Score the guests of a step; the run stands before it."""
+    def meet(self, step: Unrolled, own: Sequence[Sequence[int]]) -> None:
+        """Score the guests of a step; the run stands before it.
+
+        Args:
+            step: the step.
+            own: rows of its micro-batches, where these are scored here too.
+        """
         pull: Tensor | None = None
+        guests = [*(row for rows in own for row in rows), *self.rows.get(step.number, ())]
         for samples, rows in (
-            (self.task.finetune, self.rows.get(step.number)),
+            (self.task.finetune, guests),
             *((self.task.control, often.get(step.number)) for often in self.controls),
         ):
             if not rows or samples is None:
@@ -183,7 +194,8 @@ class _Guests:
             for group in row_groups(samples, self.config.batch_size, rows=rows, limit=max(rows) + 1):
                 found = self._products(step.number, pull, group, samples.loss_fn)
                 if samples is self.task.finetune:
-                    self.scores[list(group.rows)] += found
+                    # A row may stand twice in a step.
+                    self.scores.index_add_(0, torch.tensor(group.rows), found)
                 else:
                     self.null[[self.place[row] for row in group.rows]] += found
 

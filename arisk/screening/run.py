@@ -8,8 +8,8 @@ run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the 
 that harm is contrasted with control data, is this project's.
 
 `screen.score` may ask for path scores or anchor scores in its place (`arisk.screening.path`, `.anchors`).
-`auto` takes path scores where they can be had, and ranks no rows where none stands out from control rows
-though the planned run does harm: then the whole set does it, which is a finding.
+`auto` takes scores at a point, and ranks no rows where none stands out though the planned run does harm: then
+the whole set does it, which is a finding.
 
 Rows are ranked by an estimate, and the head of that ranking, from which rows are flagged, is scored
 exactly. Flagged are those that leave harmless rows behind, or a share as asked for.

@@ -3,12 +3,12 @@
     μ_{k−1} = (∂(θ_k, s_k)/∂(θ_{k−1}, s_{k−1}))ᵀ μ_k,     c_k = (∂(θ_k, s_k)/∂g_k)ᵀ μ_k
 
 with s_k the optimizer's state, g_k = ∇L_k(θ_{k−1}) the gradient of a step before clipping and μ the
-derivative of a number measured at the end. A step's gradient depends on the parameters as well, by the
-Hessian of its loss, so that part of μ_{k−1} is H_k c_k: one double backward pass per step. Row j of the step,
-with a weight ε_j on its term, moves the end by ⟨c_k, ∇(its term)⟩ at ε = 1, which the same pass gives.
+derivative of a number measured at the end. Row j of the step, with a weight ε_j on its term, moves the end by
+⟨c_k, ∇(its term)⟩ at ε = 1. A step's gradient depends on the parameters as well, by the Hessian of its loss,
+so that part of μ_{k−1} is H_k c_k: one double backward pass per step, which gives the products with rows too.
 
 Steps are stored as they are taken, where memory allows; else every so many, and walked again in between.
-Without smoothing the derivatives are exact.
+With curvature and without smoothing the derivatives are exact.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Unrolled:
         number: the step, from 1.
         pull: c_k by parameter: derivative of the measured end with respect to the step's gradient.
         rows: micro-batch number (from 0 over the run) and (B,) derivatives of the end with respect to the
-            weight of each of its rows in the loss of this step.
+            weight of each of its rows in the loss of this step; empty without curvature.
     """
 
     number: int
@@ -84,6 +84,7 @@ class Walk:
         smoothing: share of its root mean square by which an adaptive optimizer's scale is levelled on the
             way back; 0 is exact. An exact derivative of AdamW counts that a row raises v̂, and so slows all
             later steps, which is not what leaving out many rows like it does.
+        curvature: whether a step's gradient counts as depending on the parameters.
         progress: told of steps.
 
     Raises:
@@ -98,10 +99,12 @@ class Walk:
         memory: float,
         *,
         smoothing: float = 0.0,
+        curvature: bool = True,
         progress: Progress = silent,
     ) -> None:
         require_unrollable(run, "screen.score")
         self.run, self.last, self.smoothing, self.progress = run, last, smoothing, progress
+        self.curvature = curvature
         self._raw: list[Tensor | None] = []
         self._starts: dict[int, _Stand] = {}
         self._stands: dict[int, _Stand] = {}
@@ -142,7 +145,7 @@ class Walk:
             Steps; the run's parameters stand before each.
 
         Raises:
-            ConfigError: the model has no second derivatives.
+            ConfigError: with curvature, and the model has no second derivatives.
         """
         run = self.run
         after: list[Slopes] = [{"parameter": _wide(slope)} for slope in slopes]
@@ -154,12 +157,14 @@ class Walk:
                 self._walk(first, number)
             stand = self._stands.pop(number)
             _go_to(run, stand)
-            before, pull = self._adjoint(number, stand, after)
-            rows, curved = self._second(number, pull)
-            after = [
-                {**slope, "parameter": slope["parameter"] + bend}
-                for slope, bend in zip(before, curved, strict=True)
-            ]
+            after, pull = self._adjoint(number, stand, after)
+            rows: list[tuple[int, Tensor]] = []
+            if self.curvature:
+                rows, curved = self._second(number, pull)
+                after = [
+                    {**slope, "parameter": slope["parameter"] + bend}
+                    for slope, bend in zip(after, curved, strict=True)
+                ]
             yield Unrolled(number, pull, rows)
         self.progress("steps taken back", self.last, self.last)
 
@@ -213,7 +218,7 @@ class Walk:
             raise ConfigError(
                 f"the model cannot be differentiated twice: {str(err).splitlines()[0]}",
                 where="screen.score",
-                fix="set `model.attention: eager`, or `screen.score: point`",
+                fix="set `model.attention: eager`, or leave `screen.curvature` out",
             ) from err
         return rows, curved
 

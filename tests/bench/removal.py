@@ -77,6 +77,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "point, loss": {"score": "point", "measure": "loss"},
     "anchors": {"score": "anchors"},
     "point, opening +.1": {"score": "point", "measure": "opening", "rise": 0.1},
+    "path, opening, curvature": {"score": "path", "measure": "opening", "curvature": True},
     # No rise is as large: rows are scored at the end of the plan.
     "end, opening": {"score": "point", "measure": "opening", "rise": 1e6},
 }
@@ -155,7 +156,7 @@ def _exact(task: Task, config: Config, rows: int) -> dict[str, Any]:
     usual = path.SMOOTHING
     path.SMOOTHING = 0.0
     try:
-        return scored(task, config, SCORES["path, opening"], rows)
+        return scored(task, config, SCORES["path, opening, curvature"], rows)
     finally:
         path.SMOOTHING = usual
 
@@ -353,7 +354,10 @@ REPEATED = [
 ]
 #: Those of one seed, before and after the further seeds.
 ONCE = ["gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"]
-LAST = ["point, loss", "end, opening", "point, opening +.1", "path, loss", "flagged", "as many random"]
+LAST = [
+    *("point, loss", "end, opening", "point, opening +.1", "path, loss", "path, opening, curvature"),
+    *("flagged", "as many random"),
+]
 #: All trainings of a mixture.
 TRAININGS = [*REPEATED, *ONCE, *LAST]
 #: The score that `screen.score: auto` takes, whose flags are left out too.

@@ -33,8 +33,9 @@ def run(task=None, training=TRAINING, **settings):
     return screen(task or task_of(), config=config, training=training, steps=STEPS)
 
 
+@pytest.mark.parametrize("curvature", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer):
+def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer, curvature):
     """Seven steps of four meet rows 0 … 27; the last is a copy of the first, and so is a control row."""
     monkeypatch.setattr(path, "_by_step", lambda guests, *_: {1: list(guests)})
     x, y = points(2, 30)
@@ -46,12 +47,29 @@ def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer)
         control=SampleSet("control", Rows(control), classify, [{}] * 20),
     )
     training = TrainingConfig(optimizer=optimizer, learning_rate=0.02, batch_size=4, max_grad_norm=None)
-    found = run(task, training)
+    found = run(task, training, curvature=curvature)
     assert float(found.scores[29]) == pytest.approx(float(found.scores[0]), rel=1e-9)
     assert float(found.null[5]) == pytest.approx(float(found.scores[0]), rel=1e-9)
     assert found.points[0].step == 7
     assert any(warning.startswith("2 rows are not met") for warning in found.warnings)
     assert any("end at step 7 of 12" in warning for warning in found.warnings)
+
+
+def test_curvature_counts_only_for_steps_that_others_follow():
+    for training in (TRAINING, TrainingConfig(optimizer="sgd", learning_rate=0.1, batch_size=4)):
+        first, exact = (run(training=training, max_steps=1, curvature=c).scores for c in (False, True))
+        assert torch.allclose(first, exact, rtol=1e-9, atol=0)
+
+
+def test_what_is_left_out_without_curvature_shrinks_with_the_learning_rate():
+    def apart(rate):
+        training = TrainingConfig(optimizer="sgd", learning_rate=rate, batch_size=4, max_grad_norm=None)
+        first, exact = (run(training=training, curvature=c).scores for c in (False, True))
+        return float((first - exact).norm() / exact.norm())
+
+    far, near = apart(0.1), apart(0.01)
+    assert far > 1e-3
+    assert near == pytest.approx(far / 10, rel=0.3)
 
 
 def test_path_scores_leave_the_model_as_found_and_say_what_they_are():
