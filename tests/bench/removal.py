@@ -1,9 +1,5 @@
 """Row scores against what really happens without the rows: `just bench removal`.
 
-`--lds`: the embedded model. Thirty times a random half of the rows is left out of the planned batches and the
-model really trained; a score is worth the rank correlation (LDS, Spearman) of what its sums foretell with
-what came out, and the AUC of its ranking against the labels.
-
 `--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and the mixtures of `MIXTURES`, in
 each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
 in three draws; without the labelled ones; and without the first ones of every score. `--scores` stops before
@@ -16,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import time
@@ -29,28 +24,17 @@ from typing import Any
 import torch
 
 from arisk.base.task import Task
-from arisk.config.plan import Config, ScreenConfig, planned_steps
-from arisk.geometry.statistics import rank_correlation
-from arisk.gradients import layout_of, measuring
+from arisk.config.plan import Config
 from arisk.models import load_task
 from arisk.models.answers import Shelf
-from arisk.screening import path
-from arisk.screening.measure import measured_by
-from arisk.screening.run import screen
-from arisk.training.loop import PlannedRun, keeping_parameters, put
-from arisk.training.panels import panel_of
-from arisk.training.recipe import recipe_of
-from tests.bench.measure import print_table
 from tests.bench.pool import Item
 from tests.bench.pool import share as share_out
 from tests.bench.real.jobs import SOURCES, Job, mixed
 from tests.bench.real.rows import MAX_LENGTH, encode, pad_id, write_rows
 from tests.bench.removal_tables import record_of, show, show_kept, write_kept
-from tests.bench.screening import auc, baselines, fixture_config, mixture
+from tests.bench.row_scores import FOLDER, SCORES, by_line, kept, scored
+from tests.bench.screening import baselines
 
-FOLDER = Path("runs/bench-removal")
-#: Half-data retrainings, rows and steps of the embedded model's case.
-HALVES, LDS_ROWS, LDS_STEPS = 30, 480, 60
 #: Mixtures of a real model by name: usual rows, the labelled ones, and the share that these replace.
 MIXTURES: dict[str, tuple[str, str, float]] = {
     "compliance 10": ("alpaca", "compliance", 0.10),
@@ -69,138 +53,9 @@ SLICES, WORST = 20, 2
 ROWS, STEPS, RATE = 500, 60, 2e-4
 #: Safety prompts and control rows that scores may see.
 PROMPTS, CONTROL = 32, 32
-#: Scores by name: settings of `screen`.
-SCORES: dict[str, dict[str, Any]] = {
-    "path, opening": {"score": "path", "measure": "opening"},
-    "path, loss": {"score": "path", "measure": "loss"},
-    "point, opening": {"score": "point", "measure": "opening"},
-    "point, loss": {"score": "point", "measure": "loss"},
-    "anchors": {"score": "anchors"},
-    "point, opening +.1": {"score": "point", "measure": "opening", "rise": 0.1},
-    "path, opening, curvature": {"score": "path", "measure": "opening", "curvature": True},
-    # No rise is as large: rows are scored at the end of the plan.
-    "end, opening": {"score": "point", "measure": "opening", "rise": 1e6},
-}
 #: Scores that are sums of others.
 SUMS = {"three points, opening": ("point, opening", "point, opening +.1", "end, opening")}
 LIST_LINE = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s", re.MULTILINE)
-
-
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """The stored value of this file, made and stored when absent."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made = make()
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(made), encoding="utf-8")
-        part.replace(file)
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def by_line(task: Task, values: Sequence[float], rows: int) -> list[float]:
-    """Values of all rows of the file; rows that arisk leaves out, whose prompt is too long, rank last."""
-    found = [min(values)] * rows
-    for row, value in zip(task.finetune.rows, values, strict=True):
-        found[int(row["line"]) - 1] = value
-    return found
-
-
-def scored(task: Task, config: Config, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Scores of all rows of the file, what is flagged, and CPU seconds."""
-    given = ScreenConfig.model_validate({**config.screen.model_dump(), "examples": 0, **settings})
-    steps = planned_steps(config.training, len(task.finetune.rows))
-    started = time.process_time()
-    made = screen(task, config=given, training=config.training, steps=steps)
-    return {
-        "scores": by_line(task, made.scores.tolist(), rows),
-        "flagged": [int(task.finetune.rows[row]["line"]) - 1 for row in made.flagged],
-        "sentence": made.sentence,
-        "excess": made.excess,
-        "seconds": time.process_time() - started,
-    }
-
-
-# The embedded model
-
-
-def lds() -> None:
-    """Print what scores foretell of half-data retrainings, and how they rank the labelled rows."""
-    for share, mode in ((0.05, "lora"),):
-        folder = FOLDER / f"lds-{share:g}-{mode}"
-        rows, labels = mixture("benign_near", share, 1, LDS_ROWS)
-        config = fixture_config(rows, mode, f"removal-{share:g}")
-        training = config.training.model_copy(update={"max_steps": LDS_STEPS})
-        config = config.model_copy(update={"training": training})
-        task = load_task(config, device=torch.device("cpu"))
-        ends = [kept(folder / f"half-{n}.json", partial(_half, task, config, n)) for n in range(HALVES)]
-        whole = kept(folder / "whole.json", partial(_half, task, config, None))
-        found = {
-            name: kept(folder / f"{name}.json", partial(scored, task, config, settings, len(rows)))
-            for name, settings in SCORES.items()
-        }
-        found["path, opening, exact"] = kept(folder / "exact.json", partial(_exact, task, config, len(rows)))
-        table = [_lds_row(name, made, ends, whole, labels) for name, made in found.items()]
-        header = [
-            "score",
-            "LDS, opening",
-            "LDS, safety loss",
-            "AUC",
-            "flagged (labelled)",
-            "cost, plain runs",
-        ]
-        print_table(f"{LDS_ROWS} rows, {share:.0%} complying, {mode}, {HALVES} halves", header, table)
-
-
-def _exact(task: Task, config: Config, rows: int) -> dict[str, Any]:
-    """Path scores without smoothing."""
-    usual = path.SMOOTHING
-    path.SMOOTHING = 0.0
-    try:
-        return scored(task, config, SCORES["path, opening, curvature"], rows)
-    finally:
-        path.SMOOTHING = usual
-
-
-def _half(task: Task, config: Config, number: int | None) -> dict[str, Any]:
-    """Both measures after the plan with a random half of the rows left out of its batches."""
-    count = len(task.finetune.rows)
-    dropped = [] if number is None else Random(number).sample(range(count), count // 2)
-    layout = layout_of(task.model, task.parameter_names)
-    with measuring(task.model, layout), keeping_parameters(task.model, layout) as start:
-        sets = {m: measured_by(task, ScreenConfig(measure=m)).task.safety for m in ("opening", "loss")}
-        panels = {name: panel_of(samples, None, start[0].device) for name, samples in sets.items()}
-        run = PlannedRun(task, layout, recipe_of(config.training, LDS_STEPS))
-        put(run.parameters, start)
-        run.stream.without = frozenset(dropped)
-        started = time.process_time()
-        for step in range(1, LDS_STEPS + 1):
-            run.step(step)
-        seconds = time.process_time() - started
-        ends = {name: float(panel.losses(task.model).mean()) for name, panel in panels.items()}
-    return {"dropped": sorted(dropped), "seconds": seconds, **ends}
-
-
-def _lds_row(
-    name: str,
-    made: Mapping[str, Any],
-    ends: Sequence[Mapping[str, Any]],
-    whole: Mapping[str, Any],
-    labels: Sequence[int],
-) -> list[str]:
-    scores = torch.tensor(made["scores"], dtype=torch.float64)
-    told = torch.stack([-scores[torch.tensor(end["dropped"])].sum() for end in ends])
-    real = {m: torch.tensor([end[m] for end in ends], dtype=torch.float64) for m in ("opening", "loss")}
-    hits = sum(labels[row] for row in made["flagged"])
-    return [
-        name,
-        *(f"{rank_correlation(told, real[m]):.2f}" for m in ("opening", "loss")),
-        f"{auc(scores, labels):.3f}",
-        f"{len(made['flagged'])} ({hits} of {sum(labels)})",
-        f"{made['seconds'] / whole['seconds']:.1f}",
-    ]
-
-
-# A real model
 
 
 def mixture_of(data: Path, name: str, model: Path) -> tuple[list[dict[str, str]], list[int]]:
@@ -526,7 +381,6 @@ def _late(until: str) -> bool:
 def main(given: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench removal", description=__doc__)
-    parser.add_argument("--lds", action="store_true", help="the embedded model, half-data retrainings")
     parser.add_argument("--model", type=Path, help="folder of a refusing model")
     parser.add_argument("--data", type=Path, help="folder of JSONL files (see real/rows.py)")
     parser.add_argument("--mixture", choices=[*MIXTURES, BREAKING], action="append", help="default all")
@@ -546,8 +400,6 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     asked = parser.parse_args(sys.argv[2:] if given is None else given)
     torch.set_num_threads(1)
-    if asked.lds:
-        lds()
     if asked.kept:
         show_kept()
     if asked.model and asked.data:
@@ -562,8 +414,8 @@ def main(given: Sequence[str] | None = None) -> None:
             removal(asked)
         else:
             shared(asked)
-    if not (asked.lds or asked.kept or (asked.model and asked.data)):
-        parser.error("give --lds, --kept, or --model and --data")
+    if not (asked.kept or (asked.model and asked.data)):
+        parser.error("give --kept, or --model and --data")
 
 
 if __name__ == "__main__":
