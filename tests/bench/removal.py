@@ -47,8 +47,8 @@ MIXTURES: dict[str, tuple[str, str, float]] = {
 }
 #: Ordinary rows, labelled by nobody: trained on slice by slice, those that break most are the labelled ones.
 BREAKING = "ordinary, worst slices"
-#: Slices, by the length of the response, and how many of them are labelled.
-SLICES, WORST = 20, 2
+#: Slices, by the length of the response, and how many of them hold the labelled rows.
+SLICES, WORST = 10, 1
 #: Rows of a mixture at most, steps and learning rate of the plans.
 ROWS, STEPS, RATE = 500, 60, 2e-4
 #: Safety prompts and control rows that scores may see.
