@@ -78,7 +78,7 @@ MEASURED = ("opening", "loss")
 
 
 def _fitted(ends: Sequence[Mapping[str, Any]], measure: str, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Ends as sums over the labelled rows left in, whose weights are fitted to other ends; and the real ends."""
+    """Ends as sums of weights of labelled rows, which are fitted to other ends; and the real ends."""
     there = torch.ones(len(ends), len(labels), dtype=torch.float64)
     for place, end in enumerate(ends):
         there[place, end["dropped"]] = 0
