@@ -8,7 +8,7 @@ few spread evenly, and so are control rows, as often as a row is met: the null. 
 at most `screen.max_steps`; later steps are not looked at.
 
 c_k leaves out that a step bends the gradients of later ones, unless `screen.curvature` asks for it, and
-levels AdamW's scale: an approximation, for which `tests/bench/README.md` shows what it foretells.
+levels AdamW's scale; rows are then read without dropout. `tests/bench/README.md` shows what that foretells.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _slopes(task: Task, layout: ParameterLayout, measured: Panel) -> list[Tensor
 
 
 class _MetRows:
-    """Scores by products with rows: of guests, at steps which do not train on them, and of the steps' own."""
+    """Scores by products of a step's pull with rows: its own, and guests, which it does not train on."""
 
     def __init__(
         self,
@@ -181,9 +181,9 @@ class _MetRows:
             own: rows of its micro-batches, where these are scored here too.
         """
         pull: Tensor | None = None
-        guests = [*(row for rows in own for row in rows), *self.rows.get(step.number, ())]
+        met = [*(row for rows in own for row in rows), *self.rows.get(step.number, ())]
         for samples, rows in (
-            (self.task.finetune, guests),
+            (self.task.finetune, met),
             *((self.task.control, often.get(step.number)) for often in self.controls),
         ):
             if not rows or samples is None:
