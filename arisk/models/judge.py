@@ -436,14 +436,8 @@ def load_judge(
         ConfigError: no label of the classifier means a refusal, or the prompt has no `{answer}`.
         MissingExtraError: transformers is not installed.
     """
-    from arisk.models.loading import (
-        cause_of,
-        hf_module,
-        require_files,
-        require_finite,
-        require_tensors,
-        require_whole,
-    )
+    from arisk.models.loading import cause_of, hf_module, require_files, require_tensors
+    from arisk.models.soundness import require_finite, require_whole
 
     if "{answer}" not in prompt:
         raise ConfigError(

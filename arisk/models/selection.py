@@ -19,14 +19,8 @@ from torch import nn
 from arisk.base.errors import ConfigError, InputError, MissingExtraError
 from arisk.base.task import LoraPair
 from arisk.config.plan import AdapterConfig, ParameterGlobs
-from arisk.models.loading import (
-    cause_of,
-    first_line,
-    hf_module,
-    require_files,
-    require_finite,
-    require_whole_adapter,
-)
+from arisk.models.loading import cause_of, first_line, hf_module, require_files
+from arisk.models.soundness import require_finite, require_whole_adapter
 
 __all__ = [
     "LORA_MARKERS",

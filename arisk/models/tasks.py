@@ -26,12 +26,13 @@ from arisk.config.yaml import shortened
 from arisk.models.answers import GreedyAnswers, OwnAnswer, OwnAnswers, Shelf, outcomes_said
 from arisk.models.batching import FixedBatches, PlannedBatches
 from arisk.models.formats import SAFETY_SETS, Row, with_answer
-from arisk.models.loading import load_model, load_tokenizer, mark_recomputed, require_causal, require_room
+from arisk.models.loading import load_model, load_tokenizer, mark_recomputed
 from arisk.models.losses import TOKENS, per_sample_nll
 from arisk.models.packing import PackedBatches, packs, wrapped
 from arisk.models.rendering import TRAINED, Rendered, keep_start, render_rows, whole_rows
 from arisk.models.rows import read_data
 from arisk.models.selection import attach_adapter, lora_pairs, select_parameters
+from arisk.models.soundness import require_causal, require_room
 
 __all__ = [
     "Answers",

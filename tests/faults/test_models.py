@@ -24,8 +24,9 @@ from transformers import (
 from arisk.base.errors import InputError, NumericsError
 from arisk.config.plan import AdapterConfig, Config, ModelConfig
 from arisk.models import load_task
-from arisk.models.loading import load_model, require_causal
+from arisk.models.loading import load_model
 from arisk.models.selection import attach_adapter
+from arisk.models.soundness import require_causal
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 CPU = torch.device("cpu")
