@@ -2,8 +2,9 @@
 
 `--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and the mixtures of `MIXTURES`, in
 each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
-in three draws; without the labelled ones; and without the first ones of every score. `--scores` stops before
-the trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
+in three draws; without the labelled ones; and without the first ones of every score. The rows that stay come
+in one order in all trainings of a seed, so that these differ by what is left out. `--scores` stops before the
+trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
 `runs/bench-removal` and found again; `--keep WORDS` writes it to `truths/removal.json` without texts, the
 words saying on what device it was made, and `--kept` prints that file.
 """
@@ -151,7 +152,7 @@ def trained(
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Refusals and losses at the end of the Trainer's run without some rows."""
+    """Refusals and losses at the end of the Trainer's run without some rows; the others keep their order."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.bench.real.measure import freeze_in_bfloat16
@@ -163,12 +164,14 @@ def trained(
     panel = Panel(tokenizer, data)
     start(model_folder, panel, FOLDER / model_folder.name / "start.json", device)
     gone = frozenset(dropped)
-    encoded = [encode(tokenizer, r["prompt"], r["response"]) for i, r in enumerate(rows) if i not in gone]
+    order = Random(f"order {seed}").sample(range(len(rows)), len(rows))
+    encoded = [encode(tokenizer, rows[i]["prompt"], rows[i]["response"]) for i in order if i not in gone]
     model = with_adapter(model.to(device))
     freeze_in_bfloat16(model.get_base_model())
     started = time.process_time()
     job = Job(0, "alpaca", "lora", RATE, STEPS, seed=seed)
-    planned_trainer(job, model, encoded, pad_id(tokenizer), FOLDER / "trainer").train()
+    trainer = FOLDER / "trainer"
+    planned_trainer(job, model, encoded, pad_id(tokenizer), trainer, as_given=True).train()
     seconds = time.process_time() - started
     shown = model.get_base_model()
     answers = panel.read(panel.answers(shown, "harmful"))

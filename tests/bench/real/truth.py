@@ -316,6 +316,7 @@ def planned_trainer(
     *,
     callbacks: Sequence[Any] = (),
     whole_labels: bool = False,
+    as_given: bool = False,
 ) -> Any:
     """The `transformers.Trainer` that carries out a job.
 
@@ -327,12 +328,16 @@ def planned_trainer(
         output: folder of its checkpoints.
         callbacks: what watches it.
         whole_labels: labels for every token, as people collate them; the loss is the same.
+        as_given: train on the rows in the order given, not in a drawn one.
     """
     from transformers import Trainer, TrainingArguments
 
+    settings = _arguments(job, model.device.type)
+    if as_given:
+        settings["train_sampling_strategy"] = "sequential"
     return Trainer(
         model=model,
-        args=TrainingArguments(**_arguments(job, model.device.type), output_dir=str(output)),
+        args=TrainingArguments(**settings, output_dir=str(output)),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=lambda batch: collate(batch, pad, whole=whole_labels),
         callbacks=list(callbacks),
