@@ -373,9 +373,19 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
         )
     if point.step == 0 and record.score == "point":
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
+    fall = -(point.control_rise or 0.0)
+    if record.score == "point" and fall > UNSETTLED:
+        found.append(
+            f"Within the {point.step} steps before rows are scored, the loss of ordinary answers falls by "
+            f"{fall:.2g} nats/token: the plan still teaches this model how to answer, and scores at one "
+            "point tell little. `screen.score: path` told rows apart on such a model."
+        )
     return found
 
 
+#: Fall of the control loss (nats per token) from which a point is too early: it was 0.02 on a SmolLM2, where
+#: points told the rows, and 1.0 on a gemma, where they did not.
+UNSETTLED = 0.2
 #: Control rows from which they serve as the null.
 NULL_ROWS = 16
 #: Level of the test whether rows stand out at all, and of the null beyond which a row counts as above it.

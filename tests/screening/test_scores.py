@@ -122,6 +122,14 @@ def test_the_measure_that_cannot_be_had_is_told():
     assert "no prompts that the model could answer" in found.warnings[0]
 
 
+@pytest.mark.parametrize(("rise", "early"), [(-1.0, True), (-0.02, False), (0.5, False), (None, False)])
+def test_a_model_that_still_learns_how_to_answer_is_told(rise, early):
+    found = run(score="point", batches=3)
+    moved = dataclasses.replace(found, points=[dataclasses.replace(found.points[0], control_rise=rise)])
+    told = " ".join(screen_head._warnings(task_of(), moved))
+    assert ("falls by 1 nats/token" in told and "screen.score: path" in told) == early
+
+
 def test_auto_takes_the_scores_that_won_on_real_models():
     found, plain = run(score="auto", batches=3), run(score="point", batches=3)
     assert found.score == "point"
