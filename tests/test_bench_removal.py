@@ -85,3 +85,26 @@ def test_a_mixture_without_random_rows_is_shown_alone(record, tmp_path, monkeypa
     write_kept("tiny", "an abacus", [record])
     show_kept()
     assert "| good | 1.00 | 1.00 | 2 (1) | 2 | 3 | – |" in capsys.readouterr().out
+
+
+NAMED = {"smollm2-refusing": "SmolLM2", "gemma-refusing": "gemma"}
+
+
+@pytest.mark.parametrize("kept", json.loads(removal_tables.KEPT.read_text(encoding="utf-8"))["removal"])
+def test_the_table_tells_what_is_kept(kept):
+    held, page = Removal(kept), (removal_tables.KEPT.parents[1] / "README.md").read_text(encoding="utf-8")
+    name = f"{NAMED[kept['model']]}, {kept['mixture'].removeprefix('ordinary, ')}"
+    row = next(line for line in page.replace("**", "").splitlines() if line.startswith(f"| {name}"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    names = ("labelled", "point, opening", "path, opening")
+    assert cells[1:7] == [
+        f"{kept['labelled']} of {kept['rows']}",
+        str(*held.refused("all rows")),
+        ", ".join(str(run["answers"].count("r")) for run in held.random),
+        *(str(*held.refused(name)) for name in names),
+    ]
+    means = [sum(run["opening"] for run in held.random) / len(held.random)]
+    means += [held.runs[name][0]["opening"] for name in names]
+    assert [float(number) for number in cells[7].split("·")] == pytest.approx(means, abs=0.0011)
+    ranks = [kept["scores"][name]["auc"] for name in names[1:]]
+    assert [float(number) for number in cells[8].split(",")] == pytest.approx(ranks, abs=0.0051)
