@@ -40,7 +40,7 @@ COLUMNS = (
 )
 #: The scores of a kind without parts, as an equation.
 EQUATIONS = {
-    "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ = ∂M(θ_K)/∂ε_j",
+    "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ ≈ ∂M(θ_K)/∂ε_j",
     "anchors": "s_j = mean cos(h_j, answered) − mean cos(h_j, refused)",
 }
 #: What the ranking is worth, by `just bench screen` on the fixture language.
@@ -50,11 +50,12 @@ WORTH = {
     "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
     "flagged ones, most of them, about halved the real drift. A score at the aligned model itself "
     "(points: start) is little better than chance.",
-    "path": "Measured by `just bench removal --lds` on one mixture of the fixture language: sums of path "
-    "scores foretell thirty real runs on half of the rows at a rank correlation of .78, scores at a point "
-    "at .67; both rank the harmful rows first. On real models it was not measured.",
-    "anchors": "At chance on the fixture language (`just bench removal --lds`); on real models it was not "
-    "measured. Take it as a first look.",
+    "path": "Measured by `just bench lds` on three mixtures of the fixture language: sums of path scores "
+    "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
+    "at .66, .59 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
+    "point where a tenth of the rows complied (27 of 48 against 31), on a real gemma more (46 against 44).",
+    "anchors": "At chance on the fixture language (`just bench lds`); on a real SmolLM2 its first rows, left "
+    "out, did no more than random ones (`just bench removal`). Take it as a first look.",
 }
 
 

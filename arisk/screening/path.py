@@ -1,14 +1,16 @@
 """Path scores: what every row does to the end of the planned run, taken back through its steps.
 
-    s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ = ∂M(θ_K)/∂ε_j at ε = 1
+    s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ ≈ ∂M(θ_K)/∂ε_j at ε = 1
 
 with M the measured harm after K steps, ε_j a weight on row j wherever the plan trains on it, and c_k from
 `arisk.training.unroll`. Rows that these steps do not meet are scored as guests of one step, drawn from a
 few spread evenly, and so are control rows, as often as a row is met: the null. K is the plan's own length,
 at most `screen.max_steps`; later steps are not looked at.
 
-c_k leaves out that a step bends the gradients of later ones, unless `screen.curvature` asks for it, and
-levels AdamW's scale; rows are then read without dropout. `tests/bench/README.md` shows what that foretells.
+c_k levels AdamW's scale, and leaves out that a step bends the gradients of later ones. With
+`screen.curvature` it does not leave that out, and a step's own rows are read with its dropout and noise;
+else they are read without, as guests always are. `tests/bench/README.md` shows what both foretell, measured
+without dropout.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class PathScores:
     """Scores of rows and of control rows, and what the walk did.
 
     Attributes:
-        scores: (N,) ∂M/∂ε_j, nats per unit weight; positive is harmful.
+        scores: (N,) ≈ ∂M/∂ε_j, nats per unit weight; positive is harmful.
         visited: (N,) how often the steps train on a row; 0 for guests.
         null: (N_c,) the same of control rows; None without control data.
         steps: K.
@@ -181,10 +183,11 @@ class _MetRows:
             own: rows of its micro-batches, where these are scored here too.
         """
         pull: Tensor | None = None
-        met = [*(row for rows in own for row in rows), *self.rows.get(step.number, ())]
-        for samples, rows in (
-            (self.task.finetune, met),
-            *((self.task.control, often.get(step.number)) for often in self.controls),
+        finetune = self.task.finetune
+        for samples, rows, among in (
+            *((finetune, rows, len(rows)) for rows in own),
+            (finetune, self.rows.get(step.number), None),
+            *((self.task.control, often.get(step.number), None) for often in self.controls),
         ):
             if not rows or samples is None:
                 continue
@@ -192,19 +195,21 @@ class _MetRows:
                 pull = torch.cat([c.reshape(-1) for c in step.pull])[:, None]
                 pull = beside(pull, self.run.parameters[0])
             for group in row_groups(samples, self.config.batch_size, rows=rows, limit=max(rows) + 1):
-                found = self._products(step.number, pull, group, samples.loss_fn)
+                found = self._products(step.number, pull, group, samples.loss_fn, among)
                 if samples is self.task.finetune:
                     # A row may stand twice in a step.
                     self.scores.index_add_(0, torch.tensor(group.rows), found)
                 else:
                     self.null[[self.place[row] for row in group.rows]] += found
 
-    def _products(self, number: int, pull: Tensor, group: RowGroup, loss_fn: LossFn) -> Tensor:
+    def _products(
+        self, number: int, pull: Tensor, group: RowGroup, loss_fn: LossFn, among: int | None
+    ) -> Tensor:
         precision = precision_of(self.run.training)
         found = row_products(
             self.task.model, group, loss_fn, self.layout, pull, engine=self.engine, precision=precision
         )[:, 0]
-        return found * self.run.terms_per_loss(number, group.batch)
+        return found * self.run.terms_per_loss(number, group.batch, among)
 
 
 #: Steps that have guests, evenly over the run: a few rows together cost less than each alone.

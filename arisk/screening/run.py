@@ -378,7 +378,8 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
         found.append(
             f"Within the {point.step} steps before rows are scored, the loss of ordinary answers falls by "
             f"{fall:.2g} nats/token: the plan still teaches this model how to answer, and scores at one "
-            "point tell little. `screen.score: path` told rows apart on such a model."
+            "point tell little. `screen.score: path` ranked rows better on such a model, though it flagged "
+            "none: take its first ones by `--drop`."
         )
     return found
 

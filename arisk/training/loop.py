@@ -351,18 +351,19 @@ class PlannedRun:
                     terms = row_terms(samples, self.task.model, batch, trained)
                 yield place, terms * share
 
-    def terms_per_loss(self, number: int, batch: Batch) -> Tensor:
+    def terms_per_loss(self, number: int, batch: Batch, among: int | None = None) -> Tensor:
         """Term in step `number` of rows over their loss, (B,), were they among those of that step.
 
         Args:
             number: the step.
             batch: B rows.
+            among: rows of the micro-batch of that step that they are of; None: all of the step's count alike.
         """
         batches, trained = self._batches(number)
         tokens = self.task.finetune.tokens
         if trained is not None and tokens is not None:
             return tokens.counts(batch).to("cpu", torch.float64) / trained
-        rows = sum(batch_size(batch) for batch in batches)
+        rows = sum(batch_size(batch) for batch in batches) if among is None else among * len(batches)
         return torch.full((batch_size(batch),), 1 / rows, dtype=torch.float64)
 
     def loss_on(self, batch: Batch, number: int) -> Tensor:

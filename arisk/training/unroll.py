@@ -5,7 +5,8 @@
 with s_k the optimizer's state, g_k = ∇L_k(θ_{k−1}) the gradient of a step before clipping and μ the
 derivative of a number measured at the end. Row j of the step, with a weight ε_j on its term, moves the end by
 ⟨c_k, ∇(its term)⟩ at ε = 1. A step's gradient depends on the parameters as well, by the Hessian of its loss,
-so that part of μ_{k−1} is H_k c_k: one double backward pass per step, which gives the products with rows too.
+so that part of μ_{k−1} is H_k c_k: with curvature one double backward pass per step, which gives the products
+with rows too; without, that part is left out, and whoever asks makes the products.
 
 Steps are stored as they are taken, where memory allows; else every so many, and walked again in between.
 With curvature and without smoothing the derivatives are exact.

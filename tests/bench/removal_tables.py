@@ -93,9 +93,10 @@ def _lds(scores: Sequence[float], halves: Sequence[Mapping[str, Any]]) -> float:
 
 
 def write_kept(model: str, device: str, records: Sequence[Record]) -> None:
-    """Put a model's records into the file, in place of older ones of it."""
+    """Put records into the file, in place of older ones of the same model and mixture."""
     kept = json.loads(KEPT.read_text(encoding="utf-8"))["removal"] if KEPT.exists() else []
-    kept = [record for record in kept if record["model"] != model]
+    new = {record["mixture"] for record in records}
+    kept = [record for record in kept if record["model"] != model or record["mixture"] not in new]
     kept += [{"device": device, **record} for record in records]
     lines = ",\n".join(json.dumps(record, separators=(",", ":"), ensure_ascii=False) for record in kept)
     KEPT.write_text(f'{{"removal":[\n{lines}\n]}}\n', encoding="utf-8")

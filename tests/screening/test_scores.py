@@ -61,6 +61,20 @@ def test_curvature_counts_only_for_steps_that_others_follow():
         assert torch.allclose(first, exact, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rows_of_a_short_micro_batch_count_as_in_their_step(accumulation):
+    class Ragged(Rows):
+        def indices(self, number):
+            return list(range(6))[4 * (number % 2) : 4 * (number % 2) + 4]
+
+    task = task_of(finetune=Ragged(points(2, 6)))
+    training = TrainingConfig(
+        optimizer="sgd", learning_rate=0.1, batch_size=4, gradient_accumulation=accumulation, loss="rows"
+    )
+    first, exact = (run(task, training, max_steps=1, curvature=c).scores for c in (False, True))
+    assert torch.allclose(first, exact, rtol=1e-9, atol=0)
+
+
 def test_what_is_left_out_without_curvature_shrinks_with_the_learning_rate():
     def apart(rate):
         training = TrainingConfig(optimizer="sgd", learning_rate=rate, batch_size=4, max_grad_norm=None)
