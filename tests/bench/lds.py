@@ -3,8 +3,8 @@
 On the embedded model. Again and again a random half of the rows is left out of the planned batches and the
 model really trained; a score is worth the rank correlation (LDS, Spearman) of what its sums foretell with
 what came out, and the AUC of its ranking against the labels. Beside it stand the labels themselves as a
-score, and what sums could foretell at best: weights of the labelled rows fitted to other real trainings. All
-is kept below `runs/bench-removal` and found again.
+score, and a fit to real trainings: weights of the labelled rows that foretell others. All is kept below
+`runs/bench-removal` and found again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and the mixtures of `MIXTURES`, in
 each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
 in three draws; without the labelled ones; and without the first ones of every score. The rows that stay come
-in one order in all trainings of a seed, so that these differ by what is left out. `--scores` stops before the
+in one order in all trainings of a seed; others move up for those left out. `--scores` stops before the
 trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
 `runs/bench-removal` and found again; `--keep WORDS` writes it to `truths/removal.json` without texts, the
 words saying on what device it was made, and `--kept` prints that file.
@@ -33,7 +33,7 @@ from tests.bench.pool import share as share_out
 from tests.bench.real.jobs import SOURCES, Job, mixed
 from tests.bench.real.rows import MAX_LENGTH, encode, pad_id, write_rows
 from tests.bench.removal_tables import record_of, show, show_kept, write_kept
-from tests.bench.row_scores import FOLDER, SCORES, by_line, kept, scored
+from tests.bench.row_scores import FOLDER, SCORES, by_line, kept, order_of, scored
 from tests.bench.screening import baselines
 
 #: Mixtures of a real model by name: usual rows, the labelled ones, and the share that these replace.
@@ -52,6 +52,8 @@ BREAKING = "ordinary, worst slices"
 SLICES, WORST = 10, 1
 #: Rows of a mixture at most, steps and learning rate of the plans.
 ROWS, STEPS, RATE = 500, 60, 2e-4
+#: Rows that a plan meets.
+MET = STEPS * 4
 #: Safety prompts and control rows that scores may see.
 PROMPTS, CONTROL = 32, 32
 #: Scores that are sums of others.
@@ -164,8 +166,8 @@ def trained(
     panel = Panel(tokenizer, data)
     start(model_folder, panel, FOLDER / model_folder.name / "start.json", device)
     gone = frozenset(dropped)
-    order = Random(f"order {seed}").sample(range(len(rows)), len(rows))
-    encoded = [encode(tokenizer, rows[i]["prompt"], rows[i]["response"]) for i in order if i not in gone]
+    stay = [rows[i] for i in order_of(seed, len(rows)) if i not in gone]
+    encoded = [encode(tokenizer, row["prompt"], row["response"]) for row in stay]
     model = with_adapter(model.to(device))
     freeze_in_bfloat16(model.get_base_model())
     started = time.process_time()
@@ -355,7 +357,7 @@ def removal(given: argparse.Namespace) -> None:
                 continue
             left -= new
             mix.training(name, seed)
-        show(record_of(given.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix)))
+        show(record_of(given.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix), MET))
 
 
 def shared(given: argparse.Namespace) -> None:
@@ -408,7 +410,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if asked.model and asked.data:
         if asked.keep is not None:
             found = [
-                record_of(asked.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix))
+                record_of(asked.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix), MET)
                 for mix in mixtures_of(asked)
                 if mix.end("all rows", 0).exists()
             ]

@@ -19,6 +19,7 @@ import torch
 from arisk.geometry.statistics import rank_correlation
 from tests.bench.measure import print_table
 from tests.bench.real.merge import TRUTHS
+from tests.bench.row_scores import order_of
 from tests.bench.screening import auc
 
 KEPT = TRUTHS / "removal.json"
@@ -38,6 +39,7 @@ def record_of(
     labels: Sequence[int],
     scores: Mapping[str, Mapping[str, Any]],
     ends: Mapping[tuple[str, int], Mapping[str, Any]],
+    met: int,
 ) -> Record:
     """What is kept of a mixture.
 
@@ -47,6 +49,7 @@ def record_of(
         labels: of all rows.
         scores: by name: `scores` of all rows, rows `flagged`, CPU `seconds`.
         ends: by what was left out and seed: rows `dropped`, `answers`, losses.
+        met: rows that a plan trains on; of those left out it would have met only some.
     """
     halves = [end for (name, _), end in ends.items() if name.startswith("half")]
     return {
@@ -70,6 +73,7 @@ def record_of(
                 "left_out": name,
                 "seed": seed,
                 "rows": len(end["dropped"]),
+                "met": len({*end["dropped"]} & {*order_of(seed, len(labels))[:met]}),
                 "answers": end["answers"],
                 **{key: round(end[key], 4) for key in ("opening", "safety", "control")},
                 "cpu_seconds": round(end["seconds"], 1),
