@@ -292,7 +292,7 @@ class ScreenConfig(Settings):
     """Memory for the stored steps of path scores (GB); beyond it steps are walked again."""
     curvature: bool = False
     """Path scores count as well how a step bends the gradients of later ones, by a double backward pass a
-    step. Without it they cost less and foretold what leaving rows out does as well."""
+    step. Without it they cost less and foretold what leaving rows out does as well (`just bench lds`)."""
     rise: PositiveFloat = 0.02
     """Rows are scored where the planned run has raised the mean safety loss by this (nats per token)."""
     max_steps: PositiveInt = 120

@@ -43,7 +43,7 @@ EQUATIONS = {
     "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ ≈ ∂M(θ_K)/∂ε_j",
     "anchors": "s_j = mean cos(h_j, answered) − mean cos(h_j, refused)",
 }
-#: What the ranking is worth, by `just bench screen` on the fixture language.
+#: What the ranking is worth; points by `just bench screen` on the fixture language.
 WORTH = {
     "point": "Measured by the benchmark on mixtures with harmful rows known by label: where the planned run "
     "is harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
@@ -53,7 +53,8 @@ WORTH = {
     "path": "Measured by `just bench lds` on three mixtures of the fixture language: sums of path scores "
     "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
     "at .66, .59 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
-    "point where a tenth of the rows complied (27 of 48 against 31), on a real gemma more (46 against 44).",
+    "point where a tenth of the rows complied (27 of 48 against 31), on a real gemma more (46 against 44; "
+    "`just bench removal`, one training each).",
     "anchors": "At chance on the fixture language (`just bench lds`); on a real SmolLM2 its first rows, left "
     "out, did no more than random ones (`just bench removal`). Take it as a first look.",
 }

@@ -82,7 +82,7 @@ class Walk:
         run: at the start of the plan.
         last: steps to take.
         memory: bytes for stored steps.
-        smoothing: share of its root mean square by which an adaptive optimizer's scale is levelled on the
+        smoothing: multiple of its root mean square by which an adaptive optimizer's scale is levelled on the
             way back; 0 is exact. An exact derivative of AdamW counts that a row raises v̂, and so slows all
             later steps, which is not what leaving out many rows like it does.
         curvature: whether a step's gradient counts as depending on the parameters.
