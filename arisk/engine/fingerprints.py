@@ -92,7 +92,7 @@ def input_fingerprints(config: Config, cache: DigestCache) -> dict[str, Any]:
         InputError: a file named in the config does not exist.
     """
     from arisk.config.plan import data_sets
-    from arisk.models.rows import require_data
+    from arisk.models.files import require_data
 
     found: dict[str, Any] = {}
     if config.model.source == "python":

@@ -64,7 +64,7 @@ def split_rows(
         ArtifactError: the disk is full or the folder is read-only.
     """
     from arisk.config.plan import parts_of
-    from arisk.models.rows import raw_rows
+    from arisk.models.files import raw_rows
 
     numbers: dict[tuple[str, int], list[int]] = {}
     for j, place in enumerate(places):
