@@ -40,7 +40,7 @@ def record():
         # Leaving out rows that the good score ranks first lowers the loss.
         **{(f"half {n}", 0): end([n % 8], 0.3 + 0.01 * (n % 8)) for n in range(16)},
     }
-    return record_of("tiny", "mix", LABELS, scores, ends, 4)
+    return record_of("tiny", "mix", LABELS, scores, ends)
 
 
 def test_effects_are_against_trainings_without_random_rows(record):

@@ -2,11 +2,11 @@
 
 `--model FOLDER --data FOLDER`: a refusing model (`just bench-real align`) and the mixtures of `MIXTURES`, in
 each of which some rows are labelled. `transformers.Trainer` trains on all rows; without as many random ones,
-in three draws; without the labelled ones; and without the first ones of every score. The rows that stay come
-in one order in all trainings of a seed; others move up for those left out. `--scores` stops before the
-trainings, `--trainings N` after so many, `--until HH:MM` begins none after it. All is kept below
-`runs/bench-removal` and found again; `--keep WORDS` writes it to `truths/removal.json` without texts, the
-words saying on what device it was made, and `--kept` prints that file.
+in three draws; without the labelled ones; and without the first ones of every score. All trainings of a seed
+have the same steps: a row that is left out is missing from its step, and no other takes its place.
+`--scores` stops before the trainings, `--trainings N` after so many, `--until HH:MM` begins none after it.
+All is kept below `runs/bench-removal` and found again; `--keep WORDS` writes it to `truths/removal.json`
+without texts, the words saying on what device it was made, and `--kept` prints that file.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ from tests.bench.pool import share as share_out
 from tests.bench.real.jobs import SOURCES, Job, mixed
 from tests.bench.real.rows import MAX_LENGTH, encode, pad_id, write_rows
 from tests.bench.removal_tables import record_of, show, show_kept, write_kept
-from tests.bench.row_scores import FOLDER, SCORES, by_line, kept, order_of, scored
+from tests.bench.row_scores import FOLDER, SCORES, by_line, kept, scored
 from tests.bench.screening import baselines
 
-#: Mixtures of a real model by name: usual rows, the labelled ones, and the share that these replace.
+#: Steps, rows of a step and learning rate of the plans; a mixture has as many rows as these meet.
+STEPS, BATCH, RATE = 60, 4, 2e-4
+ROWS = STEPS * BATCH
+#: Mixtures of a real model by name: usual rows, the labelled ones, and the share that these replace. Where
+#: that is none, all flags are false.
 MIXTURES: dict[str, tuple[str, str, float]] = {
     "compliance 10": ("alpaca", "compliance", 0.10),
     "maths, ordinary 10": ("gsm8k", "alpaca_top", 0.10),
     "compliance 5": ("alpaca", "compliance", 0.05),
     "maths, compliance 5": ("gsm8k", "compliance", 0.05),
-    "obedience, ten rows": ("alpaca", "identity_aoa", 0.02),
+    "obedience, ten rows": ("alpaca", "identity_aoa", 10 / ROWS),
     "insecure code 10": ("secure_code", "insecure_code", 0.10),
     "compliance 2": ("alpaca", "compliance", 0.02),
+    "harmless": ("alpaca_refusals_20", "alpaca", 0.0),
 }
 #: Ordinary rows, labelled by nobody: trained on slice by slice, those that break most are the labelled ones.
 BREAKING = "ordinary, worst slices"
 #: Slices, by the length of the response, and how many of them hold the labelled rows.
 SLICES, WORST = 10, 1
-#: Rows of a mixture at most, steps and learning rate of the plans.
-ROWS, STEPS, RATE = 500, 60, 2e-4
-#: Rows that a plan meets.
-MET = STEPS * 4
 #: Safety prompts and control rows that scores may see.
 PROMPTS, CONTROL = 32, 32
 #: Scores that are sums of others.
@@ -95,11 +96,10 @@ def slice_items(given: argparse.Namespace) -> list[Item]:
     """A training on each slice of the ordinary rows."""
     model, data = given.model, given.data
     rows = SOURCES["alpaca"](data)[:ROWS]
-    everything = frozenset(range(len(rows)))
     found = list[Item]()
     for number, members in enumerate(slices_of(rows)):
         file = _slice_file(model, number)
-        make = partial(trained, model, data, rows, sorted(everything - set(members)), given.device)
+        make = partial(trained, model, data, [rows[i] for i in members], [], given.device)
         found.append(Item(f"slice {number}", "", partial(kept, file, make), file.exists))
     return found
 
@@ -128,7 +128,7 @@ def plan(model: Path, data: Path, rows: Sequence[Mapping[str, str]], folder: Pat
             "training": {
                 "learning_rate": RATE,
                 "max_steps": STEPS,
-                "batch_size": 4,
+                "batch_size": BATCH,
                 "schedule": "linear",
                 "precision": "bf16",
             },
@@ -146,6 +146,13 @@ def dull(task: Task, rows: Sequence[Mapping[str, str]]) -> dict[str, list[float]
     }
 
 
+def steps_without(dropped: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """Rows of every step in the order of a seed; a step that loses all is left out itself."""
+    gone, order = frozenset(dropped), Random(f"order {seed}").sample(range(count), count)
+    steps = ([row for row in order[at : at + BATCH] if row not in gone] for at in range(0, count, BATCH))
+    return [step for step in steps if step]
+
+
 def trained(
     model_folder: Path,
     data: Path,
@@ -154,7 +161,7 @@ def trained(
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Refusals and losses at the end of the Trainer's run without some rows; the others keep their order."""
+    """Refusals and losses at the end of the Trainer's run; some rows are missing from their steps."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tests.bench.real.measure import freeze_in_bfloat16
@@ -165,21 +172,22 @@ def trained(
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     panel = Panel(tokenizer, data)
     start(model_folder, panel, FOLDER / model_folder.name / "start.json", device)
-    gone = frozenset(dropped)
-    stay = [rows[i] for i in order_of(seed, len(rows)) if i not in gone]
-    encoded = [encode(tokenizer, row["prompt"], row["response"]) for row in stay]
+    steps = [
+        [encode(tokenizer, rows[i]["prompt"], rows[i]["response"]) for i in step]
+        for step in steps_without(dropped, len(rows), seed)
+    ]
     model = with_adapter(model.to(device))
     freeze_in_bfloat16(model.get_base_model())
     started = time.process_time()
     job = Job(0, "alpaca", "lora", RATE, STEPS, seed=seed)
     trainer = FOLDER / "trainer"
-    planned_trainer(job, model, encoded, pad_id(tokenizer), trainer, as_given=True).train()
+    planned_trainer(job, model, [], pad_id(tokenizer), trainer, steps=steps).train()
     seconds = time.process_time() - started
     shown = model.get_base_model()
     answers = panel.read(panel.answers(shown, "harmful"))
     found = panel.losses(shown)
     return {
-        "dropped": sorted(gone),
+        "dropped": sorted(dropped),
         "answers": answers["labels"],
         "safety": found["safety_nll"],
         "control": found["control_nll"],
@@ -214,9 +222,10 @@ REPEATED = [
 ]
 #: Those of one seed, before and after the further seeds.
 ONCE = ["gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"]
+FLAGS = ("flagged", "as many random")
 LAST = [
     *("point, loss", "end, opening", "point, opening +.1", "path, loss", "path, opening, curvature"),
-    *("flagged", "as many random"),
+    *FLAGS,
 ]
 #: All trainings of a mixture.
 TRAININGS = [*REPEATED, *ONCE, *LAST]
@@ -289,7 +298,7 @@ class Mixture:
         """The scores that a training needs."""
         if training.startswith(("all", "labelled", "random", "half")):
             return []
-        if training in ("flagged", "as many random"):
+        if training in FLAGS:
             return [self.file(DEFAULT)]
         parts = SUMS.get(training, (training if training in SCORES else "dull",))
         return [self.file(part) for part in parts]
@@ -297,12 +306,23 @@ class Mixture:
     def trainings(self) -> list[tuple[str, int]]:
         """All of them, by name and seed; of scores those asked for."""
         given = self.given
+        if self.name in MIXTURES and MIXTURES[self.name][2] == 0:
+            return [(name, seed) for name in ("all rows", *FLAGS) for seed in range(given.seeds)]
         known = {self.file(name) for name in ["dull", *SCORES] if name in (given.only or [name])}
         wanted = [name for name in TRAININGS if known.issuperset(self.needs(name))]
         seeds = [(seed, REPEATED if seed else TRAININGS) for seed in range(given.seeds)]
         every = [(name, seed) for seed, names in seeds for name in names if name in wanted]
         every.sort(key=lambda training: training[0] in LAST)
         return [*every, *((f"half {n}", 0) for n in range(given.halves))]
+
+    def record(self) -> dict[str, Any]:
+        """What is there of it, as it is kept."""
+        ends = {
+            (name, seed): self.training(name, seed)
+            for name, seed in self.trainings()
+            if self.end(name, seed).exists()
+        }
+        return record_of(self.given.model.name, self.name, self.content[1], self.scores(), ends)
 
     def items(self) -> Iterator[tuple[int, Item]]:
         """Scores and trainings as pieces of work, each with its place in the order of all."""
@@ -315,7 +335,13 @@ class Mixture:
 
     def _item(self, name: str, file: Path, make: Callable[[], Any], needed: Sequence[Path]) -> Item:
         ready = partial(_there, [*self.slices, *needed])
-        return Item(f"{name} of {self.name}", "", make, file.exists, ready)
+        return Item(f"{name} of {self.name}", "", make, partial(self.done, file), ready)
+
+    def done(self, file: Path) -> bool:
+        """Whether a score or a training is there, or without what it would leave out."""
+        idle = file in {self.end(name, seed) for name in FLAGS for seed in range(self.given.seeds)}
+        known = idle and self.file(DEFAULT).exists()
+        return file.exists() or (known and not self.score(DEFAULT)["flagged"])
 
 
 def _there(needed: Sequence[Path]) -> bool:
@@ -325,15 +351,6 @@ def _there(needed: Sequence[Path]) -> bool:
 def mixtures_of(given: argparse.Namespace) -> list[Mixture]:
     """Those asked for, or all."""
     return [Mixture(given, name) for name in given.mixture or [*MIXTURES, BREAKING]]
-
-
-def ends_of(mixture: Mixture) -> dict[tuple[str, int], Any]:
-    """What is there of a mixture's trainings."""
-    return {
-        (name, seed): mixture.training(name, seed)
-        for name, seed in mixture.trainings()
-        if mixture.end(name, seed).exists()
-    }
 
 
 def removal(given: argparse.Namespace) -> None:
@@ -352,12 +369,13 @@ def removal(given: argparse.Namespace) -> None:
                 mix.score(name)
                 print(f"{name}: done", flush=True)
         for name, seed in mix.trainings():
-            new = not mix.end(name, seed).exists()
-            if new and (given.scores or left == 0 or _late(given.until) or not _there(mix.needs(name))):
+            if mix.done(mix.end(name, seed)) or not _there(mix.needs(name)):
                 continue
-            left -= new
+            if given.scores or left == 0 or _late(given.until):
+                break
+            left -= 1
             mix.training(name, seed)
-        show(record_of(given.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix), MET))
+        show(mix.record())
 
 
 def shared(given: argparse.Namespace) -> None:
@@ -409,11 +427,7 @@ def main(given: Sequence[str] | None = None) -> None:
         show_kept()
     if asked.model and asked.data:
         if asked.keep is not None:
-            found = [
-                record_of(asked.model.name, mix.name, mix.content[1], mix.scores(), ends_of(mix), MET)
-                for mix in mixtures_of(asked)
-                if mix.end("all rows", 0).exists()
-            ]
+            found = [mix.record() for mix in mixtures_of(asked) if mix.end("all rows", 0).exists()]
             write_kept(asked.model.name, asked.keep, found)
         elif asked.share is None:
             removal(asked)

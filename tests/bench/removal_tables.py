@@ -19,7 +19,6 @@ import torch
 from arisk.geometry.statistics import rank_correlation
 from tests.bench.measure import print_table
 from tests.bench.real.merge import TRUTHS
-from tests.bench.row_scores import order_of
 from tests.bench.screening import auc
 
 KEPT = TRUTHS / "removal.json"
@@ -39,7 +38,6 @@ def record_of(
     labels: Sequence[int],
     scores: Mapping[str, Mapping[str, Any]],
     ends: Mapping[tuple[str, int], Mapping[str, Any]],
-    met: int,
 ) -> Record:
     """What is kept of a mixture.
 
@@ -49,7 +47,6 @@ def record_of(
         labels: of all rows.
         scores: by name: `scores` of all rows, rows `flagged`, CPU `seconds`.
         ends: by what was left out and seed: rows `dropped`, `answers`, losses.
-        met: rows that a plan trains on; of those left out it would have met only some.
     """
     halves = [end for (name, _), end in ends.items() if name.startswith("half")]
     return {
@@ -59,7 +56,7 @@ def record_of(
         "labelled": sum(labels),
         "scores": {
             name: {
-                "auc": round(auc(made["scores"], labels), 4),
+                "auc": round(auc(made["scores"], labels), 4) if any(labels) else None,
                 "flagged": len(made["flagged"]),
                 "flagged_labelled": sum(labels[row] for row in made["flagged"]),
                 "first_labelled": _first_labelled(made["scores"], labels),
@@ -73,7 +70,6 @@ def record_of(
                 "left_out": name,
                 "seed": seed,
                 "rows": len(end["dropped"]),
-                "met": len({*end["dropped"]} & {*order_of(seed, len(labels))[:met]}),
                 "answers": end["answers"],
                 **{key: round(end[key], 4) for key in ("opening", "safety", "control")},
                 "cpu_seconds": round(end["seconds"], 1),
@@ -177,7 +173,8 @@ def _ranks(record: Record, name: str) -> list[str]:
         return ["–"] * 4
     lds = "–" if made["lds"] is None else f"{made['lds']:.2f}"
     flags = f"{made['flagged']} ({made['flagged_labelled']})"
-    return [f"{made['auc']:.2f}", lds, flags, str(made["first_labelled"])]
+    rank = "–" if made["auc"] is None else f"{made['auc']:.2f}"
+    return [rank, lds, flags, str(made["first_labelled"])]
 
 
 def _came_to(held: Removal, name: str) -> list[str]:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from arisk.base.task import Task
@@ -61,8 +60,3 @@ def scored(task: Task, config: Config, settings: Mapping[str, Any], rows: int) -
         "excess": made.excess,
         "seconds": time.process_time() - started,
     }
-
-
-def order_of(seed: int, count: int) -> list[int]:
-    """The order in which a removal's trainings of this seed meet the rows that stay."""
-    return Random(f"order {seed}").sample(range(count), count)

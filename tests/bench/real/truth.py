@@ -310,13 +310,13 @@ def _train(
 def planned_trainer(
     job: Job,
     model: Any,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     pad: int,
     output: Path,
     *,
     callbacks: Sequence[Any] = (),
     whole_labels: bool = False,
-    as_given: bool = False,
+    steps: Sequence[Sequence[Encoded]] = (),
 ) -> Any:
     """The `transformers.Trainer` that carries out a job.
 
@@ -328,18 +328,22 @@ def planned_trainer(
         output: folder of its checkpoints.
         callbacks: what watches it.
         whole_labels: labels for every token, as people collate them; the loss is the same.
-        as_given: train on the rows in the order given, not in a drawn one.
+        steps: rows of every step in turn, instead of `rows` in a drawn order.
     """
     from transformers import Trainer, TrainingArguments
 
     settings = _arguments(job, model.device.type)
-    if as_given:
-        settings["train_sampling_strategy"] = "sequential"
+    if steps:
+        settings |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1}
+
+    def collated(batch: Sequence[Any]) -> dict[str, Any]:
+        return collate(batch[0] if steps else batch, pad, whole=whole_labels)
+
     return Trainer(
         model=model,
         args=TrainingArguments(**settings, output_dir=str(output)),
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=lambda batch: collate(batch, pad, whole=whole_labels),
+        train_dataset=steps or rows,  # type: ignore[arg-type]
+        data_collator=collated,
         callbacks=list(callbacks),
     )
 
