@@ -28,17 +28,19 @@ def explained(
     layout: ParameterLayout,
     place: Place,
     record: ScreenResult,
+    shares: Tensor,
     config: ScreenConfig,
     engine: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """The most harmful rows with K_ij = ⟨G_i, D g_j⟩ by safety sample and the first order by module.
+    """The most harmful rows with K_ij = t_j ⟨G_i, D g_j⟩ by safety sample and the first order by module.
 
     Args:
         task: the model, standing at the last point, inside `measuring`.
         layout: the selected parameters.
         place: that point.
         record: the scores.
+        shares: (N,) t_j, what the rows' losses count for.
         config: how many rows.
         engine: engine of the per-sample gradients.
         progress: told of rows explained.
@@ -59,7 +61,7 @@ def explained(
         row_groups(task.finetune, config.batch_size, rows=head, limit=_last(task, head))
     ):
         progress("explaining rows", done, len(head))
-        shares = row_products(
+        products = row_products(
             task.model,
             group,
             task.finetune.loss_fn,
@@ -69,7 +71,7 @@ def explained(
             by_module=True,
         )
         for j, row in enumerate(group.rows):
-            made[row]["modules"] = _modules(layout, shares[j, :, 0])
+            made[row]["modules"] = _modules(layout, products[j, :, 0])
     for part in _parts([row for row in head if len(head) <= most or row in head[:most]], layout.numel):
         columns.update(_against(task, layout, place, part, config, engine))
     for rank, row in enumerate(head, start=1):
@@ -81,7 +83,7 @@ def explained(
             p_value=float(record.p_values[row]),
             loss=float(record.losses[row]),
             gradient_norm=float(record.gradient_norms[row]),
-            hurts=_hurt(task, columns[row]) if row in columns else None,
+            hurts=_hurt(task, float(shares[row]) * columns[row]) if row in columns else None,
         )
     return [made[row] for row in head]
 

@@ -158,13 +158,13 @@ def _reading(found: ScreenResult) -> str:
         else ""
     )
     return (
-        f"The score of a row is the rise of {MEASURES[found.measure]}, per unit learning rate, when the "
-        f"planned optimizer steps on this row alone, {where}, {against}. There it had changed by "
+        f"The score of a row is the rise of {MEASURES[found.measure]}, per unit learning rate, that its part "
+        f"of a planned step brings, {where}, {against}. There it had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
         "Above zero is harmful: all such scores together are the harm that shares are of. `safety` and "
         "`control` are the two parts of the score; p is how often a control row would score as high. The "
-        "ranking says who pushes, not how far. " + estimates + "Each row's loss is a mean over its "
-        f"tokens; the rank correlation of score and length is {number(found.length_correlation, 2)}."
+        "ranking says who pushes, not how far. " + estimates + "A row counts by its tokens where the plan's "
+        f"loss does; the rank correlation of score and length is {number(found.length_correlation, 2)}."
     )
 
 
@@ -291,9 +291,9 @@ def _distribution(found: ScreenResult) -> Figure:
         + ": what harmless rows look like. Rows to the right of them stand out."
         if found.null is not None
         else "No control rows: the null was not measured, and the bulk of the rows serves in its place.",
-        EQUATIONS.get(found.score, "s_j = −⟨∇L_s, D g_j⟩")
+        EQUATIONS.get(found.score, "s_j = −t_j ⟨∇L_s, D g_j⟩")
         if not found.contrasted
-        else "s_j = ⟨∇L_c − ∇L_s, D g_j⟩",
+        else "s_j = t_j ⟨∇L_c − ∇L_s, D g_j⟩",
         ["score", "fine-tuning rows", "control rows"],
         thin([row for row in table_rows if any(c not in ("0 %", NOT_MEASURED) for c in row[1:])]),
     )

@@ -50,8 +50,8 @@ class ScreenResult:
 
     Attributes:
         scores: (N,) by `score`; positive is harmful.
-            point: s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety loss less
-            that of the control loss per unit learning rate, where `contrasted`; else the first term alone.
+            point: s_j = t_j Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety loss
+            less that of the control loss per unit learning rate, where `contrasted`; else the former alone.
             path: ∂M(θ_K)/∂ε_j (`arisk.screening.path`). anchors: see `arisk.screening.anchors`.
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.

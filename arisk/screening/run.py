@@ -1,11 +1,12 @@
 """Stage screen: the harm that every fine-tuning row is predicted to push, which rows to flag, and the cost.
 
-    s_j = Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩
+    s_j = t_j Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩
 
-is, to first order, the rise of the safety loss less that of the control loss when the planned optimizer
-steps on row j alone, per unit learning rate, at points θ_c of the planned run. Tracing influence along a
-run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the rise of the safety loss, and
-that harm is contrasted with control data, is this project's.
+is, to first order, the rise of the safety loss less that of the control loss that row j's term of a planned
+step brings, per unit learning rate, at points θ_c of the planned run. t_j is the row's trained tokens over
+their mean where the loss of a step is a mean over tokens, so that a long row weighs more in it. Tracing
+influence along a run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the rise of the
+safety loss, and that harm is contrasted with control data, is this project's.
 
 `screen.score` may ask for path scores or anchor scores in its place (`arisk.screening.path`, `.anchors`).
 `auto` takes scores at a point, and ranks no rows where none stands out though the planned run does harm: then
@@ -43,7 +44,15 @@ from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estim
 from arisk.screening.explain import explained, listed
 from arisk.screening.measure import MeasuredTask, measured_by
 from arisk.screening.path import path_scores
-from arisk.screening.points import Place, control_groups, places, precision_of, row_groups
+from arisk.screening.points import (
+    Place,
+    RowShares,
+    control_groups,
+    places,
+    precision_of,
+    row_groups,
+    row_shares,
+)
 from arisk.screening.record import MEASURES, ScreenPoint, ScreenResult
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import Recipe, recipe_of
@@ -152,15 +161,16 @@ def _by_point(scene: _Scene) -> ScreenResult:
     if task.control is not None:
         held = control_groups(task.control, config)
         control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
-    build = partial(_of_products, scene, measured, found, control=control)
+    shares = row_shares(task, config, scene.training, limit)
+    build = partial(_of_products, scene, measured, found, shares, control=control)
     method = _method(task, layout, config, limit)
     if method == "exact":
         groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
         record = build(passes.exact(task.finetune, groups, "finetune rows"))
     else:
-        record = by_estimates(passes, task.finetune, config, limit, method, build)
+        record = by_estimates(passes, task.finetune, config, limit, method, shares.rows, build)
     put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
-    examples = explained(task, layout, found[-1], record, config, scene.engine, scene.progress)
+    examples = explained(task, layout, found[-1], record, shares.rows, config, scene.engine, scene.progress)
     return replace(record, examples=examples)
 
 
@@ -243,6 +253,7 @@ def _of_products(
     scene: _Scene,
     measured: MeasuredTask,
     found: Sequence[Place],
+    shares: RowShares,
     rows: RowTables,
     *,
     control: RowTables | None,
@@ -251,11 +262,11 @@ def _of_products(
     """Scores from products, flags from scores; a row without products has its estimate."""
     weights = [place.point.weight for place in found]
     contrasted = control is not None
-    first = _sum(weights, [table[:, 0] for table in rows.tables])
-    against = _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
+    first = shares.rows * _sum(weights, [table[:, 0] for table in rows.tables])
+    against = shares.rows * _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
     null = None
-    if control is not None:
-        null = _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
+    if control is not None and shares.control is not None:
+        null = shares.control * _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
     scores = first if against is None else first - against
     exact = torch.ones(len(scores), dtype=torch.bool)
     if estimates is not None:
@@ -512,6 +523,7 @@ def by_estimates(
     config: ScreenConfig,
     limit: int | None,
     method: str,
+    shares: Tensor,
     build: Callable[..., ScreenResult],
 ) -> ScreenResult:
     """Estimate every row, then score exactly from the top until a whole part of the head has no flag.
@@ -522,6 +534,7 @@ def by_estimates(
         config: rows per pass, side of a sketch, how to flag.
         limit: rows read of a loader that cannot be regrouped.
         method: how to estimate.
+        shares: (N,) what the rows' losses count for.
         build: ``build(tables, estimates=…)``: the record, with flags among the rows that are exact.
 
     Returns:
@@ -534,7 +547,7 @@ def by_estimates(
     groups = partial(row_groups, samples, config.batch_size, limit=limit)
     found = passes.estimated(samples, groups, method, side=config.sketch_side, size=config.batch_size)
     weights = [place.point.weight for place in passes.found]
-    scores = torch.stack([w * table[:, 0] for w, table in zip(weights, found.tables, strict=True)]).sum(0)
+    scores = shares * _sum(weights, [table[:, 0] for table in found.tables])
     estimates = Estimates(method, scores, torch.zeros(len(scores), dtype=torch.bool))
     order = torch.argsort(scores, descending=True, stable=True).tolist()
     width = passes.found[0].directions.shape[1]

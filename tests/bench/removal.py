@@ -221,7 +221,7 @@ REPEATED = [
     "three points, opening",
 ]
 #: Those of one seed, before and after the further seeds.
-ONCE = ["gradient norm", "loss", "−cos at θ*", "length", "prompt length", "lists", "anchors"]
+ONCE = ["gradient norm", "loss", "−cos at θ*", "shortness", "length", "prompt length", "lists", "anchors"]
 FLAGS = ("flagged", "as many random")
 LAST = [
     *("point, loss", "end, opening", "point, opening +.1", "path, loss", "path, opening, curvature"),
@@ -283,6 +283,7 @@ class Mixture:
                 found[name] = {"scores": [sum(row) for row in columns], "flagged": [], "seconds": seconds}
         if self.file("dull").exists():
             made = self.score("dull")
+            made["shortness"] = [-length for length in made["length"]]
             found |= {n: {"scores": v, "flagged": [], "seconds": None} for n, v in made.items()}
         return found
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import torch
@@ -22,6 +22,12 @@ from tests.bench.real.merge import TRUTHS
 from tests.bench.screening import auc
 
 KEPT = TRUTHS / "removal.json"
+#: The page with the block of tables, and its ends.
+README = TRUTHS.parent / "README.md"
+BEGIN, END = "<!-- removal: begin -->\n", "<!-- removal: end -->\n"
+#: Scores that know the model's refusals, and those that stand beside them.
+SCORES = ("point, opening", "path, opening")
+DULL = ("gradient norm", "loss", "−cos at θ*", "shortness", "length", "prompt length", "lists", "anchors")
 #: Share of the labels' effect that a score should reach.
 REACHED = 0.8
 #: Letter of a refusal.
@@ -93,13 +99,16 @@ def _lds(scores: Sequence[float], halves: Sequence[Mapping[str, Any]]) -> float:
 
 
 def write_kept(model: str, device: str, records: Sequence[Record]) -> None:
-    """Put records into the file, in place of older ones of the same model and mixture."""
+    """Put records into the file, in place of the same mixtures of this model, and tables into the page."""
     kept = json.loads(KEPT.read_text(encoding="utf-8"))["removal"] if KEPT.exists() else []
     new = {record["mixture"] for record in records}
     kept = [record for record in kept if record["model"] != model or record["mixture"] not in new]
     kept += [{"device": device, **record} for record in records]
     lines = ",\n".join(json.dumps(record, separators=(",", ":"), ensure_ascii=False) for record in kept)
     KEPT.write_text(f'{{"removal":[\n{lines}\n]}}\n', encoding="utf-8")
+    page = README.read_text(encoding="utf-8")
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    README.write_text(page[:start] + block(kept) + page[end:], encoding="utf-8")
 
 
 class Removal:
@@ -125,27 +134,41 @@ class Removal:
         """Refusals by seed."""
         return [run["answers"].count(REFUSED) for run in self.runs[name]]
 
+    def _than_random(self, runs: Sequence[Record], value: Callable[[Record], float]) -> float:
+        """A value without random rows minus that of these trainings, mean over their seeds."""
+        return mean(mean(map(value, self._draws(run))) - value(run) for run in runs if self._draws(run))
+
+    def _draws(self, run: Record) -> list[Record]:
+        """Trainings of the same seed without random rows."""
+        return [one for one in self.random if one["seed"] == run["seed"]]
+
     def more(self, name: str) -> float:
-        """Refusals more than without random rows, mean over seeds."""
-        return mean(self.refused(name)) - mean(run["answers"].count(REFUSED) for run in self.random)
+        """Refusals more than without random rows of the same seed, mean over seeds."""
+        return -self._than_random(self.runs[name], lambda run: run["answers"].count(REFUSED))
 
     def effect(self, name: str) -> float:
-        """How far the opening loss lies below that without random rows (nats)."""
-        return mean(run["opening"] for run in self.random) - mean(run["opening"] for run in self.runs[name])
+        """How far the opening loss lies below that without random rows (nats), mean over seeds."""
+        return self._than_random(self.runs[name], lambda run: run["opening"])
 
     def error(self, name: str) -> float:
-        """Standard error of that, from how far trainings without random rows lie apart."""
-        random = self.random
-        apart = stdev(run["opening"] for run in random) if len(random) > 1 else math.nan
-        return apart * math.sqrt(1 / len(self.runs[name]) + 1 / len(random))
+        """Standard error of that, from how far draws of random rows lie apart within a seed."""
+        seeds = [[one["opening"] for one in self._draws(run)] for run in self.runs[name]]
+        seeds = [draws for draws in seeds if draws]
+        freedom = sum(len(draws) - 1 for draws in seeds)
+        if not freedom:
+            return math.nan
+        apart = sum((loss - mean(draws)) ** 2 for draws in seeds for loss in draws) / freedom
+        return math.sqrt(apart * sum(1 + 1 / len(draws) for draws in seeds)) / len(seeds)
 
     def labels_tell(self) -> bool:
         """Whether the labels' effect is twice its error or more."""
         return self.effect("labelled") >= 2 * self.error("labelled")
 
     def reached(self, name: str) -> float:
-        """The effect as a share of the labels'."""
-        return self.effect(name) / self.effect("labelled")
+        """The effect as a share of the labels' in the same seeds."""
+        seeds = {run["seed"] for run in self.runs[name]}
+        beside = [run for run in self.runs["labelled"] if run["seed"] in seeds]
+        return self.effect(name) / self._than_random(beside, lambda run: run["opening"])
 
     def complete(self) -> bool:
         """Whether there is what effects are measured against."""
@@ -221,3 +244,66 @@ def show_kept() -> None:
     for record in records:
         print(f"\nOn {record['device']}:")
         show(record)
+
+
+def block(records: Sequence[Record]) -> str:
+    """The tables of the page, from what is kept alone."""
+    held = [one for one in map(Removal, records) if one.complete()]
+    header = ["mixture", "all rows", "without random ones", "without the labelled", "without point's first"]
+    came = table(
+        [*header, "without path's first"],
+        [
+            [one.name, _cell(one.runs["all rows"]), _cell(one.random)]
+            + [_cell(one.runs.get(name)) for name in ("labelled", *SCORES)]
+            for one in held
+        ],
+    )
+    header = ["mixture", "labelled", "AUC: point, path", "labels' effect", "share reached: point, path"]
+    worth = table([*header, "refusals more than random: labelled, point, path"], [_worth(o) for o in held])
+    flags = table(
+        ["mixture", "flagged (labelled)", "without these", "without as many random ones"],
+        [_flags(one) for one in map(Removal, records) if SCORES[0] in one.record["scores"]],
+    )
+    dull = table(
+        ["without the first by", *(one.name for one in held if DULL[0] in one.runs)],
+        [[name, *(_beside(one, name) for one in held if DULL[0] in one.runs)] for name in DULL],
+    )
+    return "\n".join([came, worth, flags, dull])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table and a blank line's end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(runs: Sequence[Record] | None) -> str:
+    """Refusals by training, and the mean opening loss."""
+    if not runs:
+        return "–"
+    counts = ", ".join(str(run["answers"].count(REFUSED)) for run in runs)
+    return f"{counts} · {mean(run['opening'] for run in runs):.3f}"
+
+
+def _worth(one: Removal) -> list[str]:
+    ranks = ", ".join(_number(one.record["scores"].get(name, {}).get("auc")) for name in SCORES)
+    there = [name for name in SCORES if name in one.runs]
+    shares = ", ".join(f"{one.reached(name):.2f}" for name in there) if one.labels_tell() else "–"
+    more = ", ".join(f"{one.more(name):+.1f}" for name in ("labelled", *there))
+    effect = f"{one.effect('labelled'):.3f} ± {one.error('labelled'):.3f}"
+    return [one.name, f"{one.record['labelled']} of {one.record['rows']}", ranks, effect, shares, more]
+
+
+def _flags(one: Removal) -> list[str]:
+    made = one.record["scores"][SCORES[0]]
+    found = f"{made['flagged']} ({made['flagged_labelled']}) of {one.record['rows']}"
+    return [one.name, found, *(_cell(one.runs.get(name)) for name in ("flagged", "as many random"))]
+
+
+def _beside(one: Removal, name: str) -> str:
+    rank = _number(one.record["scores"].get(name, {}).get("auc"))
+    return f"{_cell(one.runs.get(name))}, AUC {rank}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

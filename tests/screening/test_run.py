@@ -12,7 +12,7 @@ from arisk import PipelineConfig
 from arisk.anatomy.update import preconditioner
 from arisk.base.artifacts import read_record, write_record
 from arisk.base.errors import ConfigError, InputError, NumericsError
-from arisk.base.task import SampleSet, Task
+from arisk.base.task import SampleSet, Task, TokenLoss
 from arisk.base.terminal import StageDisplay
 from arisk.catalogue import catalogue
 from arisk.config.plan import Config, RolloutConfig, ScreenConfig, TrainingConfig
@@ -151,6 +151,42 @@ def test_scores_are_those_of_dense_gradients(made):
             [float(rises[i]) for i in worst if rises[i] > 0], rel=1e-9
         )
         assert sum(m["share"] for m in example["modules"]) == pytest.approx(1)
+
+
+def counts_of(batch):
+    """Tokens of a row, told from what it holds."""
+    return 1.0 + (10 * batch[0][:, 0].abs()).floor().double()
+
+
+def test_a_row_counts_by_its_tokens_where_the_loss_of_a_step_does():
+    tokens = TokenLoss(lambda model, batch: counts_of(batch) * classify(model, batch), counts_of)
+    plain = task_of()
+    task = dataclasses.replace(
+        plain,
+        finetune=dataclasses.replace(plain.finetune, tokens=tokens),
+        control=dataclasses.replace(plain.control, tokens=tokens),
+    )
+    config = ScreenConfig(rise=1e9, points="start", examples=5, method="differences")
+    made = {}
+    for loss in ("tokens", "rows"):
+        training = TrainingConfig(optimizer="sgd", learning_rate=0.02, batch_size=4, loss=loss)
+        made[loss] = screen(task, config=config, training=training, steps=STEPS)
+    counts = counts_of(points(2, 30))
+    shares = counts / counts.mean()
+    assert float(shares.std()) > 0.3
+    by_tokens, by_rows = made["tokens"], made["rows"]
+    assert by_tokens.scores.tolist() == pytest.approx((shares * by_rows.scores).tolist(), rel=1e-9)
+    null = counts_of(points(3, 20)) / counts.mean() * by_rows.null
+    assert by_tokens.null.tolist() == pytest.approx(null.tolist(), rel=1e-9)
+    # The rows' own losses and gradients are shown as they are, and estimates are weighed as products are.
+    assert torch.equal(by_tokens.gradient_norms, by_rows.gradient_norms)
+    assert by_tokens.agreement == pytest.approx(by_rows.agreement) == pytest.approx(1)
+    batch = [torch.cat(parts) for parts in zip(*task.safety.batches, strict=True)]
+    pull = -gradients(net(), batch) @ (gradients(net(), points(2, 30)) * shares[:, None]).T
+    for example in by_tokens.examples:
+        rises = pull[:, example["row"]]
+        expected = sorted((float(rise) for rise in rises if rise > 0), reverse=True)[:3]
+        assert [h["rise"] for h in example["hurts"]] == pytest.approx(expected, rel=1e-9)
 
 
 def test_both_points_are_weighed_by_the_learning_rates_they_stand_for():
