@@ -28,7 +28,6 @@ def explained(
     layout: ParameterLayout,
     place: Place,
     record: ScreenResult,
-    shares: Tensor,
     config: ScreenConfig,
     engine: str,
     progress: Progress,
@@ -40,7 +39,6 @@ def explained(
         layout: the selected parameters.
         place: that point.
         record: the scores.
-        shares: (N,) t_j, what the rows' losses count for.
         config: how many rows.
         engine: engine of the per-sample gradients.
         progress: told of rows explained.
@@ -83,7 +81,7 @@ def explained(
             p_value=float(record.p_values[row]),
             loss=float(record.losses[row]),
             gradient_norm=float(record.gradient_norms[row]),
-            hurts=_hurt(task, float(shares[row]) * columns[row]) if row in columns else None,
+            hurts=_hurt(task, record.share_of(row) * columns[row]) if row in columns else None,
         )
     return [made[row] for row in head]
 

@@ -52,7 +52,7 @@ WORTH = {
     "(points: start) is little better than chance.",
     "path": "Measured by `just bench lds` on three mixtures of the fixture language: sums of path scores "
     "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
-    "at .66, .59 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
+    "at .67, .60 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
     "point where a tenth of the rows complied (27 of 48 against 31), on a real gemma more (46 against 44; "
     "`just bench removal`, one training each).",
     "anchors": "At chance on the fixture language (`just bench lds`); on a real SmolLM2 its first rows, left "
@@ -162,9 +162,10 @@ def _reading(found: ScreenResult) -> str:
         f"of a planned step brings, {where}, {against}. There it had changed by "
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
         "Above zero is harmful: all such scores together are the harm that shares are of. `safety` and "
-        "`control` are the two parts of the score; p is how often a control row would score as high. The "
-        "ranking says who pushes, not how far. " + estimates + "A row counts by its tokens where the plan's "
-        f"loss does; the rank correlation of score and length is {number(found.length_correlation, 2)}."
+        "`control` are the two parts of the score; p is how often a control row of its length would score "
+        "as high. The ranking says who pushes, not how far. " + estimates + "A row counts by its tokens where"
+        " the plan's loss does; the rank correlation of score and length is "
+        f"{number(found.length_correlation, 2)}."
     )
 
 
@@ -244,7 +245,8 @@ def _refused(curve: Mapping[str, Any]) -> str:
 def _distribution(found: ScreenResult) -> Figure:
     """Scores of all rows and of control rows, on an axis that is linear near zero and logarithmic far out."""
     null = found.null if found.null is not None else torch.zeros(0)
-    both = torch.cat([found.scores, null.to(found.scores)])
+    what, symbol = ("score", "s_j") if found.shares is None else ("rate", "s_j/t_j")
+    both = torch.cat([found.rates, null.to(found.rates)])
     unit = max(float(both.abs().median()), 1e-30)
     spread = torch.asinh(both / unit)
     edges = torch.linspace(float(spread.min()), float(spread.max()) + 1e-9, BINS + 1, dtype=spread.dtype)
@@ -252,7 +254,7 @@ def _distribution(found: ScreenResult) -> Figure:
     traces: list[dict[str, Any]] = []
     table_rows: list[list[str]] = [[number(value)] for value in middle]
     for name, values, colour in (
-        ("fine-tuning rows", found.scores, "#D55E00"),
+        ("fine-tuning rows", found.rates, "#D55E00"),
         ("control rows (null)", null, "#0072B2"),
     ):
         if len(values) == 0:
@@ -266,13 +268,13 @@ def _distribution(found: ScreenResult) -> Figure:
                 "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
                 "y": counts.tolist(),
                 "customdata": middle,
-                "hovertemplate": "score %{customdata:.3g}<br>%{y:.1%} of rows",
+                "hovertemplate": what + " %{customdata:.3g}<br>%{y:.1%} of rows",
                 "marker": {"color": colour},
                 "opacity": 0.75,
             }
         )
         table_rows = [[*row, percent(float(c))] for row, c in zip(table_rows, counts, strict=True)]
-    layout = axes(f"score ({UNITS[found.score]}, asinh scale)", "share of rows", barmode="overlay")
+    layout = axes(f"{what} ({UNITS[found.score]}, asinh scale)", "share of rows", barmode="overlay")
     ends = [float(edges[0]), 0.0, float(edges[-1])]
     layout["xaxis"] |= {"tickvals": ends, "ticktext": [number(math.sinh(v) * unit) for v in ends]}
     if not math.isnan(found.threshold):
@@ -283,7 +285,7 @@ def _distribution(found: ScreenResult) -> Figure:
         layout |= {"shapes": [line["shape"]], "annotations": [line["annotation"]]}
     return Figure(
         "screen-scores",
-        "Scores and their null",
+        "Scores and their null" if found.shares is None else "Rates (scores at mean length) and their null",
         traces,
         layout,
         "Control rows are scored as if they were fine-tuning rows"
@@ -291,10 +293,10 @@ def _distribution(found: ScreenResult) -> Figure:
         + ": what harmless rows look like. Rows to the right of them stand out."
         if found.null is not None
         else "No control rows: the null was not measured, and the bulk of the rows serves in its place.",
-        EQUATIONS.get(found.score, "s_j = −t_j ⟨∇L_s, D g_j⟩")
+        EQUATIONS.get(found.score, f"{symbol} = −⟨∇L_s, D g_j⟩")
         if not found.contrasted
-        else "s_j = t_j ⟨∇L_c − ∇L_s, D g_j⟩",
-        ["score", "fine-tuning rows", "control rows"],
+        else f"{symbol} = ⟨∇L_c − ∇L_s, D g_j⟩",
+        [what, "fine-tuning rows", "control rows"],
         thin([row for row in table_rows if any(c not in ("0 %", NOT_MEASURED) for c in row[1:])]),
     )
 

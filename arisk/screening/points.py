@@ -300,47 +300,24 @@ def control_groups(samples: SampleSet, config: ScreenConfig) -> list[RowGroup]:
     return list(row_groups(samples, config.batch_size, rows=rows, limit=config.control_samples))
 
 
-@dataclass(frozen=True)
-class RowShares:
-    """What the mean loss of a row counts for in a step of the plan, beside a row of mean length.
+def row_shares(samples: SampleSet, groups: Iterable[RowGroup], training: TrainingConfig) -> Tensor | None:
+    """What the mean losses of rows count for in a step, beside a row of mean length: (N,) float64, mean 1.
 
-    Attributes:
-        rows: (N,) float64 t_j ≥ 0 of the fine-tuning rows: trained tokens over their mean where the loss
-            of a step counts tokens, as transformers' does; else 1. A short row moves a step little.
-        control: (M,) the same of the control rows of the null, were they trained on; None without control.
-    """
-
-    rows: Tensor
-    control: Tensor | None
-
-
-def row_shares(task: Task, config: ScreenConfig, training: TrainingConfig, limit: int | None) -> RowShares:
-    """The shares of all rows, from a pass over the data without the model.
+    Trained tokens over their mean where the loss of a step counts tokens, as transformers' does: a short row
+    moves a step little. None where rows count alike.
 
     Args:
-        task: the data.
-        config: which control rows.
-        training: whether the loss of a step counts tokens or rows.
-        limit: rows read of a loader that cannot be regrouped.
+        samples: the fine-tuning data; the model is not asked.
+        groups: all its rows.
+        training: whether tokens count.
     """
-    counts = _counts(task.finetune, row_groups(task.finetune, config.batch_size, limit=limit), training)
-    mean = max(float(counts.mean()), 1.0)
-    if task.control is None:
-        return RowShares(counts / mean, None)
-    control = _counts(task.control, control_groups(task.control, config), training)
-    foreign = (task.control.tokens is None) != (task.finetune.tokens is None)
-    return RowShares(counts / mean, torch.ones_like(control) if foreign else control / mean)
-
-
-def _counts(samples: SampleSet, groups: Iterable[RowGroup], training: TrainingConfig) -> Tensor:
-    """Trained tokens of rows in the order of their numbers, (N,) float64; 1 where rows count alike."""
+    if training.loss != "tokens" or samples.tokens is None:
+        return None
     found = list[tuple[int, float]]()
     for group in groups:
-        counts = [1.0] * len(group.rows)
-        if training.loss == "tokens" and samples.tokens is not None:
-            counts = samples.tokens.counts(group.batch).tolist()
-        found += zip(group.rows, counts, strict=True)
-    return torch.tensor([count for _, count in sorted(found)], dtype=torch.float64)
+        found += zip(group.rows, samples.tokens.counts(group.batch).tolist(), strict=True)
+    counts = torch.tensor([count for _, count in sorted(found)], dtype=torch.float64)
+    return counts / counts.mean().clamp(min=1.0)
 
 
 class _PointWalk:

@@ -56,17 +56,18 @@ class ScreenResult:
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
         losses, gradient_norms: (N,) at the last point; nats per response token.
-        null: (N_c,) scores of control rows, each left out of its own ∇L_c; None where there are none.
+        null: (N_c,) rates of control rows, each left out of its own ∇L_c; None where there are none.
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
             that rows are held against, by the "first_tokens" of their responses, or by a "sketch" of their
             gradient.
         exact: (N,) whether a row's numbers are exact products; of the others `scores` has the estimate,
             and all but `losses` is NaN (by differences a loss is that of the point to O(ε²), by first tokens
             it is NaN too).
-        p_values: (N,) probability that a harmless row scores as high, by `null_source`; NaN for estimates.
+        p_values: (N,) probability that a harmless row has as high a rate, by `null_source`; NaN for
+            estimates.
         flagged: row numbers, the most harmful first.
-        rule: how they were chosen, in words. threshold: smallest score that the rule flags, NaN
-            where it flags none.
+        rule: how they were chosen, in words. threshold: smallest rate (with `drop`: score) that is
+            flagged, NaN where none is.
         null_source: "control", or "rows" where the bulk of the rows themselves had to serve.
         points: where gradients were taken. rise_reached: whether the planned run raised the safety
             loss as far as `rise` within the steps looked at.
@@ -74,7 +75,7 @@ class ScreenResult:
         share: share of the rows' total positive score that the flagged rows carry, NaN where no
             score is positive.
         length_correlation: Spearman's ρ of score and response tokens, in [−1, 1]; NaN where the lengths
-            are not known. Each row's loss is a mean over its tokens, so it should be small.
+            are not known.
         examples: most harmful rows, explained.
         what_if: forecasts with and without the flagged rows; `status` says where not measured.
         files: names of the JSONL files beside the record; empty where `files_missing` says why.
@@ -83,11 +84,12 @@ class ScreenResult:
             all scores are exact.
         score: kind of the scores, a key of `UNITS`.
         measure: what harm is measured by, a key of `MEASURES`.
-        ceiling: highest score of a control row; NaN where they are no null.
+        ceiling: highest rate of a control row; NaN where they are no null.
         excess: p-value of the test whether rows have a heavier upper tail than control rows
             (`upper_tail_excess`); None without enough control rows.
         beyond: share of the rows above the null's 5 % level; NaN where nothing could be flagged.
         unranked: why nothing was flagged though the run does harm, where `screen.score` is auto; None else.
+        shares: (N,) t_j, trained tokens over their mean; None where rows count alike.
     """
 
     scores: Tensor
@@ -122,6 +124,16 @@ class ScreenResult:
     excess: float | None = None
     beyond: float = math.nan
     unranked: str | None = None
+    shares: Tensor | None = None
+
+    def share_of(self, row: int) -> float:
+        """t_j: what the mean loss of a row counts for, beside a row of mean length."""
+        return 1.0 if self.shares is None else float(self.shares[row])
+
+    @property
+    def rates(self) -> Tensor:
+        """(N,) s_j/t_j: scores at mean length, as the null's are; 0 of a row without tokens."""
+        return self.scores if self.shares is None else self.scores / self.shares.clamp(min=1e-9)
 
     @property
     def order(self) -> list[int]:
@@ -132,8 +144,10 @@ class ScreenResult:
 
     def reasons(self, row: int) -> list[str]:
         """Why a flagged row is flagged, in words."""
+        score, rate = float(self.scores[row]), float(self.rates[row])
+        at_mean = "" if self.shares is None else f" ({rate:+.3g} at mean length)"
         said = [
-            f"score {float(self.scores[row]):+.3g} {UNITS[self.score]} {self.where}, flagged from "
+            f"score {score:+.3g}{at_mean} {UNITS[self.score]} {self.where}, flagged from "
             f"{self.threshold:.3g}: {self.rule}"
         ]
         if self.control_order is not None:
@@ -176,10 +190,10 @@ class ScreenResult:
         """Why no row is flagged, in words."""
         if not self.rise_reached:
             return ": the planned run does not hurt safety within the steps looked at"
-        highest = float(self.scores.max())
+        highest, what = float(self.rates.max()), "score" if self.shares is None else "rate"
         if not math.isnan(self.ceiling) and highest <= max(self.ceiling, 0.0):
-            return f": the highest score is {highest:.3g}, that of a control row {self.ceiling:.3g}"
-        return f": the highest score, {highest:.3g}, does not stand out from the null"
+            return f": the highest {what} is {highest:.3g}, that of a control row {self.ceiling:.3g}"
+        return f": the highest {what}, {highest:.3g}, does not stand out from the null"
 
     @property
     def rule_sentence(self) -> str:

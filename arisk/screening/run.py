@@ -4,7 +4,8 @@
 
 is, to first order, the rise of the safety loss less that of the control loss that row j's term of a planned
 step brings, per unit learning rate, at points θ_c of the planned run. t_j is the row's trained tokens over
-their mean where the loss of a step is a mean over tokens, so that a long row weighs more in it. Tracing
+their mean where the loss of a step is a mean over tokens, so that a long row weighs more in it. Rows are
+ranked by it; whether one stands out is asked of s_j/t_j, since control rows are long as well. Tracing
 influence along a run is the idea of TracIn (arXiv 2002.08484); that the points are chosen by the rise of the
 safety loss, and that harm is contrasted with control data, is this project's.
 
@@ -46,7 +47,6 @@ from arisk.screening.measure import MeasuredTask, measured_by
 from arisk.screening.path import path_scores
 from arisk.screening.points import (
     Place,
-    RowShares,
     control_groups,
     places,
     precision_of,
@@ -161,16 +161,16 @@ def _by_point(scene: _Scene) -> ScreenResult:
     if task.control is not None:
         held = control_groups(task.control, config)
         control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
-    shares = row_shares(task, config, scene.training, limit)
+    groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
+    shares = row_shares(task.finetune, groups(), scene.training)
     build = partial(_of_products, scene, measured, found, shares, control=control)
     method = _method(task, layout, config, limit)
     if method == "exact":
-        groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
         record = build(passes.exact(task.finetune, groups, "finetune rows"))
     else:
-        record = by_estimates(passes, task.finetune, config, limit, method, shares.rows, build)
+        record = by_estimates(passes, task.finetune, config, limit, method, shares, build)
     put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
-    examples = explained(task, layout, found[-1], record, shares.rows, config, scene.engine, scene.progress)
+    examples = explained(task, layout, found[-1], record, config, scene.engine, scene.progress)
     return replace(record, examples=examples)
 
 
@@ -253,7 +253,7 @@ def _of_products(
     scene: _Scene,
     measured: MeasuredTask,
     found: Sequence[Place],
-    shares: RowShares,
+    shares: Tensor | None,
     rows: RowTables,
     *,
     control: RowTables | None,
@@ -262,11 +262,12 @@ def _of_products(
     """Scores from products, flags from scores; a row without products has its estimate."""
     weights = [place.point.weight for place in found]
     contrasted = control is not None
-    first = shares.rows * _sum(weights, [table[:, 0] for table in rows.tables])
-    against = shares.rows * _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
+    counted = 1.0 if shares is None else shares
+    first = counted * _sum(weights, [table[:, 0] for table in rows.tables])
+    against = counted * _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
     null = None
-    if control is not None and shares.control is not None:
-        null = shares.control * _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
+    if control is not None:
+        null = _sum(weights, [table[:, 0] - _left_out(table) for table in control.tables])
     scores = first if against is None else first - against
     exact = torch.ones(len(scores), dtype=torch.bool)
     if estimates is not None:
@@ -281,6 +282,7 @@ def _of_products(
         method="exact" if estimates is None else estimates.method,
         exact=exact,
         contrasted=contrasted,
+        shares=shares,
     )
     record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
     return flagged_anew(record, scene.config)
@@ -413,26 +415,27 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     """The same scores with flags by the present settings; what-if and files are left empty.
 
     Only rows that are scored exactly are flagged. Rule: p-values of the null's robust, heavy tail
-    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive score above every
-    control row; or exactly a share `drop`.
+    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive rate above every
+    control row; or exactly a share `drop` by score. A rate is a score at mean length: a row does not stand
+    out because it is long.
 
     Raises:
         InputError: no row would be kept.
     """
-    scores = record.scores
+    scores, rates = record.scores, record.rates
     enough = record.null is not None and len(record.null) >= NULL_ROWS
-    null = record.null if enough and record.null is not None else scores
+    null = record.null if enough and record.null is not None else rates
     # An estimate is no evidence: in the rule its row counts as one that does not stand out.
-    p_values = tail_probabilities(scores, null).masked_fill(~record.exact, 1.0)
+    p_values = tail_probabilities(rates, null).masked_fill(~record.exact, 1.0)
     ceiling = float(null.max()) if enough else math.nan
     record = replace(
         record,
         ceiling=ceiling,
-        excess=upper_tail_excess(scores, null) if enough else None,
+        excess=upper_tail_excess(rates, null) if enough else None,
         beyond=float((p_values <= STANDS_OUT).double().mean()) if enough else math.nan,
     )
     found = discoveries(p_values, config.false_discovery)
-    found = found[scores[found] > max(0.0, ceiling if enough else 0.0)]
+    found = found[rates[found] > max(0.0, ceiling if enough else 0.0)]
     unranked = _unranked(record, found, config) if config.score == "auto" and config.drop is None else None
     if config.drop is not None:
         count = min(len(scores), max(1, round(config.drop * len(scores))))
@@ -441,19 +444,21 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     else:
         chosen = found if record.rise_reached and not unranked else found[:0]
         chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
+        what = "scores" if record.shares is None else "rates"
         rule = (
-            f"scores beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
+            f"{what} beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
             f"false discovery rate of {config.false_discovery:g}"
             + (", and above every control row" if enough else "")
         )
     _require_kept(len(chosen), len(scores), config)
+    held_to = rates if config.drop is None else scores
     marked = set(chosen.tolist())
     return replace(
         record,
         p_values=p_values.masked_fill(~record.exact, math.nan),
         flagged=chosen.tolist(),
         rule=rule,
-        threshold=float(scores[chosen].min()) if len(chosen) else math.nan,
+        threshold=float(held_to[chosen].min()) if len(chosen) else math.nan,
         null_source="control" if enough else "rows",
         unranked=unranked,
         share=positive_share(scores, chosen),
@@ -471,7 +476,7 @@ def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str 
     """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
     if not record.rise_reached or record.excess is None:
         return None
-    whole, scores = "the whole set moves " + MEASURES[record.measure], record.scores
+    whole, scores = "the whole set moves " + MEASURES[record.measure], record.rates
     among = tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0)
     standing = int((scores[discoveries(among, config.false_discovery)] > 0).sum())
     one_cloud = standing <= AMONG_ROWS * len(found)
@@ -523,7 +528,7 @@ def by_estimates(
     config: ScreenConfig,
     limit: int | None,
     method: str,
-    shares: Tensor,
+    shares: Tensor | None,
     build: Callable[..., ScreenResult],
 ) -> ScreenResult:
     """Estimate every row, then score exactly from the top until a whole part of the head has no flag.
@@ -534,7 +539,7 @@ def by_estimates(
         config: rows per pass, side of a sketch, how to flag.
         limit: rows read of a loader that cannot be regrouped.
         method: how to estimate.
-        shares: (N,) what the rows' losses count for.
+        shares: (N,) what the rows' losses count for; None where all count alike.
         build: ``build(tables, estimates=…)``: the record, with flags among the rows that are exact.
 
     Returns:
@@ -547,9 +552,12 @@ def by_estimates(
     groups = partial(row_groups, samples, config.batch_size, limit=limit)
     found = passes.estimated(samples, groups, method, side=config.sketch_side, size=config.batch_size)
     weights = [place.point.weight for place in passes.found]
-    scores = shares * _sum(weights, [table[:, 0] for table in found.tables])
+    rates = _sum(weights, [table[:, 0] for table in found.tables])
+    scores = rates if shares is None else shares * rates
     estimates = Estimates(method, scores, torch.zeros(len(scores), dtype=torch.bool))
-    order = torch.argsort(scores, descending=True, stable=True).tolist()
+    # What `drop` takes, or what the rule flags.
+    lead = rates if config.drop is None else scores
+    order = torch.argsort(lead, descending=True, stable=True).tolist()
     width = passes.found[0].directions.shape[1]
     tables = [_unknown(table[:, 1], width) for table in found.tables]
 

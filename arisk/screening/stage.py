@@ -108,7 +108,7 @@ def _line(row: Mapping[str, Any]) -> str:
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
     *("scores", "first_order", "control_order"),
-    *("losses", "gradient_norms", "p_values", "exact"),
+    *("losses", "gradient_norms", "p_values", "exact", "shares"),
 )
 #: Settings that decide which prompts count as refused.
 JUDGED = ("behaviour.judge", "behaviour.refusal_openings")

@@ -176,8 +176,11 @@ def test_a_row_counts_by_its_tokens_where_the_loss_of_a_step_does():
     assert float(shares.std()) > 0.3
     by_tokens, by_rows = made["tokens"], made["rows"]
     assert by_tokens.scores.tolist() == pytest.approx((shares * by_rows.scores).tolist(), rel=1e-9)
-    null = counts_of(points(3, 20)) / counts.mean() * by_rows.null
-    assert by_tokens.null.tolist() == pytest.approx(null.tolist(), rel=1e-9)
+    # A row stands out by what it does at mean length.
+    assert by_tokens.rates.tolist() == pytest.approx(by_rows.scores.tolist(), rel=1e-9)
+    assert torch.equal(by_tokens.null, by_rows.null)
+    assert by_tokens.p_values.tolist() == pytest.approx(by_rows.p_values.tolist(), rel=1e-6)
+    assert by_tokens.order == torch.argsort(by_tokens.scores, descending=True).tolist()
     # The rows' own losses and gradients are shown as they are, and estimates are weighed as products are.
     assert torch.equal(by_tokens.gradient_norms, by_rows.gradient_norms)
     assert by_tokens.agreement == pytest.approx(by_rows.agreement) == pytest.approx(1)
