@@ -53,7 +53,7 @@ __all__ = [
     "precision_of",
     "row_groups",
     "row_products",
-    "row_shares",
+    "trained_tokens_of",
     "with_row",
 ]
 
@@ -300,24 +300,19 @@ def control_groups(samples: SampleSet, config: ScreenConfig) -> list[RowGroup]:
     return list(row_groups(samples, config.batch_size, rows=rows, limit=config.control_samples))
 
 
-def row_shares(samples: SampleSet, groups: Iterable[RowGroup], training: TrainingConfig) -> Tensor | None:
-    """What the mean losses of rows count for in a step, beside a row of mean length: (N,) float64, mean 1.
-
-    Trained tokens over their mean where the loss of a step counts tokens, as transformers' does: a short row
-    moves a step little. None where rows count alike.
+def trained_tokens_of(samples: SampleSet, groups: Iterable[RowGroup]) -> Tensor | None:
+    """Trained tokens of rows in the order of their numbers, (N,) float64; the model is not asked.
 
     Args:
-        samples: the fine-tuning data; the model is not asked.
-        groups: all its rows.
-        training: whether tokens count.
+        samples: the fine-tuning data, by whose loss tokens are counted; None where it has none by tokens.
+        groups: the rows, of any data set.
     """
-    if training.loss != "tokens" or samples.tokens is None:
+    if samples.tokens is None:
         return None
     found = list[tuple[int, float]]()
     for group in groups:
         found += zip(group.rows, samples.tokens.counts(group.batch).tolist(), strict=True)
-    counts = torch.tensor([count for _, count in sorted(found)], dtype=torch.float64)
-    return counts / counts.mean().clamp(min=1.0)
+    return torch.tensor([count for _, count in sorted(found)], dtype=torch.float64)
 
 
 class _PointWalk:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["MEASURES", "UNITS", "ScreenPoint", "ScreenResult"]
+__all__ = ["LEAST", "MEASURES", "UNITS", "ScreenPoint", "ScreenResult"]
 
 #: What harm is measured by, with what rises when safety goes.
 MEASURES = {
@@ -23,6 +23,8 @@ UNITS = {
     "path": "nats per unit of the row's weight",
     "anchors": "difference of mean cosines",
 }
+#: Least share of a row that a score is divided by.
+LEAST = 1e-9
 #: |ρ| of score and length from which a reader is told.
 LENGTH_MATTERS = 0.5
 
@@ -56,7 +58,7 @@ class ScreenResult:
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
         losses, gradient_norms: (N,) at the last point; nats per response token.
-        null: (N_c,) rates of control rows, each left out of its own ∇L_c; None where there are none.
+        null: (N_c,) rates of control rows, at a point each left out of its own ∇L_c; None without control.
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
             that rows are held against, by the "first_tokens" of their responses, or by a "sketch" of their
             gradient.
@@ -133,7 +135,7 @@ class ScreenResult:
     @property
     def rates(self) -> Tensor:
         """(N,) s_j/t_j: scores at mean length, as the null's are; 0 of a row without tokens."""
-        return self.scores if self.shares is None else self.scores / self.shares.clamp(min=1e-9)
+        return self.scores if self.shares is None else self.scores / self.shares.clamp(min=LEAST)
 
     @property
     def order(self) -> list[int]:

@@ -20,7 +20,7 @@ exactly. Flagged are those that leave harmless rows behind, or a share as asked 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -47,13 +47,14 @@ from arisk.screening.measure import MeasuredTask, measured_by
 from arisk.screening.path import path_scores
 from arisk.screening.points import (
     Place,
+    RowGroup,
     control_groups,
     places,
     precision_of,
     row_groups,
-    row_shares,
+    trained_tokens_of,
 )
-from arisk.screening.record import MEASURES, ScreenPoint, ScreenResult
+from arisk.screening.record import LEAST, MEASURES, ScreenPoint, ScreenResult
 from arisk.training.loop import keeping_parameters, put
 from arisk.training.recipe import Recipe, recipe_of
 
@@ -130,6 +131,18 @@ class _Scene:
         """How the plan trains."""
         return recipe_of(self.training, self.steps)
 
+    def shares(
+        self, groups: Iterable[RowGroup], control: Iterable[RowGroup] = ()
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """T of all rows (N,), and of control rows, were they trained on; None where rows count alike."""
+        samples = self.task.finetune
+        tokens = trained_tokens_of(samples, groups) if self.training.loss == "tokens" else None
+        if tokens is None:
+            return None, None
+        mean = tokens.mean().clamp(min=1.0)
+        beside = trained_tokens_of(samples, control)
+        return tokens / mean, None if beside is None else beside / mean
+
     @cached_property
     def engine(self) -> str:
         """Engine of the per-sample gradients."""
@@ -162,7 +175,7 @@ def _by_point(scene: _Scene) -> ScreenResult:
         held = control_groups(task.control, config)
         control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
     groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
-    shares = row_shares(task.finetune, groups(), scene.training)
+    shares = scene.shares(groups())[0]
     build = partial(_of_products, scene, measured, found, shares, control=control)
     method = _method(task, layout, config, limit)
     if method == "exact":
@@ -188,7 +201,11 @@ def _by_path(scene: _Scene) -> ScreenResult:
         progress=scene.progress,
     )
     point = ScreenPoint(made.steps, made.safety_rise, made.control_rise, 1.0)
-    record = _built(scene, measured, "path", made.scores, made.null, point)
+    task, config = scene.task, scene.config
+    control = control_groups(task.control, config) if task.control else []
+    shares, beside = scene.shares(row_groups(task.finetune, config.batch_size), control)
+    null = made.null if made.null is None or beside is None else made.null / beside.clamp(min=LEAST)
+    record = _built(scene, measured, "path", made.scores, null, point, shares)
     guests = int((made.visited == 0).sum())
     told = [
         *(
@@ -289,10 +306,16 @@ def _of_products(
 
 
 def _built(
-    scene: _Scene, measured: MeasuredTask, score: str, scores: Tensor, null: Tensor | None, point: ScreenPoint
+    scene: _Scene,
+    measured: MeasuredTask,
+    score: str,
+    scores: Tensor,
+    null: Tensor | None,
+    point: ScreenPoint,
+    shares: Tensor | None = None,
 ) -> ScreenResult:
     """Flags from scores that have no parts, with the highest rows as examples."""
-    record = _unflagged(scene, measured, score, scores, null, [point])
+    record = replace(_unflagged(scene, measured, score, scores, null, [point]), shares=shares)
     record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
     record = flagged_anew(record, scene.config)
     return replace(record, examples=listed(scene.task, record, scene.config.examples))

@@ -278,7 +278,7 @@ def _share(text: str) -> float:
 
 SCREEN = Stage(
     name="screen",
-    version=12,
+    version=13,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
     config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *JUDGED, *SAID),

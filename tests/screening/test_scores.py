@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from arisk.base.errors import ConfigError, InputError, NumericsError
-from arisk.base.task import SampleSet
+from arisk.base.task import SampleSet, TokenLoss
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import BehaviourConfig, Config, ScreenConfig, TrainingConfig
 from arisk.geometry.statistics import upper_tail_excess
@@ -23,7 +23,7 @@ from arisk.screening.anchors import _layer, anchor_scores
 from arisk.screening.measure import measured_by
 from arisk.screening.run import flagged_anew, screen
 from arisk.training.behaviour import DECIDING
-from tests.screening.test_run import STEPS, TRAINING, Rows, classify, net, points, task_of
+from tests.screening.test_run import STEPS, TRAINING, Rows, classify, counts_of, net, points, task_of
 
 SETTINGS = {"rise": 1e-9, "max_steps": 7, "examples": 3}
 
@@ -33,9 +33,10 @@ def run(task=None, training=TRAINING, **settings):
     return screen(task or task_of(), config=config, training=training, steps=STEPS)
 
 
+@pytest.mark.parametrize("by_tokens", [False, True])
 @pytest.mark.parametrize("curvature", [False, True])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer, curvature):
+def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer, curvature, by_tokens):
     """Seven steps of four meet rows 0 … 27; the last is a copy of the first, and so is a control row."""
     monkeypatch.setattr(path, "_by_step", lambda guests, *_: {1: list(guests)})
     x, y = points(2, 30)
@@ -46,10 +47,14 @@ def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer,
         task_of(finetune=Rows((x, y))),
         control=SampleSet("control", Rows(control), classify, [{}] * 20),
     )
+    if by_tokens:
+        tokens = TokenLoss(lambda model, batch: counts_of(batch) * classify(model, batch), counts_of)
+        task = dataclasses.replace(task, finetune=dataclasses.replace(task.finetune, tokens=tokens))
     training = TrainingConfig(optimizer=optimizer, learning_rate=0.02, batch_size=4, max_grad_norm=None)
     found = run(task, training, curvature=curvature)
     assert float(found.scores[29]) == pytest.approx(float(found.scores[0]), rel=1e-9)
-    assert float(found.null[5]) == pytest.approx(float(found.scores[0]), rel=1e-9)
+    assert float(found.null[5]) == pytest.approx(float(found.rates[0]), rel=1e-9)
+    assert torch.equal(found.rates, found.scores) != by_tokens
     assert found.points[0].step == 7
     assert any(warning.startswith("2 rows are not met") for warning in found.warnings)
     assert any("end at step 7 of 12" in warning for warning in found.warnings)
