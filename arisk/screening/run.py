@@ -10,11 +10,11 @@ influence along a run is the idea of TracIn (arXiv 2002.08484); that the points 
 safety loss, and that harm is contrasted with control data, is this project's.
 
 `screen.score` may ask for path scores or anchor scores in its place (`arisk.screening.path`, `.anchors`).
-`auto` takes scores at a point, and ranks no rows where none stands out though the planned run does harm: then
-the whole set does it, which is a finding.
+`auto` takes scores at a point, or path scores where the control loss still falls before it, and ranks no rows
+where none stands out though the planned run does harm: then the whole set does it, which is a finding.
 
 Rows are ranked by an estimate, and the head of that ranking, from which rows are flagged, is scored
-exactly. Flagged are those that leave harmless rows behind, or a share as asked for.
+exactly. `arisk.screening.flags` says which are flagged.
 """
 
 from __future__ import annotations
@@ -28,21 +28,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arisk.base.errors import InputError
+from arisk.base.errors import ConfigError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import BehaviourConfig, ScreenConfig, TrainingConfig
 from arisk.geometry.statistics import (
-    discoveries,
-    positive_share,
     rank_correlation,
-    tail_probabilities,
-    upper_tail_excess,
 )
 from arisk.gradients import ParameterLayout, choose_engine, layout_of, measuring, move_batch
 from arisk.gradients.layout import parameters_of
 from arisk.screening.anchors import anchor_scores
 from arisk.screening.estimates import ROW_SCORES, Passes, RowTables, worth_estimating
 from arisk.screening.explain import explained, listed
+from arisk.screening.flags import NULL_ROWS, flagged_anew
 from arisk.screening.measure import MeasuredTask, measured_by
 from arisk.screening.path import path_scores
 from arisk.screening.points import (
@@ -62,10 +59,8 @@ __all__ = [
     "CHECKED",
     "HEAD",
     "HEAD_SHARE",
-    "NULL_ROWS",
     "Estimates",
     "by_estimates",
-    "flagged_anew",
     "screen",
 ]
 
@@ -152,14 +147,40 @@ class _Scene:
         return choose_engine(self.task.model, batch, samples.loss_fn, self.layout, "auto").engine
 
 
+def _by_auto(scene: _Scene) -> ScreenResult:
+    """Scores at a point, or along the path where the plan still teaches the model how to answer there."""
+    scene, measured = scene.measured()
+    found = _places(scene)
+    point = found[-1].point
+    if -(point.control_rise or 0.0) > UNSETTLED:
+        try:
+            made = _along_path(scene, measured)
+        except ConfigError:
+            # Not every plan can be taken backwards; `_warnings` tells what points are worth here.
+            pass
+        else:
+            return replace(
+                made, warnings=[*made.warnings, f"{_unsettled(point)}, so path scores were taken."]
+            )
+    return _at_points(scene, measured, found)
+
+
 def _by_point(scene: _Scene) -> ScreenResult:
     """Scores at one point of the plan, or two."""
     scene, measured = scene.measured()
-    task, layout, config = scene.task, scene.layout, scene.config
-    found = places(
-        task,
-        layout,
-        config,
+    return _at_points(scene, measured, _places(scene))
+
+
+def _by_path(scene: _Scene) -> ScreenResult:
+    """Scores along the first steps of the plan."""
+    return _along_path(*scene.measured())
+
+
+def _places(scene: _Scene) -> list[Place]:
+    return places(
+        scene.task,
+        scene.layout,
+        scene.config,
         scene.recipe,
         scene.seed,
         scene.start,
@@ -167,6 +188,10 @@ def _by_point(scene: _Scene) -> ScreenResult:
         workspace=scene.workspace,
         progress=scene.progress,
     )
+
+
+def _at_points(scene: _Scene, measured: MeasuredTask, found: Sequence[Place]) -> ScreenResult:
+    task, layout, config = scene.task, scene.layout, scene.config
     precision = precision_of(scene.training)
     passes = Passes(task, layout, found, scene.engine, scene.workspace, scene.progress, precision)
     limit = _limit(task.finetune, scene.training, scene.steps)
@@ -187,9 +212,7 @@ def _by_point(scene: _Scene) -> ScreenResult:
     return replace(record, examples=examples)
 
 
-def _by_path(scene: _Scene) -> ScreenResult:
-    """Scores along the first steps of the plan."""
-    scene, measured = scene.measured()
+def _along_path(scene: _Scene, measured: MeasuredTask) -> ScreenResult:
     made = path_scores(
         scene.task,
         scene.layout,
@@ -246,7 +269,7 @@ KINDS: Mapping[str, Callable[[_Scene], ScreenResult]] = {
     "point": _by_point,
     "path": _by_path,
     "anchors": _by_anchors,
-    "auto": _by_point,
+    "auto": _by_auto,
 }
 
 
@@ -409,123 +432,24 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
         )
     if point.step == 0 and record.score == "point":
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
-    fall = -(point.control_rise or 0.0)
-    if record.score == "point" and fall > UNSETTLED:
-        found.append(
-            f"Within the {point.step} steps before rows are scored, the loss of ordinary answers falls by "
-            f"{fall:.2g} nats/token: the plan still teaches this model how to answer, and scores at one "
-            "point tell little. `screen.score: path` ranked rows better on such a model, though it flagged "
-            "none: take its first ones by `--drop`."
-        )
+    if record.score == "point" and -(point.control_rise or 0.0) > UNSETTLED:
+        told = "`screen.score: path` ranked and flagged rows on such a model."
+        found.append(f"{_unsettled(point)}, and scores at one point tell little. {told}")
     return found
+
+
+def _unsettled(point: ScreenPoint) -> str:
+    """What a point is that lies too early, in words."""
+    return (
+        f"Within the {point.step} steps before rows are scored at a point, the loss of ordinary answers "
+        f"falls by {-(point.control_rise or 0.0):.2g} nats/token: the plan still teaches this model how to "
+        "answer"
+    )
 
 
 #: Fall of the control loss (nats per token) from which a point is too early: it was 0.02 on a SmolLM2, where
 #: points told the rows, and 1.0 on a gemma, where they did not.
 UNSETTLED = 0.2
-#: Control rows from which they serve as the null.
-NULL_ROWS = 16
-#: Level of the test whether rows stand out at all, and of the null beyond which a row counts as above it.
-STANDS_OUT = 0.05
-#: Share of the rows above the null from which the whole set is to blame.
-WHOLE_SET = 0.5
-#: Share of the rows that control rows may flag alone. Of more flags more than this share must stand out among
-#: the rows themselves: control rows of another kind flag the upper part of one cloud.
-ALONE, AMONG_ROWS = 0.05, 1 / 3
-
-
-def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
-    """The same scores with flags by the present settings; what-if and files are left empty.
-
-    Only rows that are scored exactly are flagged. Rule: p-values of the null's robust, heavy tail
-    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive rate above every
-    control row; or exactly a share `drop` by score. A rate is a score at mean length: a row does not stand
-    out because it is long.
-
-    Raises:
-        InputError: no row would be kept.
-    """
-    scores, rates = record.scores, record.rates
-    enough = record.null is not None and len(record.null) >= NULL_ROWS
-    null = record.null if enough and record.null is not None else rates
-    # An estimate is no evidence: in the rule its row counts as one that does not stand out.
-    p_values = tail_probabilities(rates, null).masked_fill(~record.exact, 1.0)
-    ceiling = float(null.max()) if enough else math.nan
-    record = replace(
-        record,
-        ceiling=ceiling,
-        excess=upper_tail_excess(rates, null) if enough else None,
-        beyond=float((p_values <= STANDS_OUT).double().mean()) if enough else math.nan,
-    )
-    found = discoveries(p_values, config.false_discovery)
-    found = found[rates[found] > max(0.0, ceiling if enough else 0.0)]
-    unranked = _unranked(record, found, config) if config.score == "auto" and config.drop is None else None
-    if config.drop is not None:
-        count = min(len(scores), max(1, round(config.drop * len(scores))))
-        chosen = torch.tensor([row for row in record.order if record.exact[row]][:count], dtype=torch.int64)
-        rule = f"the {config.drop:.3g} of the rows with the highest scores, as asked for"
-    else:
-        chosen = found if record.rise_reached and not unranked else found[:0]
-        chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
-        what = "scores" if record.shares is None else "rates"
-        rule = (
-            f"{what} beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
-            f"false discovery rate of {config.false_discovery:g}"
-            + (", and above every control row" if enough else "")
-        )
-    _require_kept(len(chosen), len(scores), config)
-    held_to = rates if config.drop is None else scores
-    marked = set(chosen.tolist())
-    return replace(
-        record,
-        p_values=p_values.masked_fill(~record.exact, math.nan),
-        flagged=chosen.tolist(),
-        rule=rule,
-        threshold=float(held_to[chosen].min()) if len(chosen) else math.nan,
-        null_source="control" if enough else "rows",
-        unranked=unranked,
-        share=positive_share(scores, chosen),
-        examples=[
-            {**row, "flagged": row["row"] in marked, "p_value": float(p_values[row["row"]])}
-            for row in record.examples
-        ],
-        what_if={},
-        files=[],
-        files_missing=None,
-    )
-
-
-def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str | None:
-    """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
-    if not record.rise_reached or record.excess is None:
-        return None
-    whole, scores = "the whole set moves " + MEASURES[record.measure], record.rates
-    among = tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0)
-    standing = int((scores[discoveries(among, config.false_discovery)] > 0).sum())
-    one_cloud = standing <= AMONG_ROWS * len(found)
-    if record.beyond > WHOLE_SET and one_cloud:
-        return f"No rows to blame, {whole}: {record.beyond:.0%} of the rows score above what control rows do."
-    if len(found) > ALONE * len(scores) and one_cloud:
-        return (
-            f"No rows to blame, {whole}: {len(found)} of {len(scores)} rows score above every control row, "
-            f"but {standing} of them stand out among the rows themselves. Control rows are of another kind: "
-            "give `control` rows like the harmless part of your data."
-        )
-    if not len(found) and record.excess > STANDS_OUT:
-        p = f"{record.excess:.2g}"
-        return f"No rows to blame, {whole}: the highest scores are no higher than control rows' (p = {p})."
-    return None
-
-
-def _require_kept(flagged: int, rows: int, config: ScreenConfig) -> None:
-    if flagged < rows:
-        return
-    raise InputError(
-        f"all {rows} fine-tuning rows are flagged, so none would be kept",
-        where="screen" if config.drop is None else "screen.drop",
-        fix="this data as a whole pushes towards harm compared with `control`: choose other data, give "
-        "control rows like the harmless part of it, or flag a share only with `--drop 5%`",
-    )
 
 
 #: Rows spread evenly over the ranking that are scored exactly to tell what the estimate is worth.

@@ -121,7 +121,8 @@ FLAGGING = ("drop", "false_discovery", "what_if")
 def _screen(job: Job, workspace: Path) -> ScreenResult:
     """Score the fine-tuning rows, or flag stored scores anew; write kept and flagged rows."""
     from arisk.forecast.run import as_walked
-    from arisk.screening.run import flagged_anew, screen
+    from arisk.screening.flags import flagged_anew
+    from arisk.screening.run import screen
     from arisk.screening.what_if import dropping
 
     config, task = job.config, job.task

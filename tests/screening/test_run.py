@@ -24,9 +24,10 @@ from arisk.screening import estimates
 from arisk.screening import estimates as screen_passes
 from arisk.screening import run as screen_head
 from arisk.screening.estimates import worth_estimating
+from arisk.screening.flags import flagged_anew
 from arisk.screening.points import RowGroup, precision_of, row_products
 from arisk.screening.record import ScreenResult
-from arisk.screening.run import flagged_anew, screen
+from arisk.screening.run import screen
 from arisk.screening.stage import _flags_stand
 from arisk.screening.what_if import WithoutRows, dropping
 from arisk.training.loop import PlannedRun, keeping_parameters

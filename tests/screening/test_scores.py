@@ -20,8 +20,9 @@ from arisk.models.losses import per_sample_nll
 from arisk.screening import estimates, path
 from arisk.screening import run as screen_head
 from arisk.screening.anchors import _layer, anchor_scores
+from arisk.screening.flags import flagged_anew
 from arisk.screening.measure import measured_by
-from arisk.screening.run import flagged_anew, screen
+from arisk.screening.run import screen
 from arisk.training.behaviour import DECIDING
 from tests.screening.test_run import STEPS, TRAINING, Rows, classify, counts_of, net, points, task_of
 
@@ -149,10 +150,21 @@ def test_a_model_that_still_learns_how_to_answer_is_told(rise, early):
     assert ("falls by 1 nats/token" in told and "screen.score: path" in told) == early
 
 
-def test_auto_takes_the_scores_that_won_on_real_models():
+def test_auto_takes_the_scores_that_won_on_real_models(monkeypatch):
     found, plain = run(score="auto", batches=3), run(score="point", batches=3)
     assert found.score == "point"
     assert torch.equal(found.scores, plain.scores)
+    # Now every model still learns how to answer.
+    monkeypatch.setattr(screen_head, "UNSETTLED", -math.inf)
+    early, path_alone = run(score="auto", batches=3), run(batches=3)
+    assert early.score == "path"
+    assert torch.equal(early.scores, path_alone.scores)
+    assert "so path scores were taken" in early.warnings[-1]
+    x, y = points(2, 30)
+    loader = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 30, 4)]
+    unrolled = run(task_of(finetune=loader), score="auto", batches=3)
+    assert unrolled.score == "point"
+    assert "scores at one point tell little" in " ".join(unrolled.warnings)
 
 
 def drawn(count, seed, shift=0.0):
