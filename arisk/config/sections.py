@@ -283,8 +283,8 @@ class ScreenConfig(Settings):
 
     score: Literal["point", "path", "anchors", "auto"] = "auto"
     """point: gradients at one point of the planned run; path: its steps taken backwards; anchors: hidden
-    states against answered and refused prompts; auto: what kept most refusals of real models, at present
-    point, and no row where none stands out."""
+    states against answered and refused prompts; auto: what kept most refusals of real models, the point, or
+    the path where the plan still teaches the model how to answer, and no row where none stands out."""
     measure: Literal["auto", "loss", "opening"] = "auto"
     """What harm is: a rise of the safe responses' loss, or of that of the model's own refusals' first
     tokens. auto: the opening where the model refuses safety prompts today, else the loss."""
