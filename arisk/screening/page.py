@@ -50,8 +50,8 @@ WORTH = {
     "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
     "flagged ones, most of them, about halved the real drift. On a real SmolLM2 with a tenth of rows that "
     "comply, 39 of 48 prompts were still refused without its first 24 rows, 27 with them and 28 or 29 "
-    "without 24 random ones (`just bench removal`, one training each). A score at the aligned model itself (points: "
-    "start) is little better than chance.",
+    "without 24 random ones (`just bench removal`, one training each). A score at the aligned model itself "
+    "(points: start) is little better than chance.",
     "path": "Measured by `just bench lds` on three mixtures of the fixture language: sums of path scores "
     "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
     "at .67, .60 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
