@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from arisk.anatomy.cost import numel, samples_in
+from arisk.base.task import RowBatches
 from arisk.config.plan import planned_steps
 from arisk.engine.stage import Cost, CostScene
 from arisk.forecast.run import rollout_passes
@@ -33,7 +34,8 @@ def screen_cost(scene: CostScene) -> Cost:
     """What the scores take by their kind, and the what-if of dropping rows."""
     count, score = numel(scene.task), scene.config.screen.score
     vector, explained = count * 4 / 1e9, min(ENTRIES, scene.config.screen.examples * count) * 4 / 1e9
-    stored, device = scene.config.screen.memory_gb if score == "path" else 0.0, None
+    unrolled = score == "path" or (score == "auto" and _may_unroll(scene))
+    stored, device = scene.config.screen.memory_gb if unrolled else 0.0, None
     if scene.device:
         moving = scene.device["gradients"] + COPIES_OF_A_RUN * vector + stored
         device = max(moving, scene.device["per sample"] + vector)
@@ -99,6 +101,26 @@ def _path_passes(scene: CostScene) -> dict[str, float]:
     }
 
 
+def _may_unroll(scene: CostScene) -> bool:
+    """Whether `auto` could take path scores."""
+    task = scene.task
+    told = task.control is not None and scene.config.screen.points != "start"
+    return told and isinstance(task.finetune.batches, RowBatches)
+
+
+def _auto_passes(scene: CostScene) -> dict[str, float]:
+    """Those of a point; or of the walk there and the path, where that is more."""
+    point = _point_passes(scene)
+    if not _may_unroll(scene):
+        return point
+    config, safety = scene.config, samples_in(scene.task.safety)
+    steps = min(config.screen.max_steps, planned_steps(config.training, scene.task.finetune.units))
+    path = _path_passes(scene)
+    path["gradient rows"] += steps * per_step(config)
+    path["forward rows"] += math.ceil(steps / EVERY) * safety
+    return {kind: max(point.get(kind, 0.0), path.get(kind, 0.0)) for kind in {*point, *path}}
+
+
 def _anchor_passes(scene: CostScene) -> dict[str, float]:
     """The openings of all rows, and the prompts answered and read twice."""
     task = scene.task
@@ -115,5 +137,5 @@ PASSES: Mapping[str, Callable[[CostScene], dict[str, float]]] = {
     "point": _point_passes,
     "path": _path_passes,
     "anchors": _anchor_passes,
-    "auto": _point_passes,
+    "auto": _auto_passes,
 }

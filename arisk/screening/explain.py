@@ -76,12 +76,13 @@ def explained(
         made[row].update(
             rank=rank,
             score=float(record.scores[row]),
+            at_mean_length=float(record.at_mean_length[row]),
             first_order=float(record.first_order[row]),
             control_order=None if record.control_order is None else float(record.control_order[row]),
             p_value=float(record.p_values[row]),
             loss=float(record.losses[row]),
             gradient_norm=float(record.gradient_norms[row]),
-            hurts=_hurt(task, record.share_of(row) * columns[row]) if row in columns else None,
+            hurts=_hurt(task, record.length_of(row) * columns[row]) if row in columns else None,
         )
     return [made[row] for row in head]
 
@@ -96,6 +97,7 @@ def listed(task: Task, record: ScreenResult, count: int) -> list[dict[str, Any]]
             "flagged": row in flagged,
             "rank": rank,
             "score": float(record.scores[row]),
+            "at_mean_length": float(record.at_mean_length[row]),
             "first_order": None,
             "control_order": None,
             "p_value": float(record.p_values[row]),

@@ -30,27 +30,27 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     """The same scores with flags by the present settings; what-if and files are left empty.
 
     Only rows that are scored exactly are flagged. Rule: p-values of the null's robust, heavy tail
-    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive rate above every
-    control row; or exactly a share `drop` by score. A rate is a score at mean length: a row does not stand
-    out because it is long.
+    (`tail_probabilities`), Benjamini and Hochberg at `false_discovery`, and a positive score above every
+    control row; or exactly a share `drop` by score. All of the rule is asked at mean length: a row does not
+    stand out because it is long.
 
     Raises:
         InputError: no row would be kept.
     """
-    scores, rates = record.scores, record.rates
+    scores, at_mean = record.scores, record.at_mean_length
     enough = record.null is not None and len(record.null) >= NULL_ROWS
-    null = record.null if enough and record.null is not None else rates
+    null = record.null if enough and record.null is not None else at_mean
     # An estimate is no evidence: in the rule its row counts as one that does not stand out.
-    p_values = tail_probabilities(rates, null).masked_fill(~record.exact, 1.0)
+    p_values = tail_probabilities(at_mean, null).masked_fill(~record.exact, 1.0)
     ceiling = float(null.max()) if enough else math.nan
     record = replace(
         record,
         ceiling=ceiling,
-        excess=upper_tail_excess(rates, null) if enough else None,
+        excess=upper_tail_excess(at_mean, null) if enough else None,
         beyond=float((p_values <= STANDS_OUT).double().mean()) if enough else math.nan,
     )
     found = discoveries(p_values, config.false_discovery)
-    found = found[rates[found] > max(0.0, ceiling if enough else 0.0)]
+    found = found[at_mean[found] > max(0.0, ceiling if enough else 0.0)]
     unranked = _unranked(record, found, config) if config.score == "auto" and config.drop is None else None
     if config.drop is not None:
         count = min(len(scores), max(1, round(config.drop * len(scores))))
@@ -59,21 +59,23 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
     else:
         chosen = found if record.rise_reached and not unranked else found[:0]
         chosen = chosen[torch.argsort(scores[chosen], descending=True, stable=True)]
-        what = "scores" if record.shares is None else "rates"
+        what = "scores" if record.lengths is None else "scores at mean length"
         rule = (
             f"{what} beyond the heavy tail of {'control rows' if enough else 'the rows themselves'} at a "
             f"false discovery rate of {config.false_discovery:g}"
             + (", and above every control row" if enough else "")
         )
     _require_kept(len(chosen), len(scores), config)
-    held_to = rates if config.drop is None else scores
+    # A share goes by score, of which the null's axis knows nothing.
+    by_one_number = config.drop is None or record.lengths is None
     marked = set(chosen.tolist())
     return replace(
         record,
         p_values=p_values.masked_fill(~record.exact, math.nan),
         flagged=chosen.tolist(),
         rule=rule,
-        threshold=float(held_to[chosen].min()) if len(chosen) else math.nan,
+        threshold=float(at_mean[chosen].min()) if len(chosen) and by_one_number else math.nan,
+        asked=config.drop is not None,
         null_source="control" if enough else "rows",
         unranked=unranked,
         share=positive_share(scores, chosen),
@@ -91,7 +93,7 @@ def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str 
     """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
     if not record.rise_reached or record.excess is None:
         return None
-    whole, scores = "the whole set moves " + MEASURES[record.measure], record.rates
+    whole, scores = "the whole set moves " + MEASURES[record.measure], record.at_mean_length
     among = tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0)
     standing = int((scores[discoveries(among, config.false_discovery)] > 0).sum())
     one_cloud = standing <= AMONG_ROWS * len(found)

@@ -31,6 +31,7 @@ BINS, CURVE = 40, 200
 COLUMNS = (
     (Column("rank", "ascending"), "rank"),
     (Column("score"), "score"),
+    (Column("at mean length"), "at_mean_length"),
     (Column("row"), "row"),
     (Column("flagged"), "flagged"),
     (Column("safety"), "first_order"),
@@ -131,7 +132,8 @@ READING = {
     "row's weight in training, taken back through every step and the optimizer's state; minus the score is, "
     "to first order, what leaving the row out does. {measure_first} changed by {rise} nats/token. Rows that "
     "are alike share what they do together: one of many may be left out at no gain. Control rows are scored "
-    "at steps drawn at random.",
+    "at steps drawn at random; where the plan's loss counts tokens, they and the rows are compared at mean "
+    "length, by score over relative length t_j.",
     "anchors": "The score of a row is the mean cosine of its answer's hidden state to answers that comply "
     "less that to the model's own refusals, of the same safety prompts. It says what the answer begins like, "
     "not what training on it does.",
@@ -147,7 +149,7 @@ def _reading(found: ScreenResult) -> str:
             measure_first=measure[0].upper() + measure[1:],
             rise=number(point.safety_rise),
         )
-        return f"{text} The rank correlation of score and length is {number(found.length_correlation, 2)}."
+        return f"{text} The rank correlation of that and length is {number(found.length_correlation, 2)}."
     where = "at the aligned model" if point.step == 0 else f"after {point.step} real steps of the planned run"
     against = (
         "less what it does to the control loss: harm to safety alone"
@@ -165,9 +167,9 @@ def _reading(found: ScreenResult) -> str:
         f"{number(point.safety_rise)} and the control loss by {number(point.control_rise)} nats/token. "
         "Above zero is harmful: all such scores together are the harm that shares are of. `safety` and "
         "`control` are the two parts of the score; p is how often a control row of its length would score "
-        "as high. The ranking says who pushes, not how far. " + estimates + "A row counts by its tokens where"
-        " the plan's loss does; the rank correlation of score and length is "
-        f"{number(found.length_correlation, 2)}."
+        "as high. The ranking says who pushes, not how far. " + estimates + "A row counts by t, its trained "
+        "tokens over their mean, where the plan's loss does; whether it stands out is asked of its score at "
+        f"mean length, s/t. The rank correlation of that and length is {number(found.length_correlation, 2)}."
     )
 
 
@@ -245,10 +247,10 @@ def _refused(curve: Mapping[str, Any]) -> str:
 
 
 def _distribution(found: ScreenResult) -> Figure:
-    """Scores of all rows and of control rows, on an axis that is linear near zero and logarithmic far out."""
+    """Scores at mean length, linear near zero and logarithmic far out."""
     null = found.null if found.null is not None else torch.zeros(0)
-    what, symbol = ("score", "s_j") if found.shares is None else ("rate", "s_j/t_j")
-    both = torch.cat([found.rates, null.to(found.rates)])
+    what, symbol = ("score", "s_j") if found.lengths is None else ("score at mean length", "s_j/t_j")
+    both = torch.cat([found.at_mean_length, null.to(found.at_mean_length)])
     unit = max(float(both.abs().median()), 1e-30)
     spread = torch.asinh(both / unit)
     edges = torch.linspace(float(spread.min()), float(spread.max()) + 1e-9, BINS + 1, dtype=spread.dtype)
@@ -256,7 +258,7 @@ def _distribution(found: ScreenResult) -> Figure:
     traces: list[dict[str, Any]] = []
     table_rows: list[list[str]] = [[number(value)] for value in middle]
     for name, values, colour in (
-        ("fine-tuning rows", found.rates, "#D55E00"),
+        ("fine-tuning rows", found.at_mean_length, "#D55E00"),
         ("control rows (null)", null, "#0072B2"),
     ):
         if len(values) == 0:
@@ -287,7 +289,7 @@ def _distribution(found: ScreenResult) -> Figure:
         layout |= {"shapes": [line["shape"]], "annotations": [line["annotation"]]}
     return Figure(
         "screen-scores",
-        "Scores and their null" if found.shares is None else "Rates (scores at mean length) and their null",
+        "Scores and their null" if found.lengths is None else "Scores at mean length and their null",
         traces,
         layout,
         "Control rows are scored as if they were fine-tuning rows"

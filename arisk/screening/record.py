@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["LEAST", "MEASURES", "UNITS", "ScreenPoint", "ScreenResult"]
+__all__ = ["LEAST_LENGTH", "MEASURES", "UNITS", "ScreenPoint", "ScreenResult"]
 
 #: What harm is measured by, with what rises when safety goes.
 MEASURES = {
@@ -23,8 +23,8 @@ UNITS = {
     "path": "nats per unit of the row's weight",
     "anchors": "difference of mean cosines",
 }
-#: Least share of a row that a score is divided by.
-LEAST = 1e-9
+#: Least relative length that a score is divided by.
+LEAST_LENGTH = 1e-9
 #: |ρ| of score and length from which a reader is told.
 LENGTH_MATTERS = 0.5
 
@@ -58,26 +58,27 @@ class ScreenResult:
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
         losses, gradient_norms: (N,) at the last point; nats per response token.
-        null: (N_c,) rates of control rows, at a point each left out of its own ∇L_c; None without control.
+        null: (N_c,) scores of control rows at mean length, at a point each left out of its own ∇L_c; None
+            without control.
         method: "exact", or how rows were ranked first: by "differences" of their loss along the direction
             that rows are held against, by the "first_tokens" of their responses, or by a "sketch" of their
             gradient.
         exact: (N,) whether a row's numbers are exact products; of the others `scores` has the estimate,
             and all but `losses` is NaN (by differences a loss is that of the point to O(ε²), by first tokens
             it is NaN too).
-        p_values: (N,) probability that a harmless row has as high a rate, by `null_source`; NaN for
-            estimates.
+        p_values: (N,) probability that a harmless row scores as high at mean length, by `null_source`; NaN
+            for estimates.
         flagged: row numbers, the most harmful first.
-        rule: how they were chosen, in words. threshold: smallest rate (with `drop`: score) that is
-            flagged, NaN where none is.
+        rule: how they were chosen, in words. threshold: smallest score at mean length that is flagged, NaN
+            where none is, or where a share was asked for (`asked`) and score and score at mean length differ.
         null_source: "control", or "rows" where the bulk of the rows themselves had to serve.
         points: where gradients were taken. rise_reached: whether the planned run raised the safety
             loss as far as `rise` within the steps looked at.
         planned_steps: T. rise: the wanted rise (nats).
         share: share of the rows' total positive score that the flagged rows carry, NaN where no
             score is positive.
-        length_correlation: Spearman's ρ of score and response tokens, in [−1, 1]; NaN where the lengths
-            are not known.
+        length_correlation: Spearman's ρ of score at mean length and response tokens, in [−1, 1]; NaN where
+            the lengths are not known.
         examples: most harmful rows, explained.
         what_if: forecasts with and without the flagged rows; `status` says where not measured.
         files: names of the JSONL files beside the record; empty where `files_missing` says why.
@@ -86,12 +87,13 @@ class ScreenResult:
             all scores are exact.
         score: kind of the scores, a key of `UNITS`.
         measure: what harm is measured by, a key of `MEASURES`.
-        ceiling: highest rate of a control row; NaN where they are no null.
+        ceiling: highest of `null`; NaN where they are no null.
         excess: p-value of the test whether rows have a heavier upper tail than control rows
             (`upper_tail_excess`); None without enough control rows.
         beyond: share of the rows above the null's 5 % level; NaN where nothing could be flagged.
         unranked: why nothing was flagged though the run does harm, where `screen.score` is auto; None else.
-        shares: (N,) t_j, trained tokens over their mean; None where rows count alike.
+        lengths: (N,) t_j, trained tokens over their mean; None where rows count alike.
+        asked: whether a share was asked for, whose rows are those with the highest scores.
     """
 
     scores: Tensor
@@ -126,16 +128,17 @@ class ScreenResult:
     excess: float | None = None
     beyond: float = math.nan
     unranked: str | None = None
-    shares: Tensor | None = None
+    lengths: Tensor | None = None
+    asked: bool = False
 
-    def share_of(self, row: int) -> float:
+    def length_of(self, row: int) -> float:
         """t_j: what the mean loss of a row counts for, beside a row of mean length."""
-        return 1.0 if self.shares is None else float(self.shares[row])
+        return 1.0 if self.lengths is None else float(self.lengths[row])
 
     @property
-    def rates(self) -> Tensor:
+    def at_mean_length(self) -> Tensor:
         """(N,) s_j/t_j: scores at mean length, as the null's are; 0 of a row without tokens."""
-        return self.scores if self.shares is None else self.scores / self.shares.clamp(min=LEAST)
+        return self.scores if self.lengths is None else self.scores / self.lengths.clamp(min=LEAST_LENGTH)
 
     @property
     def order(self) -> list[int]:
@@ -146,12 +149,12 @@ class ScreenResult:
 
     def reasons(self, row: int) -> list[str]:
         """Why a flagged row is flagged, in words."""
-        score, rate = float(self.scores[row]), float(self.rates[row])
-        at_mean = "" if self.shares is None else f" ({rate:+.3g} at mean length)"
-        said = [
-            f"score {score:+.3g}{at_mean} {UNITS[self.score]} {self.where}, flagged from "
-            f"{self.threshold:.3g}: {self.rule}"
-        ]
+        told = f"score {float(self.scores[row]):+.3g} {UNITS[self.score]} {self.where}"
+        if self.lengths is not None:
+            told += f", {float(self.at_mean_length[row]):+.3g} at mean length"
+        if not math.isnan(self.threshold):
+            told += f", flagged from {self.threshold:.3g}"
+        said = [f"{told}: {self.rule}"]
         if self.control_order is not None:
             said.append(
                 f"pushes the safety loss by {float(self.first_order[row]):+.3g} and the control loss by "
@@ -192,7 +195,8 @@ class ScreenResult:
         """Why no row is flagged, in words."""
         if not self.rise_reached:
             return ": the planned run does not hurt safety within the steps looked at"
-        highest, what = float(self.rates.max()), "score" if self.shares is None else "rate"
+        highest = float(self.at_mean_length.max())
+        what = "score" if self.lengths is None else "score at mean length"
         if not math.isnan(self.ceiling) and highest <= max(self.ceiling, 0.0):
             return f": the highest {what} is {highest:.3g}, that of a control row {self.ceiling:.3g}"
         return f": the highest {what}, {highest:.3g}, does not stand out from the null"
@@ -214,9 +218,10 @@ class ScreenResult:
             )
         if abs(self.length_correlation) >= LENGTH_MATTERS:
             kind = "long" if self.length_correlation > 0 else "short"
+            at_mean = "" if self.lengths is None else " at mean length"
             said.append(
-                f"The score follows length: {kind} responses rank higher "
-                f"(ρ = {self.length_correlation:+.2f}), so compare rows of like length."
+                f"The score{at_mean} follows length: {kind} responses "
+                f"rank higher (ρ = {self.length_correlation:+.2f}), so compare rows of like length."
             )
         curves = self.what_if
         if curves.get("status") == "measured":
@@ -258,6 +263,7 @@ class ScreenResult:
             "null": self.null_source,
             "null_rows": None if self.null is None else len(self.null),
             "highest_null": self.ceiling,
+            "at_mean_length": self.lengths is not None,
             "excess_p": self.excess,
             "beyond_null": self.beyond,
             "unranked": self.unranked,

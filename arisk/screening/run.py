@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arisk.base.errors import ConfigError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import Progress, RowBatches, SampleSet, Task, silent
 from arisk.config.plan import BehaviourConfig, ScreenConfig, TrainingConfig
 from arisk.geometry.statistics import (
@@ -51,8 +51,8 @@ from arisk.screening.points import (
     row_groups,
     trained_tokens_of,
 )
-from arisk.screening.record import LEAST, MEASURES, ScreenPoint, ScreenResult
-from arisk.training.loop import keeping_parameters, put
+from arisk.screening.record import LEAST_LENGTH, MEASURES, ScreenPoint, ScreenResult
+from arisk.training.loop import keeping_parameters, put, running_statistics
 from arisk.training.recipe import Recipe, recipe_of
 
 __all__ = [
@@ -126,10 +126,10 @@ class _Scene:
         """How the plan trains."""
         return recipe_of(self.training, self.steps)
 
-    def shares(
+    def lengths(
         self, groups: Iterable[RowGroup], control: Iterable[RowGroup] = ()
     ) -> tuple[Tensor | None, Tensor | None]:
-        """T of all rows (N,), and of control rows, were they trained on; None where rows count alike."""
+        """Relative lengths t of all rows (N,), and of control rows; None where rows count alike."""
         samples = self.task.finetune
         tokens = trained_tokens_of(samples, groups) if self.training.loss == "tokens" else None
         if tokens is None:
@@ -150,19 +150,24 @@ class _Scene:
 def _by_auto(scene: _Scene) -> ScreenResult:
     """Scores at a point, or along the path where the plan still teaches the model how to answer there."""
     scene, measured = scene.measured()
+    buffers = running_statistics(scene.task.model)
+    before = [buffer.clone() for buffer in buffers]
     found = _places(scene)
     point = found[-1].point
-    if -(point.control_rise or 0.0) > UNSETTLED:
-        try:
-            made = _along_path(scene, measured)
-        except ConfigError:
-            # Not every plan can be taken backwards; `_warnings` tells what points are worth here.
-            pass
-        else:
-            return replace(
-                made, warnings=[*made.warnings, f"{_unsettled(point)}, so path scores were taken."]
-            )
-    return _at_points(scene, measured, found)
+    risen = point.safety_rise >= scene.config.rise or scene.config.drop is not None
+    if not risen or -(point.control_rise or 0.0) <= UNSETTLED:
+        return _at_points(scene, measured, found)
+    after = [buffer.clone() for buffer in buffers]
+    put(buffers, before)
+    try:
+        made = _along_path(scene, measured)
+    except (ConfigError, NumericsError) as err:
+        # Not every plan can be taken backwards.
+        put(buffers, after)
+        made, told = _at_points(scene, measured, found), f"Path scores failed: {err.what} ({err.fix})."
+    else:
+        told = f"{_unsettled(point)}, so path scores were taken."
+    return replace(made, warnings=[*made.warnings, told])
 
 
 def _by_point(scene: _Scene) -> ScreenResult:
@@ -200,13 +205,13 @@ def _at_points(scene: _Scene, measured: MeasuredTask, found: Sequence[Place]) ->
         held = control_groups(task.control, config)
         control = passes.exact(task.control, lambda: iter(held), "control rows", metric=True)
     groups = partial(row_groups, task.finetune, config.batch_size, limit=limit)
-    shares = scene.shares(groups())[0]
-    build = partial(_of_products, scene, measured, found, shares, control=control)
+    lengths = scene.lengths(groups())[0]
+    build = partial(_of_products, scene, measured, found, lengths, control=control)
     method = _method(task, layout, config, limit)
     if method == "exact":
         record = build(passes.exact(task.finetune, groups, "finetune rows"))
     else:
-        record = by_estimates(passes, task.finetune, config, limit, method, shares, build)
+        record = by_estimates(passes, task.finetune, config, limit, method, lengths, build)
     put(parameters_of(task.model, layout), list(layout.split(found[-1].theta).values()))
     examples = explained(task, layout, found[-1], record, config, scene.engine, scene.progress)
     return replace(record, examples=examples)
@@ -226,9 +231,9 @@ def _along_path(scene: _Scene, measured: MeasuredTask) -> ScreenResult:
     point = ScreenPoint(made.steps, made.safety_rise, made.control_rise, 1.0)
     task, config = scene.task, scene.config
     control = control_groups(task.control, config) if task.control else []
-    shares, beside = scene.shares(row_groups(task.finetune, config.batch_size), control)
-    null = made.null if made.null is None or beside is None else made.null / beside.clamp(min=LEAST)
-    record = _built(scene, measured, "path", made.scores, null, point, shares)
+    lengths, beside = scene.lengths(row_groups(task.finetune, config.batch_size), control)
+    null = made.null if made.null is None or beside is None else made.null / beside.clamp(min=LEAST_LENGTH)
+    record = _built(scene, measured, "path", made.scores, null, point, lengths)
     guests = int((made.visited == 0).sum())
     told = [
         *(
@@ -293,7 +298,7 @@ def _of_products(
     scene: _Scene,
     measured: MeasuredTask,
     found: Sequence[Place],
-    shares: Tensor | None,
+    lengths: Tensor | None,
     rows: RowTables,
     *,
     control: RowTables | None,
@@ -302,7 +307,7 @@ def _of_products(
     """Scores from products, flags from scores; a row without products has its estimate."""
     weights = [place.point.weight for place in found]
     contrasted = control is not None
-    counted = 1.0 if shares is None else shares
+    counted = 1.0 if lengths is None else lengths
     first = counted * _sum(weights, [table[:, 0] for table in rows.tables])
     against = counted * _sum(weights, [table[:, 1] for table in rows.tables]) if contrasted else None
     null = None
@@ -322,8 +327,8 @@ def _of_products(
         method="exact" if estimates is None else estimates.method,
         exact=exact,
         contrasted=contrasted,
-        shares=shares,
     )
+    record = _with_lengths(record, scene.task.finetune, lengths)
     record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
     return flagged_anew(record, scene.config)
 
@@ -335,10 +340,11 @@ def _built(
     scores: Tensor,
     null: Tensor | None,
     point: ScreenPoint,
-    shares: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> ScreenResult:
     """Flags from scores that have no parts, with the highest rows as examples."""
-    record = replace(_unflagged(scene, measured, score, scores, null, [point]), shares=shares)
+    record = _unflagged(scene, measured, score, scores, null, [point])
+    record = _with_lengths(record, scene.task.finetune, lengths)
     record = replace(record, warnings=[*record.warnings, *_warnings(scene.task, record)])
     record = flagged_anew(record, scene.config)
     return replace(record, examples=listed(scene.task, record, scene.config.examples))
@@ -377,7 +383,7 @@ def _unflagged(
         rise=config.rise,
         planned_steps=scene.steps,
         share=math.nan,
-        length_correlation=_length_correlation(scene.task.finetune, scores),
+        length_correlation=math.nan,
         examples=[],
         what_if={},
         files=[],
@@ -388,12 +394,14 @@ def _unflagged(
     )
 
 
-def _length_correlation(samples: SampleSet, scores: Tensor) -> float:
-    """Whether length drives the score; NaN where the rows do not tell their tokens."""
-    lengths = [row.get("tokens", math.nan) for row in samples.rows]
-    if len(lengths) != len(scores):
-        return math.nan
-    return rank_correlation(scores, torch.tensor(lengths, dtype=torch.float64))
+def _with_lengths(record: ScreenResult, samples: SampleSet, lengths: Tensor | None) -> ScreenResult:
+    """With relative lengths, and whether length drives scores that are rid of it; NaN where none is told."""
+    record = replace(record, lengths=lengths)
+    told = [row.get("tokens", math.nan) for row in samples.rows]
+    if len(told) != len(record.scores):
+        return record
+    tokens = torch.tensor(told, dtype=torch.float64)
+    return replace(record, length_correlation=rank_correlation(record.at_mean_length, tokens))
 
 
 def _sum(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
@@ -475,7 +483,7 @@ def by_estimates(
     config: ScreenConfig,
     limit: int | None,
     method: str,
-    shares: Tensor | None,
+    lengths: Tensor | None,
     build: Callable[..., ScreenResult],
 ) -> ScreenResult:
     """Estimate every row, then score exactly from the top until a whole part of the head has no flag.
@@ -486,7 +494,7 @@ def by_estimates(
         config: rows per pass, side of a sketch, how to flag.
         limit: rows read of a loader that cannot be regrouped.
         method: how to estimate.
-        shares: (N,) what the rows' losses count for; None where all count alike.
+        lengths: (N,) t_j; None where all rows count alike.
         build: ``build(tables, estimates=…)``: the record, with flags among the rows that are exact.
 
     Returns:
@@ -499,11 +507,12 @@ def by_estimates(
     groups = partial(row_groups, samples, config.batch_size, limit=limit)
     found = passes.estimated(samples, groups, method, side=config.sketch_side, size=config.batch_size)
     weights = [place.point.weight for place in passes.found]
-    rates = _sum(weights, [table[:, 0] for table in found.tables])
-    scores = rates if shares is None else shares * rates
+    at_mean = _sum(weights, [table[:, 0] for table in found.tables])
+    scores = at_mean if lengths is None else lengths * at_mean
     estimates = Estimates(method, scores, torch.zeros(len(scores), dtype=torch.bool))
-    # What `drop` takes, or what the rule flags.
-    lead = rates if config.drop is None else scores
+    # What the rule flags, or what `drop` takes.
+    by_rule = config.drop is None
+    lead = at_mean if by_rule else scores
     order = torch.argsort(lead, descending=True, stable=True).tolist()
     width = passes.found[0].directions.shape[1]
     tables = [_unknown(table[:, 1], width) for table in found.tables]
@@ -517,7 +526,8 @@ def by_estimates(
 
     checked = sorted({order[i * len(order) // CHECKED] for i in range(CHECKED)})
     record = rescored(checked, f"{samples.name} rows checked")
-    agreement = rank_correlation(scores[checked], record.scores[checked])
+    exact = record.at_mean_length if by_rule else record.scores
+    agreement = rank_correlation(lead[checked], exact[checked])
     size, number = max(HEAD, round(HEAD_SHARE * len(order))), 0
     while part := [row for row in order if not estimates.exact[row]][:size]:
         record = rescored(part, f"{samples.name} rows head {number:03d}")

@@ -108,7 +108,7 @@ def _line(row: Mapping[str, Any]) -> str:
 #: Numbers by row that `scores.safetensors` holds.
 SCORES = (
     *("scores", "first_order", "control_order"),
-    *("losses", "gradient_norms", "p_values", "exact", "shares"),
+    *("losses", "gradient_norms", "p_values", "exact", "lengths"),
 )
 #: Settings that decide which prompts count as refused.
 JUDGED = ("behaviour.judge", "behaviour.refusal_openings")
@@ -130,7 +130,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
     show_text = config.report.show_text
     old = from_first(lambda: _screened_before(job))
     made = flagged_anew(old, config.screen) if old is not None else None
-    if made is None or not _flags_stand(made):
+    if made is None or old is None or not _flags_stand(made, old):
         made = screen(
             task,
             config=config.screen,
@@ -185,9 +185,15 @@ def _rolled_out(job: Job) -> RolloutResult | None:
     return found if found.status == "measured" else None
 
 
-def _flags_stand(record: ScreenResult) -> bool:
-    """Whether flags set anew lie well within the rows that were scored exactly."""
-    return record.method == "exact" or 2 * len(record.flagged) <= int(record.exact.sum())
+def _flags_stand(record: ScreenResult, old: ScreenResult) -> bool:
+    """Whether flags set anew lie well within the rows that were scored exactly.
+
+    Those are the first ones by what was flagged by then: by score, or by score at mean length.
+    """
+    if record.method == "exact":
+        return True
+    alike = record.lengths is None or record.asked == old.asked
+    return alike and 2 * len(record.flagged) <= int(record.exact.sum())
 
 
 def _screened_before(job: Job) -> ScreenResult | None:
@@ -217,11 +223,12 @@ def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
         return {"files": [], "files_missing": "rows of a Python loader are scored by number only"}
 
     flagged = frozenset(made.flagged)
-    exact = made.exact.tolist()
+    exact, at_mean = made.exact.tolist(), made.at_mean_length.tolist()
     rank = {row: place for place, row in enumerate(made.order, start=1)}
     added = [
         {
             "arisk_score": score,
+            **({} if made.lengths is None else {"arisk_at_mean_length": at_mean[row]}),
             "arisk_rank": rank[row],
             **({} if exact[row] else {"arisk_estimate": made.method}),
             "arisk_reasons": made.reasons(row) if row in flagged else [],
@@ -279,7 +286,7 @@ def _share(text: str) -> float:
 
 SCREEN = Stage(
     name="screen",
-    version=13,
+    version=14,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
     config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *JUDGED, *SAID),

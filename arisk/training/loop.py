@@ -72,7 +72,7 @@ def keeping_parameters(model: nn.Module, layout: ParameterLayout) -> Generator[l
     """
     parameters = parameters_of(model, layout)
     start = [parameter.detach().clone() for parameter in parameters]
-    buffers = _running(model)
+    buffers = running_statistics(model)
     kept = [buffer.clone() for buffer in buffers]
     try:
         yield start
@@ -88,7 +88,7 @@ def put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             parameter.copy_(value)
 
 
-def _running(model: nn.Module) -> list[Tensor]:
+def running_statistics(model: nn.Module) -> list[Tensor]:
     """Buffers that forward passes in training mode change: running statistics of batch norms."""
     tracking = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     return [buffer for module in tracking for buffer in module.buffers(recurse=False)]
@@ -226,7 +226,7 @@ class PlannedRun:
         self.rates: list[float] = recipe.rates.tolist()
         self.seed = seed
         self.parameters = parameters_of(task.model, layout)
-        self.running = _running(task.model)
+        self.running = running_statistics(task.model)
         self.stream = BatchStream(task.finetune, self.parameters[0].device)
         groups = parameter_groups(task.model, layout.names, self.parameters, recipe.training)
         self.parts = recipe.kind.build(groups, recipe.training)

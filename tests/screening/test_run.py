@@ -173,20 +173,33 @@ def test_a_row_counts_by_its_tokens_where_the_loss_of_a_step_does():
         training = TrainingConfig(optimizer="sgd", learning_rate=0.02, batch_size=4, loss=loss)
         made[loss] = screen(task, config=config, training=training, steps=STEPS)
     counts = counts_of(points(2, 30))
-    shares = counts / counts.mean()
-    assert float(shares.std()) > 0.3
+    lengths = counts / counts.mean()
+    assert float(lengths.std()) > 0.3
     by_tokens, by_rows = made["tokens"], made["rows"]
-    assert by_tokens.scores.tolist() == pytest.approx((shares * by_rows.scores).tolist(), rel=1e-9)
+    assert by_tokens.scores.tolist() == pytest.approx((lengths * by_rows.scores).tolist(), rel=1e-9)
     # A row stands out by what it does at mean length.
-    assert by_tokens.rates.tolist() == pytest.approx(by_rows.scores.tolist(), rel=1e-9)
+    assert by_tokens.at_mean_length.tolist() == pytest.approx(by_rows.scores.tolist(), rel=1e-9)
     assert torch.equal(by_tokens.null, by_rows.null)
     assert by_tokens.p_values.tolist() == pytest.approx(by_rows.p_values.tolist(), rel=1e-6)
     assert by_tokens.order == torch.argsort(by_tokens.scores, descending=True).tolist()
     # The rows' own losses and gradients are shown as they are, and estimates are weighed as products are.
     assert torch.equal(by_tokens.gradient_norms, by_rows.gradient_norms)
     assert by_tokens.agreement == pytest.approx(by_rows.agreement) == pytest.approx(1)
+    asked = flagged_anew(by_tokens, ScreenConfig(drop=0.1))
+    assert asked.flagged == by_tokens.order[:3] != by_rows.order[:3]
+    assert math.isnan(asked.threshold)
+    assert "at mean length: the 0.1 of the rows" in asked.reasons(asked.flagged[0])[0]
+    # Far out at mean length, and not the first ones by score.
+    scores = by_tokens.null[torch.arange(30) % 20].clone()
+    short = torch.argsort(lengths)[:2].tolist()
+    scores[short] = 1e3 * by_tokens.null.abs().max()
+    far = dataclasses.replace(by_tokens, scores=scores * lengths, rise_reached=True)
+    found = flagged_anew(far, ScreenConfig())
+    assert sorted(found.flagged) == sorted(short)
+    assert found.threshold == pytest.approx(float(scores[short].min()))
+    assert f"flagged from {found.threshold:.3g}: scores at mean length beyond" in found.reasons(short[0])[0]
     batch = [torch.cat(parts) for parts in zip(*task.safety.batches, strict=True)]
-    pull = -gradients(net(), batch) @ (gradients(net(), points(2, 30)) * shares[:, None]).T
+    pull = -gradients(net(), batch) @ (gradients(net(), points(2, 30)) * lengths[:, None]).T
     for example in by_tokens.examples:
         rises = pull[:, example["row"]]
         expected = sorted((float(rise) for rise in rises if rise > 0), reverse=True)[:3]
@@ -486,7 +499,10 @@ def test_flags_set_anew_stand_only_well_within_the_exact_rows(made, method, flag
     record = dataclasses.replace(
         made, method=method, exact=torch.arange(30) < 10, flagged=list(range(flagged))
     )
-    assert _flags_stand(record) is stands
+    assert _flags_stand(record, made) is stands
+    # Rows that were exact by score are not the first ones at mean length.
+    long = dataclasses.replace(record, lengths=torch.ones(30, dtype=torch.float64), asked=True)
+    assert _flags_stand(long, made) is (method == "exact")
 
 
 def test_auto_estimates_many_rows_of_a_large_selection_only():

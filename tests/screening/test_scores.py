@@ -54,8 +54,8 @@ def test_a_guest_scores_as_the_same_row_does_in_its_step(monkeypatch, optimizer,
     training = TrainingConfig(optimizer=optimizer, learning_rate=0.02, batch_size=4, max_grad_norm=None)
     found = run(task, training, curvature=curvature)
     assert float(found.scores[29]) == pytest.approx(float(found.scores[0]), rel=1e-9)
-    assert float(found.null[5]) == pytest.approx(float(found.rates[0]), rel=1e-9)
-    assert torch.equal(found.rates, found.scores) != by_tokens
+    assert float(found.null[5]) == pytest.approx(float(found.at_mean_length[0]), rel=1e-9)
+    assert torch.equal(found.at_mean_length, found.scores) != by_tokens
     assert found.points[0].step == 7
     assert any(warning.startswith("2 rows are not met") for warning in found.warnings)
     assert any("end at step 7 of 12" in warning for warning in found.warnings)
@@ -154,17 +154,30 @@ def test_auto_takes_the_scores_that_won_on_real_models(monkeypatch):
     found, plain = run(score="auto", batches=3), run(score="point", batches=3)
     assert found.score == "point"
     assert torch.equal(found.scores, plain.scores)
-    # Now every model still learns how to answer.
+    # Now every model still learns how to answer; its answers can only be lost.
     monkeypatch.setattr(screen_head, "UNSETTLED", -math.inf)
-    early, path_alone = run(score="auto", batches=3), run(batches=3)
+    x = torch.cat([batch[0] for batch in task_of().safety.batches])
+    safety = SampleSet("safety", [(x, net()(x).argmax(1))], classify)
+    y, labels = points(2, 30)
+    loader = [(y[i : i + 4], labels[i : i + 4]) for i in range(0, 30, 4)]
+    aligned, streamed = (
+        dataclasses.replace(task_of(finetune=data), safety=safety) for data in (None, loader)
+    )
+    early, path_alone = run(aligned, score="auto", batches=3), run(aligned, batches=3)
     assert early.score == "path"
     assert torch.equal(early.scores, path_alone.scores)
     assert "so path scores were taken" in early.warnings[-1]
-    x, y = points(2, 30)
-    loader = [(x[i : i + 4], y[i : i + 4]) for i in range(0, 30, 4)]
-    unrolled = run(task_of(finetune=loader), score="auto", batches=3)
-    assert unrolled.score == "point"
-    assert "scores at one point tell little" in " ".join(unrolled.warnings)
+    for task, settings, why in (
+        (streamed, {}, "regrouped by row"),
+        (aligned, {"memory_gb": 1e-6}, "GB each"),
+    ):
+        found = run(task, score="auto", batches=3, **settings)
+        assert found.score == "point"
+        assert torch.equal(found.scores, run(task, score="point", batches=3).scores)
+        assert "Path scores failed: " in found.warnings[-1]
+        assert why in found.warnings[-1]
+    # Where no row could be flagged, no path is walked.
+    assert run(aligned, score="auto", batches=3, rise=1e6).score == "point"
 
 
 def drawn(count, seed, shift=0.0):
