@@ -31,11 +31,11 @@ BINS, CURVE = 40, 200
 COLUMNS = (
     (Column("rank", "ascending"), "rank"),
     (Column("score"), "score"),
-    (Column("at mean length"), "at_mean_length"),
     (Column("row"), "row"),
     (Column("flagged"), "flagged"),
     (Column("safety"), "first_order"),
     (Column("control"), "control_order"),
+    (Column("at mean length"), "at_mean_length"),
     (Column("p (control rows)"), "p_value"),
     (Column("loss"), "loss"),
 )
@@ -278,7 +278,9 @@ def _distribution(found: ScreenResult) -> Figure:
             }
         )
         table_rows = [[*row, percent(float(c))] for row, c in zip(table_rows, counts, strict=True)]
-    layout = axes(f"{what} ({UNITS[found.score]}, asinh scale)", "share of rows", barmode="overlay")
+    # The longer word leaves no room for the unit, which the text names.
+    unit_of = f"{UNITS[found.score]}, " if found.lengths is None else ""
+    layout = axes(f"{what} ({unit_of}asinh scale)", "share of rows", barmode="overlay")
     ends = [float(edges[0]), 0.0, float(edges[-1])]
     layout["xaxis"] |= {"tickvals": ends, "ticktext": [number(math.sinh(v) * unit) for v in ends]}
     if not math.isnan(found.threshold):
