@@ -229,7 +229,7 @@ LAST = [
 ]
 #: All trainings of a mixture.
 TRAININGS = [*REPEATED, *ONCE, *LAST]
-#: The score that `screen.score: auto` takes, whose flags are left out too.
+#: The score whose flags are left out too: what `screen.score: auto` takes of SmolLM2.
 DEFAULT = "point, opening"
 
 
