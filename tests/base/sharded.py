@@ -1,5 +1,6 @@
 """Stage collect of small models, sharded by FSDP2 where torchrun runs this file; numbers as safetensors."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -63,7 +64,11 @@ def main(folder):
             mean_gradient(task.model, task.safety.batches[0], task.safety.loss_fn, layout)
         except ConfigError as err:
             sys.stdout.write(str(err))
+    torch.distributed.barrier()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    # A thread of gloo that FSDP2 leaves behind aborts the interpreter's own end now and then.
+    os._exit(0)
