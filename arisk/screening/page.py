@@ -76,7 +76,7 @@ def section(found: ScreenResult, *, show_text: bool, max_examples: int, kept: st
     body = (
         '<section id="screen"><h2>Screened fine-tuning rows</h2>'
         f"<p><b>{esc(found.sentence)}</b></p>"
-        f"{_ranked(shown, show_text)}{_what_if(found)}"
+        f"{_ranked(shown, show_text, by_length=found.lengths is not None)}{_what_if(found)}"
         f"{listed('About this screening', [found.rule_sentence, *found.warnings])}"
         f"{notes(_reading(found), '', WORTH[found.score])}</section>"
     )
@@ -173,12 +173,13 @@ def _reading(found: ScreenResult) -> str:
     )
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool) -> str:
-    """The most harmful rows, their text folded away."""
+def _ranked(rows: Sequence[Mapping[str, Any]], show_text: bool, *, by_length: bool) -> str:
+    """The most harmful rows, their text folded away; at mean length where that is another number."""
     if not rows:
         return '<p class="missing">Rows explained: not measured (screen.examples is 0).</p>'
-    told = [([_value(row, key) for _, key in COLUMNS], {**row, "why": _why(row, show_text)}) for row in rows]
-    return rows_table([column for column, _ in COLUMNS], told, show_text, "screened rows", first=FIRST)
+    columns = [(c, key) for c, key in COLUMNS if by_length or key != "at_mean_length"]
+    told = [([_value(row, key) for _, key in columns], {**row, "why": _why(row, show_text)}) for row in rows]
+    return rows_table([column for column, _ in columns], told, show_text, "screened rows", first=FIRST)
 
 
 def _value(row: Mapping[str, Any], key: str) -> Any:

@@ -45,6 +45,11 @@ class ScreenPoint:
     control_rise: float | None
     weight: float
 
+    @property
+    def control_fall(self) -> float:
+        """How far the control loss has fallen there (nats per response token); 0 where it is not measured."""
+        return -(self.control_rise or 0.0)
+
 
 @dataclass(frozen=True)
 class ScreenResult:

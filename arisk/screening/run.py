@@ -155,7 +155,7 @@ def _by_auto(scene: _Scene) -> ScreenResult:
     found = _places(scene)
     point = found[-1].point
     risen = point.safety_rise >= scene.config.rise or scene.config.drop is not None
-    if not risen or -(point.control_rise or 0.0) <= UNSETTLED:
+    if not risen or point.control_fall <= UNSETTLED:
         return _at_points(scene, measured, found)
     after = [buffer.clone() for buffer in buffers]
     put(buffers, before)
@@ -164,7 +164,8 @@ def _by_auto(scene: _Scene) -> ScreenResult:
     except (ConfigError, NumericsError) as err:
         # Not every plan can be taken backwards.
         put(buffers, after)
-        made, told = _at_points(scene, measured, found), f"Path scores failed: {err.what} ({err.fix})."
+        made = _at_points(scene, measured, found)
+        told = f"Path scores were tried, and failed: {err.what} ({err.fix})."
     else:
         told = f"{_unsettled(point)}, so path scores were taken."
     return replace(made, warnings=[*made.warnings, told])
@@ -440,7 +441,7 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
         )
     if point.step == 0 and record.score == "point":
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
-    if record.score == "point" and -(point.control_rise or 0.0) > UNSETTLED:
+    if record.score == "point" and point.control_fall > UNSETTLED:
         told = "`screen.score: path` ranked and flagged rows on such a model."
         found.append(f"{_unsettled(point)}, and scores at one point tell little. {told}")
     return found
@@ -450,7 +451,7 @@ def _unsettled(point: ScreenPoint) -> str:
     """What a point is that lies too early, in words."""
     return (
         f"Within the {point.step} steps before rows are scored at a point, the loss of ordinary answers "
-        f"falls by {-(point.control_rise or 0.0):.2g} nats/token: the plan still teaches this model how to "
+        f"falls by {point.control_fall:.2g} nats/token: the plan still teaches this model how to "
         "answer"
     )
 

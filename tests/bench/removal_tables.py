@@ -217,23 +217,11 @@ def _seconds(record: Record, name: str) -> str:
 
 
 def show_kept() -> None:
-    """What scores did on all mixtures that are kept, and each of these."""
+    """The tables of the page, on how many mixtures each score did as much as labels, and each of these."""
     records = json.loads(KEPT.read_text(encoding="utf-8"))["removal"]
     held = [one for one in map(Removal, records) if one.complete()]
     names = list(dict.fromkeys(name for one in held for name in one.record["scores"]))
-    rows = []
-    for one in held:
-        label = f"{one.effect('labelled'):.3f} ± {one.error('labelled'):.3f}"
-        there = (f"{one.reached(n):.1f}" if n in one.runs and one.labels_tell() else "–" for n in names)
-        rows.append([one.name, label, *there])
-    print_table(
-        "Share of the labels' effect on the opening loss", ["mixture", "labels' effect", *names], rows
-    )
-    more = [
-        [one.name, *(f"{one.more(n):+.1f}" if n in one.runs else "–" for n in ("labelled", *names))]
-        for one in held
-    ]
-    print_table("Refusals more than without random rows", ["mixture", "labelled", *names], more)
+    print(block(records))
     telling = [one for one in held if one.labels_tell()]
     for name in names:
         with_it = [one for one in telling if name in one.runs]

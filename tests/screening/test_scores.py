@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from arisk.models.losses import per_sample_nll
 from arisk.screening import estimates, path
 from arisk.screening import run as screen_head
 from arisk.screening.anchors import _layer, anchor_scores
+from arisk.screening.cost import PASSES
 from arisk.screening.flags import flagged_anew
 from arisk.screening.measure import measured_by
 from arisk.screening.run import screen
@@ -174,10 +176,22 @@ def test_auto_takes_the_scores_that_won_on_real_models(monkeypatch):
         found = run(task, score="auto", batches=3, **settings)
         assert found.score == "point"
         assert torch.equal(found.scores, run(task, score="point", batches=3).scores)
-        assert "Path scores failed: " in found.warnings[-1]
+        assert "Path scores were tried, and failed: " in found.warnings[-1]
         assert why in found.warnings[-1]
     # Where no row could be flagged, no path is walked.
     assert run(aligned, score="auto", batches=3, rise=1e6).score == "point"
+
+
+def test_auto_may_cost_the_walk_to_a_point_and_the_path():
+    def passes(score, **task):
+        config = SimpleNamespace(screen=ScreenConfig(score=score), training=TRAINING)
+        return PASSES[score](SimpleNamespace(task=task_of(**task), config=config))
+
+    auto, point, along = (passes(score) for score in ("auto", "point", "path"))
+    assert auto["gradient rows"] > max(point["gradient rows"], along["gradient rows"])
+    assert all(auto[kind] >= max(point.get(kind, 0), along.get(kind, 0)) for kind in auto)
+    # Without control rows nothing tells that a point is too early.
+    assert passes("auto", control=False) == passes("point", control=False)
 
 
 def drawn(count, seed, shift=0.0):
