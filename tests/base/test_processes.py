@@ -38,20 +38,23 @@ SETTINGS = [
 ]
 
 
-def start(folder, count, *extra, errors=None, verb="run", configs=None, program=("-m", "arisk")):
-    """A command on the demo's config by so many processes."""
+def carried_out(folder, count, *extra, errors=None, verb="run", configs=None, program=("-m", "arisk")):
+    """A command on the demo's config by so many processes, when it has ended."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *(several if count > 1 else []), *program, verb]
     command += [*(configs or [str(ROOT / "configs" / "demo.yaml")]), "--run-dir", str(folder)]
     command += [*(part for item in SETTINGS for part in ("--set", item)), *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+    return subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, timeout=300, check=False
+    )
 
 
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return out
+def finish(*given, **options):
+    """What such a command printed; it must end well."""
+    done = carried_out(*given, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def differences(one, two):
@@ -108,8 +111,8 @@ def assert_same(one, two, *, at_least):
 @pytest.mark.parametrize("verb", ACTING)
 def test_two_processes_screen_and_protect_as_one_does(tmp_path, verb):
     settings = [part for item in ACTING[verb] for part in ("--set", item)]
-    finish(start(tmp_path / "one", 1, *settings, verb=verb))
-    finish(start(tmp_path / "two", 2, *settings, verb=verb))
+    finish(tmp_path / "one", 1, *settings, verb=verb)
+    finish(tmp_path / "two", 2, *settings, verb=verb)
     one, two = (
         numbers(json.loads((tmp_path / name / verb / "record.json").read_text(encoding="utf-8"))["values"])
         for name in ("one", "two")
@@ -133,7 +136,7 @@ def test_two_processes_compare_as_one_does(tmp_path):
         folder = tmp_path / str(count)
         plans = [str(tmp_path / "mixed.yaml"), str(tmp_path / "benign.yaml")]
         given = ["--output", str(folder / "page"), "--set", "rollout.pilot_steps=6", "--json"]
-        out = finish(start(folder, count, *given, verb="compare", configs=plans))
+        out = finish(folder, count, *given, verb="compare", configs=plans)
         timeless = re.sub(r"\d+ s spared", "spared", out.replace(str(folder), ""))
         bodies.append(numbers(json.loads(timeless), skipped=("seconds", "cost")))
         assert (folder / "page" / "compare.html").exists()
@@ -150,8 +153,8 @@ def test_two_processes_compare_as_one_does(tmp_path):
     ids=["gradients", "gram"],
 )
 def test_two_processes_give_the_numbers_of_one(tmp_path, extra):
-    finish(start(tmp_path / "one", 1, *extra))
-    out = finish(start(tmp_path / "two", 2, *extra))
+    finish(tmp_path / "one", 1, *extra)
+    out = finish(tmp_path / "two", 2, *extra)
     assert out.count("run directory") == 1  # one of them speaks
     assert differences(tmp_path / "one", tmp_path / "two") == []
 
@@ -196,13 +199,12 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(tmp_path):
     folder = tmp_path / "run"
     (tmp_path / "killed.py").write_text(KILLED, encoding="utf-8")
     given = ("--until", "collect", "--set", "collect.chunk_size=1")
-    process = start(folder, 2, *given, errors=subprocess.PIPE, program=[str(tmp_path / "killed.py")])
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "SIGKILL" in err  # torchrun names the process that died
+    killed = carried_out(folder, 2, *given, errors=subprocess.PIPE, program=[str(tmp_path / "killed.py")])
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr  # torchrun names the process that died
     kept = {p: p.stat().st_mtime_ns for p in (folder / ".partial").rglob("shard-*.safetensors")}
     assert 2 <= len(kept) < 13
-    finish(start(folder, 2, *given))
+    finish(folder, 2, *given)
     made = folder / "collect" / "gradients"
     assert len(list(made.iterdir())) == 13
     assert {(made / p.name).stat().st_mtime_ns for p in kept} == set(kept.values())
