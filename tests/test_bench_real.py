@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from arisk.forecast.worth import REAL, validity
-from tests.bench.real import score, truth
+from tests.bench.real import protections, score, truth
 from tests.bench.real.baselines import baselines, learning_rates
 from tests.bench.real.jobs import JOBS, SOURCES
 from tests.bench.real.merge import without_texts
@@ -319,7 +319,7 @@ def test_what_a_protection_saves_is_counted_over_seeds_against_plain_of_the_same
         {"label": label, "kept": kept, "task_cost": cost, "drift": 0.1, "cpu_seconds": 1.0}
         for label, kept, cost in (("plain", 0.3, 0.0), ("kl 1", 0.8, 0.01), ("replay", 0.9, 0.05))
     ]
-    job = Job({"job": "02", "arms": arms, "forecasts": told})
+    job = Job({"job": "02", "model": "small", "device": "a GPU", "arms": arms, "forecasts": told})
     assert job.refused("kl 1") == [3, 4]
     # 2 of 3 and 1 of 1 that plain loses.
     assert job.saved("kl 1") == pytest.approx(3 / 4)
@@ -329,6 +329,23 @@ def test_what_a_protection_saves_is_counted_over_seeds_against_plain_of_the_same
     assert job.foretold() == ["kl 1"]
     low, high = job.interval("kl 1")
     assert 0 <= low <= 0.75 <= high <= 1
+
+
+def test_protections_of_another_device_stay_beside_those_that_are_kept(tmp_path, monkeypatch):
+    for job in ("01-a", "02-b"):
+        record = tmp_path / "small" / job / "arm-00" / "record.json"
+        record.parent.mkdir(parents=True)
+        record.touch()
+    told = {"arms": [arm("plain", 0, "ra", 0.0)], "forecasts": []}
+    monkeypatch.setattr(protections, "_job", lambda place: {"job": place.name, **told})
+    file = tmp_path / "kept.json"
+    for device in ("a GPU", "a CPU", "a CPU"):
+        assert protections.keep(tmp_path / "small", device, file) == 2
+    held = json.loads(file.read_text(encoding="utf-8"))["protected"]
+    assert [(one["device"], one["job"]) for one in held] == [
+        *(("a GPU", "01-a"), ("a GPU", "02-b")),
+        *(("a CPU", "01-a"), ("a CPU", "02-b")),
+    ]
 
 
 def test_the_table_of_protections_is_what_is_kept():
