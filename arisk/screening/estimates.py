@@ -1,4 +1,4 @@
-"""Estimates of a row's score that cost less than its gradient: which rows are worth exact products.
+"""Passes over the rows of a data set at every point: exact products, or estimates that cost less.
 
 The score is the slope of the row's loss along one direction v, the same for all rows:
 
@@ -7,8 +7,6 @@ The score is the slope of the row's loss along one direction v, the same for all
 `differences` takes two forward passes and no backward pass. `first_tokens` takes the exact product of the
 first tokens of the response, which is their part of s_j, and never reads the rest. `sketch` takes one forward
 and backward pass in which no weight gradient is multiplied out, and projects the factors with random sides.
-
-Passes over the rows of a data set at every point: exact products, or estimates of the score.
 
 Rows are worked through shard by shard. Processes of one run share the shards, and a finished shard
 is kept on disk, so that a killed run finds it again.

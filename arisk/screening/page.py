@@ -41,7 +41,7 @@ COLUMNS = (
 )
 #: The scores of a kind without parts, as an equation.
 EQUATIONS = {
-    "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ ≈ ∂M(θ_K)/∂ε_j",
+    "path": "s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩",
     "anchors": "s_j = mean cos(h_j, answered) − mean cos(h_j, refused)",
 }
 #: What the ranking is worth; points by `just bench screen` on the fixture language.
@@ -102,7 +102,7 @@ def section(found: ScreenResult, *, show_text: bool, max_examples: int, kept: st
 
 
 def _advice(found: ScreenResult, kept: str) -> list[Advice]:
-    """Dropping rows, where the forecast without them is clearly lower."""
+    """Dropping rows, where the forecast without them is clearly lower and no fewer prompts are refused."""
     curves = found.what_if
     if curves.get("status") != "measured":
         return []
@@ -113,7 +113,9 @@ def _advice(found: ScreenResult, kept: str) -> list[Advice]:
     refused = [curves[key].get("refusals") for key in ("before", "after")]
     fewer = f"the loss of safe responses is forecast to rise by {number(after)}, not {number(before)}"
     if all(refused):
-        with_all, without = (f"{round(told['end'] * told['prompts'])}" for told in refused)
+        with_all, without = (round(told["end"] * told["prompts"]) for told in refused)
+        if without < with_all:
+            return []
         fewer = (
             f"{without} of {refused[1]['prompts']} prompts are forecast to be refused at the end, not "
             f"{with_all} ({fewer})"
@@ -128,12 +130,13 @@ def _plain(text: str) -> str:
 
 #: What the scores of a kind without parts are, for a reader.
 READING = {
-    "path": "The score of a row is the change of {measure} at the end of these steps per unit more of the "
-    "row's weight in training, taken back through every step and the optimizer's state; minus the score is, "
-    "to first order, what leaving the row out does. {measure_first} changed by {rise} nats/token. Rows that "
-    "are alike share what they do together: one of many may be left out at no gain. Control rows are scored "
-    "at steps drawn at random; where the plan's loss counts tokens, they and the rows are compared at mean "
-    "length, by score over relative length t_j.",
+    "path": "The score of a row estimates how {measure} changes at the end of these steps per unit more of "
+    "the row's weight in training, taken back through every step and the optimizer's state. The scale of an "
+    "adaptive optimizer is levelled on the way: its exact derivative foretold real runs far worse. So read "
+    "scores as a ranking, and in sums over rows, not as what leaving out one row does. {measure_first} "
+    "changed by {rise} nats/token. Rows that are alike share what they do together: one of many may be left "
+    "out at no gain. Control rows are scored at steps drawn at random; where the plan's loss counts tokens, "
+    "they and the rows are compared at mean length, by score over relative length t_j.",
     "anchors": "The score of a row is the mean cosine of its answer's hidden state to answers that comply "
     "less that to the model's own refusals, of the same safety prompts. It says what the answer begins like, "
     "not what training on it does.",
@@ -244,7 +247,7 @@ def _refused(curve: Mapping[str, Any]) -> str:
         return NOT_MEASURED
     count = told["prompts"]
     low, high = round(told["low"] * count), round(told["high"] * count)
-    return f"{round(told['end'] * count)} of {count} ({low} to {high})"
+    return f"{round(told['end'] * count)} of {count} ({percent(told['confidence'])}: {low} to {high})"
 
 
 def _distribution(found: ScreenResult) -> Figure:
@@ -355,7 +358,7 @@ SHOWN, WIDTH = 12, 60
 def screen_text(outcome: Any) -> str:
     """The most harmful rows, what dropping them changes, and the files; the report's path comes last."""
     found = outcome.found
-    lines = [found["sentence"], "", text_table(*_rows(found)), ""]
+    lines = [found["sentence"], "", text_table(*_rows(found)), "", found["rule_sentence"]]
     lines += [f"finding: {sentence}" for sentence in found["findings"]]
     lines += [f"caveat: {sentence}" for sentence in found["warnings"]]
     files = [str(outcome.folder / name) for name in found["files"]]
@@ -365,6 +368,9 @@ def screen_text(outcome: Any) -> str:
 
 def _rows(found: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     header = ["rank", "row", "flagged", "score", "safety", "control", "p", "text"]
+    lengths = found["at_mean_length"]
+    if lengths:
+        header.insert(-2, "at mean length")
     rows = [
         [
             str(row["rank"]),
@@ -373,6 +379,7 @@ def _rows(found: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
             _signed(row["score"]),
             _signed(row["first_order"]),
             _signed(row["control_order"]),
+            *([_signed(row["at_mean_length"])] if lengths else []),
             "not measured" if row["p_value"] is None else f"{row['p_value']:.1e}",
             _short(f"{row.get('prompt', '')} → {row.get('response', '')}" if "prompt" in row else ""),
         ]

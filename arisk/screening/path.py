@@ -1,16 +1,20 @@
 """Path scores: what every row does to the end of the planned run, taken back through its steps.
 
-    s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩ ≈ ∂M(θ_K)/∂ε_j at ε = 1
+    s_j = Σ_k ⟨c_k, ∇(term of row j in step k)⟩
 
-with M the measured harm after K steps, ε_j a weight on row j wherever the plan trains on it, and c_k from
-`arisk.training.unroll`. Rows that these steps do not meet are scored as guests of one step, drawn from a
-few spread evenly, and so are control rows, as often as a row is met: the null. K is the plan's own length,
-at most `screen.max_steps`; later steps are not looked at.
+with c_k from `arisk.training.unroll`, K steps taken back from ∇M, M the measured harm after them. Were c_k
+exact, s_j would be ∂M(θ_K)/∂ε_j at ε = 1, ε_j a weight on row j wherever the plan trains on it. It is not, as
+AdamW's scale is levelled in it: the exact derivative foretold real runs far worse. So scores are to be read
+as a ranking and in sums over rows, not as what leaving one row out does. (SGD has no scale: with
+`screen.curvature` its scores are exact.)
 
-c_k levels AdamW's scale, and leaves out that a step bends the gradients of later ones. With
-`screen.curvature` it does not leave that out, and a step's own rows are read with its dropout and noise;
-else they are read without, as guests always are. `tests/bench/README.md` shows what both foretell, measured
-without dropout.
+Rows that these steps do not meet are scored as guests of one step, drawn from a few spread evenly, and so are
+control rows, as often as a row is met: the null. K is the plan's own length, at most `screen.max_steps`;
+later steps are not looked at.
+
+Without `screen.curvature` c_k leaves out that a step bends the gradients of later ones. With it a step's own
+rows are read with its dropout and noise; else they are read without, as guests always are.
+`tests/bench/README.md` shows what both foretell, measured without dropout.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class PathScores:
     """Scores of rows and of control rows, and what the walk did.
 
     Attributes:
-        scores: (N,) ≈ ∂M/∂ε_j, nats per unit weight; positive is harmful.
+        scores: (N,) s_j, nats per unit of a row's weight; positive is harmful.
         visited: (N,) how often the steps train on a row; 0 for guests.
         null: (N_c,) the same of control rows; None without control data.
         steps: K.

@@ -59,7 +59,8 @@ class ScreenResult:
         scores: (N,) by `score`; positive is harmful.
             point: s_j = t_j Σ_c w_c ⟨∇L_c(θ_c) − ∇L_s(θ_c), D_c g_j(θ_c)⟩, the rise of the mean safety loss
             less that of the control loss per unit learning rate, where `contrasted`; else the former alone.
-            path: ∂M(θ_K)/∂ε_j (`arisk.screening.path`). anchors: see `arisk.screening.anchors`.
+            path: what a row does along the run, estimated (`arisk.screening.path`). anchors: see
+            `arisk.screening.anchors`.
         first_order: (N,) the safety part of it. control_order: (N,) the control part; None where not
             measured.
         losses, gradient_norms: (N,) at the last point; nats per response token.
@@ -254,7 +255,7 @@ class ScreenResult:
         return {
             "sentence": self.sentence,
             "score": self.score,
-            "measure": self.measure,
+            "measure": None if self.score == "anchors" else self.measure,
             "method": self.method,
             "exact_rows": int(self.exact.sum()),
             "agreement": self.agreement,
@@ -264,6 +265,7 @@ class ScreenResult:
             "harm_share": self.share,
             "length_correlation": self.length_correlation,
             "rule": self.rule,
+            "rule_sentence": self.rule_sentence,
             "threshold": self.threshold,
             "null": self.null_source,
             "null_rows": None if self.null is None else len(self.null),

@@ -62,6 +62,7 @@ __all__ = [
     "Estimates",
     "by_estimates",
     "screen",
+    "unsettled",
 ]
 
 
@@ -167,7 +168,7 @@ def _by_auto(scene: _Scene) -> ScreenResult:
         made = _at_points(scene, measured, found)
         told = f"Path scores were tried, and failed: {err.what} ({err.fix})."
     else:
-        told = f"{_unsettled(point)}, so path scores were taken."
+        told = f"{_in_words(point)}, so path scores were taken."
     return replace(made, warnings=[*made.warnings, told])
 
 
@@ -443,11 +444,11 @@ def _warnings(task: Task, record: ScreenResult) -> list[str]:
         found.append("Scored at the aligned model alone, where a first-order score is mostly noise.")
     if record.score == "point" and point.control_fall > UNSETTLED:
         told = "`screen.score: path` ranked and flagged rows on such a model."
-        found.append(f"{_unsettled(point)}, and scores at one point tell little. {told}")
+        found.append(f"{_in_words(point)}, and scores at one point tell little. {told}")
     return found
 
 
-def _unsettled(point: ScreenPoint) -> str:
+def _in_words(point: ScreenPoint) -> str:
     """What a point is that lies too early, in words."""
     return (
         f"Within the {point.step} steps before rows are scored at a point, the loss of ordinary answers "
@@ -459,6 +460,11 @@ def _unsettled(point: ScreenPoint) -> str:
 #: Fall of the control loss (nats per token) from which a point is too early: it was 0.02 on a SmolLM2, where
 #: points told the rows, and 1.0 on a gemma, where they did not.
 UNSETTLED = 0.2
+
+
+def unsettled(record: ScreenResult) -> bool:
+    """Whether `auto` may choose otherwise for the plan of this record, by whether a share is asked for."""
+    return record.score == "path" or record.points[-1].control_fall > UNSETTLED
 
 
 #: Rows spread evenly over the ranking that are scored exactly to tell what the estimate is worth.

@@ -114,6 +114,8 @@ SCORES = (
 JUDGED = ("behaviour.judge", "behaviour.refusal_openings")
 #: Further settings of the refusals that the what-if counts.
 SAID = ("behaviour.prompts", "behaviour.tokens", "behaviour.opening_tokens")
+#: Settings of the band that it draws around them.
+BAND = ("forecast.confidence", "forecast.bootstrap_samples")
 #: Settings of screen that only say which of its scores are flagged, and what is shown of that.
 FLAGGING = ("drop", "false_discovery", "what_if")
 
@@ -152,6 +154,7 @@ def _screen(job: Job, workspace: Path) -> ScreenResult:
             steps=steps,
             seed=config.run.seed,
             behaviour=config.behaviour,
+            forecast=config.forecast,
             before=_rolled_out(job),
             workspace=workspace,
             progress=job.show.progress,
@@ -197,7 +200,11 @@ def _flags_stand(record: ScreenResult, old: ScreenResult) -> bool:
 
 
 def _screened_before(job: Job) -> ScreenResult | None:
-    """A stored screening that differs in nothing but which of its scores are flagged."""
+    """A stored screening that differs in nothing but which of its scores are flagged.
+
+    Whether a share is asked for is one of the things by which `screen.score: auto` chooses, where a point
+    lies too early: then such scores are no answer to the other question.
+    """
     state = job.states["screen"]
     if state.fresh or any(reason.kind == "damaged" for reason in state.reasons):
         return None
@@ -209,11 +216,17 @@ def _screened_before(job: Job) -> ScreenResult | None:
     def scoring(given: Mapping[str, Any]) -> dict[str, Any]:
         settings = {k: v for k, v in given["config"]["screen"].items() if k not in FLAGGING}
         # The settings of the rollout, and what is said along it, serve the what-if alone.
-        others = dict.fromkeys(("rollout", *SAID))
+        others = dict.fromkeys(("rollout", *SAID, *BAND))
         return {**given, "config": {**given["config"], "screen": settings, **others}}
 
-    same = stage_key(scoring(old)) == stage_key(scoring(new))
-    return job.record("screen") if same else None
+    if stage_key(scoring(old)) != stage_key(scoring(new)):
+        return None
+    from arisk.screening.run import unsettled
+
+    record: ScreenResult = job.record("screen")
+    asked = [given["config"]["screen"]["drop"] is not None for given in (old, new)]
+    alike = asked[0] == asked[1] or job.config.screen.score != "auto" or not unsettled(record)
+    return record if alike else None
 
 
 def _split(job: Job, made: ScreenResult, workspace: Path) -> dict[str, Any]:
@@ -286,10 +299,10 @@ def _share(text: str) -> float:
 
 SCREEN = Stage(
     name="screen",
-    version=14,
+    version=15,
     help="Rank the fine-tuning rows by the harm they push; write kept.jsonl and flagged.jsonl",
     run=_screen,
-    config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *JUDGED, *SAID),
+    config=("model", "safety", "finetune", "control", "training", "rollout", "screen", *JUDGED, *SAID, *BAND),
     config_also=where_hidden(),
     inputs=("model", "adapter", "safety", "finetune", "control"),
     optional=True,

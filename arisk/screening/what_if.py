@@ -91,6 +91,7 @@ def dropping(
     steps: int,
     seed: int = 0,
     behaviour: BehaviourConfig | None = None,
+    forecast: ForecastConfig | None = None,
     before: RolloutResult | None = None,
     workspace: Path | None = None,
     progress: Progress = silent,
@@ -105,6 +106,7 @@ def dropping(
         steps: planned optimizer steps T.
         seed: seeds dropout and noise of the real steps.
         behaviour: prompts that are followed and answered; None: refusals are not measured.
+        forecast: confidence and draws of the refusals' band; default those of a config that names none.
         before: the rollout of this very plan, where it has been made; else it is made here.
         workspace: folder in which unfinished rollouts are kept.
         progress: told of gradients taken.
@@ -112,8 +114,8 @@ def dropping(
     Returns:
         `status`: "measured", or "not_measured" with `reason`; else for `before` and `after` the
         `steps`, mean `safety` and `control` changes (nats per response token), `diverged_at`, and `refusals`:
-        share of the `prompts` refused at the `start` and at the `end` of the plan, with its band from `low`
-        to `high`; None where not measured.
+        share of the `prompts` refused at the `start` and at the `end` of the plan, with its band of
+        `confidence` from `low` to `high`; None where not measured.
     """
     if not dropped:
         return {"status": "not_measured", "reason": "no row is flagged"}
@@ -122,7 +124,7 @@ def dropping(
     found: dict[str, Any] = {"status": "measured", "dropped": len(dropped)}
 
     def curves(made: RolloutResult) -> dict[str, Any]:
-        refused = _refusals(made, behaviour, steps, seed)
+        refused = _refusals(made, behaviour, forecast or ForecastConfig(), steps, seed)
         return {**_curves(made), "refusals": refused}
 
     if before is not None:
@@ -150,13 +152,13 @@ def dropping(
 
 
 def _refusals(
-    made: RolloutResult, behaviour: BehaviourConfig | None, steps: int, seed: int
+    made: RolloutResult, behaviour: BehaviourConfig | None, forecast: ForecastConfig, steps: int, seed: int
 ) -> dict[str, Any] | None:
     """Refusals of a rollout at both ends of the plan; None where they were not measured."""
     if behaviour is None or made.behaviour is None:
         return None
     judge = judge_for(behaviour, made.behaviour.learnt)
-    found = refusal_forecast(made, judge, ForecastConfig(), horizon=steps, seed=seed)
+    found = refusal_forecast(made, judge, forecast, horizon=steps, seed=seed)
     if found.status != "measured":
         return None
     ends = {
@@ -164,6 +166,7 @@ def _refusals(
         "end": found.median[-1],
         "low": found.lower[-1],
         "high": found.upper[-1],
+        "confidence": forecast.confidence,
     }
     return {"prompts": found.prompts, **ends}
 

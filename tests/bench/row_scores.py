@@ -55,6 +55,7 @@ def scored(task: Task, config: Config, settings: Mapping[str, Any], rows: int) -
     made = screen(task, config=given, training=config.training, steps=steps)
     return {
         "scores": by_line(task, made.scores.tolist(), rows),
+        "scored": len(made.scores),
         "flagged": [int(task.finetune.rows[row]["line"]) - 1 for row in made.flagged],
         "sentence": made.sentence,
         "excess": made.excess,

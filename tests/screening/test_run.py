@@ -25,6 +25,7 @@ from arisk.screening import estimates as screen_passes
 from arisk.screening import run as screen_head
 from arisk.screening.estimates import worth_estimating
 from arisk.screening.flags import flagged_anew
+from arisk.screening.page import section
 from arisk.screening.points import RowGroup, precision_of, row_products
 from arisk.screening.record import ScreenResult
 from arisk.screening.run import screen
@@ -673,3 +674,55 @@ def test_what_the_rollout_has_measured_is_taken_over(tmp_path, monkeypatch):
     assert what_if["alone"] == what_if["beside"]
     # Twice alone, with and without the flagged rows; then the rollout was there already.
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("unsettled", "walked"), [(-math.inf, 2), (math.inf, 1)])
+def test_flags_set_anew_are_those_of_a_run_that_knew_no_others(tmp_path, monkeypatch, unsettled, walked):
+    """Where a point lies too early `auto` goes by whether a share is asked for: old scores do not serve."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return screen(*args, **kwargs)
+
+    monkeypatch.setattr(screen_head, "UNSETTLED", unsettled)
+    monkeypatch.setattr(screen_head, "screen", counted)
+    given = {
+        "model": {"source": "python", "entry": "a:b"},
+        "training": TRAINING.model_copy(update={"max_steps": STEPS}).model_dump(),
+        "screen": {"rise": 1e6, "max_steps": 7, "batches": 3, "what_if": False, "measure": "loss"},
+    }
+
+    def made(folder, **settings):
+        config = Config.model_validate({**given, "screen": {**given["screen"], **settings}})
+        show = StageDisplay(quiet=True)
+        return run_task(catalogue(), task_of(), config, ["screen"], run_dir=folder, show=show).record(
+            "screen"
+        )
+
+    first, then = made(tmp_path / "one"), made(tmp_path / "one", drop=0.1)
+    assert first.score == "point"
+    assert len(calls) == walked
+    fresh = made(tmp_path / "two", drop=0.1)
+    assert (then.score, then.flagged) == (fresh.score, fresh.flagged)
+    assert torch.equal(then.scores, fresh.scores)
+
+
+@pytest.mark.parametrize(
+    ("refused", "advised"), [((29, 38), True), ((38, 38), True), ((38, 29), False), (None, True)]
+)
+def test_dropping_is_no_advice_where_fewer_are_refused_without_the_rows(refused, advised):
+    def curve(safety, end):
+        told = {"start": 0.9, "end": end / 48, "low": 0.1, "high": 0.9, "prompts": 48, "confidence": 0.8}
+        return {"steps": [0, STEPS], "safety": [0.0, safety], "control": None, "refusals": told}
+
+    before, after = (curve(loss, end) for loss, end in zip((1.0, 0.1), refused or (0, 0), strict=True))
+    if refused is None:
+        before["refusals"] = after["refusals"] = None
+    found = dataclasses.replace(
+        run(drop=0.2), what_if={"status": "measured", "before": before, "after": after}
+    )
+    shown = section(found, show_text=True, max_examples=3, kept="kept.jsonl")
+    assert bool(shown.advice) == advised
+    if refused:
+        assert "80 %: 5 to 43" in "".join(piece.html for piece in shown.pieces)

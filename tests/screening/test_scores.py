@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import random
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from arisk.base.errors import ConfigError, InputError, NumericsError
 from arisk.base.task import SampleSet, TokenLoss
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import BehaviourConfig, Config, ScreenConfig, TrainingConfig
-from arisk.geometry.statistics import upper_tail_excess
+from arisk.geometry.statistics import rank_correlation, upper_tail_excess
 from arisk.gradients import layout_of, measuring
 from arisk.models import load_task
 from arisk.models.answers import GreedyAnswers
@@ -27,6 +28,7 @@ from arisk.screening.measure import measured_by
 from arisk.screening.run import screen
 from arisk.training.behaviour import DECIDING
 from tests.screening.test_run import STEPS, TRAINING, Rows, classify, counts_of, net, points, task_of
+from tests.training import test_unroll as retraining
 
 SETTINGS = {"rise": 1e-9, "max_steps": 7, "examples": 3}
 
@@ -92,6 +94,47 @@ def test_what_is_left_out_without_curvature_shrinks_with_the_learning_rate():
     far, near = apart(0.1), apart(0.01)
     assert far > 1e-3
     assert near == pytest.approx(far / 10, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("plan", "least"),
+    [
+        ({"optimizer": "adamw", "learning_rate": 0.02, "weight_decay": 0.1}, 0.85),
+        ({"optimizer": "sgd", "learning_rate": 0.1}, 0.97),
+    ],
+    ids=["adamw", "sgd"],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_of_path_scores_foretell_what_leaving_rows_out_does(plan, least, seed):
+    """Forty retrainings without five of eleven rows, by scores as they are by default."""
+    task, generator = retraining.task_of(), torch.Generator().manual_seed(10 + seed)
+    rows = task.finetune.batches
+    rows.x = torch.randn(rows.row_count, 5, generator=generator, dtype=torch.float64)
+    rows.y = torch.randint(3, (rows.row_count,), generator=generator)
+    training = TrainingConfig(batch_size=retraining.SIZE, max_grad_norm=None, **plan)
+    settings = ScreenConfig(score="path", measure="loss", max_steps=retraining.STEPS)
+    found = screen(task, config=settings, training=training, steps=retraining.STEPS)
+    told, ends = [], []
+    for draw in range(40):
+        out = random.Random(draw).sample(range(rows.row_count), 5)
+        rows.weights[out] = 0
+        ends.append(retraining.trained(task, training))
+        rows.weights[out] = 1
+        told.append(-float(found.scores[out].sum()))
+    agreement = rank_correlation(torch.tensor(told, dtype=torch.float64), torch.tensor(ends))
+    assert agreement > least
+
+
+def test_path_scores_are_the_derivative_where_nothing_is_levelled():
+    """SGD has no scale to level: with curvature the scores are those that retraining confirms."""
+    task = retraining.task_of()
+    training = TrainingConfig(
+        optimizer="sgd", learning_rate=0.1, momentum=0.9, batch_size=retraining.SIZE, max_grad_norm=None
+    )
+    settings = ScreenConfig(score="path", measure="loss", max_steps=retraining.STEPS, curvature=True)
+    found = screen(task, config=settings, training=training, steps=retraining.STEPS)
+    expected = retraining.trained(task, training, retraining.MEMORY)[1]
+    assert torch.allclose(found.scores, expected, rtol=1e-9, atol=0)
 
 
 def test_path_scores_leave_the_model_as_found_and_say_what_they_are():
