@@ -36,7 +36,7 @@ def kept(tmp_path, monkeypatch):
 @pytest.fixture
 def record():
     scores = {
-        "good": {"scores": [9, 8, 7, 6, 5, 4, 3, 2], "flagged": [0, 2], "seconds": 10.0},
+        "good": {"scores": [9, 8, 7, 6, 5, 4, 3, 2], "scored": 7, "flagged": [0, 2], "seconds": 10.0},
         "bad": {"scores": [2, 3, 4, 5, 6, 7, 8, 9], "flagged": [], "seconds": None},
     }
     ends = {

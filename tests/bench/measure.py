@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -29,6 +29,10 @@ def _measured(work: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, flo
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """A Markdown table, as it stands in `tests/bench/README.md`."""
-    print(f"\n### {title}\n\n| {' | '.join(header)} |\n| {' | '.join('---' for _ in header)} |")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print(f"\n### {title}\n\n{markdown_table(header, rows)}", end="")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The lines of a Markdown table, each with its end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from arisk.geometry.statistics import rank_correlation
-from tests.bench.measure import print_table
+from tests.bench.measure import markdown_table, print_table
 from tests.bench.real.merge import TRUTHS
 from tests.bench.screening import auc
 
@@ -51,7 +51,8 @@ def record_of(
         model: name of its folder.
         mixture: its name.
         labels: of all rows.
-        scores: by name: `scores` of all rows, rows `flagged`, CPU `seconds`.
+        scores: by name: `scores` of all rows, how many of them are really `scored` (others rank last), rows
+            `flagged`, CPU `seconds`.
         ends: by what was left out and seed: rows `dropped`, `answers`, losses.
     """
     halves = [end for (name, _), end in ends.items() if name.startswith("half")]
@@ -63,6 +64,7 @@ def record_of(
         "scores": {
             name: {
                 "auc": round(auc(made["scores"], labels), 4) if any(labels) else None,
+                "scored": made.get("scored"),
                 "flagged": len(made["flagged"]),
                 "flagged_labelled": sum(labels[row] for row in made["flagged"]),
                 "first_labelled": _first_labelled(made["scores"], labels),
@@ -238,7 +240,7 @@ def block(records: Sequence[Record]) -> str:
     """The tables of the page, from what is kept alone."""
     held = [one for one in map(Removal, records) if one.complete()]
     header = ["mixture", "all rows", "without random ones", "without the labelled", "without point's first"]
-    came = table(
+    came = markdown_table(
         [*header, "without path's first"],
         [
             [one.name, _cell(one.runs["all rows"]), _cell(one.random)]
@@ -247,22 +249,18 @@ def block(records: Sequence[Record]) -> str:
         ],
     )
     header = ["mixture", "labelled", "AUC: point, path", "labels' effect", "share reached: point, path"]
-    worth = table([*header, "refusals more than random: labelled, point, path"], [_worth(o) for o in held])
-    flags = table(
+    worth = markdown_table(
+        [*header, "refusals more than random: labelled, point, path"], [_worth(o) for o in held]
+    )
+    flags = markdown_table(
         ["mixture", "flagged (labelled)", "without these", "without as many random ones"],
         [_flags(one) for one in map(Removal, records) if SCORES[0] in one.record["scores"]],
     )
-    dull = table(
+    dull = markdown_table(
         ["without the first by", *(one.name for one in held if DULL[0] in one.runs)],
         [[name, *(_beside(one, name) for one in held if DULL[0] in one.runs)] for name in DULL],
     )
     return "\n".join([came, worth, flags, dull])
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table and a blank line's end."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _cell(runs: Sequence[Record] | None) -> str:
@@ -284,7 +282,7 @@ def _worth(one: Removal) -> list[str]:
 
 def _flags(one: Removal) -> list[str]:
     made = one.record["scores"][SCORES[0]]
-    found = f"{made['flagged']} ({made['flagged_labelled']}) of {one.record['rows']}"
+    found = f"{made['flagged']} ({made['flagged_labelled']}) of {made['scored']}"
     return [one.name, found, *(_cell(one.runs.get(name)) for name in ("flagged", "as many random"))]
 
 

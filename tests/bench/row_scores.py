@@ -48,7 +48,7 @@ def by_line(task: Task, values: Sequence[float], rows: int) -> list[float]:
 
 
 def scored(task: Task, config: Config, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Scores of all rows of the file, what is flagged, and CPU seconds."""
+    """Scores of all rows of the file, how many have one, what is flagged, and CPU seconds."""
     given = ScreenConfig.model_validate({**config.screen.model_dump(), "examples": 0, **settings})
     steps = planned_steps(config.training, len(task.finetune.rows))
     started = time.process_time()
