@@ -236,19 +236,14 @@ def _along_path(scene: _Scene, measured: MeasuredTask) -> ScreenResult:
     lengths, beside = scene.lengths(row_groups(task.finetune, config.batch_size), control)
     null = made.null if made.null is None or beside is None else made.null / beside.clamp(min=LEAST_LENGTH)
     record = _built(scene, measured, "path", made.scores, null, point, lengths)
-    guests = int((made.visited == 0).sum())
-    told = [
-        *(
-            [f"{guests} rows are not met within these steps: they are scored as guests of one."]
-            if guests
-            else []
-        ),
-        *(
-            [f"Path scores end at step {made.steps} of {scene.steps}: later steps are not looked at."]
-            if made.steps < scene.steps
-            else []
-        ),
-    ]
+    guests, told = int((made.visited == 0).sum()), list[str]()
+    if guests:
+        told.append(f"{guests} rows are not met within these steps: they are scored as guests of one.")
+    if made.steps < scene.steps:
+        told.append(
+            f"Path scores end at step {made.steps} of {scene.steps}: later steps are not looked at "
+            "(`screen.max_steps` takes more)."
+        )
     return replace(record, warnings=[*record.warnings, *told])
 
 
