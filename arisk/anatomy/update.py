@@ -152,9 +152,9 @@ def measure_update(
     if float(mean.norm()) == 0:
         raise NumericsError(
             f"the update of the {samples.name} data is exactly zero",
-            where=f"score: gradient of data set {samples.name!r}",
+            where=f"gradient of data set {samples.name!r}",
             fix="check that its loss depends on the selected parameters, and that its rows are not "
-            "already fitted perfectly",
+            "already fitted perfectly; after steps of the plan, lower `training.learning_rate`",
         )
     d = preconditioner(task.model, layout, mean, noise, training)
     return Update(

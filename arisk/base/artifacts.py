@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arisk.base.errors import ArtifactError, NewerFormatError
+from arisk.base.errors import ArtifactError, DamagedError, NewerFormatError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
+    "WORKSPACES",
     "aligned",
     "disk_error",
     "existing_parent",
@@ -262,13 +263,17 @@ def disk_error(err: OSError, path: Path) -> ArtifactError:
     return ArtifactError(f"{what}; finished stages are kept", where=str(path), fix=fix)
 
 
-def _damaged(path: Path, why: str) -> ArtifactError:
-    stage = path.parent.name
-    return ArtifactError(
-        f"an artifact cannot be read: {why}",
-        where=str(path),
-        fix=f"run `arisk run CONFIG --from {stage}` to make it again",
-    )
+#: Folder of a run directory in which stages work before they are committed.
+WORKSPACES = ".partial"
+
+
+def _damaged(path: Path, why: str) -> DamagedError:
+    folders = path.parts
+    fix = f"run `arisk run CONFIG --from {path.parent.name}` to make it again"
+    if WORKSPACES in folders:
+        work = Path(*folders[: folders.index(WORKSPACES) + 2])
+        fix = f"remove {work}, and run the same command again"
+    return DamagedError(f"an artifact cannot be read: {why}", where=str(path), fix=fix)
 
 
 def _parted(record: Any, prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     ├── ConfigError           2   a config key, value or file is wrong
     ├── InputError            3   a model, data file or row is wrong
     ├── ArtifactError         4   the run directory or one of its files is wrong
+    │   ├── DamagedError      cannot be read back
     │   └── NewerFormatError  of a newer format: neither read nor overwritten
     ├── ShapeError            5   tensors do not fit together
     ├── NumericsError         6   NaN, inf, zero gradient or zero update
@@ -24,6 +25,7 @@ __all__ = [
     "AriskError",
     "ArtifactError",
     "ConfigError",
+    "DamagedError",
     "GateError",
     "InconclusiveError",
     "InputError",
@@ -89,6 +91,10 @@ class ArtifactError(AriskError):
     """The run directory, or an artifact in it, is missing, damaged or locked."""
 
     exit_code = 4
+
+
+class DamagedError(ArtifactError):
+    """A file of the run directory cannot be read back; `where` is its path."""
 
 
 class NewerFormatError(ArtifactError):

@@ -494,7 +494,7 @@ def _is_union_branch(part: Any) -> bool:
     return isinstance(part, str) and (
         part
         in ("function-before", "bool", "int", "float", "str", "ParameterGlobs", "DataConfig", "AdapterConfig")
-        or part.startswith(("literal[", "constrained", "list[", "function-"))
+        or part.startswith(("literal[", "constrained-", "list[", "function-"))
     )
 
 

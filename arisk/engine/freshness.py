@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from arisk.base.artifacts import CONFIG_FILE, FORMAT_VERSION, disk_error
+from arisk.base.artifacts import CONFIG_FILE, FORMAT_VERSION, WORKSPACES, disk_error
 from arisk.base.errors import ArtifactError, NewerFormatError
 from arisk.base.terminal import table
 from arisk.engine.fingerprints import DigestCache, file_digest, input_fingerprints, stage_key
@@ -340,7 +340,7 @@ def _take(rundir: RunDir, state: StageState, source: Path) -> bool:
         return False
     if manifest is None or manifest.get("key") != state.key:
         return False
-    staging = rundir.path / ".partial" / f"taken-{state.stage}"
+    staging = rundir.path / WORKSPACES / f"taken-{state.stage}"
     if not _bring(manifest.get("outputs", {}), other.stage_dir(state.stage), staging):
         remove_tree(staging)
         return False
@@ -416,7 +416,7 @@ def status_rows(catalogue: Catalogue, config: Config, run_dir: Path) -> list[dic
         damaged = any(reason.kind == "damaged" for reason in state.reasons)
         manifest = None if damaged else rundir.manifest(state.stage)
         outputs = manifest["outputs"].values() if manifest else []
-        partial = run_dir / ".partial" / f"{state.stage}-{state.key[:16]}"
+        partial = run_dir / WORKSPACES / f"{state.stage}-{state.key[:16]}"
         rows.append(
             {
                 "stage": state.stage,

@@ -55,7 +55,7 @@ def _report(job: Job, workspace: Path) -> None:
     report_images(figures_of(sections, provenance), workspace, shown.figures)
     summary = {
         "format_version": FORMAT_VERSION,
-        **finite(summary_json(title, sections, first, provenance["again"])),
+        **finite(summary_json(title, sections, first, provenance["again"], provenance["elsewhere"])),
     }
     write_text(workspace / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
     write_text(workspace / "summary.md", text)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from arisk.base import processes
 from arisk.base.artifacts import finite, read_json, read_record, write_record
-from arisk.base.errors import AriskError, ArtifactError, ConfigError
+from arisk.base.errors import AriskError, ArtifactError, ConfigError, DamagedError
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
 from arisk.engine.fingerprints import DigestCache, input_fingerprints
 from arisk.engine.freshness import StageState, plan, take
 from arisk.engine.job import REPORT_FILE, SUMMARY_FILE, Display, Job
 from arisk.engine.report import REPORT
-from arisk.engine.rundir import RunDir
+from arisk.engine.rundir import RunDir, remove_tree
 from arisk.engine.stage import Catalogue, Stage, named
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def run_stages(
     processes.join()
 
     def prepared() -> tuple[dict[str, Any], list[StageState]]:
+        _refuse_own_files(catalogue, config, rundir)
         cache = DigestCache(run_dir / ".digests.json")
         inputs = input_fingerprints(config, cache)
         cache.save()
@@ -297,6 +298,25 @@ def run_task(
     return job
 
 
+def _refuse_own_files(catalogue: Catalogue, config: Config, rundir: RunDir) -> None:
+    """Refuse data that a stage of this very run writes: it would be replaced while it is read.
+
+    Raises:
+        ConfigError: a data set lies in the folder of a stage.
+    """
+    from arisk.config.plan import data_sets
+
+    folders = [rundir.stage_dir(stage.name).resolve() for stage in catalogue]
+    for name, parts in data_sets(config).items():
+        for path in (Path(part.path).resolve() for part in parts if part.path is not None):
+            if any(path.is_relative_to(folder) for folder in folders):
+                raise ConfigError(
+                    "this file is written by the run that would read it",
+                    where=f"{name}.path: {path}",
+                    fix="give another run directory by --run-dir, or copy the file elsewhere",
+                )
+
+
 @contextmanager
 def _telling(show: Display) -> Generator[None]:
     """Tells the display how a run ends that does not end well."""
@@ -329,7 +349,15 @@ def _execute(job: Job, state: StageState) -> None:
     started = time.monotonic()
     workspace = processes.from_first(lambda: job.rundir.workspace(stage.name, state.key))
     job.records.pop(stage.name, None)
-    made = _made(stage, job, workspace)
+    try:
+        made = _made(stage, job, workspace)
+    except DamagedError as err:
+        # The others wait where this one failed.
+        if processes.world() > 1 or not Path(err.where).is_relative_to(workspace):
+            raise
+        job.show.note(f"{stage.name:<9} begins anew: {Path(err.where).name} of a stopped run cannot be read")
+        remove_tree(workspace)
+        made = _made(stage, job, job.rundir.workspace(stage.name, state.key))
 
     def commit() -> None:
         if made is not None:

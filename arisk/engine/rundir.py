@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from arisk.base.artifacts import FORMAT_VERSION, disk_error, loaded_json, read_json, write_text
+from arisk.base.artifacts import FORMAT_VERSION, WORKSPACES, disk_error, loaded_json, read_json, write_text
 from arisk.base.errors import ArtifactError
 from arisk.engine.fingerprints import file_digest, stage_key
 
@@ -174,7 +174,7 @@ class RunDir:
                 shutil.rmtree(trash, ignore_errors=True)
         # Empty where the crash came just after the last rename.
         with suppress(OSError):
-            (self.path / ".partial").rmdir()
+            (self.path / WORKSPACES).rmdir()
 
     def workspace(self, stage: str, key: str) -> Path:
         """Folder in which a stage works; the same key finds what a killed run left.
@@ -182,7 +182,7 @@ class RunDir:
         Raises:
             ArtifactError: the folder cannot be written.
         """
-        parent = self.path / ".partial"
+        parent = self.path / WORKSPACES
         wanted = parent / f"{stage}-{key[:16]}"
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ class RunDir:
         _sync(self.path)
         shutil.rmtree(trash, ignore_errors=True)
         with suppress(OSError):
-            (self.path / ".partial").rmdir()
+            (self.path / WORKSPACES).rmdir()
 
     def verify(self, stage: str, *, deep: bool) -> None:
         """Check a committed stage's files against its manifest.

@@ -410,7 +410,7 @@ def save_tuned(model: Any, config: ModelConfig, folder: Path) -> None:
     Args:
         model: a transformers or peft model.
         config: of the model it was, for its tokenizer.
-        folder: exists, and is empty.
+        folder: does not exist, or is empty.
 
     Raises:
         ArtifactError: the disk is full or the folder cannot be written.

@@ -451,7 +451,9 @@ PAGE = "report.html"
 MOST_FINDINGS = 6
 
 
-def summary_json(title: str, sections: Sequence[Section], first: str = "", plan: str = "") -> dict[str, Any]:
+def summary_json(
+    title: str, sections: Sequence[Section], first: str = "", plan: str = "", elsewhere: str = ""
+) -> dict[str, Any]:
     """Plain values of every section at the top level, findings and warnings. None: not measured.
 
     Args:
@@ -459,6 +461,7 @@ def summary_json(title: str, sections: Sequence[Section], first: str = "", plan:
         sections: what the capabilities show.
         first: what the report is about, in one line; the title by default.
         plan: what commands take to work on this run; empty where there is no such command.
+        elsewhere: run directory for another plan, so that this report stays as it is.
 
     Raises:
         ValueError: two sections use one key.
@@ -466,7 +469,7 @@ def summary_json(title: str, sections: Sequence[Section], first: str = "", plan:
     body: dict[str, Any] = {
         "title": title,
         "identity": first or title,
-        "advice": [{"sentence": told, "command": line} for told, line in _advice(sections, plan)],
+        "advice": [{"sentence": told, "command": line} for told, line in _advice(sections, plan, elsewhere)],
         "findings": [finding.sentence for finding in findings_of(sections)],
         "report": PAGE,
         "warnings": warnings_of(sections),

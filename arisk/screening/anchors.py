@@ -64,8 +64,9 @@ def anchor_scores(
         InputError: the safety set has no prompts that the model refuses, or the model shows no hidden states.
         NumericsError: a score is not finite; names the row.
     """
-    writer = writer_of(task, "set `screen.score: point`")
-    rows, refusals = refused_prompts(task, writer, task.model, behaviour or BehaviourConfig())
+    why = "set `screen.score: point`"
+    writer = writer_of(task, why)
+    rows, refusals = refused_prompts(task, writer, task.model, behaviour or BehaviourConfig(), why)
     answers = _answered(task, writer, len(rows))
     # One length for both kinds, so that no score tells long from short.
     length = min(*(len(tokens) for tokens in answers), *(len(tokens) for tokens in refusals))

@@ -91,7 +91,8 @@ def flagged_anew(record: ScreenResult, config: ScreenConfig) -> ScreenResult:
 
 def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str | None:
     """Why no row is to blame though the run does harm; None where rows stand out, or there is no null."""
-    if not record.rise_reached or record.excess is None:
+    # At the aligned model alone nobody has looked at what the run does.
+    if not record.rise_reached or record.excess is None or record.points[-1].step == 0:
         return None
     whole, scores = "the whole set moves " + MEASURES[record.measure], record.at_mean_length
     among = tail_probabilities(scores, scores).masked_fill(~record.exact, 1.0)
@@ -114,9 +115,15 @@ def _unranked(record: ScreenResult, found: Tensor, config: ScreenConfig) -> str 
 def _require_kept(flagged: int, rows: int, config: ScreenConfig) -> None:
     if flagged < rows:
         return
+    if config.drop is not None:
+        raise InputError(
+            f"a share of {config.drop:g} is all of the {rows} fine-tuning rows, so none would be kept",
+            where="screen.drop",
+            fix="ask for a smaller share, of more rows",
+        )
     raise InputError(
         f"all {rows} fine-tuning rows are flagged, so none would be kept",
-        where="screen" if config.drop is None else "screen.drop",
+        where="screen",
         fix="this data as a whole pushes towards harm compared with `control`: choose other data, give "
         "control rows like the harmless part of it, or flag a share only with `--drop 5%`",
     )

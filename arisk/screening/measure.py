@@ -69,9 +69,11 @@ def measured_by(task: Task, config: ScreenConfig, behaviour: BehaviourConfig | N
 
 
 def refused_prompts(
-    task: Task, writer: GreedyAnswers, model: nn.Module, behaviour: BehaviourConfig
+    task: Task, writer: GreedyAnswers, model: nn.Module, behaviour: BehaviourConfig, why: str
 ) -> tuple[list[int], list[list[int]]]:
     """Safety prompts, spread over the set, that the model refuses: their rows, and what it says as tokens.
+
+    `why` says what else a person may ask for where it refuses too few.
 
     Raises:
         InputError: it refuses too few, or cannot generate.
@@ -91,7 +93,7 @@ def refused_prompts(
         raise InputError(
             f"the model refuses {len(kept)} of {len(answers)} safety prompts, fewer than {LEAST}",
             where="safety",
-            fix="give prompts that the model refuses, or set `screen.measure: loss`",
+            fix=f"give prompts that the model refuses, or {why}",
         )
     return [answer.row for answer in kept], [answer.tokens for answer in kept]
 
@@ -114,8 +116,9 @@ def writer_of(task: Task, why: str) -> GreedyAnswers:
 
 def _openings(task: Task, behaviour: BehaviourConfig) -> SampleSet:
     """The model's own refusals' first tokens as a safety set."""
-    writer = writer_of(task, "set `screen.measure: loss`")
-    rows, answers = refused_prompts(task, writer, task.model, behaviour)
+    why = "set `screen.measure: loss`"
+    writer = writer_of(task, why)
+    rows, answers = refused_prompts(task, writer, task.model, behaviour, why)
     openings = [tokens[:DECIDING] for tokens in answers]
     return SampleSet(
         "safety",

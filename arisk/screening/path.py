@@ -231,10 +231,10 @@ def _by_step(guests: Sequence[int], last: int, generator: torch.Generator) -> di
 
 
 def _require_finite(scores: Tensor, null: Tensor) -> None:
-    """Refuse scores that are beyond the numbers.
+    """Refuse scores that are beyond the numbers, or none at all.
 
     Raises:
-        NumericsError: one is not finite; names the row.
+        NumericsError: one is not finite, and the row is named; or all are zero.
     """
     for name, values in (("row", scores), ("control row", null)):
         finite = values.isfinite()
@@ -245,3 +245,9 @@ def _require_finite(scores: Tensor, null: Tensor) -> None:
                 where=f"screen.score: path ({name} {row}, counted from 0)",
                 fix="lower `screen.max_steps` or `training.learning_rate`, or set `screen.score: point`",
             )
+    if not bool(scores.any()):
+        raise NumericsError(
+            "the path scores of all rows are exactly zero: nothing that the plan trains on moves its end",
+            where="screen.score: path",
+            fix="lower `training.learning_rate`: gradients vanish where a run has destroyed its model",
+        )

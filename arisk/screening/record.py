@@ -25,8 +25,8 @@ UNITS = {
 }
 #: Least relative length that a score is divided by.
 LEAST_LENGTH = 1e-9
-#: |ρ| of score and length from which a reader is told.
-LENGTH_MATTERS = 0.5
+#: |ρ| of score and length from which a reader is told, and rows from which that is more than chance.
+LENGTH_MATTERS, LENGTH_ROWS = 0.5, 20
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class ScreenResult:
                 said.append(f"hurts most the safety sample: {hurts[0]['prompt'] or hurts[0]['sample']}")
             if example.get("modules"):
                 top = example["modules"][0]
-                said.append(f"{top['share']:.0%} of the safety part in {top['module']}")
+                less = ", of which other modules take off" if top["share"] > 1 else ""
+                said.append(f"{top['share']:.0%} of the safety part in {top['module']}{less}")
         return said
 
     @property
@@ -191,16 +192,20 @@ class ScreenResult:
         rows, flagged = len(self.scores), len(self.flagged)
         if flagged == 0:
             return self.unranked or f"No row of {rows} is flagged{self._why_none()}."
-        carried = "not measured" if math.isnan(self.share) else f"{self.share:.0%}"
-        rows_are = "row is" if flagged == 1 else "rows are"
-        return (
-            f"{flagged} of {rows} {rows_are} flagged; they carry {carried} of the harm (scores above zero)."
-        )
+        are, carry = ("is", "it carries") if flagged == 1 else ("are", "they carry")
+        if math.isnan(self.share):
+            return f"{flagged} of {rows} rows {are} flagged; no score is above zero, so none does harm."
+        harm = f"{carry} {self.share:.0%} of the harm (scores above zero)"
+        return f"{flagged} of {rows} rows {are} flagged; {harm}."
 
     def _why_none(self) -> str:
         """Why no row is flagged, in words."""
         if not self.rise_reached:
-            return ": the planned run does not hurt safety within the steps looked at"
+            point = self.points[-1]
+            return (
+                f": within {point.step} steps of the planned run {MEASURES[self.measure]} changes by "
+                f"{point.safety_rise:+.3g} nats/token, less than the {self.rise:g} that rows are told from"
+            )
         highest = float(self.at_mean_length.max())
         what = "score" if self.lengths is None else "score at mean length"
         if not math.isnan(self.ceiling) and highest <= max(self.ceiling, 0.0):
@@ -217,12 +222,12 @@ class ScreenResult:
     def findings(self) -> list[str]:
         """Tested sentences about the result."""
         said: list[str] = []
-        if len(self.flagged) > len(self.scores) / 2:
+        if not self.asked and len(self.flagged) > len(self.scores) / 2:
             said.append(
                 "More than half of the rows are flagged: the data as a whole pushes towards harm, or it is "
                 "unlike the control rows."
             )
-        if abs(self.length_correlation) >= LENGTH_MATTERS:
+        if abs(self.length_correlation) >= LENGTH_MATTERS and len(self.scores) >= LENGTH_ROWS:
             kind = "long" if self.length_correlation > 0 else "short"
             at_mean = "" if self.lengths is None else " at mean length"
             said.append(

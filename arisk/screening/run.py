@@ -416,6 +416,11 @@ def _left_out(table: Tensor) -> Tensor:
 def _warnings(task: Task, record: ScreenResult) -> list[str]:
     """What a reader must know."""
     found: list[str] = []
+    if unread := task.finetune.statistics.get("dropped"):
+        found.append(
+            f"{unread} rows keep no token that trains within `finetune.max_length`: they are left out, and "
+            "are in neither file."
+        )
     if task.control is None:
         told = (
             "Harm specific to safety was not measured: without `control` data the scores are plain "
@@ -559,6 +564,6 @@ def _said(estimates: Estimates, agreement: float, checked: int) -> str:
         f" On {checked} rows spread over the ranking the order of the estimates agrees with the exact one at "
         f"ρ = {agreement:+.2f}."
     )
-    if agreement < TELLING:
+    if agreement < TELLING and not bool(estimates.exact.all()):
         told += " That is little, and harmful rows may lie further down: use `screen.method: exact`."
     return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -123,9 +124,14 @@ def model_saver(job: Job, folder: Path | None) -> Callable[[Any], None] | None:
         return None
 
     def keep(model: Any) -> None:
+        from arisk.engine.rundir import remove_tree
         from arisk.models.loading import save_tuned
 
-        save_tuned(model, job.config.model, folder)
+        # Whole or not at all: a folder with half a model would look like one.
+        begun = folder.with_name(f".{folder.name}.partial")
+        remove_tree(begun)
+        save_tuned(model, job.config.model, begun)
+        begun.replace(folder)
         job.show.note(f"the tuned model is kept in {folder}")
 
     return keep
@@ -134,7 +140,18 @@ def model_saver(job: Job, folder: Path | None) -> Callable[[Any], None] | None:
 def save_option(setting: str, kept: str) -> StageOption:
     """`--save-model` of a stage that trains; `kept` says what is kept."""
     told = f"Keep {kept} in this folder, as save_pretrained writes it."
-    return StageOption("save-model", setting, told, metavar="DIR", anew=True)
+    return StageOption("save-model", setting, told, metavar="DIR", anew=True, parse=_folder)
+
+
+def _folder(text: str) -> str:
+    """A folder's name as YAML that means it to the letter."""
+    if not text.strip():
+        raise ConfigError(
+            "the folder for the tuned model has no name",
+            where=f"--save-model {text!r}",
+            fix="name a new folder, or leave the option out",
+        )
+    return json.dumps(str(Path(text).expanduser()), ensure_ascii=False)
 
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section:

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from arisk import cli
+from arisk.config.yaml import load_config
+from arisk.verification.stage import VERIFY, model_saver
 from tests.cli.test_cli import SMALL, environment
 
 ROOT = Path(__file__).parents[2]
@@ -346,6 +349,39 @@ def test_the_tuned_model_is_kept(verified, arisk, tmp_path):
     code, _, err = arisk("verify", run, "--save-model", kept, "--steps", "2")
     assert code == 2
     assert "is not empty" in err
+    code, _, err = arisk("verify", run, "--save-model", " ")
+    assert code == 2
+    assert "has no name" in err
+
+
+@pytest.mark.parametrize("name", ["a #b", '"quoted"', "null", "123", "ä: b"])
+def test_the_folder_for_the_model_is_meant_to_the_letter(tmp_path, name):
+    option = VERIFY.options[-1]
+    (tmp_path / "c.yaml").write_text("model: {source: python, entry: 'a:b'}\n", encoding="utf-8")
+    setting = f"{option.setting}={option.parse(str(tmp_path / name))}"
+    assert load_config(tmp_path / "c.yaml", [setting]).verify.save_model == tmp_path / name
+
+
+def test_a_model_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder, saved = tmp_path / "kept", []
+
+    def save(model, config, place):
+        place.mkdir()
+        (place / "adapter").touch()
+        saved.append(place)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("arisk.models.loading.save_tuned", save)
+    job = SimpleNamespace(config=SimpleNamespace(model=None), show=SimpleNamespace(note=saved.append))
+    keep = model_saver(job, folder)
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        keep(None)
+    assert not list(folder.iterdir())
+    keep(None)
+    assert [file.name for file in folder.iterdir()] == ["adapter"]
+    assert [place.name for place in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_task_from_python_keeps_no_model(monkeypatch, capsys, tmp_path):

@@ -67,6 +67,8 @@ def test_set_overrides_nested_values_and_reads_exponents(config_file):
         ("forecast.elevated_probability=0.9", "forecast", ""),
         ("safety.chat_template=maybe", "safety.chat_template", ""),
         ("run.dir=[1]", "run.dir", ""),
+        ("guard.constrained.strengths=0", "guard.constrained.strengths", ""),
+        ("guard.constrained.first=-1", "guard.constrained.first", ""),
         ("model={source: python, entry: 'a:b', gradient_checkpointing: true}", "model", ""),
     ],
 )

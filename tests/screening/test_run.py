@@ -422,6 +422,10 @@ def test_the_head_of_an_estimated_ranking_is_exact_and_only_it_is_flagged(made, 
 
 def test_a_weak_estimate_is_said_to_be_one(monkeypatch):
     monkeypatch.setattr(screen_head, "TELLING", 1.1)
+    # Where every row is scored exactly in the end, none lies further down.
+    assert "harmful rows may lie" not in run(method="sketch", sketch_side=2).warnings[-1]
+    for name in ("CHECKED", "HEAD"):
+        monkeypatch.setattr(screen_head, name, 4)
     assert "harmful rows may lie further down" in run(method="sketch", sketch_side=2).warnings[-1]
 
 
@@ -706,6 +710,36 @@ def test_flags_set_anew_are_those_of_a_run_that_knew_no_others(tmp_path, monkeyp
     fresh = made(tmp_path / "two", drop=0.1)
     assert (then.score, then.flagged) == (fresh.score, fresh.flagged)
     assert torch.equal(then.scores, fresh.scores)
+
+
+def test_what_a_run_does_is_not_told_where_none_was_looked_at():
+    """At the aligned model alone nothing has risen yet: no sentence says what the whole set does."""
+    scores = torch.arange(30.0).double() + 100
+    scores[3] = -100.0
+    far = dataclasses.replace(run(points="start"), scores=scores)
+    found = flagged_anew(far, ScreenConfig(points="start", score="auto"))
+    assert found.unranked is None
+    assert "moves" not in found.sentence
+
+
+def test_a_rise_below_the_wanted_one_is_no_absence_of_harm():
+    found = run(rise=1e9)
+    assert f"changes by {found.points[-1].safety_rise:+.3g} nats/token, less than the 1e+09" in found.sentence
+
+
+def test_a_share_that_takes_all_rows_is_told_as_such():
+    with pytest.raises(InputError, match=r"a share of 0\.99 is all of the 30 fine-tuning rows") as caught:
+        run(drop=0.99)
+    assert caught.value.where == "screen.drop"
+    # And more than half is no finding where it was asked for.
+    assert not any("More than half" in told for told in run(drop=0.9).findings())
+
+
+def test_rows_that_keep_no_token_are_said():
+    task = task_of()
+    short = dataclasses.replace(task, finetune=dataclasses.replace(task.finetune, statistics={"dropped": 3}))
+    assert any(told.startswith("3 rows keep no token") for told in run(short).warnings)
+    assert not any("keep no token" in told for told in run(task).warnings)
 
 
 @pytest.mark.parametrize(

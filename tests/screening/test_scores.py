@@ -179,6 +179,17 @@ def test_what_path_scores_cannot_do_is_one_clear_error():
     x[3] = math.nan
     with pytest.raises(NumericsError):
         run(task_of(finetune=Rows((x, y))))
+    with pytest.raises(NumericsError, match="of all rows are exactly zero") as caught:
+        run(task_of(finetune=Rows((points(2, 30)[0], torch.zeros_like(y))), model=dead()))
+    assert "training.learning_rate" in caught.value.fix
+
+
+def dead():
+    """A model that says one thing whatever it is asked, as one that training destroyed; no row moves it."""
+    model = net()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    return model
 
 
 def test_the_measure_that_cannot_be_had_is_told():
