@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from arisk.base.errors import ConfigError
 from arisk.models.anchored import BETAS, LATER_BETA, ReferenceLosses, constrained
+from arisk.models.answers import evaluating
+from arisk.models.from_trainer import require_length
+from arisk.models.loaders import keeping_random_state
 from arisk.models.loading import hf_module
 
 __all__ = [
@@ -84,40 +90,48 @@ class ConstrainedTrainerMixin:
     """Trains on constrained first tokens in place of the plain loss; evaluation keeps the plain loss.
 
     Use it before the trainer. Before the first step every training row is measured once, at the model as it
-    is then, on batches of the evaluation loader, so that the order of training stays what it was.
+    is then, in each process, by a loader of its own: the trainer's may leave rows to other processes, drop
+    the last ones, or be kept for the evaluation. The order of training stays what it was.
 
     Args:
         args: for the trainer.
         betas: β of the first tokens of each response, see `arisk.models.anchored.constrained`.
         later: β of the tokens after them.
         kwargs: for the trainer.
+
+    Attributes:
+        reference: the losses of the aligned model, row by row.
     """
 
     def __init__(
         self, *args: Any, betas: Sequence[float] = BETAS, later: float = LATER_BETA, **kwargs: Any
     ) -> None:
-        self._reference = ReferenceLosses()
-        self._tied = constrained(self._reference, betas, later)
+        self.reference = ReferenceLosses()
+        self._tied = constrained(self.reference, betas, later)
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Measure the aligned model's losses, then train.
 
         Raises:
+            ConfigError: the rows have no known end, or can be read only once.
             InputError: a row of training was not among those measured.
         """
+        self.measure_rows()
+        trainer: Any = super()
+        return trainer.train(*args, **kwargs)
+
+    def measure_rows(self) -> None:
+        """Measure the rows that are not known yet, at the model as it is, in the precision of the training.
+
+        Raises:
+            ConfigError: the rows have no known end, or can be read only once.
+        """
         trainer: Any = self
-        model = trainer.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            for batch in trainer.get_eval_dataloader(trainer.train_dataset):
-                self._reference.add(model, trainer._prepare_inputs(batch))
-        finally:
-            for module, training in modes:
-                module.training = training
-        parent: Any = super()
-        return parent.train(*args, **kwargs)
+        require_length(trainer.train_dataset, trainer.args)
+        with keeping_random_state(), evaluating(trainer.model), trainer.accelerator.autocast():
+            for batch in _every_row(trainer):
+                self.reference.add(trainer.model, trainer._prepare_inputs(batch))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -135,8 +149,34 @@ class ConstrainedTrainerMixin:
             return trainer.compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        tokens = self._tied.counts(inputs).sum() if num_items_in_batch is None else num_items_in_batch
-        return self._tied.sums(model, inputs).sum() / tokens
+        loss = self._tied.sums(model, inputs).sum()
+        if num_items_in_batch is None:
+            return loss / self._tied.counts(inputs).sum()
+        return loss / num_items_in_batch * self._processes()
+
+    def _processes(self) -> int:
+        """Processes that count their tokens together and average their gradients, as for the trainer's loss."""
+        trainer: Any = self
+        if not trainer.args.average_tokens_across_devices:
+            return 1
+        return trainer.accelerator.num_processes // getattr(trainer, "get_tp_size", lambda: 1)()
+
+
+def _every_row(trainer: Any) -> Iterator[Any]:
+    """Batches of every training row, as the trainer collates them; a stream as far as the plan goes."""
+    held, before = trainer.accelerator._dataloaders, len(trainer.accelerator._dataloaders)
+    try:
+        loader = trainer.get_train_dataloader()
+    finally:
+        del held[before:]
+    dataset, size = loader.dataset, trainer.args.eval_batch_size
+    # What accelerate makes of a stream for one of several processes.
+    dataset = dataset.dataset if type(dataset).__name__ == "IterableDatasetShard" else dataset
+    whole = DataLoader(dataset, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    if hasattr(dataset, "__len__"):
+        return iter(whole)
+    rows = trainer.args.max_steps * trainer.get_total_train_batch_size(trainer.args)
+    return itertools.islice(whole, math.ceil(rows / size))
 
 
 class ProjectedTrainerMixin:
@@ -263,11 +303,5 @@ def drift_watch(
 
 
 def _measured(measure: Callable[[Any], float], model: Any) -> float:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return float(measure(model))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        return float(measure(model))

@@ -1,7 +1,14 @@
 """The mixin in a real Trainer: the penalty acts once per optimizer step, whatever is accumulated."""
 
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from arisk.models.trainer import GuardedTrainerMixin
@@ -172,3 +179,63 @@ def test_a_watch_that_never_looks_is_refused():
 
     with pytest.raises(ConfigError, match="every"):
         drift_watch(lambda _: 0.0, every=0)
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    """Each sees half of every batch: rows, penalties and gradients come to what one process makes of all."""
+    from tests.models.several import KINDS, trained
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.models.several", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    two = load_file(tmp_path / "weights.safetensors")
+    for kind in KINDS:
+        for name, weight in trained(kind, tmp_path / "out", 4).items():
+            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataloader_drop_last": True, "per_device_eval_batch_size": 5},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+    ids=["drop_last", "persistent workers", "grouped"],
+)
+def test_constrained_tokens_see_every_row_whatever_the_loaders_do(tmp_path, changes):
+    from tests.models.several import Constrained, still
+
+    model, rows, _ = still()
+    settings = arguments(tmp_path, max_steps=2, **changes)
+    with torch.random.fork_rng():
+        trainer = Constrained(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:1])
+        before = torch.get_rng_state()
+        trainer.measure_rows()
+        assert torch.equal(torch.get_rng_state(), before)
+        trainer.train()
+    assert len(trainer.reference) == len(rows)
+    assert len(trainer.get_eval_dataloader().dataset) == 1
+
+
+def test_constrained_tokens_read_a_stream_as_far_as_the_plan_goes(tmp_path):
+    from tests.models.several import Constrained, still
+
+    model, rows, _ = still()
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return itertools.cycle(rows)
+
+    with torch.random.fork_rng():
+        trainer = Constrained(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=Stream())
+        trainer.train()
+    assert len(trainer.reference) == 2 * 4
