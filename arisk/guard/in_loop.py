@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arisk.base.errors import ConfigError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import SampleSet
 from arisk.gradients import layout_of, measuring
 from arisk.guard.afterwards import Averages, between
@@ -47,14 +47,27 @@ class Addition:
     """Something that is added to the training loss; every call of `penalty` takes the next minibatch.
 
     Attributes:
+        name: which protection it is, for messages.
         value: its weighted value at the parameters as they are.
     """
 
+    name: str
     value: Callable[[], Tensor]
 
     def penalty(self) -> Total:
-        """The value to add, with gradient."""
-        return Total(self.value())
+        """The value to add, with gradient.
+
+        Raises:
+            NumericsError: it is NaN or infinite.
+        """
+        total = self.value()
+        if not bool(torch.isfinite(total)):
+            raise NumericsError(
+                f"the protection diverges: the loss that {self.name} adds is {float(total.detach())}",
+                where=f"penalty: {self.name}",
+                fix="check the loss of the safety rows, or lower the weight or the learning rate",
+            )
+        return Total(total)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -91,7 +104,7 @@ def replay(
         seed: of their order.
     """
     upcoming = _minibatches(model, samples, rows, seed)
-    return Addition(lambda: weight * samples.loss_fn(model, upcoming()).mean())
+    return Addition("replay", lambda: weight * samples.loss_fn(model, upcoming()).mean())
 
 
 def divergence(
@@ -110,7 +123,11 @@ def divergence(
         ConfigError: no parameter trains.
     """
     upcoming, aligned = _minibatches(model, samples, rows, seed), AlignedPoint(_trained(model))
-    return Addition(lambda: weight * kl_to_aligned(model, upcoming(), aligned).mean())  # pyright: ignore[reportArgumentType] - a batch of a causal LM
+
+    def value() -> Tensor:
+        return weight * kl_to_aligned(model, upcoming(), aligned).mean()  # pyright: ignore[reportArgumentType] - a batch of a causal LM
+
+    return Addition("divergence", value)
 
 
 def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Addition:
@@ -131,7 +148,7 @@ def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Add
     with measuring(model, layout):
         diagonals = fisher_diagonals(model, layout, samples)
     reference = [p.detach().clone() for p in parameters]
-    return Addition(lambda: weight * ewc_penalty(parameters, reference, diagonals))
+    return Addition("consolidation", lambda: weight * ewc_penalty(parameters, reference, diagonals))
 
 
 def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int = 0) -> Callable[[], float]:
@@ -144,7 +161,8 @@ def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int
         seed: of their order.
 
     Returns:
-        A function without arguments; it returns the cosine between both gradients before.
+        A function without arguments; it returns the cosine between both gradients before, and raises
+        NumericsError where the safety gradient is NaN or infinite.
 
     Raises:
         ConfigError: no parameter trains.

@@ -39,6 +39,7 @@ The safety loss as a plain function of a model, for whoever watches training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -142,21 +143,31 @@ def ewc_penalty(
 
 
 def without_conflict(gradients: Sequence[Tensor], safety: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-    """G − min(0, ⟨g, s⟩) s / ‖s‖², and cos(g, s) before it.
+    """`g − min(0, ⟨g, s⟩) s / ‖s‖²`, and cos(g, s) before it.
 
     Args:
-        gradients: g by parameter.
+        gradients: g by parameter; one that is not finite, such as a float16 step that overflows, is left to
+            whoever takes the step.
         safety: s by parameter.
 
     Returns:
         The new gradient, the same tensors where there is no conflict; the cosine in [−1, 1], NaN where
-        a gradient is 0.
+        a gradient is 0 or not finite.
+
+    Raises:
+        NumericsError: s is NaN or infinite.
     """
     pairs = list(zip(gradients, safety, strict=True))
     inner = inner_product(pairs)
     square, own = squared_norm(safety), squared_norm(gradients)
-    cosine = inner / (square * own) ** 0.5 if square > 0 and own > 0 else float("nan")
-    if inner >= 0 or square == 0:
+    if not math.isfinite(square):
+        raise NumericsError(
+            f"the safety gradient of projection is not finite: its squared norm is {square}",
+            where="projection: safety gradient",
+            fix="check the loss of the safety rows, or lower the learning rate",
+        )
+    cosine = inner / (square * own) ** 0.5 if square > 0 and 0 < own < math.inf else float("nan")
+    if inner >= 0 or square == 0 or not math.isfinite(own):
         return list(gradients), cosine
     return [g - (inner / square) * s for g, s in pairs], cosine
 
@@ -175,7 +186,7 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
 
 
 def outside(gradients: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], float]:
-    """G − QQᵀg by parameter, and the share ‖QQᵀg‖/‖g‖ in [0, 1] that was taken (NaN where g = 0).
+    """`g − QQᵀg` by parameter, and the share ‖QQᵀg‖/‖g‖ in [0, 1] that was taken (NaN where g = 0).
 
     Args:
         gradients: g by parameter.

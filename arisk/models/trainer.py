@@ -155,7 +155,7 @@ class ConstrainedTrainerMixin:
         return loss / num_items_in_batch * self._processes()
 
     def _processes(self) -> int:
-        """Processes that count their tokens together and average their gradients, as for the trainer's loss."""
+        """Processes that count their tokens together and average gradients, as for the trainer's loss."""
         trainer: Any = self
         if not trainer.args.average_tokens_across_devices:
             return 1

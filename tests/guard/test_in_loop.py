@@ -1,14 +1,17 @@
 """Protections outside the stage: in a loop of one's own, and in a real Trainer."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from arisk.base.errors import NumericsError
 from arisk.guard import MovePart, RunAverage, consolidation, divergence, projection, replay
 from arisk.models.anchored import ReferenceLosses, constrained
 from arisk.models.losses import per_sample_nll
 from arisk.models.trainer import ConstrainedTrainerMixin, ProjectedTrainerMixin, following
 from tests.guard.test_afterwards import net
-from tests.guard.test_run import classify, data, task_of
+from tests.guard.test_run import classify, data, run, task_of
 from tests.models.test_trainer import arguments, tiny
 
 transformers = pytest.importorskip("transformers")
@@ -179,3 +182,38 @@ def test_own_refusals_are_made_of_prompts_alone():
     assert rows.rows
     assert all(answers[row["prompt"]] == row["response"] for row in rows.rows)
     assert float(torch.cat([per_sample_nll(job.model, b).detach() for b in rows.batches]).mean()) < 0.5
+
+
+@pytest.mark.parametrize("make", [replay, divergence, consolidation], ids=lambda f: f.__name__)
+def test_an_addition_that_is_not_finite_says_which(make):
+    model, _, safety = tiny()
+    added = make(model, safety, weight=1.0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=f"{make.__name__} adds is nan"):
+        added.penalty()
+
+
+def test_a_projection_that_is_not_finite_leaves_the_gradient_and_says_so():
+    model, samples = net(), task_of().safety
+    project = projection(model, dataclasses.replace(samples, loss_fn=broken))
+    classify(model, data(2, 1)[0]).mean().backward()
+    before = flat(model)
+    with pytest.raises(NumericsError, match="safety gradient of projection is not finite"):
+        project()
+    assert torch.equal(flat(model), before)
+
+
+def broken(model, batch):
+    """A loss like any other, whose gradient is NaN."""
+    return classify(model, batch) + sum((0 * p).sqrt().sum() for p in model.parameters())
+
+
+def test_an_arm_whose_safety_gradient_is_not_a_number_is_named_and_the_others_go_on():
+    task = task_of()
+    safety = dataclasses.replace(task.safety, loss_fn=broken)
+    found = run(dataclasses.replace(task, safety=safety), methods=["projection", "smaller"])
+    reasons = {arm.method: arm.reason for arm in found.arms}
+    assert "safety gradient of projection" in reasons.pop("projection")
+    assert set(reasons.values()) == {None}

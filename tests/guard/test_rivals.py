@@ -88,6 +88,13 @@ def test_projection_takes_the_conflicting_part_alone():
     zero, cosine = without_conflict(parts(g), parts(torch.zeros_like(s)))
     assert torch.equal(torch.cat([part.flatten() for part in zero]), g)
     assert cosine != cosine  # noqa: PLR0124 - NaN: not defined
+    # What overflows in the task is not the projection's: the trainer's scaler or its next loss tells.
+    over = torch.cat([torch.tensor([torch.inf], dtype=g.dtype), g[1:]])
+    left, cosine = without_conflict(parts(over), parts(s))
+    assert torch.equal(torch.cat([part.flatten() for part in left]), over)
+    assert cosine != cosine  # noqa: PLR0124 - NaN: not defined
+    with pytest.raises(NumericsError, match="projection"):
+        without_conflict(parts(g), parts(over))
 
 
 def test_leading_directions_are_those_of_the_fisher_matrix():
