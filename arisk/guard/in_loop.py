@@ -181,6 +181,12 @@ def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int
     return project
 
 
+def _resumed(what: str, fix: str) -> ConfigError:
+    return ConfigError(
+        f"the run goes on from a checkpoint, and {what} is not known", where="guard: observer", fix=fix
+    )
+
+
 class RunAverage:
     """Puts the mean of the weights along the run in place of the last ones, see `arisk.guard.Averages`.
 
@@ -192,8 +198,19 @@ class RunAverage:
         self.share = share
         self._averages: Averages | None = None
 
-    def begin(self, model: nn.Module, steps: int) -> None:
-        """Start at the aligned model; `steps` optimizer steps are planned."""
+    def begin(self, model: nn.Module, steps: int, done: int = 0) -> None:
+        """Start at the aligned model.
+
+        Args:
+            model: as it is before the first step.
+            steps: planned optimizer steps.
+            done: those that lie behind, in a run that is resumed.
+
+        Raises:
+            ConfigError: steps lie behind, whose weights are not in the mean.
+        """
+        if done:
+            raise _resumed("the mean so far", "train in one run, or use `MovePart(alpha, start=model)`")
         self._averages = Averages(_trained(model), [self.share], steps)
 
     def step(self) -> None:
@@ -212,22 +229,43 @@ class MovePart:
 
     Args:
         alpha: α in [0, 1].
+        start: the model at θ*, whose weights are copied now; a run that is resumed from a checkpoint needs
+            it. Default: the model as `begin` finds it.
     """
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, alpha: float, start: nn.Module | None = None) -> None:
         self.alpha = alpha
         self._parameters: list[nn.Parameter] = []
+        self._given = None if start is None else [p.detach().clone() for p in _trained(start)]
         self._start: list[Tensor] = []
 
-    def begin(self, model: nn.Module, steps: int) -> None:
-        """Keep the aligned model's weights."""
+    def begin(self, model: nn.Module, steps: int, done: int = 0) -> None:
+        """Keep the aligned model's weights, unless `start` gave them.
+
+        Args:
+            model: the model that trains.
+            steps: planned optimizer steps.
+            done: those that lie behind, in a run that is resumed.
+
+        Raises:
+            ConfigError: steps lie behind and no start was given, or other parameters train than at the start.
+        """
         del steps
         self._parameters = _trained(model)
-        self._start = [p.detach().clone() for p in self._parameters]
+        if self._given is None and done:
+            raise _resumed("the aligned model", "give it: `MovePart(alpha, start=model)` before `train()`")
+        self._start = self._given or [p.detach().clone() for p in self._parameters]
+        if [p.shape for p in self._start] != [p.shape for p in self._parameters]:
+            raise ConfigError(
+                "other parameters train than at the start",
+                where="MovePart(start=…)",
+                fix="attach the adapter, or unfreeze, before `start` is given",
+            )
 
     def step(self) -> None:
         """Nothing is done on the way."""
 
     def end(self) -> None:
         """Take the move back to its part."""
-        put(self._parameters, between(self._start, [p.detach() for p in self._parameters], self.alpha))
+        there = [start.to(p.device) for start, p in zip(self._start, self._parameters, strict=True)]
+        put(self._parameters, between(there, [p.detach() for p in self._parameters], self.alpha))

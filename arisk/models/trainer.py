@@ -205,7 +205,7 @@ class ProjectedTrainerMixin:
 
 
 class _Observes(Protocol):
-    def begin(self, model: Any, steps: int) -> None: ...
+    def begin(self, model: Any, steps: int, done: int) -> None: ...
 
     def step(self) -> None: ...
 
@@ -216,7 +216,8 @@ def following(observer: _Observes) -> Any:
     """A `TrainerCallback` that hands a training to an observer, such as `arisk.guard.RunAverage`.
 
     Args:
-        observer: told of the beginning, of every optimizer step, and of the end, where it may change weights.
+        observer: told of the beginning (of a resumed run, too: with the steps that lie behind), of every
+            optimizer step, and of the end, where it may change weights.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -227,7 +228,7 @@ def following(observer: _Observes) -> Any:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """The model before the first step."""
             del args, control
-            observer.begin(kwargs["model"], state.max_steps)
+            observer.begin(kwargs["model"], state.max_steps, state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """After every optimizer step."""

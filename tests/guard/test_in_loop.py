@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from arisk.base.errors import NumericsError
+from arisk.base.errors import ConfigError, NumericsError
 from arisk.guard import MovePart, RunAverage, consolidation, divergence, projection, replay
 from arisk.models.anchored import ReferenceLosses, constrained
 from arisk.models.losses import per_sample_nll
@@ -118,6 +118,43 @@ def test_a_trainer_ends_with_the_weights_of_the_observer(tmp_path, observer):
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     assert all(torch.allclose(p, w, atol=1e-7) for p, w in zip(trained, want, strict=True))
     assert any(not torch.equal(p, b) for p, b in zip(trained, end, strict=True))
+
+
+def resumed(folder, observer_of):
+    """A trainer that goes on from its checkpoint of step 2, on a model made anew; and that model's start."""
+    for steps in (2, 4):
+        model, rows, _ = tiny()
+        start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        settings = arguments(folder, max_steps=steps, save_strategy="steps", save_steps=2)
+        calls = [following(observer_of(model))] if steps == 4 else []
+        trainer = transformers.Trainer(model=model, args=settings, train_dataset=rows, callbacks=calls)
+        if steps == 2:
+            trainer.train()
+    return trainer, start
+
+
+def test_a_resumed_run_takes_the_move_back_towards_the_start_that_was_given(tmp_path):
+    trainer, start = resumed(tmp_path, lambda model: MovePart(0.0, start=model))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    left = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+    assert all(torch.equal(p, q) for p, q in zip(left, start, strict=True))
+
+
+@pytest.mark.parametrize("observer", [RunAverage(0.5), MovePart(0.5)])
+def test_a_resumed_run_without_its_start_is_refused(tmp_path, observer):
+    trainer, _ = resumed(tmp_path, lambda _: observer)
+    with pytest.raises(ConfigError, match="goes on from a checkpoint") as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert "start=model" in caught.value.fix
+
+
+def test_a_start_of_other_parameters_is_refused():
+    model = net()
+    observer = MovePart(0.5, start=model)
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(ConfigError, match="other parameters train"):
+        observer.begin(model, 4)
 
 
 class Constrained(ConstrainedTrainerMixin, transformers.Trainer):
