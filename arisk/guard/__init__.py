@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         projection,
         replay,
     )
+    from arisk.guard.minibatches import SafetyBatches, mean_loss
     from arisk.guard.mitigator import (
         AlignGuardConfig,
         LoRAMitigator,
@@ -36,15 +37,13 @@ if TYPE_CHECKING:
         build_mitigator,
         matched_sites,
     )
+    from arisk.guard.relaxation import relax
     from arisk.guard.rivals import (
-        SafetyBatches,
         ewc_penalty,
         fisher_diagonals,
         leading_directions,
-        mean_loss,
         outside,
         per_sample_rows,
-        relax,
         without_conflict,
     )
     from arisk.guard.smaller import rows_at_risk
@@ -86,23 +85,54 @@ __all__ = [
     "without_conflict",
 ]
 
-_HOME = {
-    **dict.fromkeys(("build_mitigator", "matched_sites"), "mitigator"),
-    **dict.fromkeys(("FisherMass", "SafetyDirections", "fisher_mass", "safety_directions"), "directions"),
-    "Factored": "terms",
-    **dict.fromkeys(("LoRAMitigator", "PenaltyTerms", "RegularizedLoss"), "mitigator"),
-    **dict.fromkeys(("leading_directions", "outside", "without_conflict"), "rivals"),
-    "relax": "rivals",
-    "SafetyBatches": "rivals",
-    **dict.fromkeys(("ewc_penalty", "fisher_diagonals", "per_sample_rows"), "rivals"),
-    "AlignGuardConfig": "mitigator",
-    **dict.fromkeys(("Site", "adapter_sites", "weight_sites"), "directions"),
-    "mean_loss": "rivals",
-    **dict.fromkeys(("Averages", "between"), "afterwards"),
-    **dict.fromkeys(("Addition", "MovePart", "RunAverage", "consolidation", "divergence"), "in_loop"),
-    **dict.fromkeys(("projection", "replay"), "in_loop"),
-    "rows_at_risk": "smaller",
+_NAMES = {
+    "afterwards": (
+        "Averages",
+        "between",
+    ),
+    "directions": (
+        "FisherMass",
+        "SafetyDirections",
+        "Site",
+        "adapter_sites",
+        "fisher_mass",
+        "safety_directions",
+        "weight_sites",
+    ),
+    "in_loop": (
+        "Addition",
+        "MovePart",
+        "RunAverage",
+        "consolidation",
+        "divergence",
+        "projection",
+        "replay",
+    ),
+    "minibatches": (
+        "SafetyBatches",
+        "mean_loss",
+    ),
+    "mitigator": (
+        "AlignGuardConfig",
+        "LoRAMitigator",
+        "PenaltyTerms",
+        "RegularizedLoss",
+        "build_mitigator",
+        "matched_sites",
+    ),
+    "relaxation": ("relax",),
+    "rivals": (
+        "ewc_penalty",
+        "fisher_diagonals",
+        "leading_directions",
+        "outside",
+        "per_sample_rows",
+        "without_conflict",
+    ),
+    "smaller": ("rows_at_risk",),
+    "terms": ("Factored",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

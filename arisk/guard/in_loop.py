@@ -18,8 +18,9 @@ from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import SampleSet
 from arisk.gradients import layout_of, measuring
 from arisk.guard.afterwards import Averages, between
+from arisk.guard.minibatches import SafetyBatches
 from arisk.guard.plan import gradients_of, put_gradients
-from arisk.guard.rivals import SafetyBatches, ewc_penalty, fisher_diagonals, without_conflict
+from arisk.guard.rivals import ewc_penalty, fisher_diagonals, without_conflict
 from arisk.models.anchored import AlignedPoint, kl_to_aligned
 from arisk.training.loop import put
 

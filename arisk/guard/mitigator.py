@@ -1,9 +1,7 @@
-"""The AlignGuard regulariser over a model that trains: the penalty, its gradient, its reference.
+"""The AlignGuard regulariser: its settings, its penalty on a model that trains, how one is built and kept.
 
-From a model and its safety data to a mitigator.
-
-The settings stand here, and the state of a mitigator goes to and from a folder: safetensors and JSON with a
-format version.
+`build_mitigator` measures the directions on safety data; a mitigator goes to and from a folder as safetensors
+and JSON with a format version.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from arisk.config.plan import TrainingConfig
 from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.geometry.vectors import norm
 from arisk.gradients import ParameterLayout
+from arisk.guard.minibatches import SafetyBatches
 from arisk.guard.record import Arm
-from arisk.guard.rivals import SafetyBatches
 from arisk.training.loop import PlannedRun, Protect
 from arisk.training.recipe import Recipe, recipe_of
 from arisk.verification.run import measured_steps

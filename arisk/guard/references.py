@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from arisk.base.errors import ConfigError
 from arisk.base.task import RowBatches, Task
 from arisk.forecast.leap import scored_rows
+from arisk.guard.minibatches import SafetyBatches
 from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, add_gradients, by_strength, replayed
-from arisk.guard.rivals import SafetyBatches
 from arisk.models.anchored import KEPT_GB, AlignedPoint, ReferenceLosses, constrained, kl_to_aligned
 from arisk.models.answers import GreedyAnswers, own_refusals
 from arisk.models.losses import per_sample_nll, trained_tokens

@@ -1,40 +1,18 @@
-"""Elastic weight consolidation: a quadratic penalty with the diagonal Fisher matrix of the safety data.
+"""What AlignGuard is compared with: elastic weight consolidation, and two projections of the gradient.
 
-The coordinates are those that train. For a LoRA adapter these are A and B themselves: with a fresh
-B = 0 the safety gradient with respect to A is 0, so A is not guarded at all, and F_jj of B depends on
-the random A. (`LoRAMitigator` works on ΔW instead.)
+* EWC: λ Σ_j F_jj (θ_j − θ*_j)², F_jj the diagonal Fisher matrix of the safety data. The coordinates are those
+  that train. For a LoRA adapter these are A and B themselves: with a fresh B = 0 the safety gradient with
+  respect to A is 0, so A is not guarded at all, and F_jj of B depends on the random A. (`LoRAMitigator` works
+  on ΔW instead.) Source: Kirkpatrick et al., arXiv 1612.00796, eq. 3, the factor ½ left out.
+* conflict: g − min(0, ⟨g, s⟩) s / ‖s‖², g the gradient over all parameters that train, before clipping and
+  optimizer, and s that of a safety minibatch at the present point. An SGD step along the result does not
+  raise that loss to first order. Source: A-GEM, arXiv 1812.00420, eq. 11, with the safety rows as the memory.
+* subspace: g − QQᵀg with orthonormal rows Qᵀ, the leading eigenvectors of the safety Fisher matrix at the
+  aligned point. Nothing is recomputed. Source: after gradient projection memory, arXiv 2103.09762, with
+  gradients instead of activations.
 
-Source: Kirkpatrick et al., arXiv 1612.00796, eq. 3, the factor ½ left out.
-
-Fine-tuning gradients without what is against safety.
-
-Two forms, on the gradient over all parameters that train, before clipping and optimizer:
-
-* conflict: g − min(0, ⟨g, s⟩) s / ‖s‖² with s the gradient of a safety minibatch at the present point.
-  An SGD step along the result does not raise that loss to first order.
-* subspace: g − QQᵀg with orthonormal rows Qᵀ, the leading eigenvectors of the safety Fisher matrix at
-  the aligned point. Nothing is recomputed.
-
-An optimizer with momentum or coordinatewise scaling (AdamW) does not step along the gradient it is
-given, so neither holds of its update; weight decay is not projected either.
-
-Source: conflict is A-GEM, arXiv 1812.00420, eq. 11, with the safety rows as the memory; subspace after
-gradient projection memory, arXiv 2103.09762, with gradients instead of activations.
-
-A penalty applied beside the optimizer instead of through it.
-
-Adding a stiff penalty to the loss lets AdamW divide the task's gradient by the penalty's size: the
-fine-tune then learns less, wherever it is heading. As with decoupled weight decay (arXiv 1711.05101)
-the penalty can act after the optimizer's step on its own,
-
-    θ ← θ − c · v(θ)/‖∇v(θ)‖² · ∇v(θ),
-
-Polyak's step for a function v ≥ 0 whose least value 0 is known. It needs no λ: scaling v changes nothing.
-That AlignGuard's Fisher term acts so is this project's departure from the paper.
-
-Safety minibatches for methods that look at safety rows while training: replay and projection.
-
-The safety loss as a plain function of a model, for whoever watches training.
+An optimizer with momentum or coordinatewise scaling (AdamW) does not step along the gradient it is given, so
+neither projection holds of its update; weight decay is not projected either.
 """
 
 from __future__ import annotations
@@ -46,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import NumericsError
-from arisk.base.task import Batch, SampleSet
+from arisk.base.task import SampleSet
 from arisk.geometry.vectors import inner_product, squared_norm
 from arisk.gradients import (
     ParameterLayout,
@@ -58,14 +36,11 @@ from arisk.gradients import (
 )
 
 __all__ = [
-    "SafetyBatches",
     "ewc_penalty",
     "fisher_diagonals",
     "leading_directions",
-    "mean_loss",
     "outside",
     "per_sample_rows",
-    "relax",
     "without_conflict",
 ]
 
@@ -198,90 +173,3 @@ def outside(gradients: Sequence[Tensor], directions: Tensor) -> tuple[list[Tenso
     share = float(inside.norm()) / norm if norm > 0 else float("nan")
     kept = (flat - inside).split([g.numel() for g in gradients])
     return [part.view_as(g) for part, g in zip(kept, gradients, strict=True)], share
-
-
-def relax(
-    value: Callable[[], Tensor], parameters: Sequence[nn.Parameter], *, factor: float, repeats: int
-) -> tuple[float, float]:
-    """θ ← θ − c v/‖∇v‖² ∇v, in place, `repeats` times; the optimizer's state is left alone.
-
-    On v = a x² in one variable a step with factor c gives x(1 − c/2).
-
-    Args:
-        value: v ≥ 0 at the parameters as they are, with gradient.
-        parameters: θ.
-        factor: c in (0, 4); a quadratic of one curvature shrinks for these, fastest at 2.
-        repeats: steps taken; none where the gradient is 0.
-
-    Returns:
-        v before the first and after the last step.
-
-    Raises:
-        NumericsError: v or its gradient is NaN or infinite.
-    """
-    before = after = float("nan")
-    for turn in range(repeats + 1):
-        with torch.enable_grad():
-            current = value()
-        after = float(current.detach())
-        before = after if turn == 0 else before
-        if turn == repeats or not current.requires_grad:
-            break
-        gradients = torch.autograd.grad(current, list(parameters), allow_unused=True)
-        square = squared_norm(gradients)
-        if not abs(after) < float("inf") or not square < float("inf"):
-            raise NumericsError(
-                f"the penalty diverges: its value is {after}",
-                where="penalty applied after the step",
-                fix="lower the relaxation factor, or `training.learning_rate`",
-            )
-        if square == 0:
-            break
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    parameter.sub_(gradient.to(parameter.dtype), alpha=factor * after / square)
-    return before, after
-
-
-class SafetyBatches:
-    """Minibatches of the safety rows by step number: every epoch in a new order of its own seed.
-
-    Batches are taken as they come and cut to at most `rows`; rows of different batches are not mixed.
-
-    Args:
-        samples: the safety samples.
-        rows: largest minibatch.
-        seed: seed of the orders.
-        device: where the batches go.
-    """
-
-    def __init__(self, samples: SampleSet, rows: int, seed: int, device: torch.device) -> None:
-        self.seed = seed
-        self.batches: list[Batch] = [
-            move_batch(slice_batch(batch, start, min(start + rows, batch_size(batch))), device)
-            for batch in samples.batches
-            for start in range(0, batch_size(batch), rows)
-        ]
-
-    def at(self, number: int) -> Batch:
-        """The minibatch of optimizer step `number` (from 1)."""
-        epoch, place = divmod(number - 1, len(self.batches))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return self.batches[int(torch.randperm(len(self.batches), generator=generator)[place])]
-
-
-def mean_loss(samples: SampleSet) -> Callable[[nn.Module], float]:
-    """`model -> mean_i ℓ_i`, every sample with the same weight (nats per response token for language models).
-
-    Args:
-        samples: batches with a per-sample loss; a loss that is a scalar counts a batch as one sample.
-    """
-
-    def measure(model: nn.Module) -> float:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            losses = [samples.loss_fn(model, move_batch(b, device)).reshape(-1) for b in samples.batches]
-        return float(torch.cat(losses).double().mean())
-
-    return measure

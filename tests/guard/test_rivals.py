@@ -1,21 +1,18 @@
-"""EWC, projection, relaxation, replay batches and the sampled overlap term against dense float64 oracles."""
+"""EWC, projection and the sampled overlap term against dense float64 oracles."""
 
 import pytest
 import torch
-from torch import nn
 
 from arisk.base.errors import NumericsError
 from arisk.gradients import layout_of, measuring
 from arisk.guard import (
     AlignGuardConfig,
     LoRAMitigator,
-    SafetyBatches,
     ewc_penalty,
     fisher_diagonals,
     leading_directions,
     outside,
     per_sample_rows,
-    relax,
     without_conflict,
 )
 from tests.guard.cases import loss, mitigator, net, perturb, samples
@@ -110,50 +107,6 @@ def test_leading_directions_are_those_of_the_fisher_matrix():
     changed, share = outside([g[:4], g[4:]], found)
     assert torch.allclose(torch.cat(changed), g - top @ (top.T @ g), atol=1e-8)
     assert share == pytest.approx(float((top.T @ g).norm() / g.norm()))
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.5, 2.0])
-def test_relaxation_of_one_curvature_is_a_plain_factor(factor):
-    x = nn.Parameter(torch.tensor([3.0, -4.0], dtype=torch.float64))
-    before, after = relax(lambda: 7.3 * x.square().sum(), [x], factor=factor, repeats=2)
-    shrunk = (1 - factor / 2) ** 2
-    assert torch.allclose(x.detach(), shrunk * torch.tensor([3.0, -4.0], dtype=torch.float64))
-    assert before == pytest.approx(7.3 * 25)
-    assert after == pytest.approx(7.3 * 25 * shrunk**2, abs=1e-12)
-
-
-def test_relaxation_does_not_depend_on_the_scale_and_moves_nothing_at_zero():
-    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    curvature = torch.tensor([1.0, 9.0], dtype=torch.float64)
-    found = []
-    for scale in (1.0, 1e6):
-        x = nn.Parameter(start.clone())
-        relax(lambda x=x, scale=scale: scale * (curvature * x.square()).sum(), [x], factor=1.0, repeats=4)
-        found.append(x.detach())
-    assert torch.allclose(*found)
-    assert float((curvature * found[0].square()).sum()) < float((curvature * start.square()).sum())
-    x = nn.Parameter(torch.zeros(2))
-    assert relax(lambda: x.square().sum(), [x], factor=1.0, repeats=3) == (0.0, 0.0)
-    assert not x.any()
-
-
-def test_a_penalty_that_is_not_finite_says_so_and_moves_nothing():
-    x = nn.Parameter(torch.tensor([1.0]))
-    with pytest.raises(NumericsError, match="diverges"):
-        relax((x * float("nan")).sum, [x], factor=1.0, repeats=1)
-    assert float(x.detach()) == 1
-
-
-def test_safety_minibatches_are_the_same_by_number_and_cover_every_row():
-    data = samples(batches=3, size=4)
-    stream = SafetyBatches(data, 3, seed=5, device=torch.device("cpu"))
-    again = SafetyBatches(data, 3, seed=5, device=torch.device("cpu"))
-    assert len(stream.batches) == 6
-    epoch = [stream.at(number)[0] for number in range(1, 7)]
-    assert all(len(x) <= 3 for x in epoch)
-    rows = {tuple(row.tolist()) for x in epoch for row in x}
-    assert rows == {tuple(row.tolist()) for x, _ in data.batches for row in x}
-    assert all(torch.equal(again.at(n)[0], stream.at(n)[0]) for n in (9, 2, 17))
 
 
 def test_the_sampled_overlap_term_is_unbiased_and_the_exact_one_is_the_default():
