@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from arisk.guard.in_loop import (
         Addition,
         MovePart,
+        Relaxation,
         RunAverage,
         consolidation,
         divergence,
         projection,
         replay,
+        subspace_projection,
     )
     from arisk.guard.minibatches import SafetyBatches, mean_loss
     from arisk.guard.mitigator import (
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
         leading_directions,
         outside,
         per_sample_rows,
+        safety_subspace,
         without_conflict,
     )
-    from arisk.guard.smaller import rows_at_risk
+    from arisk.guard.smaller import loss_rises, rows_at_risk, smaller_share
     from arisk.guard.terms import Factored
+    from arisk.models.answers import own_refusals
 
 __all__ = [
     "Addition",
@@ -59,6 +63,7 @@ __all__ = [
     "MovePart",
     "PenaltyTerms",
     "RegularizedLoss",
+    "Relaxation",
     "RunAverage",
     "SafetyBatches",
     "SafetyDirections",
@@ -72,15 +77,20 @@ __all__ = [
     "fisher_diagonals",
     "fisher_mass",
     "leading_directions",
+    "loss_rises",
     "matched_sites",
     "mean_loss",
     "outside",
+    "own_refusals",
     "per_sample_rows",
     "projection",
     "relax",
     "replay",
     "rows_at_risk",
     "safety_directions",
+    "safety_subspace",
+    "smaller_share",
+    "subspace_projection",
     "weight_sites",
     "without_conflict",
 ]
@@ -102,11 +112,13 @@ _NAMES = {
     "in_loop": (
         "Addition",
         "MovePart",
+        "Relaxation",
         "RunAverage",
         "consolidation",
         "divergence",
         "projection",
         "replay",
+        "subspace_projection",
     ),
     "minibatches": (
         "SafetyBatches",
@@ -120,6 +132,7 @@ _NAMES = {
         "build_mitigator",
         "matched_sites",
     ),
+    "references": ("own_refusals",),
     "relaxation": ("relax",),
     "rivals": (
         "ewc_penalty",
@@ -127,9 +140,10 @@ _NAMES = {
         "leading_directions",
         "outside",
         "per_sample_rows",
+        "safety_subspace",
         "without_conflict",
     ),
-    "smaller": ("rows_at_risk",),
+    "smaller": ("loss_rises", "rows_at_risk", "smaller_share"),
     "terms": ("Factored",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

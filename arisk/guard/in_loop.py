@@ -8,7 +8,7 @@ callback of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,23 +16,29 @@ from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
 from arisk.base.task import SampleSet
-from arisk.gradients import layout_of, measuring
+from arisk.gradients import ParameterLayout, layout_of, measuring
 from arisk.guard.afterwards import Averages, between
 from arisk.guard.minibatches import SafetyBatches
 from arisk.guard.plan import gradients_of, put_gradients
-from arisk.guard.rivals import ewc_penalty, fisher_diagonals, without_conflict
+from arisk.guard.relaxation import relax
+from arisk.guard.rivals import ewc_penalty, fisher_diagonals, outside, safety_subspace, without_conflict
 from arisk.models.anchored import AlignedPoint, kl_to_aligned
 from arisk.training.loop import put
 
 __all__ = [
     "Addition",
     "MovePart",
+    "Relaxation",
     "RunAverage",
     "Total",
     "consolidation",
     "divergence",
+    "project_against",
+    "project_outside",
     "projection",
     "replay",
+    "subspace_projection",
+    "trained_layout",
 ]
 
 
@@ -78,6 +84,16 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
             "no parameter of the model trains", where="guard", fix="attach the adapter, or unfreeze, first"
         )
     return found
+
+
+def trained_layout(model: nn.Module) -> ParameterLayout:
+    """Layout of the parameters that train now.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    known = {id(p) for p in _trained(model)}
+    return layout_of(model, [name for name, p in model.named_parameters() if id(p) in known])
 
 
 def _minibatches(model: nn.Module, samples: SampleSet, rows: int, seed: int) -> Callable[[], object]:
@@ -143,13 +159,43 @@ def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Add
         ConfigError: no parameter trains.
         NumericsError: a gradient is not finite.
     """
-    parameters = _trained(model)
-    known = {id(p) for p in parameters}
-    layout = layout_of(model, [name for name, p in model.named_parameters() if id(p) in known])
+    parameters, layout = _trained(model), trained_layout(model)
     with measuring(model, layout):
         diagonals = fisher_diagonals(model, layout, samples)
     reference = [p.detach().clone() for p in parameters]
     return Addition("consolidation", lambda: weight * ewc_penalty(parameters, reference, diagonals))
+
+
+def project_against(parameters: Sequence[nn.Parameter], loss: Tensor) -> float:
+    """Take out of `.grad` what is against ∇loss, see `arisk.guard.without_conflict`.
+
+    Args:
+        parameters: what trains.
+        loss: of safety rows here, with gradient.
+
+    Returns:
+        The cosine between both gradients before.
+
+    Raises:
+        NumericsError: ∇loss is NaN or infinite; `.grad` is then left alone.
+    """
+    safety = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    filled = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, safety, strict=True)]
+    changed, cosine = without_conflict(gradients_of(parameters), filled)
+    put_gradients(parameters, changed)
+    return cosine
+
+
+def project_outside(parameters: Sequence[nn.Parameter], directions: Tensor) -> float:
+    """Take these directions out of `.grad`; returns the share that was taken, see `arisk.guard.outside`.
+
+    Args:
+        parameters: what trains.
+        directions: (k, P) orthonormal rows.
+    """
+    changed, share = outside(gradients_of(parameters), directions)
+    put_gradients(parameters, changed)
+    return share
 
 
 def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int = 0) -> Callable[[], float]:
@@ -173,13 +219,30 @@ def projection(model: nn.Module, samples: SampleSet, *, rows: int = 8, seed: int
     def project() -> float:
         with torch.enable_grad():
             loss = samples.loss_fn(model, upcoming()).mean()
-        safety = torch.autograd.grad(loss, parameters, allow_unused=True)
-        filled = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, safety, strict=True)]
-        changed, cosine = without_conflict(gradients_of(parameters), filled)
-        put_gradients(parameters, changed)
-        return cosine
+        return project_against(parameters, loss)
 
     return project
+
+
+def subspace_projection(model: nn.Module, samples: SampleSet, *, rank: int = 32) -> Callable[[], float]:
+    """Takes the leading safety directions, as they are now, out of `.grad`; call it before clipping.
+
+    Args:
+        model: the model before it trains.
+        samples: N safety rows; N × P gradients of what trains are held in memory.
+        rank: directions.
+
+    Returns:
+        A function without arguments; it returns the share of the gradient that was taken, in [0, 1].
+
+    Raises:
+        ConfigError: no parameter trains.
+        NumericsError: a gradient is NaN or infinite, or all are zero.
+    """
+    parameters, layout = _trained(model), trained_layout(model)
+    with measuring(model, layout):
+        directions = safety_subspace(model, layout, samples, rank=rank)
+    return lambda: project_outside(parameters, directions)
 
 
 def _resumed(what: str, fix: str) -> ConfigError:
@@ -270,3 +333,34 @@ class MovePart:
         """Take the move back to its part."""
         there = [start.to(p.device) for start, p in zip(self._start, self._parameters, strict=True)]
         put(self._parameters, between(there, [p.detach() for p in self._parameters], self.alpha))
+
+
+class Relaxation:
+    """Goes down a penalty after every optimizer step, in place of adding it to the loss: `arisk.guard.relax`.
+
+    Args:
+        value: v ≥ 0 at the parameters as they are, with gradient, 0 at the aligned model: `value` of
+            `consolidation`, or `lambda: mitigator.penalty().fisher`. Its weight does not matter.
+        factor: c of Polyak's step, in (0, 4).
+        repeats: steps down after each optimizer step.
+    """
+
+    def __init__(self, value: Callable[[], Tensor], *, factor: float = 1.5, repeats: int = 3) -> None:
+        self.value, self.factor, self.repeats = value, factor, repeats
+        self._parameters: list[nn.Parameter] = []
+
+    def begin(self, model: nn.Module, steps: int, done: int = 0) -> None:
+        """Take the parameters that train; where the run is does not matter."""
+        del steps, done
+        self._parameters = _trained(model)
+
+    def step(self) -> None:
+        """Take the parameters down the penalty.
+
+        Raises:
+            NumericsError: the penalty or its gradient is NaN or infinite.
+        """
+        relax(self.value, self._parameters, factor=self.factor, repeats=self.repeats)
+
+    def end(self) -> None:
+        """Nothing is left to do."""

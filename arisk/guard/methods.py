@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError, NumericsError
@@ -25,15 +24,13 @@ from arisk.guard import (
     build_mitigator,
     ewc_penalty,
     fisher_diagonals,
-    leading_directions,
     matched_sites,
-    outside,
-    per_sample_rows,
     relax,
+    safety_subspace,
     weight_sites,
-    without_conflict,
 )
 from arisk.guard.afterwards import ALPHA, AVERAGE
+from arisk.guard.in_loop import project_against, project_outside
 from arisk.guard.plan import (
     ArmName,
     ArmPlan,
@@ -42,9 +39,7 @@ from arisk.guard.plan import (
     Terms,
     by_strength,
     gradient_of,
-    gradients_of,
     penalising,
-    put_gradients,
     replayed,
 )
 from arisk.guard.references import CONSTRAINED, KL, OWN_REPLAY
@@ -134,7 +129,7 @@ def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
         return ewc_penalty(parameters, reference, diagonals)
 
     if arm.kind == "after":
-        return _after(plan, arm, penalty, parameters, settings.repeats, note)
+        return _after(arm, penalty, parameters, settings.repeats, note)
     wanted = {"fisher": arm.strength or 0.0}
     weights = calibrated(plan, lambda: {"fisher": penalty()}, wanted)
     weighted = lambda _: {"fisher": weights["fisher"] * penalty()}  # noqa: E731
@@ -142,7 +137,6 @@ def _ewc(plan: ArmPlan, arm: ArmName) -> Protection:
 
 
 def _after(
-    plan: ArmPlan,
     arm: ArmName,
     penalty: Callable[[], Tensor],
     parameters: Sequence[nn.Parameter],
@@ -150,7 +144,6 @@ def _after(
     note: str,
 ) -> Protection:
     """The penalty applied beside the optimizer."""
-    del plan
     factor = arm.strength or 0.0
 
     def correct(number: int) -> Mapping[str, float]:
@@ -172,11 +165,7 @@ def _projection(plan: ArmPlan, arm: ArmName) -> Protection:
     def protect(number: int) -> Mapping[str, float]:
         with run.beside():
             loss = task.safety.loss_fn(task.model, stream.at(number)).mean()
-        safety = torch.autograd.grad(loss, parameters, allow_unused=True)
-        filled = [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, safety, strict=True)]
-        changed, cosine = without_conflict(gradients_of(parameters), filled)
-        put_gradients(parameters, changed)
-        return {"cosine with the safety gradient": cosine}
+        return {"cosine with the safety gradient": project_against(parameters, loss)}
 
     return Protection(protect, {}, "The safety gradient is that of a new minibatch at every step.")
 
@@ -189,16 +178,13 @@ def _subspace(plan: ArmPlan, parameters: Sequence[nn.Parameter]) -> Protection:
             where="guard.projection.kinds: subspace",
             fix="use `conflict`, train an adapter, or set `safety.max_samples`",
         )
-    rows = per_sample_rows(plan.task.model, plan.layout, plan.task.safety)
-    if not bool(rows.any()):
-        raise _all_zero("projection subspace")
-    directions = leading_directions(rows, plan.config.projection.rank)
+    directions = safety_subspace(
+        plan.task.model, plan.layout, plan.task.safety, rank=plan.config.projection.rank
+    )
 
     def protect(number: int) -> Mapping[str, float]:
         del number
-        changed, share = outside(gradients_of(parameters), directions)
-        put_gradients(parameters, changed)
-        return {"share of the gradient taken": share}
+        return {"share of the gradient taken": project_outside(parameters, directions)}
 
     note = f"{len(directions)} directions, fixed at the aligned point, in the parameters that train."
     return Protection(protect, {}, note)
@@ -222,7 +208,7 @@ def _alignguard(plan: ArmPlan, arm: ArmName) -> Protection:
     note += f" {len(guard.directions.eigenvalues)} directions hold {guard.directions.explained:.0%} of tr F."
     if arm.kind == "after":
         single = _reweighted(plan, guard, {"fisher": 1.0})
-        return _after(plan, arm, lambda: single.penalty().fisher, parameters, settings.repeats, note)
+        return _after(arm, lambda: single.penalty().fisher, parameters, settings.repeats, note)
     if not given:
         guard = _weighed(plan, arm.strength or 0.0, guard)
     weights = {name: weight for name, weight in _weights(guard.config).items() if weight > 0}

@@ -41,6 +41,7 @@ __all__ = [
     "leading_directions",
     "outside",
     "per_sample_rows",
+    "safety_subspace",
     "without_conflict",
 ]
 
@@ -158,6 +159,28 @@ def leading_directions(rows: Tensor, rank: int) -> Tensor:
     kept = [i for i in reversed(range(len(values))) if values[i] > 1e-10 * values[-1]][:rank]
     found = (vectors[:, kept].T @ wide) / values[kept].sqrt()[:, None]
     return found.to(rows.dtype)
+
+
+def safety_subspace(model: nn.Module, layout: ParameterLayout, samples: SampleSet, *, rank: int) -> Tensor:
+    """(k, P) Qᵀ of `leading_directions` for these safety rows, k ≤ rank; inside `measuring`.
+
+    Args:
+        model: at the aligned point.
+        layout: the parameters that train; N × P gradients are in memory.
+        samples: N safety rows with their loss.
+        rank: directions wanted.
+
+    Raises:
+        NumericsError: a gradient is NaN or infinite, or all are zero.
+    """
+    rows = per_sample_rows(model, layout, samples)
+    if not bool(rows.any()):
+        raise NumericsError(
+            "every safety gradient is exactly zero",
+            where="guard: projection subspace",
+            fix="check that the safety loss depends on the parameters that train",
+        )
+    return leading_directions(rows, rank)
 
 
 def outside(gradients: Sequence[Tensor], directions: Tensor) -> tuple[list[Tensor], float]:

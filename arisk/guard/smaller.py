@@ -9,21 +9,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arisk.base.task import RowBatches, SampleSet
+from arisk.config.plan import TrainingConfig
 from arisk.config.sections import GuardSettings
-from arisk.gradients import batch_size
+from arisk.gradients import ParameterLayout, batch_size
+from arisk.guard.in_loop import trained_layout
 from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, by_strength, replayed
+from arisk.models.answers import evaluating
+from arisk.models.loaders import keeping_random_state
 from arisk.training.loop import follow, keeping_parameters
 from arisk.training.panels import panel_of, read_between
 from arisk.training.recipe import Recipe, recipe_of
 
-__all__ = ["DRIFT_REPLAY", "SMALLER", "rises_under_first_steps", "rows_at_risk", "share_left"]
+__all__ = [
+    "DRIFT_REPLAY",
+    "SMALLER",
+    "loss_rises",
+    "rises_under_first_steps",
+    "rows_at_risk",
+    "share_left",
+    "smaller_share",
+]
 
 #: Shares of the plan that are tried, largest first, and the drift that may be left of the plain run's.
 SHARES, LEFT = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15, 0.1), 0.5
@@ -50,14 +64,39 @@ def share_left(plan: ArmPlan, kind: str) -> float:
     `arisk.forecast.what_if`. Where the plain run is not known, or does not drift, it is 1/2; where no share
     will do, the smallest that was tried.
     """
-    curve = plan.plain
-    if curve is None or not curve.safety[-1] > 0:
+    curve = [] if plan.plain is None else list(zip(plan.plain.steps, plan.plain.safety, strict=True))
+    return _share_left(curve, plan.recipe, kind, plan.last)
+
+
+def smaller_share(
+    history: Sequence[tuple[int, float]],
+    training: TrainingConfig,
+    steps: int,
+    kind: Literal["rate", "steps"] = "rate",
+) -> float:
+    """The largest share of rate or steps at which half of a plain run's drift is left, see `share_left`.
+
+    Args:
+        history: (step, rise of the safety loss in nats) of the plain run, ascending, such as `history` of
+            `arisk.models.trainer.drift_watch`.
+        training: how that run trains.
+        steps: its optimizer steps.
+        kind: whether the learning rate or the steps become fewer.
+
+    Returns:
+        One of 0.8 … 0.1; 1/2 where the run does not drift.
+    """
+    return _share_left([(0, 0.0), *history], recipe_of(training, steps), kind, steps)
+
+
+def _share_left(curve: Sequence[tuple[int, float]], recipe: Recipe, kind: str, last: int) -> float:
+    if not curve or not curve[-1][1] > 0:
         return LEFT
-    times = plan.recipe.times[torch.tensor(list(curve.steps))]
-    values = torch.tensor(list(curve.safety), dtype=torch.float64)
+    times = recipe.times[torch.tensor([step for step, _ in curve])]
+    values = torch.tensor([drift for _, drift in curve], dtype=torch.float64)
     for share in SHARES:
-        other = _recipe(plan.recipe, kind, share)
-        end = other.times[[min(plan.last, other.horizon)]]
+        other = _recipe(recipe, kind, share)
+        end = other.times[[min(last, other.horizon)]]
         if float(read_between(times, values, end)) <= LEFT * float(values[-1]):
             return share
     return SHARES[-1]
@@ -83,21 +122,54 @@ def rises_under_first_steps(plan: ArmPlan, steps: int) -> Tensor:
     Raises:
         NumericsError: the run diverges.
     """
-    panel, run = panel_of(plan.task.safety, None, plan.device), plan.fresh()
-    with keeping_parameters(plan.task.model, plan.layout):
-        with run.reading():
-            before = panel.losses(plan.task.model)
-        follow(run, 1, min(steps, plan.last), [])
-        with run.reading():
-            return panel.losses(plan.task.model) - before
+    model, run = plan.task.model, plan.fresh()
+    train = lambda: follow(run, 1, min(steps, plan.last), [])  # noqa: E731
+    return _rises(model, plan.layout, plan.task.safety, train, run.reading)
 
 
-def rows_at_risk(samples: SampleSet, rises: Tensor, share: float, rows: int) -> SampleSet:
+def loss_rises(model: nn.Module, samples: SampleSet, train: Callable[[], object]) -> Tensor:
+    """(N,) rise of every row's loss while the model trains (nats); then parameters and buffers are put back.
+
+    Args:
+        model: the model before it trains.
+        samples: N safety rows.
+        train: takes a few steps of the plain run, such as `Trainer(…).train` with a small `max_steps`.
+
+    Raises:
+        ConfigError: no parameter trains.
+    """
+
+    @contextmanager
+    def reading() -> Generator[None]:
+        with evaluating(model), torch.no_grad():
+            yield
+
+    with keeping_random_state():
+        return _rises(model, trained_layout(model), samples, train, reading)
+
+
+def _rises(
+    model: nn.Module,
+    layout: ParameterLayout,
+    samples: SampleSet,
+    train: Callable[[], object],
+    reading: Callable[[], AbstractContextManager[None]],
+) -> Tensor:
+    panel = panel_of(samples, None, next(model.parameters()).device)
+    with keeping_parameters(model, layout):
+        with reading():
+            before = panel.losses(model)
+        train()
+        with reading():
+            return panel.losses(model) - before
+
+
+def rows_at_risk(samples: SampleSet, rises: Tensor, share: float = 0.25, rows: int = 8) -> SampleSet:
     """The rows whose loss rises most, in minibatches; whole batches where rows cannot be regrouped.
 
     Args:
         samples: N rows.
-        rises: (N,) rise of each row's loss (nats); NaN counts as none.
+        rises: (N,) rise of each row's loss (nats), such as of `loss_rises`; NaN counts as none.
         share: share of the rows that is kept, one at least.
         rows: rows of a minibatch.
     """

@@ -465,9 +465,9 @@ def refused_today(
 def own_refusals(
     model: nn.Module,
     samples: SampleSet,
-    behaviour: BehaviourConfig,
+    behaviour: BehaviourConfig | None = None,
     *,
-    prompts: int,
+    prompts: int = BATCH,
     max_new_tokens: int = OWN_TOKENS,
     where: str = "own refusals",
 ) -> SampleSet:
@@ -476,9 +476,10 @@ def own_refusals(
     A response is the model's own tokens, its end token with them where it was reached.
 
     Args:
-        model: the aligned model, in evaluation mode.
-        samples: safety rows whose `generate` is `GreedyAnswers`; their responses only teach the judge.
-        behaviour: the judge.
+        model: the aligned model.
+        samples: safety rows whose `generate` is `GreedyAnswers`, as `safety_rows` gives them; their responses
+            only teach the judge.
+        behaviour: the judge; default the rule.
         prompts: how many prompts are answered, spread evenly over the rows.
         max_new_tokens: length of an answer at most.
         where: the setting, for messages.
@@ -487,12 +488,20 @@ def own_refusals(
         The rows, shortest first; `statistics["asked"]` counts the prompts.
 
     Raises:
-        InputError: the model cannot generate, or the judge takes no answer for a refusal.
+        InputError: the rows have no prompts to answer, the model cannot generate, or the judge takes no
+            answer for a refusal.
     """
     greedy = samples.generate
-    assert isinstance(greedy, GreedyAnswers)
+    if not isinstance(greedy, GreedyAnswers) or not samples.rows:
+        raise InputError(
+            "these rows have no prompts that a tokenizer could write answers to",
+            where=where,
+            fix="make them with `arisk.models.from_trainer.safety_rows(model, tokenizer, prompts)`",
+        )
     texts = [(str(row.get("prompt") or ""), str(row.get("response") or "")) for row in samples.rows]
-    answers = judged_answers(model, greedy, texts, behaviour, prompts=prompts, max_new_tokens=max_new_tokens)
+    judge = behaviour or BehaviourConfig()
+    with evaluating(model):
+        answers = judged_answers(model, greedy, texts, judge, prompts=prompts, max_new_tokens=max_new_tokens)
     kept = [
         (
             _answered(greedy.rendered[answer.row], answer.tokens),

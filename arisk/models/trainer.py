@@ -169,7 +169,7 @@ def _every_row(trainer: Any) -> Iterator[Any]:
         loader = trainer.get_train_dataloader()
     finally:
         del held[before:]
-    dataset, size = loader.dataset, trainer.args.eval_batch_size
+    dataset, size = loader.dataset, trainer.args.train_batch_size
     # What accelerate makes of a stream for one of several processes.
     dataset = dataset.dataset if type(dataset).__name__ == "IterableDatasetShard" else dataset
     whole = DataLoader(dataset, size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arisk.config.names import METHODS
 from arisk.models.losses import per_sample_nll
 from tests.guard.test_pipeline import FAST, task
 from tests.models.test_trainer import arguments as trainer_arguments
@@ -42,12 +43,9 @@ def test_the_snippet_runs(tmp_path, monkeypatch):
     assert (tmp_path / "guard" / "record.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_the_snippet_for_a_trainer_runs(tmp_path):
+def known_to(tmp_path):
+    """What the reader of the lines for a trainer has."""
     transformers = pytest.importorskip("transformers")
-    text = GUIDE.read_text(encoding="utf-8").partition("In `Trainer`, with Hugging Face data:")[2]
-    snippet = text.partition("```python\n")[2].partition("```")[0]
-    assert "safety_rows(model, tokenizer, refusals)" in snippet
     job = task(rows=8)
     rows = [{"prompt": row["prompt"]} for row in job.safety.rows]
     if find_spec("datasets"):
@@ -56,15 +54,44 @@ def test_the_snippet_for_a_trainer_runs(tmp_path):
         {key: batch[key][0] for key in ("input_ids", "attention_mask", "labels")}
         for batch in (job.finetune.batches.of([row]) for row in range(4))
     ]
-    before = {name: p.detach().clone() for name, p in job.model.named_parameters() if p.requires_grad}
-    known = {
+    settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    return {
         "Trainer": transformers.Trainer,
         "model": job.model,
         "tokenizer": job.safety.generate.tokenizer,
         "refusals": rows,
         "dataset": dataset,
-        "arguments": trainer_arguments(tmp_path, max_steps=2, per_device_train_batch_size=1),
+        "arguments": trainer_arguments(tmp_path, max_steps=2, **settings),
+        "few_steps": trainer_arguments(tmp_path, max_steps=1, **settings),
     }
-    exec(compile(snippet, "GUIDE.md", "exec"), known)
+
+
+def moved(model, before):
+    return any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_snippets_for_a_trainer_run(tmp_path):
+    text = GUIDE.read_text(encoding="utf-8").partition("In `Trainer`, with Hugging Face data:")[2]
+    first, second = (part.partition("```")[0] for part in text.split("```python\n")[1:3])
+    assert "safety_rows(model, tokenizer, refusals)" in first
+    known = known_to(tmp_path)
+    model = known["model"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    exec(compile(first, "GUIDE.md", "exec"), known)
     assert known["safety"].rows
-    assert any(not torch.equal(p, before[n]) for n, p in job.model.named_parameters() if n in before)
+    assert moved(model, before)
+    exec(compile(second, "GUIDE.md", "exec"), known)
+    described = {name.partition(" ")[0] for name in known["arms"]}
+    assert described | {"plain", "smaller"} == set(METHODS)
+    for name, arm in known["arms"].items():
+        model.load_state_dict(before, strict=False)
+        trainer = arm()
+        assert not moved(model, before), name
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert moved(model, before), name
+    model.load_state_dict(before, strict=False)
+    known["Trainer"](**known["once"], callbacks=[known["watch"]]).train()
+    call = next(part for part in text.split("`") if part.startswith("guard.smaller_share("))
+    assert eval(call, known) == 0.5  # `every=10` looks at no step of two: no drift is known

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from arisk.base.errors import ConfigError, NumericsError
-from arisk.guard import MovePart, RunAverage, consolidation, divergence, projection, replay
+from arisk.gradients import layout_of, measuring
+from arisk.guard import (
+    MovePart,
+    Relaxation,
+    RunAverage,
+    consolidation,
+    divergence,
+    projection,
+    replay,
+    safety_subspace,
+    subspace_projection,
+)
 from arisk.models.anchored import ReferenceLosses, constrained
 from arisk.models.losses import per_sample_nll
 from arisk.models.trainer import ConstrainedTrainerMixin, ProjectedTrainerMixin, following
@@ -219,6 +230,38 @@ def test_own_refusals_are_made_of_prompts_alone():
     assert rows.rows
     assert all(answers[row["prompt"]] == row["response"] for row in rows.rows)
     assert float(torch.cat([per_sample_nll(job.model, b).detach() for b in rows.batches]).mean()) < 0.5
+
+
+def test_the_subspace_projection_is_that_of_the_stage():
+    model, samples = net(), task_of().safety
+    layout = layout_of(model, [name for name, _ in model.named_parameters()])
+    with measuring(model, layout):
+        directions = safety_subspace(model, layout, samples, rank=3)
+    project = subspace_projection(model, samples, rank=3)
+    classify(model, data(2, 1)[0]).mean().backward()
+    before = flat(model)
+    share = project()
+    inside = directions.T @ (directions @ before)
+    assert torch.allclose(flat(model), before - inside)
+    assert share == pytest.approx(float(inside.norm() / before.norm()))
+
+
+def test_relaxation_goes_down_the_penalty_after_every_step(tmp_path):
+    """One curvature: a Trainer without a rate ends (1 − c/2)^(repeats · steps) away from the anchor."""
+    model, rows, _ = tiny()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    anchor = [p - 1 for p in start]
+    value = lambda: sum((p - a).square().sum() for p, a in zip(trained, anchor, strict=True))  # noqa: E731
+    observer = Relaxation(value, factor=1.0, repeats=2)
+    transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2, learning_rate=0.0),
+        train_dataset=rows,
+        callbacks=[following(observer)],
+    ).train()
+    for p, a in zip(trained, anchor, strict=True):
+        assert torch.allclose(p.detach(), a + 0.5**4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [replay, divergence, consolidation], ids=lambda f: f.__name__)

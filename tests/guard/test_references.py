@@ -179,6 +179,12 @@ def test_where_the_judge_rejects_all_own_refusals_one_error_says_so():
     assert "refusal_openings" in caught.value.fix
 
 
+def test_rows_without_prompts_give_no_own_refusals():
+    job = test_run.task_of()
+    with pytest.raises(InputError, match="no prompts"):
+        own_refusals(job.model, job.safety)
+
+
 @pytest.mark.parametrize("method", ["constrained", "kl", "own_replay"])
 def test_a_model_from_python_is_told_what_is_missing(method):
     with pytest.raises(ConfigError, match=f"{method} cannot be used here"):

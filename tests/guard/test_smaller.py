@@ -1,6 +1,7 @@
 """A smaller plan is that plan; its share is read off the plain run; replay goes to the rows at risk."""
 
 import dataclasses
+from itertools import islice
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from arisk.config.sections import BehaviourConfig, GuardSettings
 from arisk.gradients import layout_of, measuring
 from arisk.guard.plan import ArmPlan
 from arisk.guard.run import guard
-from arisk.guard.smaller import SHARES, rises_under_first_steps, rows_at_risk, share_left
+from arisk.guard.smaller import (
+    SHARES,
+    loss_rises,
+    rises_under_first_steps,
+    rows_at_risk,
+    share_left,
+    smaller_share,
+)
 from arisk.models.batching import FixedBatches
 from arisk.training.recipe import recipe_of
 from tests.guard.test_record import arm
@@ -33,6 +41,13 @@ def test_the_share_is_read_off_the_plain_run_by_flow_time(kind, power, share):
     rise = [(step / 100) ** power for step in steps]
     curve = dataclasses.replace(arm("plain"), steps=steps, safety=rise)
     assert share_left(dataclasses.replace(plan(), plain=curve), kind) == share
+
+
+def test_the_share_is_read_off_a_watched_run_as_well():
+    training = TrainingConfig().model_copy(update=RECIPE)
+    history = [(step, step / 100) for step in range(10, 101, 10)]
+    assert smaller_share(history, training, 100) == smaller_share(history, training, 100, "steps") == 0.5
+    assert smaller_share([], training, 100) == 0.5
 
 
 def test_without_a_curve_it_is_half_and_where_nothing_helps_the_smallest():
@@ -89,6 +104,31 @@ def test_rises_are_those_of_the_first_plain_steps():
     safety = dataclasses.replace(made.task, heldout=None)
     plain = run(safety, methods=["plain"], steps=5).plain
     assert found.tolist() == pytest.approx(plain.final_safety, rel=1e-12)
+
+
+def test_rises_of_a_loop_of_ones_own_are_those_of_its_end_and_the_model_is_put_back():
+    task = task_of()
+    model, samples = task.model, task.safety
+    before = [p.detach().clone() for p in model.parameters()]
+    ends = []
+
+    def losses():
+        with torch.no_grad():
+            return torch.cat([classify(model, batch) for batch in samples.batches])
+
+    def train():
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for batch in islice(iter(task.finetune.batches), 2):
+            optimizer.zero_grad()
+            classify(model, batch).mean().backward()
+            optimizer.step()
+        torch.rand(1)
+        ends.append(losses())
+
+    start, state = losses(), torch.get_rng_state()
+    assert torch.equal(loss_rises(model, samples, train), ends[0] - start)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_the_arm_says_which_rows_it_replays():

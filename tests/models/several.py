@@ -54,7 +54,6 @@ def trained(kind, folder, batch):
         folder,
         max_steps=3,
         per_device_train_batch_size=batch,
-        per_device_eval_batch_size=3,
         gradient_accumulation_steps=2,
         optim="sgd",
         learning_rate=0.5,

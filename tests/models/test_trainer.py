@@ -205,7 +205,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dataloader_drop_last": True, "per_device_eval_batch_size": 5},
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 5, "max_steps": 4},
         {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
         {"train_sampling_strategy": "group_by_length"},
     ],
@@ -215,7 +215,7 @@ def test_constrained_tokens_see_every_row_whatever_the_loaders_do(tmp_path, chan
     from tests.models.several import Constrained, still
 
     model, rows, _ = still()
-    settings = arguments(tmp_path, max_steps=2, **changes)
+    settings = arguments(tmp_path, **{"max_steps": 2, **changes})
     with torch.random.fork_rng():
         trainer = Constrained(model=model, args=settings, train_dataset=rows, eval_dataset=rows[:1])
         before = torch.get_rng_state()
