@@ -25,7 +25,7 @@ from arisk.base.processes import alone
 from arisk.base.task import Progress, Task, silent
 from arisk.config.python import PipelineConfig
 from arisk.config.yaml import validate_mapping
-from arisk.models.answers import evaluating
+from arisk.gradients import evaluating
 from arisk.models.from_trainer import (
     Planned,
     as_loaded,

@@ -14,6 +14,7 @@ from arisk.gradients.factors import Sink
 from arisk.gradients.layout import (
     ParameterLayout,
     batch_size,
+    evaluating,
     is_sharded,
     layout_of,
     map_tensors,
@@ -37,6 +38,7 @@ __all__ = [
     "batch_size",
     "choose_engine",
     "choose_hvp",
+    "evaluating",
     "hvp",
     "is_sharded",
     "layout_of",

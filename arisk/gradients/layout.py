@@ -26,6 +26,7 @@ from arisk.base.task import Batch
 __all__ = [
     "ParameterLayout",
     "batch_size",
+    "evaluating",
     "in_float32",
     "is_narrow",
     "is_sharded",
@@ -261,6 +262,32 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Inside, every module is in evaluation mode; afterwards each is as it was.
+
+    LoRA layers that merge A and B into W in evaluation mode, as loralib's do by default, stay unmerged: A and
+    B would have no gradient there. A layer that was merged already is merged again afterwards, W to rounding.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    merging: list[Any] = [m for m, _ in modes if getattr(m, "merge_weights", None) is True]
+    merged = [module for module in merging if getattr(module, "merged", False)]
+    try:
+        for module in merged:
+            module.train()
+        for module in merging:
+            module.merge_weights = False
+        model.eval()
+        yield
+    finally:
+        for module in merging:
+            module.merge_weights = True
+        for module in merged:
+            module.eval()
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def measuring(model: nn.Module, layout: ParameterLayout) -> Generator[None]:
     """Inside: evaluation mode (no dropout) and gradients for exactly the selected parameters.
 
@@ -274,19 +301,15 @@ def measuring(model: nn.Module, layout: ParameterLayout) -> Generator[None]:
     selected = set(layout.names)
     parameters = list(model.named_parameters(remove_duplicate=False))
     chosen = {id(parameter) for name, parameter in parameters if name in selected}
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for _, p in parameters]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), evaluating(model):
         try:
-            model.eval()
             for _, parameter in parameters:
                 parameter.requires_grad_(id(parameter) in chosen)
                 parameter.grad = None
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, flag, grad in flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = grad

@@ -85,6 +85,7 @@ def adapter_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
 
     A hand-written layer holds parameters `lora_A` (r, in) and `lora_B` (out, r) beside its frozen `weight`,
     as in loralib, or beside one layer that has it; ΔW = s B A, s its `scaling`, else `lora_alpha`/r, else 1.
+    One that merges A and B into its weight in evaluation mode is measured unmerged.
 
     Args:
         model: a model with linear LoRA layers.
@@ -92,9 +93,6 @@ def adapter_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
     Returns:
         The sites in the model's order, and the names of trainable LoRA-like parameters without a
         partner (a DoRA magnitude, an embedding adapter).
-
-    Raises:
-        ConfigError: a layer of loralib merges its adapter in evaluation mode.
     """
     lora = [
         name
@@ -128,12 +126,6 @@ def _written_by_hand(model: nn.Module, lora: set[str]) -> list[Site]:
         weight = _frozen_weight(module, (b.shape[0], a.shape[1]))
         if weight is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             continue
-        if getattr(module, "merge_weights", False):
-            raise ConfigError(
-                "this LoRA layer merges its adapter in evaluation mode, in which safety is measured",
-                where=prefix or "the model",
-                fix="make it with `merge_weights=False`",
-            )
         sites.append(Site(f"{own}{weight[0]}", *names, _scaling(module, a.shape[0]), weight[1]))
     return sites
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from arisk.base.task import RowBatches, SampleSet
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import GuardSettings
-from arisk.gradients import ParameterLayout, batch_size
+from arisk.gradients import ParameterLayout, batch_size, evaluating
 from arisk.guard.in_loop import trained_layout
 from arisk.guard.plan import ArmName, ArmPlan, Method, Protection, by_strength, replayed
-from arisk.models.answers import evaluating
 from arisk.models.loaders import keeping_random_state
 from arisk.training.loop import follow, keeping_parameters
 from arisk.training.panels import panel_of, read_between

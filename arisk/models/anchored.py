@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import InputError
 from arisk.base.task import TokenLoss
-from arisk.models.answers import evaluating
+from arisk.gradients import evaluating
 from arisk.models.losses import response_logits, trained_losses, trained_tokens
 
 __all__ = [

@@ -9,8 +9,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from arisk.base.processes import from_first
 from arisk.base.task import SampleSet
 from arisk.config.sections import BehaviourConfig
 from arisk.config.yaml import shortened
+from arisk.gradients import evaluating
 from arisk.models.batching import FixedBatches
 from arisk.models.judge import OUTCOMES, Exchange, Outcome, judge_for, learnt_openings
 from arisk.models.losses import per_sample_nll
@@ -38,7 +38,6 @@ __all__ = [
     "OwnAnswer",
     "OwnAnswers",
     "Shelf",
-    "evaluating",
     "judged_answers",
     "outcomes_said",
     "own_refusals",
@@ -53,18 +52,6 @@ OWN_TOKENS = 128
 #: Own refusals that are measured at once.
 OWN_BATCH = 8
 SENTENCE_END = re.compile(r"[.!?。！？](?=\s|$)|\n")
-
-
-@contextmanager
-def evaluating(model: Any) -> Generator[None]:
-    """Inside, every module is in evaluation mode; afterwards each is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class GreedyAnswers:

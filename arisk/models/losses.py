@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arisk.base.errors import ConfigError
 from arisk.base.task import LossFn, SampleSet, TokenLoss
+from arisk.gradients import evaluating
 from arisk.models.rendering import IGNORED
 
 __all__ = [
@@ -262,12 +263,8 @@ def sample_labels(model: nn.Module, samples: SampleSet, seed: int) -> SampleSet:
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = [_resampled(model, batch, generator, device) for batch in samples.batches]
-    finally:
-        model.train(training)
     return replace(samples, batches=batches)
 
 

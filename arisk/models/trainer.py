@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from arisk.base.errors import ConfigError
+from arisk.gradients import evaluating
 from arisk.models.anchored import BETAS, LATER_BETA, ReferenceLosses, constrained
-from arisk.models.answers import evaluating
 from arisk.models.from_trainer import require_length
 from arisk.models.loaders import keeping_random_state
 from arisk.models.loading import hf_module

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from arisk import AlignGuardConfig, AlignmentRiskPipeline
-from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet
+from arisk.gradients import layout_of, measuring
 from arisk.guard import adapter_sites, build_mitigator
 
 peft = pytest.importorskip("peft")
@@ -136,12 +136,50 @@ def test_the_pipeline_takes_it():
     assert [site.weight for site in guard.sites] == ["first.weight", "second.weight"]
 
 
-def test_a_layer_that_merges_itself_is_refused():
-    model = by_hand(Linear)
-    model.first.merge_weights = True
-    with pytest.raises(ConfigError, match="merges its adapter") as caught:
-        build_mitigator(model, safety())
-    assert caught.value.where == "first"
+class Merging(Linear):
+    """The same, and merged into W in evaluation mode, as loralib's are by default."""
+
+    merge_weights, merged = True, False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merge_weights and self.merged == mode:
+            sign = -1 if mode else 1
+            self.weight.data += sign * self.scaling * self.lora_B.detach() @ self.lora_A.detach()
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias) if self.merged else super().forward(x)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_layer_that_merges_itself_is_guarded_and_trains_on(evaluated):
+    model = by_hand(Merging)
+    want, _ = penalised(with_peft())
+    if evaluated:
+        model.eval()
+    kept = model.first.weight.detach().clone()
+    guard = build_mitigator(model, safety(), AlignGuardConfig(width=64, rank=3, split="blocks"))
+    assert torch.allclose(model.first.weight, kept, rtol=0, atol=1e-14)
+    assert (model.first.merged, model.first.merge_weights) == (evaluated, True)
+    plain = build_mitigator(by_hand(Linear), safety(), AlignGuardConfig(width=64, rank=3, split="blocks"))
+    assert torch.allclose(guard.directions.eigenvalues, plain.directions.eigenvalues, rtol=1e-9)
+    model.train()
+    assert penalised(model)[0] == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_the_adapter_of_a_layer_that_merges_itself_has_its_gradient_while_measured(evaluated):
+    model, batch = by_hand(Merging).train(not evaluated), safety().batches[0]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    layout = layout_of(model, names)
+    with measuring(model, layout):
+        slopes = torch.autograd.grad(
+            loss(model, batch).mean(), [p for p in model.parameters() if p.requires_grad]
+        )
+    assert all(slope.any() for slope in slopes)
+    assert model.first.merged == evaluated
 
 
 def test_a_pair_whose_weight_does_not_fit_belongs_to_no_site():
