@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from arisk.config.plan import Config
 from tests.bench.pool import Item, share
+from tests.bench.real.protect import _Bench
 from tests.bench.removal import DEFAULT, SLICES, TRAININGS, left_out, slices_of
 
 
@@ -46,6 +49,15 @@ def test_what_fails_is_told_and_not_tried_again(tmp_path, capsys):
     assert order(tmp_path) == ["good"]
     assert "no such thing" in (tmp_path / "claims" / "bad.failed").read_text()
     assert "FAILED bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("strengths", "best"), [("[3]", 1), ("[1,2,3]", 2)])
+def test_no_more_arms_are_the_best_than_train(tmp_path, strengths, best):
+    settings = {"guard": {"methods": ["kl"], "kl": {"strengths": json.loads(strengths)}}}
+    config = Config.model_validate({"model": {"source": "python", "entry": "a:b"}, **settings})
+    items = _Bench(config, tmp_path, "cpu").best(0)
+    assert len(items) == best
+    assert not any(item.done() for item in items)
 
 
 def test_nothing_is_begun_late(tmp_path):
