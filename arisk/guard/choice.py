@@ -145,8 +145,8 @@ class Standing:
 
     Attributes:
         label: the arm.
-        runs: its runs, one per seed.
-        diverged: whether one of them did.
+        runs: its runs, one per seed on which the plain run reached its end; all, where it did on none.
+        diverged: whether one of them did, or the plain run of the plan's own seed.
         safety: mean final change of the safety loss (nats); NaN where one diverged, as all below.
         drift_share: that over the plain arm's; NaN where plain did not rise.
         control: mean final change of the control loss; NaN without control rows.
@@ -182,7 +182,9 @@ def standings(result: GuardResult, judge: Judge | None = None, confidence: float
         judge: labels answers; None: refusals are not looked at.
         confidence: of the intervals.
     """
-    plains = _runs(result, result.plain.label)
+    # A seed on which plain diverges has nothing to compare with; where the plan's own does, nothing else ran.
+    plains = [] if result.plain.diverged_at is not None else _runs(result, result.plain.label)
+    plains = [plain for plain in plains if plain.diverged_at is None]
     said = _Said(result, judge)
     return [_standing(_runs(result, arm.label), plains, said, confidence) for arm in result.arms]
 
@@ -227,7 +229,7 @@ class _Said:
 def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidence: float) -> Standing:
     of = {arm.seed: arm for arm in plains}
     pairs = [(arm, of[arm.seed]) for arm in runs if arm.seed in of]
-    diverged = any(arm.diverged_at is not None for pair in pairs for arm in pair)
+    diverged = not pairs or any(arm.diverged_at is not None for arm, _ in pairs)
     safety, drift = _mean([arm.safety[-1] for arm, _ in pairs]), _mean([p.safety[-1] for _, p in pairs])
     refused = _by_prompt([said.safety(arm) for arm, _ in pairs])
     plain = _by_prompt([said.safety(arm) for _, arm in pairs])
@@ -239,7 +241,7 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidenc
     whole = not diverged
     return Standing(
         label=runs[0].label,
-        runs=runs,
+        runs=[arm for arm, _ in pairs] or runs,
         diverged=diverged,
         safety=safety if whole else math.nan,
         drift_share=safety / drift if whole and drift > 0 else math.nan,
@@ -315,8 +317,8 @@ def choose(
     Args:
         result: the arms.
         threshold: rise of the safety loss that counts as collapse (nats); a plain run that stays below
-            it at every point, and keeps its refusals, needs no protection. Also how much further than the
-            plain arm's the loss of ordinary rows may rise.
+            it at every point, on every seed, and keeps its refusals, needs no protection. Also how much
+            further than the plain arm's the loss of ordinary rows may rise.
         tolerated: largest `task_cost`.
         wanted: largest share of plain's drift, and of the refusals that plain loses.
         judge: labels answers; None: losses alone decide.
@@ -331,8 +333,9 @@ def choose(
     refusing, ordinary = sum(said.aligned or []), sum(said.ordinary_aligned or [])
     gone = refusing - own.refusals
     kept = not gone > lost * refusing
-    if max(plain.safety) < threshold and kept:
-        below = f"The plain run stays below the collapse threshold ({max(plain.safety):+.3f} at most)"
+    peak = max(max(run.safety) for run in own.runs)
+    if peak < threshold and kept:
+        below = f"The plain run stays below the collapse threshold ({peak:+.3f} at most)"
         if said.aligned is not None and math.isfinite(gone):
             below += f" and refuses {own.refusals:g} of the {refusing:g} prompts that were refused before"
         return Choice(plain.label, "nothing to protect", f"{below}: there is nothing to protect from.")

@@ -92,7 +92,8 @@ def guard(
 
     Returns:
         The record; an arm that diverges is recorded as such. Where the plain arm diverges, the others
-        are not run: there is nothing to compare them with.
+        are not run: there is nothing to compare them with. On a further seed that leaves out the seed, on
+        the plan's own all of them.
 
     Raises:
         NumericsError: the safety loss at the aligned point is not finite, or no strength can be set.
@@ -106,7 +107,9 @@ def guard(
         )
         found = ArmComparison(plan, workspace, measured, keep, progress)
         arms, forecasts = found.first()
-        repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
+        repeats = list[Arm]()
+        if arms[0].diverged_at is None:
+            repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
         result = _result(plan, found, arms, forecasts, repeats)
         if keep is not None:
             found.keep_chosen(result, keep)
@@ -392,6 +395,13 @@ def _warnings(plan: ArmPlan, plain: Arm, shared: int, repeats: Sequence[Arm]) ->
         warnings.append("No control data: a general drift cannot be told from a loss of safety.")
     if plain.diverged_at is not None:
         warnings.append(f"The plain run diverged at step {plain.diverged_at}: no other arm was run.")
+    gone = [arm for arm in repeats if arm.label == plain.label and arm.diverged_at is not None]
+    if gone:
+        steps = ", ".join(str(arm.diverged_at) for arm in gone)
+        warnings.append(
+            f"The plain run diverged on {len(gone)} of {plan.config.seeds} seeds (at step {steps}): arms are "
+            "compared on the others."
+        )
     if draws_noise(task.model):
         warnings.append("Training used the model's dropout; directions and calibration leave it out.")
     batches: Any = task.finetune.batches

@@ -209,6 +209,29 @@ def test_seeds_are_averaged_each_against_the_plain_run_of_its_seed():
     assert guard_summary(gone, **LIMITS, judge=RefusalRule())["arms"][1]["diverged_at"] == 3
 
 
+def test_a_seed_on_which_plain_diverges_is_left_out_and_nothing_is_shown_as_nan():
+    gone = behaves("plain", 0, 9.0, seed=1, diverged_at=2, reason="nan")
+    found = told(behaves("plain", 1), behaves("replay", 8, 0.1), repeats=[gone])
+    assert choose(found, **LIMITS, judge=RefusalRule()) == choose(
+        dataclasses.replace(found, repeats=[]), **LIMITS, judge=RefusalRule()
+    )
+    body = guard_summary(found, **LIMITS, judge=RefusalRule())
+    assert (body["recommended"], body["seeds"]) == ("replay", 1)
+    assert [one["diverged_at"] for one in body["arms"]] == [None, None]
+    assert not [key for one in body["arms"] for key in ("safety", "task", "cost") if math.isnan(one[key])]
+    whole = [behaves("plain", 3, 0.6, seed=2), behaves("replay", 9, 0.3, seed=2)]
+    plain, replay = standings(dataclasses.replace(found, repeats=[gone, *whole]), RefusalRule())
+    assert (plain.safety, plain.refusals) == (pytest.approx(0.5), 2)
+    assert (replay.safety, replay.refusals) == (pytest.approx(0.2), 8.5)
+
+
+def test_a_plain_run_that_rises_on_any_seed_is_something_to_protect_from():
+    found = result(arm("plain", 0.05), arm("replay", 0.01))
+    assert choose(found, **LIMITS).rule == "nothing to protect"
+    risen = [arm("plain", 0.3, seed=1), arm("replay", 0.01, seed=1)]
+    assert choose(dataclasses.replace(found, repeats=risen), **LIMITS).label == "replay"
+
+
 def test_the_paired_interval():
     assert paired_interval([1.0] * 10, 0.8) == (10.0, 10.0)
     lower, upper = paired_interval([1.0] * 5 + [0.0] * 95, 0.8)

@@ -222,6 +222,26 @@ def test_a_plain_run_that_diverges_ends_the_comparison():
     assert "no other arm was run" in " ".join(found.warnings)
 
 
+@pytest.mark.parametrize("diverging", [0, 1])
+def test_a_plain_run_that_diverges_on_one_seed(monkeypatch, diverging):
+    """On a further seed it is left out and said; on the plan's own nothing more is run."""
+    carry_out = ArmRun.carry_out
+
+    def ends(self, folder):
+        done = carry_out(self, folder)
+        gone = done.label == "plain" and self.repeat == diverging
+        return dataclasses.replace(done, diverged_at=5, reason="nan") if gone else done
+
+    monkeypatch.setattr(ArmRun, "carry_out", ends)
+    found = run(methods=["replay"], seeds=3)
+    assert [arm.seed for arm in found.repeats] == ([1, 2, 2, 2] if diverging else [])
+    said = "diverged on 1 of 3 seeds (at step 5)" if diverging else "no other arm was run"
+    assert said in " ".join(found.warnings)
+    body = guard_summary(found, **LIMITS, judge=RefusalRule())
+    assert (body["rule"] == "plain diverged") == (not diverging)
+    assert "nan" not in body["sentence"]
+
+
 def test_an_arm_that_diverges_is_recorded_as_such():
     """A replay weight beyond the numbers: the protection's gradient is infinite at the first step."""
     found = run(methods=["replay"], replay={"strengths": [1e308, 0.3]})
