@@ -67,29 +67,44 @@ def drift_share(arm: Arm, plain: Arm) -> float:
     return arm.safety[-1] / plain.safety[-1]
 
 
-def paired_error(arm: Arm, plain: Arm) -> float:
+def paired_error(pairs: Sequence[tuple[Arm, Arm]]) -> float:
     """Standard error of the mean difference of the safety samples' final losses, arm minus plain (nats).
 
-    Paired by sample; NaN below two samples, or where one diverged.
+    Paired by sample, whose difference is averaged over seeds first: all seeds measure the same samples.
+
+    Args:
+        pairs: an arm and the plain arm, by seed.
+
+    Returns:
+        The error; NaN below two samples, or where one diverged.
     """
-    if arm.diverged_at is not None or plain.diverged_at is not None:
+    if any(run.diverged_at is not None for pair in pairs for run in pair):
         return math.nan
-    return _error(arm.final_safety, plain.final_safety)
+    return _error([_differences(arm.final_safety, plain.final_safety) for arm, plain in pairs])
 
 
-def task_error(arm: Arm, plain: Arm) -> float:
-    """Standard error of `task_cost`, paired by row: that of the mean difference over the plain loss."""
-    if math.isnan(task_cost(arm, plain)):
+def task_error(pairs: Sequence[tuple[Arm, Arm]]) -> float:
+    """Standard error of the mean `task_cost`: as `paired_error`, of each row's difference over plain's loss.
+
+    Args:
+        pairs: an arm and the plain arm, by seed.
+
+    Returns:
+        The error; NaN below two rows, or where a `task_cost` is.
+    """
+    if any(math.isnan(task_cost(arm, plain)) for arm, plain in pairs):
         return math.nan
-    return _error(arm.final_task, plain.final_task) / plain.task[-1]
+    return _error([_differences(arm.final_task, plain.final_task, plain.task[-1]) for arm, plain in pairs])
 
 
-def _error(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Standard error of the mean of paired differences; NaN below two."""
-    if len(ours) < 2:
-        return math.nan
-    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return stdev(pairs) / math.sqrt(len(pairs))
+def _differences(ours: Sequence[float], theirs: Sequence[float], unit: float = 1.0) -> list[float]:
+    return [(a - b) / unit for a, b in zip(ours, theirs, strict=True)]
+
+
+def _error(seeds: Sequence[Sequence[float]]) -> float:
+    """Standard error of a mean over rows, from each row's value by seed; NaN below two rows."""
+    rows = [_mean(row) for row in zip(*seeds, strict=True)]
+    return stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
 
 
 def forecast_task_cost(one: ArmForecast, said: ArmForecast, plain: Arm) -> float:
@@ -236,8 +251,6 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidenc
     ordinary = _by_prompt([said.ordinary(arm) for arm, _ in pairs])
     differences = [a - b for a, b in zip(refused, plain, strict=True)] if refused and plain else []
     lost = sum(said.aligned or []) - sum(plain)
-    errors = _root_mean([paired_error(arm, own) for arm, own in pairs])
-    task_errors = _root_mean([task_error(arm, own) for arm, own in pairs])
     whole = not diverged
     return Standing(
         label=runs[0].label,
@@ -247,11 +260,11 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: _Said, confidenc
         drift_share=safety / drift if whole and drift > 0 else math.nan,
         control=_mean([arm.control[-1] for arm, _ in pairs if arm.control]) if whole else math.nan,
         task_cost=_mean([task_cost(arm, own) for arm, own in pairs]) if whole else math.nan,
-        task_error=task_errors if whole else math.nan,
+        task_error=task_error(pairs) if whole else math.nan,
         refusals=sum(refused) if refused and whole else math.nan,
         saved=sum(differences) / lost if differences and whole and lost > 0 else math.nan,
         ordinary=sum(ordinary) if ordinary and whole else math.nan,
-        safety_error=errors if whole else math.nan,
+        safety_error=paired_error(pairs) if whole else math.nan,
         refusals_interval=paired_interval(differences, confidence) if whole else (math.nan, math.nan),
     )
 
@@ -262,11 +275,6 @@ def _by_prompt(answers: Sequence[list[float] | None]) -> list[float]:
     if not known or len(known) < len(answers):
         return []
     return [sum(column) / len(column) for column in zip(*known, strict=True)]
-
-
-def _root_mean(errors: Sequence[float]) -> float:
-    """Standard error of a mean from those of its terms."""
-    return math.sqrt(sum(e * e for e in errors)) / len(errors) if errors else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -128,7 +128,7 @@ def _told(arm: Arm, plain: Arm) -> str:
     """What an arm within the task limit brings; a difference inside the noise is none."""
     change = arm.safety[-1] - plain.safety[-1]
     cost = percent(task_cost(arm, plain))
-    error = paired_error(arm, plain)
+    error = paired_error([(arm, plain)])
     if math.isfinite(error) and abs(change) < ERRORS * error:
         return f"{arm.label}: no difference of the safety drift beyond its error (± {number(error, 2)} nats)."
     if change > 0:

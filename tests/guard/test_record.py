@@ -116,20 +116,33 @@ def test_a_diverged_arm_is_never_good():
 def test_the_paired_error():
     plain = arm("plain", final_safety=[1.0, 2.0, 3.0])
     other = arm("ewc", final_safety=[1.0, 1.0, 1.0])
-    assert paired_error(other, plain) == pytest.approx(1 / math.sqrt(3))
-    assert math.isnan(paired_error(arm("ewc", final_safety=[1.0]), plain))
+    assert paired_error([(other, plain)]) == pytest.approx(1 / math.sqrt(3))
+    single = arm("ewc", final_safety=[1.0])
+    assert math.isnan(paired_error([(single, single)]))
+    assert math.isnan(paired_error([(other, plain), (arm("ewc", diverged_at=1), plain)]))
+
+
+def test_seeds_are_no_new_rows():
+    """The same rows on two seeds: equal differences leave the doubt of one, opposite ones none."""
+    plain, other = arm("plain", final_safety=[1.0, 2.0, 3.0]), arm("ewc", final_safety=[1.0, 1.0, 1.0])
+    opposite = arm("ewc", final_safety=[1.0, 3.0, 5.0])
+    once = paired_error([(other, plain)])
+    assert paired_error([(other, plain)] * 2) == pytest.approx(once)
+    assert paired_error([(other, plain), (opposite, plain)]) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_error_of_the_task_cost_is_paired_by_row():
     plain = arm("plain", task=2.0, final_task=[1.0, 2.0, 3.0])
     other = arm("ewc", task=1.0, final_task=[1.0, 1.0, 1.0])
-    assert task_error(other, plain) == pytest.approx(1 / math.sqrt(3) / 2.0)
+    assert task_error([(other, plain)]) == pytest.approx(1 / math.sqrt(3) / 2.0)
     # Rows that differ by the same leave no doubt, however far they lie apart.
-    assert task_error(arm("ewc", task=2.1, final_task=[1.1, 2.1, 3.1]), plain) == pytest.approx(0, abs=1e-9)
-    assert math.isnan(task_error(arm("ewc", final_task=[1.0]), plain))
-    assert math.isnan(task_error(arm("ewc", diverged_at=1), plain))
+    alike = arm("ewc", task=2.1, final_task=[1.1, 2.1, 3.1])
+    assert task_error([(alike, plain)]) == pytest.approx(0, abs=1e-9)
+    single = arm("ewc", final_task=[1.0])
+    assert math.isnan(task_error([(single, single)]))
+    assert math.isnan(task_error([(arm("ewc", diverged_at=1), plain)]))
     twice = standings(dataclasses.replace(result(plain, other), repeats=[again(plain), again(other)]))[1]
-    assert twice.task_error == pytest.approx(1 / math.sqrt(3) / 2.0 / math.sqrt(2))
+    assert twice.task_error == pytest.approx(1 / math.sqrt(3) / 2.0)
 
 
 def again(run):
