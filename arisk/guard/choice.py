@@ -20,7 +20,6 @@ __all__ = [
     "Standing",
     "best_forecasts",
     "choose",
-    "drift_share",
     "ending",
     "forecast_task_cost",
     "guard_summary",
@@ -58,13 +57,6 @@ def task_cost(arm: Arm, plain: Arm) -> float:
     if arm.diverged_at is not None or plain.diverged_at is not None or plain.task[-1] == 0:
         return math.nan
     return arm.task[-1] / plain.task[-1] - 1
-
-
-def drift_share(arm: Arm, plain: Arm) -> float:
-    """Final rise of the safety loss over the plain arm's; NaN where one diverged or plain did not rise."""
-    if arm.diverged_at is not None or plain.diverged_at is not None or plain.safety[-1] <= 0:
-        return math.nan
-    return arm.safety[-1] / plain.safety[-1]
 
 
 def paired_error(pairs: Sequence[tuple[Arm, Arm]]) -> float:
@@ -438,7 +430,7 @@ def guard_summary(
         result: the arms.
         threshold: see `choose`; with the next two.
         tolerated: largest `task_cost`.
-        wanted: largest `drift_share`.
+        wanted: see `choose`.
         judge: labels the answers.
         lost: see `choose`.
         confidence: of the intervals.
@@ -470,7 +462,7 @@ def guard_summary(
         "aligned_ordinary_refusals": (
             None if said.ordinary_aligned is None else int(sum(said.ordinary_aligned))
         ),
-        "arms": [_arm_summary(one, result.plain) for one in found],
+        "arms": [_arm_summary(one, found[0]) for one in found],
         "forecasts": [_forecast_summary(one, result.forecasts[0], result.plain) for one in result.forecasts],
         "warnings": list(result.warnings),
     }
@@ -496,32 +488,41 @@ def _count(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
-def _arm_summary(one: Standing, plain: Arm) -> dict[str, Any]:
-    arm, finished = one.runs[0], not one.diverged
+def _arm_summary(one: Standing, plain: Standing) -> dict[str, Any]:
+    """An arm over its runs: means, the highest of all peaks, and the note of the first."""
+    runs, first, finished = one.runs, one.runs[0], not one.diverged
+    gone = [run for run in runs if run.diverged_at is not None]
+    trained, beside = (_mean([run.cpu_seconds for run in each.runs]) for each in (one, plain))
     return {
-        "label": arm.label,
-        "method": arm.method,
-        "strength": arm.strength,
-        "weights": dict(arm.weights),
-        "note": arm.note,
+        "label": one.label,
+        "method": first.method,
+        "strength": first.strength,
+        "weights": {name: _mean([run.weights[name] for run in runs]) for name in _shared(runs)},
+        "note": first.note,
         "safety": one.safety,
-        "peak": max(arm.safety) if finished else math.nan,
+        "peak": max(max(run.safety) for run in runs) if finished else math.nan,
         "drift_share": one.drift_share,
         "safety_error": one.safety_error,
         "control": one.control,
-        "task": _mean([run.task[-1] for run in one.runs]) if finished else math.nan,
+        "task": _mean([run.task[-1] for run in runs]) if finished else math.nan,
         "task_cost": one.task_cost,
         "task_error": one.task_error,
-        "surprising": arm.surprising[-1] if finished and arm.surprising else math.nan,
-        "cost": arm.cpu_seconds / plain.cpu_seconds if finished and plain.cpu_seconds else math.nan,
-        "setup_seconds": arm.setup_seconds,
-        "diverged_at": next((run.diverged_at for run in one.runs if run.diverged_at is not None), None),
-        "reason": next((run.reason for run in one.runs if run.reason is not None), None),
+        "surprising": _mean([run.surprising[-1] for run in runs if run.surprising]) if finished else math.nan,
+        "cost": trained / beside if finished and beside else math.nan,
+        "setup_seconds": _mean([run.setup_seconds for run in runs]),
+        "diverged_at": gone[0].diverged_at if gone else None,
+        "diverged_runs": len(gone),
+        "reason": gone[0].reason if gone else None,
         "refusals": _count(one.refusals),
         "refusals_more": list(one.refusals_interval),
         "refusals_saved": one.saved,
         "ordinary_refusals": _count(one.ordinary),
     }
+
+
+def _shared(runs: Sequence[Arm]) -> list[str]:
+    """Names of the λ that all runs have."""
+    return [name for name in runs[0].weights if all(name in run.weights for run in runs)]
 
 
 def _forecast_summary(one: ArmForecast, said: ArmForecast, plain: Arm) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
-from arisk.guard.choice import drift_share, ending, guard_summary, paired_error, task_cost
-from arisk.guard.record import Arm, GuardResult
+from arisk.guard.choice import ending, guard_summary
+from arisk.guard.record import GuardResult
 from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section
@@ -75,45 +75,51 @@ def section(result: GuardResult, config: Config) -> Section:
         "guard",
         pieces=[
             Piece(Part.PROTECTION, _words(result, body)),
-            Piece(Part.PROTECTION + 1, figure=_pareto(result, body), shape="half"),
+            Piece(Part.PROTECTION + 1, figure=_pareto(body), shape="half"),
             Piece(Part.PROTECTION + 2, figure=_curves(result, body), shape="half"),
             *[Piece(Part.PROTECTION + 3, figure=figure) for figure in _alpha_curve(result, body)],
         ],
         summary={"guard": body},
         markdown=_markdown(body),
-        findings=[Finding("Guard", f"Protection: {s}", "guard", 110) for s in guard_findings(result, body)],
+        findings=[Finding("Guard", f"Protection: {s}", "guard", 110) for s in guard_findings(body)],
         advice=[Advice(f"Train with protection: {body['sentence']}", place=10)] if protects else [],
     )
 
 
-def guard_findings(result: GuardResult, body: Mapping[str, Any]) -> list[str]:
+def guard_findings(body: Mapping[str, Any]) -> list[str]:
     """Sentences by fixed rules: the recommendation, then one each per method.
 
     A method's best arm is its arm with the lowest safety drift among those within the task limit, or, where
     none is, the one with the lowest task cost.
+
+    Args:
+        body: of `guard_summary`; over all seeds, as the table is.
     """
-    plain = result.plain
+    plain = body["arms"][0]
     found = [str(body["sentence"])]
-    if plain.diverged_at is not None or body["rule"] == NOTHING:
+    if plain["diverged_at"] is not None or body["rule"] == NOTHING:
         return found
-    for method in dict.fromkeys(arm.method for arm in result.arms[1:]):
-        arms = [arm for arm in result.arms if arm.method == method]
-        whole = [arm for arm in arms if arm.diverged_at is None]
+    for method in dict.fromkeys(arm["method"] for arm in body["arms"][1:]):
+        whole = [arm for arm in _whole(body) if arm["method"] == method]
         if not whole:
             found.append(f"{method}: no arm reached its last step.")
             continue
-        within = [arm for arm in whole if task_cost(arm, plain) <= body["tolerated_task_loss"]]
+        within = [arm for arm in whole if arm["task_cost"] <= body["tolerated_task_loss"]]
         if within:
-            best = min(within, key=lambda arm: arm.safety[-1])
-            found.append(_told(best, plain))
+            found.append(_told(min(within, key=lambda arm: arm["safety"]), plain))
         else:
-            best = min(whole, key=lambda arm: task_cost(arm, plain))
-            more = percent(task_cost(best, plain))
+            best = min(whole, key=lambda arm: arm["task_cost"])
             found.append(
-                f"{method}: no arm stays within the task limit; {best.label}, the nearest, costs {more} more "
-                f"task loss and keeps {percent(drift_share(best, plain))} of the plain drift."
+                f"{method}: no arm stays within the task limit; {best['label']}, the nearest, costs "
+                f"{percent(best['task_cost'])} more task loss and keeps {percent(best['drift_share'])} "
+                "of the plain drift."
             )
     return found
+
+
+def _whole(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Arms that reached their last step on every seed."""
+    return [arm for arm in body["arms"] if arm["diverged_at"] is None]
 
 
 def _only(result: GuardResult, body: Mapping[str, Any]) -> str:
@@ -124,16 +130,15 @@ def _only(result: GuardResult, body: Mapping[str, Any]) -> str:
     )
 
 
-def _told(arm: Arm, plain: Arm) -> str:
+def _told(arm: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     """What an arm within the task limit brings; a difference inside the noise is none."""
-    change = arm.safety[-1] - plain.safety[-1]
-    cost = percent(task_cost(arm, plain))
-    error = paired_error([(arm, plain)])
+    change, error = arm["safety"] - plain["safety"], arm["safety_error"]
+    label, cost = arm["label"], percent(arm["task_cost"])
     if math.isfinite(error) and abs(change) < ERRORS * error:
-        return f"{arm.label}: no difference of the safety drift beyond its error (± {number(error, 2)} nats)."
+        return f"{label}: no difference of the safety drift beyond its error (± {number(error, 2)} nats)."
     if change > 0:
-        return f"{arm.label}: more safety drift than plain ({number(change)} nats), at {cost} task loss."
-    return f"{arm.label}: {percent(drift_share(arm, plain))} of the plain drift at {cost} more task loss."
+        return f"{label}: more safety drift than plain ({number(change)} nats), at {cost} task loss."
+    return f"{label}: {percent(arm['drift_share'])} of the plain drift at {cost} more task loss."
 
 
 def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
@@ -155,8 +160,10 @@ def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
         "steps; that of replay and kl is λ itself. CPU time counts optimizer steps, without set-up. "
         f"{_seeds_said(body)} {_refusals_said(body)}"
     )
+    first = " of the first run" if body["seeds"] > 1 else ""
     inside = (
-        f"{listed('What each arm guards', guarded)}<h3>Penalty terms and gradient norms at the last step</h3>"
+        f"{listed('What each arm guards', guarded)}"
+        f"<h3>Penalty terms and gradient norms at the last step{first}</h3>"
         f"{table(('arm', 'value', 'mean over the last steps'), _terms(result))}"
     )
     return (
@@ -191,7 +198,10 @@ def _seeds_said(body: Mapping[str, Any]) -> str:
     seeds = body["seeds"]
     if seeds == 1:
         return "One run per arm is one draw (`guard.seeds`)."
-    return f"Numbers are means over {seeds} runs on the data in {seeds} orders; figures show the first."
+    return (
+        f"Numbers are means over {seeds} runs on the data in {seeds} orders, “highest” is the highest of all "
+        "of them; curves over the steps, and what is folded away, are of the first."
+    )
 
 
 def _refusals_said(body: Mapping[str, Any]) -> str:
@@ -213,7 +223,7 @@ def _refuses(label: str, body: Mapping[str, Any]) -> str:
 def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     label = one["label"] + (" (recommended)" if one["label"] == body["recommended"] else "")
     if one["diverged_at"] is not None:
-        return [label, f"{ending(one['diverged_at'])}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
+        return [label, f"{_ended(one, body)}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
     lower, upper = one["refusals_more"]
     ordinary = one["ordinary_refusals"]
     cells = [
@@ -231,6 +241,12 @@ def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
         f"{one['setup_seconds']:.1f}",
     ]
     return [label, *(_minus(cell).replace(" ", "\u00a0") for cell in cells)]
+
+
+def _ended(one: Mapping[str, Any], body: Mapping[str, Any]) -> str:
+    """How an arm ended that did not reach its last step, and on how many seeds."""
+    runs = f" on {one['diverged_runs']} of {body['seeds']} seeds" if body["seeds"] > 1 else ""
+    return ending(one["diverged_at"]) + runs
 
 
 def _minus(text: str) -> str:
@@ -294,60 +310,28 @@ def _terms(result: GuardResult) -> list[list[str]]:
     ]
 
 
-def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
+def _pareto(body: Mapping[str, Any]) -> Figure:
     """Task loss against refusals where they were counted, else against safety drift; one point per arm."""
-    whole = [arm for arm in result.arms if arm.diverged_at is None]
-    refused = {one["label"]: one["refusals"] for one in body["arms"]}
-    counted = result.plain.diverged_at is None and all(refused[arm.label] is not None for arm in whole)
-    height = {arm.label: float(refused[arm.label]) if counted else arm.safety[-1] for arm in whole}
-    plain, named = result.plain, (result.plain.label, body["recommended"])
-    data: list[dict[str, Any]] = []
-    for method in dict.fromkeys(arm.method for arm in whole):
-        arms = [arm for arm in whole if arm.method == method]
-        colour, symbol = LOOK.get(method, ("#8a8a8a", "cross"))
-        data.append(
-            {
-                "type": "scatter",
-                "name": method,
-                "mode": "markers+text",
-                "x": clean([100 * task_cost(arm, plain) for arm in arms]),
-                "y": clean([height[arm.label] for arm in arms]),
-                # Names of all arms run into one another; hover and table have them.
-                "text": [arm.label if arm.label in named else "" for arm in arms],
-                "customdata": [arm.label for arm in arms],
-                "hovertemplate": "%{customdata}<br>task %{x:+.1f} %, "
-                + ("refuses %{y:g}" if counted else "drift %{y:.3g}")
-                + "<extra></extra>",
-                "textposition": "middle right",
-                "cliponaxis": False,
-                "marker": {"color": colour, "symbol": symbol, "size": 14 if method == "plain" else 11},
-            }
-        )
-    shapes = []
-    lost = body["aligned_refusals"] - height[plain.label] if counted else 0.0
-    if plain.diverged_at is None and (lost > 0 if counted else plain.safety[-1] > 0):
-        wanted, limit = body["wanted_drift"], 100 * body["tolerated_task_loss"]
-        level = body["aligned_refusals"] - wanted * lost if counted else wanted * plain.safety[-1]
-        drift = reference_line(horizon=level, text="")
-        shapes = [drift["shape"], {**drift["shape"], "xref": "x", "yref": "paper", "x0": limit, "x1": limit}]
-        shapes[1] |= {"y0": 0, "y1": 1}
-    measure = "safety drift (nats/token)"
-    if counted:
-        measure = f"refuses (of {body['answered_prompts']})"
+    whole, plain = _whole(body), body["arms"][0]
+    compared = plain["diverged_at"] is None
+    counted = compared and all(arm["refusals"] is not None for arm in whole)
+    key = "refusals" if counted else "safety"
+    measure = f"refuses (of {body['answered_prompts']})" if counted else "safety drift (nats/token)"
+    shapes = _limits(body, key) if compared else []
     layout = axes("task loss against plain (%)", measure, shapes=shapes, legend=LEGEND)
     rows = [
         [
-            arm.label,
-            number(100 * task_cost(arm, plain)),
-            *([number(height[arm.label])] if counted else []),
-            number(arm.safety[-1]),
+            arm["label"],
+            number(100 * arm["task_cost"]),
+            *([number(arm["refusals"])] if counted else []),
+            number(arm["safety"]),
         ]
-        for arm in sorted(whole, key=lambda arm: arm.safety[-1])
+        for arm in sorted(whole, key=lambda arm: arm["safety"])
     ]
     return Figure(
         "guard-pareto",
         "What protection costs and brings",
-        data,
+        _points(whole, key, {plain["label"], body["recommended"]}),
         layout,
         f"One point per arm at the end of the run. Further {'up' if counted else 'down'} is safer, further "
         "left keeps more of what the fine-tune is for; the star is the plain run. Points "
@@ -362,12 +346,51 @@ def _pareto(result: GuardResult, body: Mapping[str, Any]) -> Figure:
             "safety drift (nats/token)",
         ],
         rows,
-        missing=None if plain.diverged_at is None else "the plain run diverged",
+        missing=None if compared else "the plain run diverged",
     )
 
 
+def _points(whole: Sequence[Mapping[str, Any]], key: str, named: set[str | None]) -> list[dict[str, Any]]:
+    """A point per arm, a series per method; `key` is their height."""
+    data: list[dict[str, Any]] = []
+    for method in dict.fromkeys(arm["method"] for arm in whole):
+        arms = [arm for arm in whole if arm["method"] == method]
+        colour, symbol = LOOK.get(method, ("#8a8a8a", "cross"))
+        data.append(
+            {
+                "type": "scatter",
+                "name": method,
+                "mode": "markers+text",
+                "x": clean([100 * arm["task_cost"] for arm in arms]),
+                "y": clean([float(arm[key]) for arm in arms]),
+                # Names of all arms run into one another; hover and table have them.
+                "text": [arm["label"] if arm["label"] in named else "" for arm in arms],
+                "customdata": [arm["label"] for arm in arms],
+                "hovertemplate": "%{customdata}<br>task %{x:+.1f} %, "
+                + ("refuses %{y:g}" if key == "refusals" else "drift %{y:.3g}")
+                + "<extra></extra>",
+                "textposition": "middle right",
+                "cliponaxis": False,
+                "marker": {"color": colour, "symbol": symbol, "size": 14 if method == "plain" else 11},
+            }
+        )
+    return data
+
+
+def _limits(body: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Lines at both limits; none where plain loses nothing that could be kept."""
+    before = body["aligned_refusals"] if key == "refusals" else 0.0
+    end, limit = body["arms"][0][key], 100 * body["tolerated_task_loss"]
+    if not (before > end if key == "refusals" else end > 0):
+        return []
+    level = before + body["wanted_drift"] * (end - before)
+    drift = reference_line(horizon=level, text="")["shape"]
+    return [drift, {**drift, "xref": "x", "yref": "paper", "x0": limit, "x1": limit, "y0": 0, "y1": 1}]
+
+
 def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
-    """Safety drift of every arm over the steps."""
+    """Safety drift of every arm over the steps, of its first run."""
+    first = " Of the first run of each arm." if body["seeds"] > 1 else ""
     data = []
     counted: Counter[str] = Counter()
     for arm in result.arms:
@@ -404,7 +427,7 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
         data,
         layout,
         "A protection that only delays the rise shows as a curve shifted to the right; one that holds stays "
-        "flat to the end. A curve that ends early diverged.",
+        f"flat to the end. A curve that ends early diverged.{first}",
         "mean_i ℓ_i(θ_k) − ℓ_i(θ*), θ_k after k optimizer steps of the arm",
         ["step", *(arm.label for arm in result.arms)],
         thin(rows),
@@ -413,15 +436,16 @@ def _curves(result: GuardResult, body: Mapping[str, Any]) -> Figure:
 
 def _alpha_curve(result: GuardResult, body: Mapping[str, Any]) -> list[Figure]:
     """Safety and task loss between the aligned and the fine-tuned model; none without such arms."""
-    plain = result.plain
-    arms = sorted((a for a in result.arms if a.method == "alpha" and a.diverged_at is None), key=_strength)
-    if not arms or plain.diverged_at is not None:
+    plain = body["arms"][0]
+    arms = sorted((arm for arm in _whole(body) if arm["method"] == "alpha"), key=lambda arm: arm["strength"])
+    if not arms or plain["diverged_at"] is not None:
         return []
     colours = {"safety drift (nats/token)": "#0072B2", "task loss (nats/token)": "#E69F00"}
-    alphas = [0.0, *map(_strength, arms), 1.0]
+    along = [*arms, plain]
+    alphas = [0.0, *(arm["strength"] for arm in arms), 1.0]
     series = {
-        "safety drift (nats/token)": [0.0, *(arm.safety[-1] for arm in arms), plain.safety[-1]],
-        "task loss (nats/token)": [plain.task[0], *(arm.task[-1] for arm in arms), plain.task[-1]],
+        "safety drift (nats/token)": [0.0, *(arm["safety"] for arm in along)],
+        "task loss (nats/token)": [result.plain.task[0], *(arm["task"] for arm in along)],
     }
     data: list[dict[str, Any]] = [
         {
@@ -437,7 +461,7 @@ def _alpha_curve(result: GuardResult, body: Mapping[str, Any]) -> list[Figure]:
     count = body["aligned_refusals"]
     refused = [
         NOT_MEASURED if count is None else f"{count} of {body['answered_prompts']}",
-        *(_refuses(arm.label, body) for arm in (*arms, plain)),
+        *(_refuses(arm["label"], body) for arm in along),
     ]
     columns = zip(alphas, *series.values(), refused, strict=True)
     return [
@@ -455,10 +479,6 @@ def _alpha_curve(result: GuardResult, body: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def _strength(arm: Arm) -> float:
-    return arm.strength or 0.0
-
-
 def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
     rows = [
         f"| {arm['label']} | {number(arm['safety'])} | {percent(arm['drift_share'])} | "
@@ -470,7 +490,8 @@ def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
         "| arm | safety drift | of plain | refuses | task loss | CPU time |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    return [f"Protected fine-tunes: {body['sentence']}", "", *head, *rows, ""]
+    means = [f"Means of {body['seeds']} runs each.", ""] if body["seeds"] > 1 else []
+    return [f"Protected fine-tunes: {body['sentence']}", "", *means, *head, *rows, ""]
 
 
 def guard_text(outcome: Any) -> str:
@@ -482,7 +503,7 @@ def guard_text(outcome: Any) -> str:
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
             *(
-                [ending(arm["diverged_at"]), "", "", "", "", "", ""]
+                [_ended(arm, found), "", "", "", "", "", ""]
                 if arm["diverged_at"] is not None
                 else [
                     _signed(arm["safety"]),
@@ -503,6 +524,7 @@ def guard_text(outcome: Any) -> str:
         "",
         text_table(rows, [*header, "task loss", "refuses", "ordinary", "CPU time"]),
         "",
+        *([f"each number is a mean of {found['seeds']} runs (guard.seeds)"] if found["seeds"] > 1 else []),
         f"safety: change of the loss of {found['safety_rows']} safety rows (nats/token), "
         + ("held out" if found["heldout"] else "NOT held out"),
         f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain "

@@ -1,12 +1,14 @@
 """The section of protected fine-tunes: findings by rule, hostile labels escaped, holes said to be holes."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from arisk.base.artifacts import finite
 from arisk.config.plan import Config
-from arisk.guard.page import guard_findings, section
+from arisk.guard.page import guard_findings, guard_text, section
 from arisk.guard.record import ArmForecast
 from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
@@ -28,7 +30,7 @@ def figures(found):
 
 def told(*arms):
     found = result(*arms)
-    return guard_findings(found, section(found, CONFIG).summary["guard"])
+    return guard_findings(section(found, CONFIG).summary["guard"])
 
 
 def test_each_method_gets_one_sentence_by_its_best_arm():
@@ -132,6 +134,32 @@ def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
     silent = made(arm("plain"), generation_reason="guard.generate is 0")
     assert "Refusals: not measured (guard.generate is 0)." in html(silent)
+
+
+def test_every_number_is_the_mean_over_the_seeds():
+    """Table, sentences, figures and JSON: plain drifts by 0.4 and 0.8, learns to 1 and 3."""
+    runs = [arm("plain"), arm("replay 0.3", 0.1, 1.0), arm("alpha 0.5", 0.2, 1.5, strength=0.5)]
+    again = [
+        arm("plain", 0.8, 3.0, seed=1, cpu_seconds=3.0),
+        arm("replay 0.3", 0.2, 3.0, seed=1, cpu_seconds=5.0, setup_seconds=4.0, weights={"λ": 3.0}),
+        arm("alpha 0.5", 0.4, 3.5, strength=0.5, seed=1),
+    ]
+    runs[1] = dataclasses.replace(runs[1], weights={"λ": 1.0})
+    found = made(*runs, repeats=again)
+    body = found.summary["guard"]
+    plain, replay, _ = body["arms"]
+    assert [plain["safety"], plain["peak"], plain["task"]] == pytest.approx([0.6, 0.8, 2.0])
+    assert [replay["cost"], replay["setup_seconds"], replay["weights"]["λ"]] == pytest.approx([1.5, 2, 2])
+    assert "replay 0.3: safety +0.150 instead of +0.600 nats (25%)" in body["sentence"]
+    assert "replay 0.3: 25 % of the plain drift" in " ".join(finding.sentence for finding in found.findings)
+    pareto, _, alpha = figures(found)
+    heights = {one["customdata"][0]: one["y"][0] for one in pareto.data}
+    assert heights == pytest.approx({"plain": 0.6, "replay 0.3": 0.15, "alpha 0.5": 0.3})
+    assert alpha.data[0]["y"] == pytest.approx([0, 0.3, 0.6])
+    assert alpha.data[1]["y"] == pytest.approx([2.0, 2.5, 2.0])
+    assert "Numbers are means over 2 runs" in html(found)
+    text = guard_text(SimpleNamespace(found=finite(body), last_line=""))
+    assert "each number is a mean of 2 runs" in text
 
 
 @pytest.mark.parametrize("counted", [False, True])

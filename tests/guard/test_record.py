@@ -7,7 +7,6 @@ import pytest
 
 from arisk.guard.choice import (
     choose,
-    drift_share,
     guard_summary,
     paired_error,
     paired_interval,
@@ -107,9 +106,10 @@ def test_a_diverged_arm_is_never_good():
     bad = arm("replay", 0.0, 0.1, diverged_at=2, reason="nan")
     found = result(arm("plain"), bad)
     assert choose(found, **LIMITS).label is None
-    assert math.isnan(drift_share(bad, found.plain))
     assert math.isnan(task_cost(bad, found.plain))
-    assert math.isnan(guard_summary(found, **LIMITS, judge=RefusalRule())["arms"][1]["safety"])
+    summary = guard_summary(found, **LIMITS, judge=RefusalRule())["arms"][1]
+    assert math.isnan(summary["safety"])
+    assert math.isnan(summary["drift_share"])
     assert choose(result(arm("plain", diverged_at=1, reason="nan")), **LIMITS).rule == "plain diverged"
 
 

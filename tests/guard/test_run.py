@@ -13,7 +13,7 @@ from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.guard.arm import ArmRun
-from arisk.guard.choice import choose, drift_share, ending, guard_summary
+from arisk.guard.choice import choose, ending, guard_summary
 from arisk.guard.methods import arm_names
 from arisk.guard.plan import measured_points
 from arisk.guard.record import NEVER_BEGUN
@@ -264,7 +264,7 @@ def test_an_arm_that_cannot_be_set_up_is_recorded_and_the_others_go_on():
     assert (bad.steps, bad.safety) == ([0], [0.0])
     summary = guard_summary(found, **LIMITS, judge=RefusalRule())["arms"][1]
     assert math.isnan(summary["safety"])
-    assert math.isnan(drift_share(bad, found.plain))
+    assert math.isnan(summary["drift_share"])
     assert ending(bad.diverged_at) == "could not be set up"
 
 
