@@ -102,7 +102,7 @@ class ArmRun:
         except self.plan.set_up_errors as err:
             # The other arms still say something: this one is recorded, and never as a low drift.
             made = Protection(None, {}, f"not run: {err.what}")
-            self.track.diverged_at, self.reason = NEVER_BEGUN, f"it cannot be set up: {err.what}"
+            self.track.diverged_at, self.reason = NEVER_BEGUN, err.what
             self.measure(0)
             return self.arm(made, time.process_time() - started)
         self.run, self.points = plan.fresh(), measured_points(plan.last)

@@ -13,7 +13,7 @@ from typing import Any
 from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
 from arisk.guard.choice import ending, guard_summary
-from arisk.guard.record import GuardResult
+from arisk.guard.record import NEVER_BEGUN, GuardResult
 from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section
@@ -275,17 +275,16 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
     rows = [
         [
             one["label"],
-            NOT_MEASURED if one["diverged_at"] is None else str(one["reason"]),
-            *["–"] * 3,
-            "no",
-        ]
-        if math.isnan(one["safety"])
-        else [
-            one["label"],
-            percent(one["kept"]),
-            _minus(_share_more(one["task_cost"], math.nan)),
-            _minus(_nats(one["safety"])),
-            _minus(_nats(one["control"])),
+            *(
+                [_forecast_ended(one), *["–"] * 3]
+                if one["diverged_at"] is not None
+                else [
+                    percent(one["kept"]),
+                    _minus(_share_more(one["task_cost"], math.nan)),
+                    _minus(_nats(one["safety"])),
+                    _minus(_nats(one["control"])),
+                ]
+            ),
             "yes" if one["chosen"] or one["label"] == body["arms"][0]["label"] else "no",
         ]
         for one in body["forecasts"]
@@ -300,6 +299,13 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
         f"in a fifth of the steps, ten at least, at a rate as much higher; {trained}.</p>"
     )
     return told + table(FORECAST_HEADER, rows)
+
+
+def _forecast_ended(one: Mapping[str, Any]) -> str:
+    """Why an arm has no forecast."""
+    at = one["diverged_at"]
+    how = ending(at) if at == NEVER_BEGUN else f"its forecast {ending(at)}"
+    return f"{how}: {one['reason']}"
 
 
 def _terms(result: GuardResult) -> list[list[str]]:
@@ -503,7 +509,7 @@ def guard_text(outcome: Any) -> str:
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
             *(
-                [_ended(arm, found), "", "", "", "", "", ""]
+                [f"{_ended(arm, found)}: {arm['reason']}", *[""] * 6]
                 if arm["diverged_at"] is not None
                 else [
                     _signed(arm["safety"]),
@@ -557,17 +563,34 @@ def _forecasts(found: Mapping[str, Any]) -> list[str]:
     left = [one for one in found["forecasts"][1:] if not one["chosen"]]
     if not left:
         return []
-    told = [
-        f"{one['label']} {_signed(one['safety'])}"
-        if one["diverged_at"] is None
-        else f"{one['label']} diverges"
+    rows = [
+        [
+            f"  {one['label']}",
+            *(
+                [_forecast_ended(one), "", ""]
+                if one["diverged_at"] is not None
+                else [_share(one["kept"]), _more(one["task_cost"]), _signed(one["safety"])]
+            ),
+        ]
         for one in left
     ]
-    return [f"forecast only, not trained (safety; --all trains them): {', '.join(told)}"]
+    chosen = sum(one["chosen"] for one in found["forecasts"])
+    header = ["  forecast only (--all trains them)", "openings kept", "task loss", "safety"]
+    return [
+        "",
+        text_table(rows, header),
+        "",
+        f"trained are the {chosen} of {len(found['forecasts']) - 1} arms that by their forecasts keep most "
+        f"openings, then drift least, at ≤ {found['tolerated_task_loss']:.0%} more task loss",
+    ]
 
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
+
+
+def _more(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1%}"
 
 
 def _ratio(value: float | None) -> str:
@@ -576,5 +599,5 @@ def _ratio(value: float | None) -> str:
 
 def _task(arm: Mapping[str, Any]) -> str:
     error = f" ± {100 * arm['task_error']:.1f}" if arm["task_error"] else ""
-    cost = "" if arm["task_cost"] is None else f" ({arm['task_cost']:+.1%}{error})"
+    cost = "" if arm["task_cost"] is None else f" ({_more(arm['task_cost'])}{error})"
     return f"{arm['task']:.3f}{cost}" if arm["task"] is not None else "not measured"

@@ -28,7 +28,7 @@ from arisk.gradients import layout_of, measuring
 from arisk.gradients.layout import parameters_of
 from arisk.guard.arm import ArmRun, Looks
 from arisk.guard.choice import best_forecasts
-from arisk.guard.methods import METHODS, arm_names, methods_of
+from arisk.guard.methods import METHODS, arm_names, methods_of, protection
 from arisk.guard.outlook import CONTROL_ROWS, ROWS, ForecastRows, forecast_arm, saves, short_steps
 from arisk.guard.plan import ArmName, ArmPlan, measured_points
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
@@ -201,6 +201,8 @@ class ArmComparison:
         found = [self.finished(name, repeat) for name in (self.names[0], *self.derived)]
         if None not in found:
             return [arm for arm in found if arm is not None]
+        if not repeat:
+            self.check_named()
         name, config = self.names[0], plan.config
         shares = [
             s for method in {one.method for one in self.derived} for s in METHODS[method].shares(config)
@@ -224,6 +226,16 @@ class ArmComparison:
         for each in arms[::-1]:
             _keep(self.folder(self.name_of(each), repeat), each)
         return arms
+
+    def check_named(self) -> None:
+        """Set up what the config names and what may find nothing to train on, before anything is trained.
+
+        Raises:
+            InputError: the judge takes no answer of the aligned model for a refusal.
+            ConfigError: the method cannot be used on this task.
+        """
+        if OWN in (self.plan.config.methods or ()):
+            protection(self.plan, next(name for name in self.others if name.method == OWN))
 
     def forecasts(self, plain: Arm) -> list[ArmForecast]:
         """Every arm that trains, as a short run sees it, plain first."""
@@ -324,6 +336,8 @@ def _ordinary(task: Task, config: GuardSettings) -> Writer:
     return writer(task.control, count, config.max_new_tokens, setting="guard.ordinary")
 
 
+#: The method whose rows the aligned model writes itself.
+OWN = "own_replay"
 #: Arms that are trained after all have been forecast.
 BEST = 2
 #: Weights of a finished arm, where the recommended one is to be kept.

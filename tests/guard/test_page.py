@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -106,6 +107,43 @@ def test_forecasts_stand_beside_the_arms_and_say_what_was_trained():
     assert "<td>50 %</td>" in html(found)
     json.dumps(finite(dict(found.summary)), allow_nan=False)
     assert [one["chosen"] for one in found.summary["guard"]["forecasts"]] == [False, True, False]
+
+
+def test_why_an_arm_was_not_trained_is_said():
+    reason = "the judge takes none of the answers for a refusal"
+    forecasts = [
+        forecast("plain"),
+        forecast("kl 1", chosen=True),
+        forecast("replay 0.1", kept=0.4, task=1.1),
+        forecast("own_replay 0.3", safety=math.nan, diverged_at=0, reason=reason),
+        forecast("ewc 10", safety=math.nan, diverged_at=3, reason="inf"),
+    ]
+    found = made(arm("plain"), arm("kl 1", diverged_at=2, reason="too strong"), forecasts=forecasts)
+    for said in (
+        html(found),
+        guard_text(SimpleNamespace(found=finite(found.summary["guard"]), last_line="")),
+    ):
+        assert f"could not be set up: {reason}" in said
+        assert "its forecast diverged at step 3: inf" in said
+        assert "diverged at step 2: too strong" in said
+    (row,) = [line.split() for line in said.splitlines() if "replay 0.1" in line]
+    assert row[2:] == ["40%", "+10.0%", "+0.200"]
+    assert "trained are the 1 of 4 arms" in said
+
+
+def test_where_all_forecasts_diverge_the_table_says_what_was_trained():
+    gone = {"safety": math.nan, "diverged_at": 3, "reason": "inf", "chosen": True}
+    forecasts = [forecast("plain", **{**gone, "chosen": False}), forecast("kl 1", **gone)]
+    found = html(made(arm("plain"), arm("kl 1", 0.1), forecasts=forecasts))
+    assert "all were trained" in found
+    assert found.count("<td>yes</td>") == 2
+    assert "<td>no</td>" not in found
+
+
+def forecast(label, safety=0.2, kept=0.5, task=1.0, diverged_at=None, reason=None, chosen=False):
+    return ArmForecast(
+        label, label.split()[0], None, safety, kept, 0.0, task, 9, 2.0, diverged_at, reason, chosen
+    )
 
 
 def test_the_alpha_curve_goes_from_the_aligned_model_to_the_plain_run():

@@ -10,6 +10,7 @@ from arisk.config.plan import Config
 from arisk.config.sections import BehaviourConfig
 from arisk.gradients import layout_of, measuring
 from arisk.guard import references
+from arisk.guard.arm import ArmRun
 from arisk.guard.methods import METHODS, arm_names
 from arisk.guard.plan import ArmName, ArmPlan
 from arisk.guard.record import NEVER_BEGUN
@@ -183,6 +184,16 @@ def test_rows_without_prompts_give_no_own_refusals():
     job = test_run.task_of()
     with pytest.raises(InputError, match="no prompts"):
         own_refusals(job.model, job.safety)
+
+
+def test_who_names_own_replay_is_told_before_anything_is_trained(monkeypatch):
+    def none(*args, **kwargs):
+        raise InputError("none of the answers is a refusal", where="guard", fix="other prompts")
+
+    monkeypatch.setattr(references, "own_refusals", none)
+    monkeypatch.setattr(ArmRun, "carry_out", lambda *args: pytest.fail("an arm was trained"))
+    with pytest.raises(InputError, match="none of the answers"):
+        carried_out(config_of(), methods=["plain", "own_replay"])
 
 
 @pytest.mark.parametrize("method", ["constrained", "kl", "own_replay"])
