@@ -1,7 +1,4 @@
-"""Protected fine-tunes on the page: what protection costs and what it brings, in words, table and figures.
-
-What `arisk guard` prints: the arms side by side, and the recommendation.
-"""
+"""Protected fine-tunes on the page: what protection costs and what it brings, in words, table and figures."""
 
 from __future__ import annotations
 
@@ -10,17 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arisk.base.terminal import table as text_table
 from arisk.config.plan import Config
-from arisk.guard.choice import ending, guard_summary
-from arisk.guard.record import NEVER_BEGUN, GuardResult
+from arisk.guard.choice import NOTHING, ended, forecast_ended, guard_summary
+from arisk.guard.record import GuardResult
 from arisk.models.judge import judge_for, learnt_openings
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section
 from arisk.report.section import esc, folded, listed, notes, table
 from arisk.report.text import NOT_MEASURED, number, percent
 
-__all__ = ["guard_findings", "guard_text", "section"]
+__all__ = ["guard_findings", "section"]
 
 #: Colours and marks by method, told apart without colour as well.
 LOOK = {
@@ -40,8 +36,6 @@ LOOK = {
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 #: A change of the safety loss against plain is told from noise from this many standard errors.
 ERRORS = 2.0
-#: The rule that leaves out all arms.
-NOTHING = "nothing to protect"
 
 
 def section(result: GuardResult, config: Config) -> Section:
@@ -150,12 +144,7 @@ def _words(result: GuardResult, body: Mapping[str, Any]) -> str:
         f"memory. Safety drift is the change of the mean loss of {result.safety_rows} safe responses "
         f"({held}), ± its standard error against plain, row by row. Task "
         f"loss is the mean loss of {result.task_rows} {result.task_source} ({trained} of them trained on). "
-        f"An arm is recommended when it keeps at least {percent(1 - body['wanted_drift'])} of the refusals "
-        "that plain loses (where refusals are not measured, or plain loses none: when its drift is at most "
-        f"{percent(body['wanted_drift'])} of plain’s), its task loss is at most "
-        f"{percent(body['tolerated_task_loss'])} above, it refuses no more ordinary prompts, and ordinary "
-        "rows drift no further; of those the one with most refusals, then the least drift. “More than plain” "
-        f"is the {percent(body['confidence'])} interval of the difference, prompt by prompt. The strength "
+        f"{_rule_said(body)} The strength "
         "of alignguard and ewc is the penalty’s gradient norm over the task’s, set after a few plain "
         "steps; that of replay and kl is λ itself. CPU time counts optimizer steps, without set-up. "
         f"{_seeds_said(body)} {_refusals_said(body)}"
@@ -194,6 +183,20 @@ FORECAST_HEADER = (
 )
 
 
+def _rule_said(body: Mapping[str, Any]) -> str:
+    """The rule that recommends, with its limits."""
+    wanted, tolerated = body["wanted_drift"], percent(body["tolerated_task_loss"])
+    return (
+        f"An arm is recommended when it keeps at least {percent(1 - wanted)} of the refusals that plain "
+        f"loses, its task loss is at most {tolerated} above, it refuses no more ordinary prompts, and "
+        "ordinary rows drift no further; of those the one with most refusals, then the least drift. “More "
+        f"than plain” is the {percent(body['confidence'])} interval of the difference, prompt by prompt: an "
+        "arm whose interval holds 0 counts as refusing what plain does, and must drift by at most "
+        f"{percent(wanted)} of what plain does. That alone decides where refusals are not measured, or where "
+        "such an interval of what plain itself loses holds 0."
+    )
+
+
 def _seeds_said(body: Mapping[str, Any]) -> str:
     seeds = body["seeds"]
     if seeds == 1:
@@ -223,7 +226,7 @@ def _refuses(label: str, body: Mapping[str, Any]) -> str:
 def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     label = one["label"] + (" (recommended)" if one["label"] == body["recommended"] else "")
     if one["diverged_at"] is not None:
-        return [label, f"{_ended(one, body)}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
+        return [label, f"{ended(one, body['seeds'])}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
     lower, upper = one["refusals_more"]
     ordinary = one["ordinary_refusals"]
     cells = [
@@ -241,12 +244,6 @@ def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
         f"{one['setup_seconds']:.1f}",
     ]
     return [label, *(_minus(cell).replace(" ", "\u00a0") for cell in cells)]
-
-
-def _ended(one: Mapping[str, Any], body: Mapping[str, Any]) -> str:
-    """How an arm ended that did not reach its last step, and on how many seeds."""
-    runs = f" on {one['diverged_runs']} of {body['seeds']} seeds" if body["seeds"] > 1 else ""
-    return ending(one["diverged_at"]) + runs
 
 
 def _minus(text: str) -> str:
@@ -276,7 +273,7 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
         [
             one["label"],
             *(
-                [_forecast_ended(one), *["–"] * 3]
+                [forecast_ended(one), *["–"] * 3]
                 if one["diverged_at"] is not None
                 else [
                     percent(one["kept"]),
@@ -299,13 +296,6 @@ def _forecast_table(body: Mapping[str, Any]) -> str:
         f"in a fifth of the steps, ten at least, at a rate as much higher; {trained}.</p>"
     )
     return told + table(FORECAST_HEADER, rows)
-
-
-def _forecast_ended(one: Mapping[str, Any]) -> str:
-    """Why an arm has no forecast."""
-    at = one["diverged_at"]
-    how = ending(at) if at == NEVER_BEGUN else f"its forecast {ending(at)}"
-    return f"{how}: {one['reason']}"
 
 
 def _terms(result: GuardResult) -> list[list[str]]:
@@ -498,106 +488,3 @@ def _markdown(body: Mapping[str, Any]) -> Sequence[str]:
     ]
     means = [f"Means of {body['seeds']} runs each.", ""] if body["seeds"] > 1 else []
     return [f"Protected fine-tunes: {body['sentence']}", "", *means, *head, *rows, ""]
-
-
-def guard_text(outcome: Any) -> str:
-    """The arms side by side, the recommendation, and the report's path (or what it waits for) last."""
-    found = outcome.found
-    if found["rule"] == NOTHING:
-        return "\n".join([found["sentence"], outcome.last_line])
-    rows = [
-        [
-            ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
-            *(
-                [f"{_ended(arm, found)}: {arm['reason']}", *[""] * 6]
-                if arm["diverged_at"] is not None
-                else [
-                    _signed(arm["safety"]),
-                    _share(arm["drift_share"]),
-                    _signed(arm["control"]),
-                    _task(arm),
-                    _refused(arm["refusals"], found["answered_prompts"]),
-                    _refused(arm["ordinary_refusals"], found["ordinary_prompts"]),
-                    _ratio(arm["cost"]),
-                ]
-            ),
-        ]
-        for arm in found["arms"]
-    ]
-    header = [f"  after {found['last']} of {found['horizon']} steps", "safety", "of plain", "control"]
-    lines = [
-        found["sentence"],
-        "",
-        text_table(rows, [*header, "task loss", "refuses", "ordinary", "CPU time"]),
-        "",
-        *([f"each number is a mean of {found['seeds']} runs (guard.seeds)"] if found["seeds"] > 1 else []),
-        f"safety: change of the loss of {found['safety_rows']} safety rows (nats/token), "
-        + ("held out" if found["heldout"] else "NOT held out"),
-        f"task loss: {found['task_rows']} {found['task_source']} (nats/token), with the change against plain "
-        "± its standard error",
-        _answers(found),
-        *_forecasts(found),
-        *[f"caveat: {warning}" for warning in found["warnings"]],
-    ]
-    return "\n".join([*lines, outcome.last_line])
-
-
-def _signed(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:+.3f}"
-
-
-def _refused(count: float | None, prompts: int) -> str:
-    return "–" if count is None else f"{count:g} of {prompts}"
-
-
-def _answers(found: Mapping[str, Any]) -> str:
-    """What the refusals are counted on, or why they are not."""
-    if found["refusals_missing"]:
-        return f"refusals not measured: {found['refusals_missing']}"
-    before = f"the aligned model refuses {_refused(found['aligned_refusals'], found['answered_prompts'])}"
-    return f"refuses: answers to safety prompts after the last step, told by their opening; {before}"
-
-
-def _forecasts(found: Mapping[str, Any]) -> list[str]:
-    """Which arms were only forecast, and what that said; nothing where all were trained."""
-    left = [one for one in found["forecasts"][1:] if not one["chosen"]]
-    if not left:
-        return []
-    rows = [
-        [
-            f"  {one['label']}",
-            *(
-                [_forecast_ended(one), "", ""]
-                if one["diverged_at"] is not None
-                else [_share(one["kept"]), _more(one["task_cost"]), _signed(one["safety"])]
-            ),
-        ]
-        for one in left
-    ]
-    chosen = sum(one["chosen"] for one in found["forecasts"])
-    header = ["  forecast only (--all trains them)", "openings kept", "task loss", "safety"]
-    return [
-        "",
-        text_table(rows, header),
-        "",
-        f"trained are the {chosen} of {len(found['forecasts']) - 1} arms that by their forecasts keep most "
-        f"openings, then drift least, at ≤ {found['tolerated_task_loss']:.0%} more task loss",
-    ]
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
-
-
-def _more(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.1%}"
-
-
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"× {value:.2f}"
-
-
-def _task(arm: Mapping[str, Any]) -> str:
-    error = f" ± {100 * arm['task_error']:.1f}" if arm["task_error"] else ""
-    cost = "" if arm["task_cost"] is None else f" ({_more(arm['task_cost'])}{error})"
-    return f"{arm['task']:.3f}{cost}" if arm["task"] is not None else "not measured"

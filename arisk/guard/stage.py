@@ -150,5 +150,5 @@ GUARD = Stage(
     ),
     example="--steps 100",
     found=_found,
-    text="arisk.guard.page:guard_text",
+    text="arisk.guard.printed:guard_text",
 )

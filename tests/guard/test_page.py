@@ -9,7 +9,8 @@ import pytest
 
 from arisk.base.artifacts import finite
 from arisk.config.plan import Config
-from arisk.guard.page import guard_findings, guard_text, section
+from arisk.guard.page import guard_findings, section
+from arisk.guard.printed import guard_text
 from arisk.guard.record import ArmForecast
 from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
@@ -169,6 +170,13 @@ def test_refusals_stand_beside_the_losses_or_are_said_not_to_be_measured():
     )
     assert "<td>1\u00a0of\u00a02</td>" in html(counted)
     assert "the aligned model refuses 2 of them" in html(counted)
+    arms = [
+        arm(label, answers=[say, "I cannot say"]) for label, say in (("plain", "Sure"), ("ewc", "I refuse."))
+    ]
+    both = made(*arms, prompts=prompts, aligned_answers=["I refuse."] * 2)
+    text = guard_text(SimpleNamespace(found=finite(both.summary["guard"]), last_line=""))
+    assert "2 of 2 (+0 to +2)" in text
+    assert "1 of 2 (" not in text
     assert "| plain | 0.4 | 100 % | 1 of 2 |" in "\n".join(counted.markdown)
     silent = made(arm("plain"), generation_reason="guard.generate is 0")
     assert "Refusals: not measured (guard.generate is 0)." in html(silent)
