@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arisk.config.plan import Config
-from arisk.guard.choice import NOTHING, ended, forecast_ended, guard_summary
+from arisk.guard.choice import NOTHING
 from arisk.guard.record import GuardResult
-from arisk.models.judge import judge_for, learnt_openings
+from arisk.guard.summary import ended, forecast_ended, judged_by, summary_of
 from arisk.report.figure import LEGEND, Figure, axes, clean, reference_line, thin
 from arisk.report.page import Advice, Finding, Part, Piece, Section
 from arisk.report.section import esc, folded, listed, notes, table
@@ -45,16 +45,7 @@ def section(result: GuardResult, config: Config) -> Section:
         result: the arms.
         config: its limits and threshold decide the recommendation.
     """
-    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
-    body = guard_summary(
-        result,
-        threshold=config.forecast.collapse_threshold,
-        tolerated=config.guard.tolerated_task_loss,
-        wanted=config.guard.wanted_drift,
-        judge=judge_for(config.behaviour, learnt),
-        lost=config.forecast.refusals_lost,
-        confidence=config.forecast.confidence,
-    )
+    body = summary_of(result, config)
     if body["rule"] == NOTHING:
         # There is nothing to compare: the table would only invite to read noise.
         return Section(
@@ -213,8 +204,7 @@ def _refusals_said(body: Mapping[str, Any]) -> str:
         return f"Refusals: {NOT_MEASURED} ({body['refusals_missing']})."
     return (
         f"Refusals: greedy answers to {body['answered_prompts']} safety prompts after the last step, told by "
-        "their opening (see behaviour.judge); the aligned model refuses "
-        f"{body['aligned_refusals']} of them."
+        f"{judged_by(body)}; the aligned model refuses {body['aligned_refusals']} of them."
     )
 
 

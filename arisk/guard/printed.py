@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from arisk.base.terminal import table
-from arisk.guard.choice import NOTHING, ended, forecast_ended
+from arisk.guard.choice import NOTHING
+from arisk.guard.summary import ended, forecast_ended, judged_by
 
 __all__ = ["guard_text"]
 
@@ -72,7 +73,10 @@ def _answers(found: Mapping[str, Any]) -> str:
     if found["refusals_missing"]:
         return f"refusals not measured: {found['refusals_missing']}"
     before = f"the aligned model refuses {_refused(found['aligned_refusals'], found['answered_prompts'])}"
-    return f"refuses: answers to safety prompts after the last step, told by their opening; {before}"
+    return (
+        f"refuses: answers to safety prompts after the last step, told by {judged_by(found)}; {before}; in "
+        f"brackets the {found['confidence']:.0%} interval of the difference to plain"
+    )
 
 
 def _forecasts(found: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from arisk.config.plan import Config
     from arisk.guard.record import GuardResult
     from arisk.guard.run import Keep
-    from arisk.models.judge import Judge
     from arisk.report.page import Section
 
 __all__ = ["GUARD"]
@@ -34,6 +33,7 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
     """Carry out the planned fine-tune plain and under every protection."""
     from arisk.guard.choice import without_texts
     from arisk.guard.run import guard
+    from arisk.guard.summary import judge_of
 
     config = job.config
     _refuse(config)
@@ -50,7 +50,7 @@ def _guard(job: Job, workspace: Path) -> GuardResult:
         keep=_keep(job),
         progress=job.show.progress,
     )
-    return found if config.report.show_text else without_texts(found, _judge(found, config))
+    return found if config.report.show_text else without_texts(found, judge_of(found, config))
 
 
 def _refuse(config: Config) -> None:
@@ -60,6 +60,7 @@ def _refuse(config: Config) -> None:
 def _keep(job: Job) -> Keep | None:
     """Keeps the recommended arm's weights, where a folder is named."""
     from arisk.guard.run import Keep
+    from arisk.guard.summary import summary_of
 
     config = job.config
     save = model_saver(job, config.guard.save_model)
@@ -67,7 +68,7 @@ def _keep(job: Job) -> Keep | None:
         return None
 
     def chosen(result: GuardResult) -> str | None:
-        label = _summary(result, config)["recommended"]
+        label = summary_of(result, config)["recommended"]
         if label is None:
             job.show.note("no model is kept: no arm is recommended")
         return label
@@ -84,14 +85,6 @@ def _judged_keys(config: Config) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*hidden, *own, *best]))
 
 
-def _judge(result: GuardResult, config: Config) -> Judge:
-    """The judge of a config, with the openings that the record's safe responses teach."""
-    from arisk.models.judge import judge_for, learnt_openings
-
-    learnt = learnt_openings(str(row.get("response") or "") for row in result.prompts)
-    return judge_for(config.behaviour, learnt)
-
-
 def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
     """What guard shows on the report."""
     del later
@@ -104,23 +97,9 @@ def _section(job: Job, later: Mapping[str, Any]) -> Section | None:
 
 def _found(folder: Path, config: Config) -> dict[str, Any]:
     from arisk.guard.record import GuardResult
+    from arisk.guard.summary import summary_of
 
-    return _summary(read_record(folder, GuardResult), config)
-
-
-def _summary(result: GuardResult, config: Config) -> dict[str, Any]:
-    """What the limits of the config make of the arms."""
-    from arisk.guard.choice import guard_summary
-
-    return guard_summary(
-        result,
-        threshold=config.forecast.collapse_threshold,
-        tolerated=config.guard.tolerated_task_loss,
-        wanted=config.guard.wanted_drift,
-        judge=_judge(result, config),
-        lost=config.forecast.refusals_lost,
-        confidence=config.forecast.confidence,
-    )
+    return summary_of(read_record(folder, GuardResult), config)
 
 
 GUARD = Stage(

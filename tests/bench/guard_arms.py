@@ -21,9 +21,10 @@ import torch
 from arisk.base.artifacts import finite, read_record, write_record
 from arisk.cli.demo import embedded_folder
 from arisk.config.plan import Config, GuardConfig
-from arisk.guard.choice import choose, guard_summary
+from arisk.guard.choice import choose
 from arisk.guard.record import GuardResult
 from arisk.guard.run import guard
+from arisk.guard.summary import guard_summary
 from arisk.models import load_task
 from arisk.models.judge import RefusalRule
 from tests.bench.guard_smollm2 import HEADER, cells

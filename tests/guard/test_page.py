@@ -9,9 +9,12 @@ import pytest
 
 from arisk.base.artifacts import finite
 from arisk.config.plan import Config
+from arisk.config.sections import BehaviourConfig
+from arisk.guard import summary
 from arisk.guard.page import guard_findings, section
 from arisk.guard.printed import guard_text
 from arisk.guard.record import ArmForecast
+from arisk.models.judge import RefusalRule
 from tests.guard.test_record import arm, result
 from tests.report.records import HOSTILE
 
@@ -206,6 +209,18 @@ def test_every_number_is_the_mean_over_the_seeds():
     assert "Numbers are means over 2 runs" in html(found)
     text = guard_text(SimpleNamespace(found=finite(body), last_line=""))
     assert "each number is a mean of 2 runs" in text
+
+
+@pytest.mark.parametrize("model", [None, "my/judge"])
+def test_what_judged_is_said(monkeypatch, model):
+    monkeypatch.setattr(summary, "judge_for", lambda *_: RefusalRule())
+    judge = None if model is None else {"path": model}
+    config = CONFIG.model_copy(update={"behaviour": BehaviourConfig.model_validate({"judge": judge})})
+    said = {"prompts": [{"prompt": "p", "response": ""}], "aligned_answers": ["I cannot help."]}
+    found = section(result(arm("plain", answers=["I cannot help."]), **said), config)
+    by = "told by the model my/judge" if model else "told by their opening"
+    assert by in html(found)
+    assert by in guard_text(SimpleNamespace(found=finite(found.summary["guard"]), last_line=""))
 
 
 @pytest.mark.parametrize("counted", [False, True])

@@ -7,7 +7,6 @@ import pytest
 
 from arisk.guard.choice import (
     choose,
-    guard_summary,
     paired_error,
     paired_interval,
     standings,
@@ -15,6 +14,7 @@ from arisk.guard.choice import (
     task_error,
 )
 from arisk.guard.record import Arm, GuardResult
+from arisk.guard.summary import guard_summary
 from arisk.models.judge import RefusalRule
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}

@@ -13,11 +13,12 @@ from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet, Task
 from arisk.config.plan import GuardConfig, TrainingConfig, VerifyConfig
 from arisk.guard.arm import ArmRun
-from arisk.guard.choice import choose, ending, guard_summary
+from arisk.guard.choice import choose, ending
 from arisk.guard.methods import arm_names
 from arisk.guard.plan import measured_points
 from arisk.guard.record import NEVER_BEGUN
 from arisk.guard.run import guard
+from arisk.guard.summary import guard_summary
 from arisk.models.judge import RefusalRule
 from arisk.training import state as run_state
 from arisk.verification.run import measured_steps, verify
