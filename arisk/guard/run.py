@@ -192,9 +192,9 @@ class ArmComparison:
         finetune = self.plan.task.finetune
         batches: Any = finetune.batches
         if hasattr(batches, "reseeded"):
-            finetune = replace(finetune, batches=batches.reseeded(number))
+            finetune = replace(finetune, batches=batches.reseeded(STRIDE * number))
         task = replace(self.plan.task, finetune=finetune)
-        return replace(self.plan, task=task, seed=self.plan.seed + number)
+        return replace(self.plan, task=task, seed=self.plan.seed + STRIDE * number)
 
     def plain(self, plan: ArmPlan, repeat: int) -> list[Arm]:
         """The plain arm, and those that are read off it."""
@@ -336,6 +336,9 @@ def _ordinary(task: Task, config: GuardSettings) -> Writer:
     return writer(task.control, count, config.max_new_tokens, setting="guard.ordinary")
 
 
+#: From the seed of one repeat to that of the next. Epoch e is shuffled, and step t draws its noise, by
+#: seed + e or t: so near seeds would share nearly all of both.
+STRIDE = 1_000_000
 #: The method whose rows the aligned model writes itself.
 OWN = "own_replay"
 #: Arms that are trained after all have been forecast.

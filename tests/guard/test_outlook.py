@@ -15,7 +15,8 @@ from arisk.guard.choice import best_forecasts, forecast_task_cost
 from arisk.guard.outlook import saves, shortened
 from arisk.guard.plan import ArmPlan
 from arisk.guard.record import ArmForecast
-from arisk.guard.run import Keep, guard
+from arisk.guard.run import ArmComparison, Keep, guard
+from arisk.models import load_task
 from arisk.training.recipe import recipe_of
 from tests.guard.test_references import carried_out, config_of
 from tests.guard.test_run import RECIPE, classify, data, read, task_of, timeless
@@ -207,6 +208,22 @@ def test_further_seeds_train_the_same_arms_on_another_order():
     assert "one order" not in " ".join(found.warnings)
     lists = run(steps=6, methods=["plain", "replay"], seeds=2)
     assert "The data has one order" in " ".join(lists.warnings)
+
+
+def test_repeats_share_no_order_of_an_epoch():
+    config = config_of()
+    task = load_task(config, device=torch.device("cpu"))
+    layout = layout_of(task.model, task.parameter_names)
+    settings = {"config": config.guard, "training": config.training, "steps": 4, "behaviour": None}
+    found = ArmComparison(ArmPlan.of(task, layout, seed=0, **settings), None)
+    orders, minibatches = [], []
+    for plan in map(found.plan_of, range(3)):
+        batches = plan.task.finetune.batches
+        epochs = [range(e * batches.per_epoch, (e + 1) * batches.per_epoch) for e in range(4)]
+        orders += [tuple(row for n in epoch for row in batches.indices(n)) for epoch in epochs]
+        minibatches += [plan.seed + epoch for epoch in range(1000)]
+    assert len(set(orders)) == len(orders)
+    assert len(set(minibatches)) == len(minibatches)
 
 
 def test_held_out_rows_are_measured_where_there_are_some():
