@@ -149,6 +149,7 @@ class ArmComparison:
         self.numbers = {name.label: number for number, name in enumerate(self.names)}
         self.derived = [name for name in self.names if METHODS[name.method].read_off is not None]
         self.others = [name for name in self.names[1:] if name not in self.derived]
+        #: Weights of finished arms, where there is no workspace to keep them in.
         self.ends: dict[str, list[Tensor]] = {}
 
     def first(self) -> tuple[list[Arm], list[ArmForecast]]:
@@ -296,35 +297,39 @@ class ArmComparison:
         return None if self.workspace is None else self.workspace / "-".join(part for part in parts if part)
 
     def finished(self, name: ArmName, repeat: int) -> Arm | None:
-        """An arm that an earlier process finished, with its weights where they are wanted."""
+        """An arm that an earlier process finished; None as well where its weights are wanted and gone."""
         folder = self.folder(name, repeat)
         done = from_first(lambda: _read(folder, Arm))
         if done is None or not self.keeps or repeat or done.diverged_at is not None:
             return done
         assert folder is not None
-        tensors = from_first(lambda: read_tensors(folder / END) if (folder / END).exists() else None)
-        if tensors is None:
-            return None
-        self.ends[name.label] = [tensors[str(i)] for i in range(len(tensors))]
-        return done
+        return done if from_first((folder / END).exists) else None
 
     def ended(self, arm: Arm, repeat: int) -> None:
-        """Keep the weights of an arm that stands at its end."""
+        """Keep the weights of an arm that stands at its end: on disk, as all arms' would fill the memory."""
         if not self.keeps or repeat or arm.diverged_at is not None:
             return
         parameters = parameters_of(self.plan.task.model, self.plan.layout)
-        self.ends[arm.label] = [p.detach().cpu().clone() for p in parameters]
         folder = self.folder(self.name_of(arm), repeat)
-        if folder is not None and is_first():
-            write_tensors(folder / END, {str(i): end for i, end in enumerate(self.ends[arm.label])})
+        if folder is None:
+            self.ends[arm.label] = [p.detach().cpu().clone() for p in parameters]
+        elif is_first():
+            write_tensors(folder / END, {str(i): p.detach().cpu() for i, p in enumerate(parameters)})
 
     def keep_chosen(self, result: GuardResult, keep: Keep) -> None:
         """Hand over the model with the weights of the recommended arm."""
         label = keep.choose(result)
-        if label is None or label not in self.ends or not is_first():
+        if label is None or not is_first():
             return
+        folder = self.folder(self.names[self.numbers[label]], 0)
+        parameters = parameters_of(self.plan.task.model, self.plan.layout)
+        if folder is None:
+            values = self.ends[label]
+        else:
+            kept = read_tensors(folder / END)
+            values = [kept[str(i)] for i in range(len(parameters))]
         with keeping_parameters(self.plan.task.model, self.plan.layout):
-            put(parameters_of(self.plan.task.model, self.plan.layout), self.ends[label])
+            put(parameters, values)
             keep.save(self.plan.task.model)
 
 
@@ -478,8 +483,8 @@ def _passes(scene: CostScene) -> dict[str, float]:
     measuring_rows = looked(task, given.control_samples) + given.task_samples
     written = _answers(task, given)
     total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    total["answer tokens"] = written * (1 + len(derived))
-    total["forward rows"] = float(len(derived) * measuring_rows)
+    total["answer tokens"] = written * (1 + given.seeds * len(derived))
+    total["forward rows"] = float(given.seeds * len(derived) * measuring_rows)
     whole = [_arm_passes(scene, arm, last) for arm in others]
     _add(total, _setting_up(scene, others, last))
     if not given.all and saves(last, len(others), BEST):

@@ -2,20 +2,22 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from arisk.base.task import SampleSet
 from arisk.config.plan import BehaviourConfig, GuardConfig, TrainingConfig
-from arisk.gradients import layout_of
+from arisk.engine.stage import CostScene
+from arisk.gradients import layout_of, measuring
 from arisk.guard import methods
 from arisk.guard import run as comparison
 from arisk.guard.choice import best_forecasts, forecast_task_cost
 from arisk.guard.outlook import saves, shortened
-from arisk.guard.plan import ArmPlan
+from arisk.guard.plan import ArmPlan, measured_points
 from arisk.guard.record import ArmForecast
-from arisk.guard.run import ArmComparison, Keep, guard
+from arisk.guard.run import ArmComparison, Keep, guard, guard_cost
 from arisk.models import load_task
 from arisk.training.recipe import recipe_of
 from tests.guard.test_references import carried_out, config_of
@@ -190,6 +192,31 @@ def test_kept_weights_survive_an_interruption(tmp_path):
     run(workspace=tmp_path, keep=keep)
     run(workspace=tmp_path, keep=keep)
     assert torch.equal(*kept)
+
+
+def test_weights_of_finished_arms_wait_on_disk(tmp_path):
+    task = task_of()
+    layout = layout_of(task.model, task.parameter_names)
+    settings = GuardConfig(methods=["plain", "alpha"])
+    training = TrainingConfig().model_copy(update=RECIPE)
+    plan = ArmPlan.of(task, layout, config=settings, training=training, steps=2, seed=0, behaviour=None)
+    with measuring(task.model, layout):
+        found = ArmComparison(plan, tmp_path, keep=Keep(lambda _: None, lambda _: None))
+        arms = found.plain(plan, 0)
+    assert len(arms) == len(list(tmp_path.glob("arm-*/end.safetensors"))) == 4
+    assert found.ends == {}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_arms_read_off_the_plain_run_are_counted_on_every_seed(seeds):
+    """Plain and three α; twelve safety and four control rows, four of the task, two answers of 24 tokens."""
+    settings = {"methods": ["plain", "alpha"], "seeds": seeds, "generate": 2, "ordinary": 0}
+    config = config_of(guard={**settings, "task_samples": 4, "control_samples": 4})
+    task = load_task(config, device=torch.device("cpu"))
+    passes = guard_cost(CostScene(task, config, Path(), {}, {"gradients": 0.0}, {})).passes
+    points = len(measured_points(4))
+    assert passes["forward rows"] == seeds * (points + 3) * (12 + 4 + 4)
+    assert passes["answer tokens"] == (1 + seeds * 4) * 2 * 24
 
 
 def test_further_seeds_train_the_same_arms_on_another_order():
