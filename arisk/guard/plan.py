@@ -154,7 +154,8 @@ class ArmName:
         label: unique.
         method: its name in `METHODS`.
         strength: c or λ; None where there is none.
-        kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection.
+        kind: `loss`, `after` or `as_given` for a penalty, `conflict` or `subspace` for projection, `rate` or
+            `steps` for a smaller plan.
     """
 
     label: str

@@ -19,7 +19,7 @@ class Arm:
 
     Attributes:
         label: unique name, `plain` or the method with its strength.
-        method: `plain`, `alignguard`, `ewc`, `projection` or `replay`.
+        method: its name in `arisk.config.names.METHODS`.
         strength: as configured; None where the method has none.
         weights: the λ that the strength came to, by term.
         note: what it guards, and what not.

@@ -57,7 +57,7 @@ def test_all_are_forecast_and_the_best_two_are_trained():
     assert chosen == [
         label
         for label in [*labels, "drift_replay 0.3"]
-        if label in best_forecasts(found.forecasts, 0.05, 2, found.plain)
+        if label in best_forecasts(found.forecasts, GuardConfig().tolerated_task_loss, 2, found.plain)
     ]
     assert [arm.label for arm in found.arms] == ["plain", *chosen, "alpha 0.25", "alpha 0.5", "alpha 0.75"]
     assert all(torch.equal(p, q) for p, q in zip(task.model.parameters(), before, strict=True))
