@@ -373,6 +373,11 @@ def choose(
         share = "" if math.isnan(one.drift_share) else f", {one.drift_share:.0%} of the plain drift"
         refuses = f", refuses {one.refusals:g}{before}" if limits.by_refusals else ""
         told += f" The nearest is {one.label}: safety {one.safety:+.3f} nats{share}{refuses}."
+    dearer = [one for one in others if one.task_cost > tolerated and limits.enough(one)]
+    if dearer:
+        one = min(dearer, key=lambda one: one.task_cost)
+        refuses = f" (refuses {one.refusals:g})" if limits.by_refusals else ""
+        told += f" {one.label} keeps enough{refuses}, but at {one.task_cost:+.1%} task loss."
     return Choice(None, "none met", told)
 
 

@@ -102,7 +102,8 @@ def _forecasts(found: Mapping[str, Any]) -> list[str]:
         table(rows, header),
         "",
         f"trained are the {chosen} of {len(found['forecasts']) - 1} arms that by their forecasts keep most "
-        f"openings, then drift least, at ≤ {found['tolerated_task_loss']:.0%} more task loss",
+        f"openings, then drift least; those above {found['tolerated_task_loss']:.0%} more task loss come "
+        "last, the cheaper ones first",
     ]
 
 

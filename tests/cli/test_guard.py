@@ -11,6 +11,7 @@ import pytest
 
 from arisk.base.artifacts import read_record
 from arisk.config.names import METHODS
+from arisk.guard.choice import forecast_task_cost
 from arisk.guard.record import GuardResult
 from tests.cli.test_cli import environment
 from tests.cli.test_verify import TASK
@@ -199,3 +200,37 @@ def test_the_embedded_model_runs_every_method(tmp_path):
     assert "have Fisher 0 and are not guarded" in next(
         arm["note"] for arm in body["arms"] if arm["label"] == "ewc 10"
     )
+
+
+def test_all_are_forecast_and_the_best_two_trained(tmp_path):
+    """The default way, on the embedded model: the others stand there with what chose between them."""
+    demo = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
+    short = [
+        *("training.max_steps=30", "training.batch_size=2", "safety.max_samples=8", "run.threads=1"),
+        *("verify.safety.max_samples=4", "guard.task_samples=4", "guard.control_samples=4"),
+        *("guard.generate=4", "guard.ordinary=2", "guard.max_new_tokens=8", "guard.methods=[replay,kl]"),
+        *(
+            "training.learning_rate=5.0e-3",
+            "forecast.collapse_threshold=1.0e-6",
+            "guard.kl.rows=2",
+            "guard.replay.rows=2",
+        ),
+    ]
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "arisk", "guard", demo, "--run-dir", str(folder)]
+    sets = [part for item in short for part in ("--set", item)]
+    done = subprocess.run([*command, *sets], check=True, capture_output=True, text=True, env=environment())
+    result = read_record(folder / "guard", GuardResult)
+    assert [one.label for one in result.forecasts] == ["plain", "replay 0.1", "replay 0.3", "kl 1", "kl 2"]
+    chosen = [one.label for one in result.forecasts if one.chosen]
+    assert len(chosen) == 2
+    assert [arm.label for arm in result.arms] == ["plain", *chosen]
+    lines = done.stdout.splitlines()
+    header = next(i for i, line in enumerate(lines) if "forecast only (--all trains them)" in line)
+    assert lines[header].split()[-5:] == ["openings", "kept", "task", "loss", "safety"]
+    for one in result.forecasts[1:]:
+        rows = [line.split() for line in lines[header:] if line.startswith(f"  {one.label} ")]
+        cost = forecast_task_cost(one, result.forecasts[0], result.plain)
+        said = [*one.label.split(), f"{one.kept:.0%}", f"{cost:+.1%}", f"{one.safety:+.3f}"]
+        assert rows == ([] if one.chosen else [said])
+    assert any(line.startswith("trained are the 2 of 4 arms") for line in lines)

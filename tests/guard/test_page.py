@@ -42,7 +42,7 @@ def test_each_method_gets_one_sentence_by_its_best_arm():
     sentences = told(
         arm("plain", 1.0, final_safety=[1.0, 1.1]),
         arm("replay 0.1", 0.2, 1.01, final_safety=[0.2, 0.31]),
-        arm("replay 0.3", 0.1, 1.02, final_safety=[0.1, 0.21]),
+        arm("replay 0.3", 0.1, 1.018, final_safety=[0.1, 0.21]),
         arm("ewc 10", 0.05, 1.6),
         arm("alignguard 3", 0.99, 1.0, final_safety=[1.5, 0.5]),
         arm("projection conflict", 1.4, 1.0, final_safety=[1.4, 1.5]),

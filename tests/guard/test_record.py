@@ -88,8 +88,9 @@ def test_the_least_drift_within_both_limits_wins():
 def test_none_met_names_the_nearest():
     choice = choose(result(arm("plain"), arm("ewc", 0.3, 1.01), arm("replay", 0.01, 1.5)), **LIMITS)
     assert (choice.label, choice.rule) == (None, "none met")
-    assert "ewc" in choice.sentence
+    assert "nearest is ewc" in choice.sentence
     assert "75%" in choice.sentence
+    assert "replay keeps enough, but at +50.0% task loss." in choice.sentence
 
 
 def test_nothing_to_protect():
