@@ -45,11 +45,13 @@ class Choice:
         label: the arm, or None where none can be recommended.
         rule: which of the rules spoke: `plain diverged`, `nothing to protect`, `met`, `none met`.
         sentence: the same in words.
+        by_refusals: whether refusals decided; else drift did.
     """
 
     label: str | None
     rule: str
     sentence: str
+    by_refusals: bool = False
 
 
 def ending(diverged_at: int) -> str:
@@ -366,7 +368,7 @@ def choose(
             told = f"refuses {one.refusals:g} of {prompts} prompts{before},"
         elif math.isfinite(gone):
             cost += f" Refusals tell no difference: {own.refusals:g} of {prompts} (before: {refusing:g})."
-        return Choice(one.label, "met", f"{one.label}: {told} {cost}")
+        return Choice(one.label, "met", f"{one.label}: {told} {cost}", limits.by_refusals)
     told = f"No arm reaches {limits.said(gone)}."
     if within:
         one = min(within, key=limits.place)
@@ -378,7 +380,7 @@ def choose(
         one = min(dearer, key=lambda one: one.task_cost)
         refuses = f" (refuses {one.refusals:g})" if limits.by_refusals else ""
         told += f" {one.label} keeps enough{refuses}, but at {one.task_cost:+.1%} task loss."
-    return Choice(None, "none met", told)
+    return Choice(None, "none met", told, limits.by_refusals)
 
 
 def _surely_lost(said: Said, own: Standing, confidence: float) -> bool:

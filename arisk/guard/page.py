@@ -364,10 +364,10 @@ def _points(whole: Sequence[Mapping[str, Any]], key: str, named: set[str | None]
 
 
 def _limits(body: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    """Lines at both limits; none where plain loses nothing that could be kept."""
+    """Lines at both limits; none where what is drawn does not decide, or plain does not drift."""
     before = body["aligned_refusals"] if key == "refusals" else 0.0
     end, limit = body["arms"][0][key], 100 * body["tolerated_task_loss"]
-    if not (before > end if key == "refusals" else end > 0):
+    if not (body["by_refusals"] if key == "refusals" else end > 0):
         return []
     level = before + body["wanted_drift"] * (end - before)
     drift = reference_line(horizon=level, text="")["shape"]

@@ -75,6 +75,7 @@ def guard_summary(
         "recommended": choice.label,
         "rule": choice.rule,
         "sentence": choice.sentence,
+        "by_refusals": choice.by_refusals,
         "horizon": result.horizon,
         "last": result.last,
         "threshold": threshold,

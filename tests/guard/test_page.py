@@ -211,6 +211,17 @@ def test_every_number_is_the_mean_over_the_seeds():
     assert "each number is a mean of 2 runs" in text
 
 
+@pytest.mark.parametrize(("left", "lines"), [(1, 2), (9, 0)])
+def test_limits_are_drawn_where_refusals_decide(left, lines):
+    """Of ten refusals plain loses nine, or one, which is chance: then drift decides, which is not drawn."""
+    says = {n: ["refused"] * n + ["answered"] * (10 - n) for n in (left, 10)}
+    prompts = [{"prompt": str(i), "response": ""} for i in range(10)]
+    arms = [arm("plain", outcomes=says[left]), arm("replay 0.3", 0.1, outcomes=says[10])]
+    found = made(*arms, prompts=prompts, aligned_outcomes=says[10])
+    assert found.summary["guard"]["recommended"] == "replay 0.3"
+    assert len(figures(found)[0].layout["shapes"]) == lines
+
+
 @pytest.mark.parametrize("model", [None, "my/judge"])
 def test_what_judged_is_said(monkeypatch, model):
     monkeypatch.setattr(summary, "judge_for", lambda *_: RefusalRule())
