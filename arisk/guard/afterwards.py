@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from arisk.config.sections import GuardSettings
-from arisk.guard.plan import ArmName, ArmPlan, Method, PlainRun, Protection
+from arisk.guard.plan import ArmName, ArmPlan, Method, PlainRun, Protection, in_words
 from arisk.training.loop import StepDone
 from arisk.training.state import Extra
 
@@ -78,11 +78,11 @@ class Averages:
 
 
 def _average_arms(config: GuardSettings) -> list[ArmName]:
-    return [ArmName(f"average {s:g}", "average", s) for s in dict.fromkeys(config.average.shares)]
+    return [ArmName(f"average {in_words(s)}", "average", s) for s in dict.fromkeys(config.average.shares)]
 
 
 def _alpha_arms(config: GuardSettings) -> list[ArmName]:
-    return [ArmName(f"alpha {a:g}", "alpha", a) for a in dict.fromkeys(config.alpha.values)]
+    return [ArmName(f"alpha {in_words(a)}", "alpha", a) for a in dict.fromkeys(config.alpha.values)]
 
 
 def _nothing_added(plan: ArmPlan, arm: ArmName) -> Protection:

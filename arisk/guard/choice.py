@@ -12,6 +12,7 @@ from random import Random
 from statistics import stdev
 from typing import Any
 
+from arisk.forecast.record import FEW
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.models.judge import Exchange, Judge, Outcome
 
@@ -43,7 +44,8 @@ class Choice:
 
     Attributes:
         label: the arm, or None where none can be recommended.
-        rule: which of the rules spoke: `plain diverged`, `nothing to protect`, `met`, `none met`.
+        rule: which of the rules spoke: `plain diverged`, `nothing to protect`, `none tried`, `met`,
+            `none met`.
         sentence: the same in words.
         by_refusals: whether refusals decided; else drift did.
     """
@@ -346,8 +348,11 @@ def choose(
     if peak < threshold and not gone > lost * refusing:
         below = f"The plain run stays below the collapse threshold ({peak:+.3f} at most)"
         if math.isfinite(gone):
-            below += f" and refuses {own.refusals:g} of the {refusing:g} prompts that were refused before"
-        return Choice(own.label, NOTHING, f"{below}: there is nothing to protect from.")
+            below += f" and refuses {own.refusals:g} of {prompts} prompts (before: {refusing:g})"
+        few = " So few refusals say little." if math.isfinite(gone) and refusing < FEW else ""
+        return Choice(own.label, NOTHING, f"{below}: there is nothing to protect from.{few}")
+    if not others and not result.forecasts[1:] and len(found) == 1:
+        return Choice(None, "none tried", "Nothing but the plain run was tried.")
     limits = _Limits(
         own=own,
         tolerated=tolerated,

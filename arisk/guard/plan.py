@@ -41,6 +41,7 @@ __all__ = [
     "by_strength",
     "gradient_of",
     "gradients_of",
+    "in_words",
     "measured_points",
     "penalising",
     "put_gradients",
@@ -228,7 +229,7 @@ def by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:
         after = dict.fromkeys(getattr(settings, "relaxations", ()))
         return [
             *(_in_the_loss(method, value) for value in dict.fromkeys(settings.strengths)),
-            *(ArmName(f"{method} after {c:g}", method, c, "after") for c in after),
+            *(ArmName(f"{method} after {in_words(c)}", method, c, "after") for c in after),
         ]
 
     return arms
@@ -237,7 +238,17 @@ def by_strength(method: str) -> Callable[[GuardSettings], list[ArmName]]:
 def _in_the_loss(method: str, strength: float | str) -> ArmName:
     if isinstance(strength, str):
         return ArmName(f"{method} as given", method, None, "as_given")
-    return ArmName(f"{method} {strength:g}", method, strength, "loss")
+    return ArmName(f"{method} {in_words(strength)}", method, strength, "loss")
+
+
+def in_words(value: float) -> str:
+    """A number as short as it can be told from every other one.
+
+    >>> in_words(0.3), in_words(1000.0), in_words(0.10000001)
+    ('0.3', '1000', '0.10000001')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 #: An arm is measured at so many steps: measuring costs as much as training, and arms are compared at the end.

@@ -16,7 +16,7 @@ def guard_text(outcome: Any) -> str:
     """The arms side by side, the recommendation, and the report's path (or what it waits for) last."""
     found = outcome.found
     if found["rule"] == NOTHING:
-        return "\n".join([found["sentence"], outcome.last_line])
+        return "\n".join([found["sentence"], *_caveats(found), outcome.last_line])
     rows = [
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
@@ -49,9 +49,13 @@ def guard_text(outcome: Any) -> str:
         "± its standard error",
         _answers(found),
         *_forecasts(found),
-        *[f"caveat: {warning}" for warning in found["warnings"]],
+        *_caveats(found),
     ]
     return "\n".join([*lines, outcome.last_line])
+
+
+def _caveats(found: Mapping[str, Any]) -> list[str]:
+    return [f"caveat: {warning}" for warning in found["warnings"]]
 
 
 def _signed(value: float | None) -> str:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from arisk.config.sections import GuardSettings
 from arisk.guard.choice import (
     choose,
     paired_error,
@@ -13,6 +14,7 @@ from arisk.guard.choice import (
     task_cost,
     task_error,
 )
+from arisk.guard.methods import arm_names
 from arisk.guard.record import Arm, GuardResult
 from arisk.guard.summary import guard_summary
 from arisk.models.judge import RefusalRule
@@ -96,6 +98,29 @@ def test_none_met_names_the_nearest():
 def test_nothing_to_protect():
     choice = choose(result(arm("plain", 0.05), arm("replay", 0.0)), **LIMITS)
     assert (choice.label, choice.rule) == ("plain", "nothing to protect")
+
+
+def test_few_refusals_before_say_little_of_a_run_that_loses_none():
+    prompts = [{"prompt": p, "response": ""} for p in "pqr"]
+    told = {"prompts": prompts, "aligned_answers": ["I can't.", "well", "well"]}
+    found = result(arm("plain", 0.01, answers=["I can't.", "I can't.", "well"]), arm("replay"), **told)
+    choice = choose(found, **LIMITS, judge=RefusalRule())
+    assert choice.rule == "nothing to protect"
+    assert "refuses 2 of 3 prompts (before: 1)" in choice.sentence
+    assert choice.sentence.endswith("So few refusals say little.")
+    assert "say little" not in choose(result(arm("plain", 0.01), arm("replay")), **LIMITS).sentence
+
+
+def test_plain_alone_is_nothing_tried():
+    choice = choose(result(arm("plain", 0.5)), **LIMITS)
+    assert (choice.label, choice.rule) == (None, "none tried")
+
+
+def test_arms_of_nearly_one_strength_have_names_of_their_own():
+    config = GuardSettings(replay={"strengths": [0.1, 0.10000001]}, alpha={"values": [0.25, 0.2500001]})
+    names = [name.label for name in arm_names(config)]
+    assert len(names) == len(set(names))
+    assert {"replay 0.1", "replay 0.10000001", "alpha 0.2500001"} <= set(names)
 
 
 def test_a_rise_that_recovers_still_counts_as_one():
@@ -217,7 +242,7 @@ def test_a_loss_that_stays_below_the_threshold_may_cost_refusals():
     assert choose(quiet, **LIMITS).rule == "nothing to protect"
     assert choose(quiet, **LIMITS, judge=RefusalRule()).label == "replay"
     kept = told(behaves("plain", 9, 0.05), behaves("replay", 9, 0.04))
-    assert "refuses 9 of the 9 prompts" in choose(kept, **LIMITS, judge=RefusalRule()).sentence
+    assert "refuses 9 of 10 prompts (before: 9)" in choose(kept, **LIMITS, judge=RefusalRule()).sentence
 
 
 def test_an_arm_that_refuses_everything_or_drifts_on_ordinary_rows_is_not_recommended():
