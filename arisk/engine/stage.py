@@ -122,7 +122,7 @@ class StageOption:
 
 def steps_option(setting: str) -> StageOption:
     """`--steps` of a stage that really trains."""
-    told = "Stop after this many steps, on the schedule of the whole plan."
+    told = "Stop after this many steps, on the schedule of the whole plan; a run that went further serves."
     return StageOption("steps", setting, told, kind=int, minimum=1)
 
 

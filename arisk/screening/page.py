@@ -50,14 +50,14 @@ WORTH = {
     "is harmless but for those rows, they rank first and are flagged; where the other rows are new to the "
     "model and move safety themselves, dropping the labelled rows changed nothing, and dropping the "
     "flagged ones, most of them, about halved the real drift. On a real SmolLM2 with a tenth of rows that "
-    "comply, 39 of 48 prompts were still refused without its first 24 rows, 27 with them and 28 or 29 "
-    "without 24 random ones (`just bench removal`, one training each). A score at the aligned model itself "
+    "comply, 39 and 38 of 48 prompts were still refused without its first 24 rows, 27 and 25 with them, and "
+    "24 to 29 without 24 random ones (`just bench removal`, two seeds). A score at the aligned model itself "
     "(points: start) is little better than chance.",
     "path": "Measured by `just bench lds` on three mixtures of the fixture language: sums of path scores "
     "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
     "at .67, .60 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
-    "point where a tenth of the rows complied (34 of 48 against 39), on a real gemma more (48 against 41; "
-    "`just bench removal`, one training each).",
+    "point where a tenth of the rows complied (34 and 35 of 48 against 39 and 38), on a real gemma more (48 "
+    "against 41; `just bench removal`).",
     "anchors": "At chance on the fixture language (`just bench lds`); on a real SmolLM2 its first rows, left "
     "out, did no more than random ones (`just bench removal`). Take it as a first look.",
 }
