@@ -57,7 +57,7 @@ WORTH = {
     "foretell 160 real runs on half of the rows at rank correlations of .86, .74 and .70, scores at a point "
     "at .67, .60 and .71. On a real SmolLM2 leaving out its first rows kept fewer refusals than those of a "
     "point where a tenth of the rows complied (34 and 35 of 48 against 39 and 38), on a real gemma more (48 "
-    "against 41; `just bench removal`).",
+    "and 47 against 41 and 39; `just bench removal`, two seeds).",
     "anchors": "At chance on the fixture language (`just bench lds`); on a real SmolLM2 its first rows, left "
     "out, did no more than random ones (`just bench removal`). Take it as a first look.",
 }
