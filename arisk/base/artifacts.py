@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
+    "RECORD_FILE",
+    "TENSORS_FILE",
     "WORKSPACES",
     "aligned",
     "disk_error",
@@ -45,6 +47,8 @@ __all__ = [
 
 #: The config that a run directory keeps, as it was resolved for the last run.
 CONFIG_FILE = "config.yaml"
+#: Values and tensors of a record, in a folder of its own.
+RECORD_FILE, TENSORS_FILE = "record.json", "tensors.safetensors"
 #: Version of everything in a run directory; a reader refuses a newer one.
 FORMAT_VERSION = 1
 
@@ -64,8 +68,8 @@ def write_record(directory: Path, record: Any) -> None:
     tensors: dict[str, Any] = {}
     values = _parted(record, "", tensors)
     body = {"format_version": FORMAT_VERSION, "type": type(record).__name__, "values": values}
-    write_tensors(directory / "tensors.safetensors", tensors)
-    write_text(directory / "record.json", json.dumps(body, indent=1, allow_nan=False) + "\n")
+    write_tensors(directory / TENSORS_FILE, tensors)
+    write_text(directory / RECORD_FILE, json.dumps(body, indent=1, allow_nan=False) + "\n")
 
 
 def read_record(directory: Path, cls: type[Record]) -> Record:
@@ -74,11 +78,11 @@ def read_record(directory: Path, cls: type[Record]) -> Record:
     Raises:
         ArtifactError: a file is missing, damaged, of a newer format, or of another record.
     """
-    path = directory / "record.json"
+    path = directory / RECORD_FILE
     body = read_json(path)
     if body.get("type") != cls.__name__ or not isinstance(body.get("values"), dict):
         raise _damaged(path, f"it holds {body.get('type')!r}, not {cls.__name__!r}")
-    tensors = read_tensors(directory / "tensors.safetensors")
+    tensors = read_tensors(directory / TENSORS_FILE)
     try:
         found, missing = _joined(cls, body["values"], "", tensors)
     except (AttributeError, KeyError, TypeError, ValueError) as err:
@@ -154,7 +158,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as err:
         raise _damaged(path, "it is missing") from err
     except (SafetensorError, OSError, ValueError, KeyError) as err:
-        raise _damaged(path, _cause(err)) from err
+        raise _unread(path, err) from err
 
 
 #: Bytes at which torch begins memory of its own.
@@ -196,7 +200,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as err:
         raise _damaged(path, "it is missing") from err
     except (OSError, ValueError, RecursionError) as err:
-        raise _damaged(path, _cause(err)) from err
+        raise _unread(path, err) from err
     version = body.get("format_version") if isinstance(body, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise _damaged(path, "it has no format_version")
@@ -267,11 +271,21 @@ def disk_error(err: OSError, path: Path) -> ArtifactError:
 WORKSPACES = ".partial"
 
 
+def _unread(path: Path, err: Exception) -> ArtifactError:
+    """What a failed reading means: the file is damaged, unless the system would not read it just now."""
+    damaged = _damaged(path, _cause(err))
+    lasting = (errno.EINVAL, errno.EFBIG, errno.EISDIR, errno.ENOTDIR)
+    if isinstance(err, OSError) and err.errno not in lasting:
+        return ArtifactError(str(damaged.what), where=damaged.where, fix="check the disk, then run again")
+    return damaged
+
+
 def _damaged(path: Path, why: str) -> DamagedError:
     folders = path.parts
     fix = f"run `arisk run CONFIG --from {path.parent.name}` to make it again"
     if WORKSPACES in folders:
-        work = Path(*folders[: folders.index(WORKSPACES) + 2])
+        last = len(folders) - 1 - folders[::-1].index(WORKSPACES)
+        work = Path(*folders[: last + 2])
         fix = f"remove {work}, and run the same command again"
     return DamagedError(f"an artifact cannot be read: {why}", where=str(path), fix=fix)
 

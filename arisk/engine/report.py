@@ -133,7 +133,7 @@ def report_stage(stages: Sequence[Stage]) -> Stage:
     aside = tuple(stage.name for stage in stages if stage.optional or stage.explains is not None)
     return Stage(
         name=REPORT,
-        version=14,
+        version=15,
         help="The HTML page and the summaries, from the artifacts",
         run=_report,
         upstream=tuple(stage.name for stage in stages if stage.name not in aside),

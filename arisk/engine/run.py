@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arisk.base import processes
-from arisk.base.artifacts import finite, read_json, read_record, write_record
+from arisk.base.artifacts import (
+    RECORD_FILE,
+    TENSORS_FILE,
+    WORKSPACES,
+    finite,
+    read_json,
+    read_record,
+    write_record,
+)
 from arisk.base.errors import AriskError, ArtifactError, ConfigError, DamagedError
 from arisk.config.plan import Config
 from arisk.config.yaml import dump_config
@@ -106,13 +114,14 @@ def run_stages(
     processes.join()
 
     def prepared() -> tuple[dict[str, Any], list[StageState]]:
-        _refuse_own_files(catalogue, config, rundir)
         cache = DigestCache(run_dir / ".digests.json")
         inputs = input_fingerprints(config, cache)
         cache.save()
         states = plan(catalogue, config, inputs, rundir, asked=only, force=force)
+        due = aim.due(states, wanted, upstream=upstream)
+        _refuse_own_files(config, rundir, due)
         rundir.write("config.yaml", dump_config(config))
-        for name in aim.due(states, wanted, upstream=upstream):
+        for name in due:
             if (refuse := catalogue.get(name).before) is not None:
                 refuse(config)
         return inputs, states
@@ -298,23 +307,36 @@ def run_task(
     return job
 
 
-def _refuse_own_files(catalogue: Catalogue, config: Config, rundir: RunDir) -> None:
-    """Refuse data that a stage of this very run writes: it would be replaced while it is read.
+def _refuse_own_files(config: Config, rundir: RunDir, due: Sequence[str]) -> None:
+    """Refuse data and folders for a model where a stage that is to run puts its own files.
+
+    Data would be replaced while it is read, and a model with the stage's folder.
+
+    Args:
+        config: of the run.
+        rundir: the run directory.
+        due: stages that are to run.
 
     Raises:
-        ConfigError: a data set lies in the folder of a stage.
+        ConfigError: one lies in the folder of such a stage.
     """
     from arisk.config.plan import data_sets
 
-    folders = [rundir.stage_dir(stage.name).resolve() for stage in catalogue]
-    for name, parts in data_sets(config).items():
-        for path in (Path(part.path).resolve() for part in parts if part.path is not None):
-            if any(path.is_relative_to(folder) for folder in folders):
-                raise ConfigError(
-                    "this file is written by the run that would read it",
-                    where=f"{name}.path: {path}",
-                    fix="give another run directory by --run-dir, or copy the file elsewhere",
-                )
+    data = data_sets(config).items()
+    read = [(f"{name}.path", part.path) for name, parts in data for part in parts if part.path is not None]
+    saved = [
+        (f"{name}.save_model", path)
+        for name, path in (("verify", config.verify.save_model), ("guard", config.guard.save_model))
+        if name in due and path is not None
+    ]
+    folders = [rundir.stage_dir(name).resolve() for name in due] + [(rundir.path / WORKSPACES).resolve()]
+    for setting, path in (*read, *saved):
+        if any(Path(path).expanduser().resolve().is_relative_to(folder) for folder in folders):
+            raise ConfigError(
+                "the run puts its own files there, and replaces what is in it",
+                where=f"{setting}: {path}",
+                fix="give another run directory by --run-dir, or another place for this",
+            )
 
 
 @contextmanager
@@ -349,15 +371,7 @@ def _execute(job: Job, state: StageState) -> None:
     started = time.monotonic()
     workspace = processes.from_first(lambda: job.rundir.workspace(stage.name, state.key))
     job.records.pop(stage.name, None)
-    try:
-        made = _made(stage, job, workspace)
-    except DamagedError as err:
-        # The others wait where this one failed.
-        if processes.world() > 1 or not Path(err.where).is_relative_to(workspace):
-            raise
-        job.show.note(f"{stage.name:<9} begins anew: {Path(err.where).name} of a stopped run cannot be read")
-        remove_tree(workspace)
-        made = _made(stage, job, job.rundir.workspace(stage.name, state.key))
+    made = _made_over_damage(stage, job, workspace)
 
     def commit() -> None:
         if made is not None:
@@ -378,6 +392,37 @@ def _execute(job: Job, state: StageState) -> None:
     if made is not None:
         # As the next process would find it: sums over another memory layout round otherwise.
         job.records[stage.name] = read_record(job.rundir.stage_dir(stage.name), type(made))
+
+
+def _made_over_damage(stage: Stage, job: Job, workspace: Path) -> Any:
+    """The stage's record; what a stopped run left in the workspace and cannot be read is made again.
+
+    First the damaged file or record alone goes, so that the rest of the work is kept; where that does not
+    help, all of it.
+
+    Raises:
+        DamagedError: several processes share the work, as the others wait where one has failed; or the stage
+            cannot read what it has just written.
+    """
+    gone = set[Path]()
+    while True:
+        try:
+            return _made(stage, job, workspace)
+        except DamagedError as err:
+            file = Path(err.where)
+            inside = file.is_relative_to(workspace)
+            if processes.world() > 1 or not inside or workspace in gone:
+                raise
+            part = file.parent if file.name in (RECORD_FILE, TENSORS_FILE) else file
+            part = workspace if part in gone or not part.exists() else part
+            told = "all of it" if part == workspace else part.relative_to(workspace)
+            job.show.note(f"{stage.name:<9} {file.name} cannot be read: {told} is made again")
+            gone.add(part)
+            if part.is_dir():
+                remove_tree(part)
+            else:
+                part.unlink()
+            workspace.mkdir(exist_ok=True)
 
 
 def _made(stage: Stage, job: Job, workspace: Path) -> Any:

@@ -116,10 +116,10 @@ def _advice(found: ScreenResult, kept: str) -> list[Advice]:
         with_all, without = (round(told["end"] * told["prompts"]) for told in refused)
         if without < with_all:
             return []
-        fewer = (
-            f"{without} of {refused[1]['prompts']} prompts are forecast to be refused at the end, not "
-            f"{with_all} ({fewer})"
-        )
+        if without > with_all:
+            prompts = refused[1]["prompts"]
+            told = f"{without} of {prompts} prompts are forecast to be refused at the end, not {with_all}"
+            fewer = f"{told} ({fewer})"
     told = f"Drop the {count} flagged row{'' if count == 1 else 's'}: {fewer}."
     return [Advice(told, "run" if kept else "", f"--set finetune.path={shlex.quote(kept)}", 0)]
 

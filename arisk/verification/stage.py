@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arisk.base.artifacts import read_record
+from arisk.base.artifacts import WORKSPACES, disk_error, read_record
 from arisk.base.errors import ConfigError
 from arisk.engine.job import Job
 from arisk.engine.stage import Stage, StageOption, steps_option
@@ -103,7 +103,8 @@ def refuse_saving(config: Config, folder: Path | None, setting: str) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        used = next(folder.iterdir(), None)
+        # What a stopped run left half written may go.
+        used = next((file for file in folder.iterdir() if file.name != WORKSPACES), None)
     except OSError as err:
         raise ConfigError(
             f"the folder for the tuned model cannot be made: {err.strerror}",
@@ -127,11 +128,17 @@ def model_saver(job: Job, folder: Path | None) -> Callable[[Any], None] | None:
         from arisk.engine.rundir import remove_tree
         from arisk.models.loading import save_tuned
 
-        # Whole or not at all: a folder with half a model would look like one.
-        begun = folder.with_name(f".{folder.name}.partial")
+        # Whole or not at all: what lies half written is below a name that no loader looks at.
+        begun = folder / WORKSPACES
         remove_tree(begun)
         save_tuned(model, job.config.model, begun)
-        begun.replace(folder)
+        try:
+            # The files that say that here is a model come last.
+            for file in sorted(begun.iterdir(), key=lambda file: file.name.endswith("config.json")):
+                file.replace(folder / file.name)
+            begun.rmdir()
+        except OSError as err:
+            raise disk_error(err, folder) from err
         job.show.note(f"the tuned model is kept in {folder}")
 
     return keep

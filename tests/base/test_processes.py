@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,14 @@ def carried_out(folder, count, *extra, errors=None, verb="run", configs=None, pr
     command += [*(configs or [str(ROOT / "configs" / "demo.yaml")]), "--run-dir", str(folder)]
     command += [*(part for item in SETTINGS for part in ("--set", item)), *extra]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, timeout=300, check=False
-    )
+    shown = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+    with subprocess.Popen(command, env=env, cwd=ROOT, start_new_session=True, **shown) as running:
+        try:
+            out, err = running.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # The workers too, not the launcher alone.
+            raise
+    return subprocess.CompletedProcess(command, running.returncode, out, err)
 
 
 def finish(*given, **options):

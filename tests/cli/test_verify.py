@@ -12,7 +12,7 @@ import pytest
 
 from arisk import cli
 from arisk.config.yaml import load_config
-from arisk.verification.stage import VERIFY, model_saver
+from arisk.verification.stage import VERIFY, model_saver, refuse_saving
 from tests.cli.test_cli import SMALL, environment
 
 ROOT = Path(__file__).parents[2]
@@ -378,10 +378,30 @@ def test_a_model_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
     folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
         keep(None)
-    assert not list(folder.iterdir())
+    # Nothing that a loader takes for a model, and nothing that stands in the way of the same command.
+    assert [file.name for file in folder.iterdir()] == [".partial"]
+    refuse_saving(SimpleNamespace(model=SimpleNamespace(source="hf")), folder, "verify.save_model")
     keep(None)
     assert [file.name for file in folder.iterdir()] == ["adapter"]
     assert [place.name for place in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_model_is_kept_through_a_link_and_in_the_folder_at_hand(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+
+    def save(model, config, place):
+        place.mkdir()
+        (place / "adapter").touch()
+
+    monkeypatch.setattr("arisk.models.loading.save_tuned", save)
+    job = SimpleNamespace(config=SimpleNamespace(model=None), show=SimpleNamespace(note=lambda _: None))
+    model_saver(job, tmp_path / "link")(None)
+    assert [file.name for file in (tmp_path / "real").iterdir()] == ["adapter"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model_saver(job, Path())(None)
+    assert [file.name for file in Path().iterdir()] == ["adapter"]
 
 
 def test_a_task_from_python_keeps_no_model(monkeypatch, capsys, tmp_path):

@@ -758,5 +758,8 @@ def test_dropping_is_no_advice_where_fewer_are_refused_without_the_rows(refused,
     )
     shown = section(found, show_text=True, max_examples=3, kept="kept.jsonl")
     assert bool(shown.advice) == advised
+    if advised:
+        more = refused is not None and refused[1] > refused[0]
+        assert ("to be refused at the end, not" in shown.advice[0].sentence) == more
     if refused:
         assert "80 %: 5 to 43" in "".join(piece.html for piece in shown.pieces)
