@@ -353,10 +353,10 @@ def test_the_table_of_protections_is_what_is_kept():
     text = (KEPT.parent.parent / "README.md").read_text(encoding="utf-8")
     for job in jobs:
         best = job.best()
-        line = next(line for line in text.splitlines() if line.startswith(f"| {int(job.name[:2])}, "))
-        assert ", ".join(map(str, job.refused("plain"))) in line
+        lines = [line for line in text.splitlines() if line.startswith(f"| {int(job.name[:2])}, ")]
+        line = next(line for line in lines if ", ".join(map(str, job.refused("plain"))) in line)
         assert best.split()[0] in line
         assert ", ".join(map(str, job.refused(best))) in line
         assert f"{job.saved(best):.0%}".replace("%", " %") in line
-    reached = [job.saved(job.best()) >= SAVED for job in jobs]
-    assert (sum(reached), len(reached)) == (4, 6)
+    reached = {job.name for job in jobs if job.saved(job.best()) >= SAVED}
+    assert (len(reached), len({job.name for job in jobs})) == (4, 6)
