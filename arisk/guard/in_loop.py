@@ -4,6 +4,9 @@ What is added to the loss has a `penalty()` whose `total` is a scalar with gradi
 has: add it in the loop, or give it to `GuardedTrainerMixin` as `mitigator`. Weights read off the run are
 observers: `begin`, `step` after every optimizer step, `end`; `arisk.models.trainer.following` makes a
 callback of one.
+
+The model may move to another device after a protection was made, as `Trainer(…)` moves it: rows, references
+and directions follow it.
 """
 
 from __future__ import annotations
@@ -103,9 +106,15 @@ def _minibatches(model: nn.Module, samples: SampleSet, rows: int, seed: int) -> 
     def following() -> object:
         nonlocal number
         number += 1
-        return stream.at(number)
+        return stream.at(number, next(model.parameters()).device)
 
     return following
+
+
+def _follow(tensors: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors where their parameters are by now; they stay there."""
+    tensors[:] = [tensor.to(p.device) for tensor, p in zip(tensors, parameters, strict=True)]
+    return tensors
 
 
 def replay(
@@ -163,7 +172,12 @@ def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Add
     with measuring(model, layout):
         diagonals = fisher_diagonals(model, layout, samples)
     reference = [p.detach().clone() for p in parameters]
-    return Addition("consolidation", lambda: weight * ewc_penalty(parameters, reference, diagonals))
+
+    def value() -> Tensor:
+        here = _follow(reference, parameters), _follow(diagonals, parameters)
+        return weight * ewc_penalty(parameters, *here)
+
+    return Addition("consolidation", value)
 
 
 def project_against(parameters: Sequence[nn.Parameter], loss: Tensor) -> float:
@@ -241,8 +255,8 @@ def subspace_projection(model: nn.Module, samples: SampleSet, *, rank: int = 32)
     """
     parameters, layout = _trained(model), trained_layout(model)
     with measuring(model, layout):
-        directions = safety_subspace(model, layout, samples, rank=rank)
-    return lambda: project_outside(parameters, directions)
+        directions = [safety_subspace(model, layout, samples, rank=rank)]
+    return lambda: project_outside(parameters, _follow(directions, parameters[:1])[0])
 
 
 def _resumed(what: str, fix: str) -> ConfigError:

@@ -22,7 +22,7 @@ class SafetyBatches:
         samples: the safety samples.
         rows: largest minibatch.
         seed: seed of the orders.
-        device: where the batches go.
+        device: where the batches go first.
     """
 
     def __init__(self, samples: SampleSet, rows: int, seed: int, device: torch.device) -> None:
@@ -33,11 +33,19 @@ class SafetyBatches:
             for start in range(0, batch_size(batch), rows)
         ]
 
-    def at(self, number: int) -> Batch:
-        """The minibatch of optimizer step `number` (from 1)."""
+    def at(self, number: int, device: torch.device | None = None) -> Batch:
+        """The minibatch of optimizer step `number` (from 1).
+
+        Args:
+            number: of the step.
+            device: where the model is by now; the minibatch then stays there. None: where it is.
+        """
         epoch, place = divmod(number - 1, len(self.batches))
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return self.batches[int(torch.randperm(len(self.batches), generator=generator)[place])]
+        which = int(torch.randperm(len(self.batches), generator=generator)[place])
+        if device is not None:
+            self.batches[which] = move_batch(self.batches[which], device)
+        return self.batches[which]
 
 
 def mean_loss(samples: SampleSet) -> Callable[[nn.Module], float]:

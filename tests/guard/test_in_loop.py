@@ -297,3 +297,54 @@ def test_an_arm_whose_safety_gradient_is_not_a_number_is_named_and_the_others_go
     reasons = {arm.method: arm.reason for arm in found.arms}
     assert "safety gradient of projection" in reasons.pop("projection")
     assert set(reasons.values()) == {None}
+
+
+def moved(model):
+    """Move the model as `Trainer(…)` does, in place of its parameters; there is no other device here."""
+    for parameter in model.parameters():
+        gradient, parameter.grad = parameter.grad, None
+        torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach().to("meta")))
+        parameter.grad = None if gradient is None else gradient.to("meta")
+
+
+def test_safety_rows_follow_a_model_that_moves():
+    model, samples, devices = net(), task_of().safety, []
+
+    def seen(model, batch):
+        devices.append({x.device.type for x in batch})
+        return classify(model, batch)
+
+    samples = dataclasses.replace(samples, loss_fn=seen)
+    added, project = replay(model, samples), projection(model, samples)
+    added.value()
+    moved(model)
+    assert added.value().device.type == "meta"
+    classify(model, tuple(x.to("meta") for x in data(2, 1)[0])).mean().backward()
+    with pytest.raises(RuntimeError, match="meta tensors"):  # No number can be read there.
+        project()
+    assert devices == [{"cpu"}, {"meta"}, {"meta"}]
+
+
+def test_a_divergence_hands_its_rows_over_where_the_model_is():
+    model, _, safety = tiny()
+    added, devices = divergence(model, safety), []
+
+    def forward(*args, **kwargs):
+        devices.append(kwargs["input_ids"].device.type)
+        raise InterruptedError
+
+    model.forward = forward
+    moved(model)
+    with pytest.raises(InterruptedError):
+        added.value()
+    assert devices == ["meta"]
+
+
+def test_reference_diagonals_and_directions_follow_a_model_that_moves():
+    model, samples = net(), task_of().safety
+    added, project = consolidation(model, samples, weight=1.0), subspace_projection(model, samples, rank=3)
+    classify(model, data(2, 1)[0]).mean().backward()
+    moved(model)
+    assert added.value().device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        project()
