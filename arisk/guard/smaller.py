@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from arisk.base.errors import ConfigError
 from arisk.base.task import RowBatches, SampleSet
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import GuardSettings
@@ -77,14 +78,24 @@ def smaller_share(
 
     Args:
         history: (step, rise of the safety loss in nats) of the plain run, ascending, such as `history` of
-            `arisk.models.trainer.drift_watch`.
-        training: how that run trains.
+            `arisk.models.trainer.drift_watch`, up to its last step.
+        training: how that run trains, its schedule with it; `Trainer` decays linearly unless told otherwise.
         steps: its optimizer steps.
         kind: whether the learning rate or the steps become fewer.
 
     Returns:
         One of 0.8 … 0.1; 1/2 where the run does not drift.
+
+    Raises:
+        ConfigError: the history does not reach the last step, as of a run that was stopped, or goes past it.
     """
+    end = history[-1][0] if history else 0
+    if end != steps:
+        raise ConfigError(
+            f"the history ends at step {end}, and the run has {steps} optimizer steps",
+            where="smaller_share(history, …, steps)",
+            fix="watch a plain run to its end, without a threshold, and give its own number of steps",
+        )
     return _share_left([(0, 0.0), *history], recipe_of(training, steps), kind, steps)
 
 

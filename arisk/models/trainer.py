@@ -258,7 +258,7 @@ def drift_watch(
 
     Args:
         measure: `model -> mean safety loss`, such as `arisk.guard.mean_loss(samples)`.
-        every: optimizer steps between measurements.
+        every: optimizer steps between measurements; the last step is measured as well.
         threshold: drift (nats per response token) from which training stops; None only watches. A loss
             that is not finite stops as well.
         start: safety loss of the aligned model; default that at the beginning of training, which is wrong
@@ -289,7 +289,8 @@ def drift_watch(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Measure where it is due; ask for the end where the drift is too large."""
             del args
-            if state.global_step % every or self.start is None:
+            due = state.global_step % every == 0 or state.global_step == state.max_steps
+            if not due or self.start is None:
                 return
             loss = _measured(measure, kwargs["model"])
             drift = loss - self.start

@@ -55,6 +55,7 @@ def known_to(tmp_path):
         for batch in (job.finetune.batches.of([row]) for row in range(4))
     ]
     settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-3}
+    settings["lr_scheduler_type"] = transformers.TrainingArguments.lr_scheduler_type
     return {
         "Trainer": transformers.Trainer,
         "model": job.model,
@@ -94,4 +95,6 @@ def test_the_snippets_for_a_trainer_run(tmp_path):
     model.load_state_dict(before, strict=False)
     known["Trainer"](**known["once"], callbacks=[known["watch"]]).train()
     call = next(part for part in text.split("`") if part.startswith("guard.smaller_share("))
-    assert eval(call, known) == 0.5  # `every=10` looks at no step of two: no drift is known
+    assert f'schedule="{known["arguments"].lr_scheduler_type.value}"' in call
+    assert [step for step, _ in known["watch"].history] == [2]
+    assert 0 < eval(call.replace("steps=500", "steps=2"), known) < 1

@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+from arisk.base.errors import ConfigError
 from arisk.base.task import SampleSet
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import BehaviourConfig, GuardSettings
@@ -47,7 +48,15 @@ def test_the_share_is_read_off_a_watched_run_as_well():
     training = TrainingConfig().model_copy(update=RECIPE)
     history = [(step, step / 100) for step in range(10, 101, 10)]
     assert smaller_share(history, training, 100) == smaller_share(history, training, 100, "steps") == 0.5
-    assert smaller_share([], training, 100) == 0.5
+    assert smaller_share([(100, -0.1)], training, 100) == 0.5
+
+
+def test_a_watched_run_that_ended_early_is_not_taken_for_the_whole():
+    training = TrainingConfig().model_copy(update=RECIPE)
+    for history in ([(10, 0.05), (20, 0.2)], [], [(200, 0.2)]):
+        with pytest.raises(ConfigError, match="the run has 100 optimizer steps") as caught:
+            smaller_share(history, training, 100)
+        assert "without a threshold" in caught.value.fix
 
 
 def test_without_a_curve_it_is_half_and_where_nothing_helps_the_smallest():
