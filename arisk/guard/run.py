@@ -109,7 +109,8 @@ def guard(
         arms, forecasts = found.first()
         repeats = list[Arm]()
         if arms[0].diverged_at is None:
-            repeats = [arm for number in range(1, config.seeds) for arm in found.repeated(number, arms)]
+            for number in range(1, config.seeds):
+                repeats += found.repeated(number, arms, forecasts)
         result = _result(plan, found, arms, forecasts, repeats)
         if keep is not None:
             found.keep_chosen(result, keep)
@@ -157,15 +158,14 @@ class ArmComparison:
         plain = self.plain(self.plan, 0)
         if plain[0].diverged_at is not None:
             return plain[:1], []
-        forecasts, rises = list[ArmForecast](), None
+        forecasts = list[ArmForecast]()
         chosen = self.others
         if not self.plan.config.all and saves(self.plan.last, len(self.others), BEST):
             forecasts = self.forecasts(plain[0])
             labels = self.best(forecasts, plain[0])
             forecasts = [replace(one, chosen=one.label in labels) for one in forecasts]
             chosen = [name for name in self.others if name.label in labels]
-            rises = torch.tensor(forecasts[0].rises, dtype=torch.float64) if forecasts[0].rises else None
-        plan = replace(self.plan, plain=plain[0], rises=rises)
+        plan = replace(self.plan, plain=plain[0], rises=_at_risk(forecasts))
         arms = [*plain, *self.trained(plan, chosen, 0)]
         return sorted(arms, key=lambda arm: self.numbers[arm.label]), forecasts
 
@@ -176,15 +176,15 @@ class ArmComparison:
             return [name.label for name in self.others]
         return best_forecasts(forecasts, self.plan.config.tolerated_task_loss, BEST, plain)
 
-    def repeated(self, number: int, arms: Sequence[Arm]) -> list[Arm]:
-        """The same arms once more, on the data in another order."""
+    def repeated(self, number: int, arms: Sequence[Arm], forecasts: Sequence[ArmForecast]) -> list[Arm]:
+        """The same arms once more, on the data in another order; rows at risk are those of the forecasts."""
         plan = self.plan_of(number)
         plain = self.plain(plan, number)
         labels = {arm.label for arm in arms if arm.diverged_at != NEVER_BEGUN}
         chosen = [name for name in self.others if name.label in labels]
         if plain[0].diverged_at is not None:
             return plain[:1]
-        return [*plain, *self.trained(replace(plan, plain=plain[0]), chosen, number)]
+        return [*plain, *self.trained(replace(plan, plain=plain[0], rises=_at_risk(forecasts)), chosen, number)]
 
     def plan_of(self, number: int) -> ArmPlan:
         """The plan of a seed; 0 is the plan's own."""
@@ -247,8 +247,8 @@ class ArmComparison:
             self.progress(f"forecast: {name.label}", number, len(names))
             done = self.forecast(plan, name)
             found.append(done)
-            if number == 0 and done.rises:
-                plan = replace(plan, rises=torch.tensor(done.rises, dtype=torch.float64))
+            if number == 0:
+                plan = replace(plan, rises=_at_risk(found))
         self.progress("forecast", len(names), len(names))
         return found
 
@@ -331,6 +331,12 @@ class ArmComparison:
         with keeping_parameters(self.plan.task.model, self.plan.layout):
             put(parameters, values)
             keep.save(self.plan.task.model)
+
+
+def _at_risk(forecasts: Sequence[ArmForecast]) -> Tensor | None:
+    """(N,) rise of each safety row's loss, as the plain arm's forecast tells it; None where none does."""
+    rises = forecasts[0].rises if forecasts else []
+    return torch.tensor(rises, dtype=torch.float64) if rises else None
 
 
 def _ordinary(task: Task, config: GuardSettings) -> Writer:

@@ -104,7 +104,7 @@ def _found(folder: Path, config: Config) -> dict[str, Any]:
 
 GUARD = Stage(
     name="guard",
-    version=11,
+    version=12,
     help="Really fine-tune plain and protected, and measure what protection costs and brings",
     run=_guard,
     config=(

@@ -237,6 +237,16 @@ def test_further_seeds_train_the_same_arms_on_another_order():
     assert "The data has one order" in " ".join(lists.warnings)
 
 
+def test_further_seeds_replay_the_rows_at_risk_of_the_first():
+    weak = {"strengths": [1e-6, 1e-5, 1e-4], "relaxations": []}
+    found = run(methods=["plain", "ewc", "drift_replay"], ewc=weak, seeds=2, tolerated_task_loss=9.0)
+    first, again = (
+        next(arm for arm in arms if arm.method == "drift_replay") for arms in (found.arms, found.repeats)
+    )
+    assert "rises most along the plain forecast" in first.note
+    assert again.note == first.note
+
+
 def test_repeats_share_no_order_of_an_epoch():
     config = config_of()
     task = load_task(config, device=torch.device("cpu"))

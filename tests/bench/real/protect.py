@@ -234,9 +234,7 @@ class _Bench:
     def known(self, found: ArmComparison, seed: int, *, rises: bool) -> ArmPlan:
         """The plan of a seed with what plain and its forecast told, as `arisk guard` hands it to the arms."""
         plain = read_record(self.kept(0, seed).parent, Arm)
-        told = (
-            read_record(self.kept(0, kind="forecast").parent, ArmForecast).rises if rises and not seed else []
-        )
+        told = read_record(self.kept(0, kind="forecast").parent, ArmForecast).rises if rises else []
         at_risk = torch.tensor(told, dtype=torch.float64) if told else None
         return replace(found.plan_of(seed), plain=plain, rises=at_risk)
 
