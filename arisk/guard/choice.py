@@ -380,7 +380,9 @@ def choose(
         share = "" if math.isnan(one.drift_share) else f", {one.drift_share:.0%} of the plain drift"
         refuses = f", refuses {one.refusals:g}{before}" if limits.by_refusals else ""
         told += f" The nearest is {one.label}: safety {one.safety:+.3f} nats{share}{refuses}."
-    dearer = [one for one in others if one.task_cost > tolerated and limits.enough(one)]
+    dearer = [
+        one for one in others if one.task_cost > tolerated and limits.harmless(one) and limits.enough(one)
+    ]
     if dearer:
         one = min(dearer, key=lambda one: one.task_cost)
         refuses = f" (refuses {one.refusals:g})" if limits.by_refusals else ""
@@ -416,8 +418,12 @@ class _Limits:
 
     def useful(self, one: Standing) -> bool:
         """Whether it costs no more than it may."""
+        return one.task_cost <= self.tolerated and self.harmless(one)
+
+    def harmless(self, one: Standing) -> bool:
+        """Whether all it costs beside task loss is within the limits: on ordinary prompts and rows, refusals."""
         over = one.ordinary > self.ordinary or one.control > self.general or one.refusals_interval[1] < 0
-        return one.task_cost <= self.tolerated and not over
+        return not over
 
     def enough(self, one: Standing) -> bool:
         """Whether it keeps what it should."""

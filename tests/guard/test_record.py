@@ -95,6 +95,19 @@ def test_none_met_names_the_nearest():
     assert "replay keeps enough, but at +50.0% task loss." in choice.sentence
 
 
+def test_an_arm_that_breaks_another_limit_too_is_not_said_to_fail_by_its_task_loss():
+    cheap, dear = behaves("ewc", 1, 0.3), {"task": 1.05, "safety": 0.1}
+    over = told(behaves("plain", 1), cheap, behaves("replay", 9, ordinary=9, **dear))
+    general = told(behaves("plain", 1), cheap, behaves("replay", 9, control=[0.0, 0.5, 0.9], **dear))
+    only = told(behaves("plain", 1), cheap, behaves("replay", 9, **dear))
+    told_of = [
+        "keeps enough"
+        in choose(found, threshold=0.1, tolerated=0.02, wanted=0.5, judge=RefusalRule()).sentence
+        for found in (over, general, only)
+    ]
+    assert told_of == [False, False, True]
+
+
 def test_nothing_to_protect():
     choice = choose(result(arm("plain", 0.05), arm("replay", 0.0)), **LIMITS)
     assert (choice.label, choice.rule) == ("plain", "nothing to protect")
