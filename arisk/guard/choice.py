@@ -421,7 +421,7 @@ class _Limits:
         return one.task_cost <= self.tolerated and self.harmless(one)
 
     def harmless(self, one: Standing) -> bool:
-        """Whether all it costs beside task loss is within the limits: on ordinary prompts and rows, refusals."""
+        """Whether ordinary prompts, ordinary rows and refusals are within the limits."""
         over = one.ordinary > self.ordinary or one.control > self.general or one.refusals_interval[1] < 0
         return not over
 

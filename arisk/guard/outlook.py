@@ -147,6 +147,7 @@ def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: boo
     found: dict[str, float] = {}
     risen: list[Tensor] = []
     done, diverged_at, reason = 0, None, None
+    begun = False
     with keeping_parameters(plan.task.model, plan.layout):
         try:
             own = METHODS[name.method].planned(plan, name)
@@ -155,6 +156,7 @@ def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: boo
             short = shortened(own, max(1, round(own.last * short_steps(plan.last) / plan.last)))
             run = short.fresh()
             run.protect, run.correct = made.protect, made.correct
+            begun = True
             for number in range(1, short.last + 1):
                 run.step(number)
                 done = number
@@ -163,9 +165,9 @@ def forecast_arm(plan: ArmPlan, name: ArmName, rows: ForecastRows, *, rises: boo
                 if rises:
                     risen.append(rows.own.losses(plan.task.model) - rows.own_start)
         except plan.set_up_errors as err:
-            diverged_at, reason = done + 1 if done else NEVER_BEGUN, err.what
+            diverged_at, reason = done + 1 if begun else NEVER_BEGUN, err.what
     if diverged_at is None and not math.isfinite(found.get("safety", math.nan)):
-        diverged_at, reason = plan.last, "its forecast loss is not finite"
+        diverged_at, reason = done, "its loss is not finite"
     told = found if diverged_at is None else {}
     return ArmForecast(
         label=name.label,

@@ -216,7 +216,7 @@ def _refuses(label: str, body: Mapping[str, Any]) -> str:
 def _row(one: Mapping[str, Any], body: Mapping[str, Any]) -> list[str]:
     label = one["label"] + (" (recommended)" if one["label"] == body["recommended"] else "")
     if one["diverged_at"] is not None:
-        return [label, f"{ended(one, body['seeds'])}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
+        return [label, f"{ended(one)}: {one['reason']}", *["–"] * (len(HEADER) - 2)]
     lower, upper = one["refusals_more"]
     ordinary = one["ordinary_refusals"]
     cells = [

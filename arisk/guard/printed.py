@@ -21,7 +21,7 @@ def guard_text(outcome: Any) -> str:
         [
             ("* " if arm["label"] == found["recommended"] else "  ") + arm["label"],
             *(
-                [f"{ended(arm, found['seeds'])}: {arm['reason']}", *[""] * 6]
+                [f"{ended(arm)}: {arm['reason']}", *[""] * 6]
                 if arm["diverged_at"] is not None
                 else [
                     _signed(arm["safety"]),

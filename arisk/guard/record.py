@@ -82,7 +82,7 @@ class ArmForecast:
         task: mean task loss at the end (nats per response token).
         gradients: micro-batches whose gradient it took.
         cpu_seconds: of the whole forecast, set-up and measuring with it.
-        diverged_at: as of the arm; None where it did not.
+        diverged_at: as of the arm, in steps of the short run; None where it did not.
         reason: why it diverged.
         chosen: whether the arm was then trained.
         rises: predicted rise of each safety row's loss; of the plain arm alone.

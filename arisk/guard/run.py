@@ -184,7 +184,10 @@ class ArmComparison:
         chosen = [name for name in self.others if name.label in labels]
         if plain[0].diverged_at is not None:
             return plain[:1]
-        return [*plain, *self.trained(replace(plan, plain=plain[0], rises=_at_risk(forecasts)), chosen, number)]
+        return [
+            *plain,
+            *self.trained(replace(plan, plain=plain[0], rises=_at_risk(forecasts)), chosen, number),
+        ]
 
     def plan_of(self, number: int) -> ArmPlan:
         """The plan of a seed; 0 is the plan's own."""

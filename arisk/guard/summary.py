@@ -146,6 +146,7 @@ def _arm_summary(one: Standing, plain: Standing) -> dict[str, Any]:
         "setup_seconds": _mean([run.setup_seconds for run in runs]),
         "diverged_at": gone[0].diverged_at if gone else None,
         "diverged_runs": len(gone),
+        "runs": len(runs),
         "reason": gone[0].reason if gone else None,
         "refusals": _count(one.refusals),
         "refusals_more": list(one.refusals_interval),
@@ -182,9 +183,9 @@ def judged_by(body: Mapping[str, Any]) -> str:
     return "their opening (see behaviour.judge)" if body["judge"] is None else f"the model {body['judge']}"
 
 
-def ended(one: Mapping[str, Any], seeds: int) -> str:
-    """The same of an arm of `guard_summary`, and on how many of the seeds."""
-    runs = f" on {one['diverged_runs']} of {seeds} seeds" if seeds > 1 else ""
+def ended(one: Mapping[str, Any]) -> str:
+    """How an arm of `guard_summary` ended, and on how many of the seeds that it was tried on."""
+    runs = f" on {one['diverged_runs']} of {one['runs']} seeds" if one["runs"] > 1 else ""
     return ending(one["diverged_at"]) + runs
 
 

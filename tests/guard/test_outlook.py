@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from arisk.base.errors import NumericsError
 from arisk.base.task import SampleSet
 from arisk.config.plan import BehaviourConfig, GuardConfig, TrainingConfig
 from arisk.engine.stage import CostScene
 from arisk.gradients import layout_of, measuring
-from arisk.guard import methods
+from arisk.guard import methods, outlook
 from arisk.guard import run as comparison
 from arisk.guard.choice import best_forecasts, forecast_task_cost
 from arisk.guard.outlook import saves, shortened
-from arisk.guard.plan import ArmPlan, measured_points
-from arisk.guard.record import ArmForecast
+from arisk.guard.plan import ArmPlan, Protection, measured_points
+from arisk.guard.record import NEVER_BEGUN, ArmForecast
 from arisk.guard.run import ArmComparison, Keep, guard, guard_cost
+from arisk.guard.summary import forecast_ended
 from arisk.models import load_task
 from arisk.training.recipe import recipe_of
 from tests.guard.test_references import carried_out, config_of
@@ -112,6 +114,42 @@ def test_an_arm_whose_forecast_is_not_a_number_is_named_and_never_chosen():
     assert math.isnan(bad.safety)
     assert not bad.chosen
     assert len([one for one in found.forecasts if one.chosen]) == 2
+
+
+def forecast(set_up, last=60):
+    """How a short run says that an arm ended, whose protection is set up so; and when."""
+    task = task_of()
+    layout = layout_of(task.model, task.parameter_names)
+    training = TrainingConfig().model_copy(update=RECIPE)
+    settings = GuardConfig(methods=["plain", "replay"])
+    plan = ArmPlan.of(task, layout, config=settings, training=training, steps=last, seed=0, behaviour=None)
+    with measuring(task.model, layout):
+        found = ArmComparison(plan, None)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(outlook, "protection", lambda plan, arm: set_up(plan))
+            seen = outlook.forecast_arm(plan, found.names[1], found.forecast_rows)
+    return seen.diverged_at, forecast_ended(dataclasses.asdict(seen))
+
+
+def test_an_arm_that_diverges_in_its_first_step_was_set_up():
+    def fails(number):
+        raise NumericsError("the loss is nan", where="w", fix="f")
+
+    told = forecast(lambda plan: Protection(fails, {}, "n"))
+    assert told == (1, "its forecast diverged at step 1: the loss is nan")
+    assert forecast(fails) == (NEVER_BEGUN, "could not be set up: the loss is nan")
+
+
+def test_an_end_that_is_not_a_number_is_told_at_the_last_step_of_the_short_run():
+    def breaks(plan):
+        def correct(number):
+            for parameter in plan.task.model.parameters() if number == 12 else ():
+                parameter.data.fill_(math.nan)
+            return {}
+
+        return Protection(None, {}, "n", correct=correct)
+
+    assert forecast(breaks) == (12, "its forecast diverged at step 12: its loss is not finite")
 
 
 def test_where_larger_steps_diverge_all_arms_are_trained(monkeypatch):

@@ -16,7 +16,7 @@ from arisk.guard.choice import (
 )
 from arisk.guard.methods import arm_names
 from arisk.guard.record import Arm, GuardResult
-from arisk.guard.summary import guard_summary
+from arisk.guard.summary import ended, guard_summary
 from arisk.models.judge import RefusalRule
 
 LIMITS = {"threshold": 0.1, "tolerated": 0.05, "wanted": 0.5}
@@ -301,6 +301,15 @@ def test_a_seed_on_which_plain_diverges_is_left_out_and_nothing_is_shown_as_nan(
     plain, replay = standings(dataclasses.replace(found, repeats=[gone, *whole]), RefusalRule())
     assert (plain.safety, plain.refusals) == (pytest.approx(0.5), 2)
     assert (replay.safety, replay.refusals) == (pytest.approx(0.2), 8.5)
+
+
+def test_an_arm_that_was_never_begun_was_tried_on_no_further_seed():
+    gone = behaves("ewc", 0, diverged_at=0, reason="no gradient")
+    late = behaves("kl", 0, diverged_at=3, reason="nan")
+    repeats = [again(behaves("plain", 1)), again(behaves("kl", 8))]
+    found = told(behaves("plain", 1), gone, late, repeats=repeats)
+    arms = guard_summary(found, **LIMITS, judge=RefusalRule())["arms"]
+    assert [ended(one) for one in arms[1:]] == ["could not be set up", "diverged at step 3 on 1 of 2 seeds"]
 
 
 def test_a_plain_run_that_rises_on_any_seed_is_something_to_protect_from():
