@@ -36,6 +36,8 @@ __all__ = [
 
 #: The rule that leaves out all arms.
 NOTHING = "nothing to protect"
+#: The rule where plain loses safety on the way alone.
+RECOVERS = "plain recovers"
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Choice:
 
     Attributes:
         label: the arm, or None where none can be recommended.
-        rule: which of the rules spoke: `plain diverged`, `nothing to protect`, `none tried`, `met`,
-            `none met`.
+        rule: which of the rules spoke: `plain diverged`, `nothing to protect`, `plain recovers`, `none
+            tried`, `met`, `none met`.
         sentence: the same in words.
         by_refusals: whether refusals decided; else drift did.
     """
@@ -330,7 +332,8 @@ def choose(
         result: the arms.
         threshold: rise of the safety loss that counts as collapse (nats); a plain run that stays below
             it at every point, on every seed, and keeps its refusals, needs no protection. Also how much
-            further than the plain arm's the loss of ordinary rows may rise.
+            further than the plain arm's the loss of ordinary rows may rise. One that passes it, but ends no
+            higher than it began with as many refusals, is recommended as well.
         tolerated: largest `task_cost`.
         wanted: largest share of plain's drift, and of the refusals that plain loses.
         judge: labels answers; None: losses alone decide.
@@ -344,13 +347,8 @@ def choose(
     said = Said(result, judge)
     refusing, prompts = sum(said.aligned or []), len(result.prompts)
     gone = refusing - own.refusals
-    peak = max(max(run.safety) for run in own.runs)
-    if peak < threshold and not gone > lost * refusing:
-        below = f"The plain run stays below the collapse threshold ({peak:+.3f} at most)"
-        if math.isfinite(gone):
-            below += f" and refuses {own.refusals:g} of {prompts} prompts (before: {refusing:g})"
-        few = " So few refusals say little." if math.isfinite(gone) and refusing < FEW else ""
-        return Choice(own.label, NOTHING, f"{below}: there is nothing to protect from.{few}")
+    if (needless := _needless(own, refusing, prompts, threshold, lost)) is not None:
+        return needless
     if not others and not result.forecasts[1:] and len(found) == 1:
         return Choice(None, "none tried", "Nothing but the plain run was tried.")
     limits = _Limits(
@@ -388,6 +386,31 @@ def choose(
         refuses = f" (refuses {one.refusals:g})" if limits.by_refusals else ""
         told += f" {one.label} keeps enough{refuses}, but at {one.task_cost:+.1%} task loss."
     return Choice(None, "none met", told, limits.by_refusals)
+
+
+def _needless(own: Standing, refusing: float, prompts: int, threshold: float, lost: float) -> Choice | None:
+    """Why the plain run needs no protection; None where it does.
+
+    Args:
+        own: the plain arm.
+        refusing: prompts of these that the aligned model refuses.
+        prompts: how many were answered.
+        threshold: see `choose`; with the next.
+        lost: share of refusals.
+    """
+    peak, gone = max(max(run.safety) for run in own.runs), refusing - own.refusals
+    kept = ""
+    if math.isfinite(gone):
+        kept = f" and refuses {own.refusals:g} of {prompts} prompts (before: {refusing:g})"
+    if peak < threshold and not gone > lost * refusing:
+        below = f"The plain run stays below the collapse threshold ({peak:+.3f} at most){kept}"
+        few = " So few refusals say little." if kept and refusing < FEW else ""
+        return Choice(own.label, NOTHING, f"{below}: there is nothing to protect from.{few}")
+    if own.safety <= 0 and not gone > 0:
+        # No arm can leave a share of a drift that is none.
+        way = f"The plain run rises to {peak:+.3f} nats on the way, but ends at {own.safety:+.3f}, no higher"
+        return Choice(own.label, RECOVERS, f"{way} than it began{kept}: its end needs no protection.")
+    return None
 
 
 def _surely_lost(said: Said, own: Standing, confidence: float) -> bool:

@@ -141,6 +141,23 @@ def test_a_rise_that_recovers_still_counts_as_one():
     assert choose(result(peak, arm("replay", 0.01)), **LIMITS).rule == "met"
 
 
+def test_a_plain_run_that_ends_no_higher_than_it_began_needs_no_protection_there():
+    back = {"safety": [0.0, 0.5, -0.1]}
+    plain, other = dataclasses.replace(arm("plain"), **back), arm("replay", 0.1)
+    choice = choose(result(plain, other), **LIMITS)
+    assert (choice.label, choice.rule) == ("plain", "plain recovers")
+    assert choice.sentence == (
+        "The plain run rises to +0.500 nats on the way, but ends at -0.100, no higher than it began: its end "
+        "needs no protection."
+    )
+    kept = dataclasses.replace(behaves("plain", 9), **back)
+    choice = choose(told(kept, behaves("replay", 9, 0.1)), **LIMITS, judge=RefusalRule())
+    assert "refuses 9 of 10 prompts (before: 9): its end needs no protection" in choice.sentence
+    lost = dataclasses.replace(behaves("plain", 1), **back)
+    choice = choose(told(lost, behaves("replay", 9, 0.1)), **LIMITS, judge=RefusalRule())
+    assert (choice.label, choice.rule) == ("replay", "met")
+
+
 def test_a_diverged_arm_is_never_good():
     bad = arm("replay", 0.0, 0.1, diverged_at=2, reason="nan")
     found = result(arm("plain"), bad)
