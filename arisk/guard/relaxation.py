@@ -40,7 +40,7 @@ def relax(
         v before the first and after the last step.
 
     Raises:
-        NumericsError: v or its gradient is NaN or infinite.
+        NumericsError: v or its gradient is NaN or infinite, before a step or after the last.
     """
     before = after = float("nan")
     for turn in range(repeats + 1):
@@ -48,16 +48,12 @@ def relax(
             current = value()
         after = float(current.detach())
         before = after if turn == 0 else before
+        _require_finite(after, after)
         if turn == repeats or not current.requires_grad:
             break
         gradients = torch.autograd.grad(current, list(parameters), allow_unused=True)
         square = squared_norm(gradients)
-        if not abs(after) < float("inf") or not square < float("inf"):
-            raise NumericsError(
-                f"the penalty diverges: its value is {after}",
-                where="penalty applied after the step",
-                fix="lower the relaxation factor, or `training.learning_rate`",
-            )
+        _require_finite(square, after)
         if square == 0:
             break
         with torch.no_grad():
@@ -65,3 +61,12 @@ def relax(
                 if gradient is not None:
                     parameter.sub_(gradient.to(parameter.dtype), alpha=factor * after / square)
     return before, after
+
+
+def _require_finite(number: float, value: float) -> None:
+    if not abs(number) < float("inf"):
+        raise NumericsError(
+            f"the penalty diverges: its value is {value}",
+            where="penalty applied after the step",
+            fix="lower the relaxation factor, or `training.learning_rate`",
+        )

@@ -38,3 +38,9 @@ def test_a_penalty_that_is_not_finite_says_so_and_moves_nothing():
     with pytest.raises(NumericsError, match="diverges"):
         relax((x * float("nan")).sum, [x], factor=1.0, repeats=1)
     assert float(x.detach()) == 1
+
+
+def test_a_penalty_that_the_last_step_makes_infinite_says_so():
+    x = nn.Parameter(torch.tensor([1.0]))
+    with pytest.raises(NumericsError, match="its value is inf"):
+        relax(lambda: x.sum() if x.item() == 1 else x.sum() * float("-inf"), [x], factor=2.0, repeats=1)
