@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from arisk.base.errors import ConfigError
+from arisk.base.errors import ConfigError, ShapeError
 from arisk.base.task import RowBatches, SampleSet
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import GuardSettings
@@ -179,22 +179,39 @@ def rows_at_risk(samples: SampleSet, rises: Tensor, share: float = 0.25, rows: i
 
     Args:
         samples: N rows.
-        rises: (N,) rise of each row's loss (nats), such as of `loss_rises`; NaN counts as none.
+        rises: (N,) rise of each row's loss (nats), such as of `loss_rises`; a row whose rise is not finite
+            comes last, and a batch counts by its other rows.
         share: share of the rows that is kept, one at least.
         rows: rows of a minibatch.
+
+    Raises:
+        ShapeError: there are more or fewer rises than rows.
     """
-    rises = rises.nan_to_num(-math.inf)
+    rises = rises.double().where(rises.isfinite(), math.nan)
     batches: Any = samples.batches
     if isinstance(batches, RowBatches):
+        _require_length(rises, batches.row_count)
+        rises = rises.nan_to_num(-math.inf)
         count = max(1, math.ceil(share * len(rises)))
         chosen = sorted(torch.argsort(rises, descending=True, stable=True)[:count].tolist())
         kept = [batches.of(chosen[i : i + rows]) for i in range(0, count, rows)]
         own = [samples.rows[i] for i in chosen] if samples.rows else []
         return SampleSet(samples.name, kept, samples.loss_fn, own)
     listed = list(batches)
-    means = [float(part.mean()) for part in rises.split([batch_size(batch) for batch in listed])]
+    sizes = [batch_size(batch) for batch in listed]
+    _require_length(rises, sum(sizes))
+    means = [float(part.nanmean().nan_to_num(-math.inf)) for part in rises.split(sizes)]
     order = sorted(range(len(listed)), key=lambda i: -means[i])[: max(1, math.ceil(share * len(listed)))]
     return SampleSet(samples.name, [listed[i] for i in sorted(order)], samples.loss_fn)
+
+
+def _require_length(rises: Tensor, rows: int) -> None:
+    if rises.shape != (rows,):
+        raise ShapeError(
+            f"rises have the shape {tuple(rises.shape)}, and there are {rows} rows",
+            where="rows_at_risk(samples, rises)",
+            fix="give one rise for each row, in their order, as `loss_rises` of the same rows does",
+        )
 
 
 def _drift_replay(plan: ArmPlan, arm: ArmName) -> Protection:

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
-from arisk.base.errors import ConfigError
+from arisk.base.errors import ConfigError, ShapeError
 from arisk.base.task import SampleSet
 from arisk.config.plan import TrainingConfig
 from arisk.config.sections import BehaviourConfig, GuardSettings
@@ -101,6 +101,24 @@ def test_batches_that_cannot_be_regrouped_are_taken_whole():
     assert [torch.equal(batch[0], wanted[i][0]) for batch, i in zip(chosen.batches, (1, 3), strict=True)] == [
         True
     ] * 2
+
+
+def test_a_batch_counts_by_its_rows_whose_rise_is_known():
+    samples = SampleSet("safety", data(1, 3), classify)
+    unknown = float("nan")
+    rises = torch.tensor([1.0] * 4 + [unknown, 3.0, unknown, 3.0] + [unknown] * 4)
+    order = [list(samples.batches)[i][0] for i in (1, 0, 2)]
+    for share, count in ((0.1, 1), (0.6, 2)):
+        found = [batch[0] for batch in rows_at_risk(samples, rises, share).batches]
+        assert {id(x) for x in found} == {id(x) for x in order[:count]}
+
+
+@pytest.mark.parametrize("regrouped", [True, False])
+@pytest.mark.parametrize("count", [7, 9])
+def test_rises_of_other_rows_are_refused(regrouped, count):
+    batches = FixedBatches([None] * 8, 4, 0) if regrouped else data(1, 2)
+    with pytest.raises(ShapeError, match=rf"shape \({count},\), and there are 8 rows"):
+        rows_at_risk(SampleSet("safety", batches, classify), torch.zeros(count))
 
 
 def test_rises_are_those_of_the_first_plain_steps():
