@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from arisk.forecast.record import FEW
@@ -25,6 +25,7 @@ __all__ = [
     "choose",
     "ending",
     "forecast_task_cost",
+    "mean",
     "paired_error",
     "paired_interval",
     "standings",
@@ -106,7 +107,7 @@ def _differences(ours: Sequence[float], theirs: Sequence[float], unit: float = 1
 
 def _error(seeds: Sequence[Sequence[float]]) -> float:
     """Standard error of a mean over rows, from each row's value by seed; NaN below two rows."""
-    rows = [_mean(row) for row in zip(*seeds, strict=True)]
+    rows = [mean(row) for row in zip(*seeds, strict=True)]
     return stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
 
 
@@ -248,7 +249,7 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: Said, confidence
     of = {arm.seed: arm for arm in plains}
     pairs = [(arm, of[arm.seed]) for arm in runs if arm.seed in of]
     diverged = not pairs or any(arm.diverged_at is not None for arm, _ in pairs)
-    safety, drift = _mean([arm.safety[-1] for arm, _ in pairs]), _mean([p.safety[-1] for _, p in pairs])
+    safety, drift = mean([arm.safety[-1] for arm, _ in pairs]), mean([p.safety[-1] for _, p in pairs])
     refused = _by_prompt([said.safety(arm) for arm, _ in pairs])
     plain = _by_prompt([said.safety(arm) for _, arm in pairs])
     ordinary = _by_prompt([said.ordinary(arm) for arm, _ in pairs])
@@ -261,8 +262,8 @@ def _standing(runs: Sequence[Arm], plains: Sequence[Arm], said: Said, confidence
         diverged=diverged,
         safety=safety if whole else math.nan,
         drift_share=safety / drift if whole and drift > 0 else math.nan,
-        control=_mean([arm.control[-1] for arm, _ in pairs if arm.control]) if whole else math.nan,
-        task_cost=_mean([task_cost(arm, own) for arm, own in pairs]) if whole else math.nan,
+        control=mean([arm.control[-1] for arm, _ in pairs if arm.control]) if whole else math.nan,
+        task_cost=mean([task_cost(arm, own) for arm, own in pairs]) if whole else math.nan,
         task_error=task_error(pairs) if whole else math.nan,
         refusals=sum(refused) if refused and whole else math.nan,
         saved=sum(differences) / lost if differences and whole and lost > 0 else math.nan,
@@ -280,8 +281,9 @@ def _by_prompt(answers: Sequence[list[float] | None]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*known, strict=True)]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def mean(values: Sequence[float]) -> float:
+    """Their mean; NaN where there are none."""
+    return fmean(values) if values else math.nan
 
 
 #: Draws of a paired interval.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from arisk.config.plan import Config
-from arisk.guard.choice import Said, Standing, choose, ending, forecast_task_cost, standings
+from arisk.guard.choice import Said, Standing, choose, ending, forecast_task_cost, mean, standings
 from arisk.guard.record import NEVER_BEGUN, Arm, ArmForecast, GuardResult
 from arisk.models.judge import Exchange, Judge, Outcome, judge_for, learnt_openings
 
@@ -126,24 +125,24 @@ def _arm_summary(one: Standing, plain: Standing) -> dict[str, Any]:
     """An arm over its runs: means, the highest of all peaks, and the note of the first."""
     runs, first, finished = one.runs, one.runs[0], not one.diverged
     gone = [run for run in runs if run.diverged_at is not None]
-    trained, beside = (_mean([run.cpu_seconds for run in each.runs]) for each in (one, plain))
+    trained, beside = (mean([run.cpu_seconds for run in each.runs]) for each in (one, plain))
     return {
         "label": one.label,
         "method": first.method,
         "strength": first.strength,
-        "weights": {name: _mean([run.weights[name] for run in runs]) for name in _shared(runs)},
+        "weights": {name: mean([run.weights[name] for run in runs]) for name in _shared(runs)},
         "note": first.note,
         "safety": one.safety,
         "peak": max(max(run.safety) for run in runs) if finished else math.nan,
         "drift_share": one.drift_share,
         "safety_error": one.safety_error,
         "control": one.control,
-        "task": _mean([run.task[-1] for run in runs]) if finished else math.nan,
+        "task": mean([run.task[-1] for run in runs]) if finished else math.nan,
         "task_cost": one.task_cost,
         "task_error": one.task_error,
-        "surprising": _mean([run.surprising[-1] for run in runs if run.surprising]) if finished else math.nan,
+        "surprising": mean([run.surprising[-1] for run in runs if run.surprising]) if finished else math.nan,
         "cost": trained / beside if finished and beside else math.nan,
-        "setup_seconds": _mean([run.setup_seconds for run in runs]),
+        "setup_seconds": mean([run.setup_seconds for run in runs]),
         "diverged_at": gone[0].diverged_at if gone else None,
         "diverged_runs": len(gone),
         "runs": len(runs),
@@ -172,10 +171,6 @@ def _forecast_summary(one: ArmForecast, said: ArmForecast, plain: Arm) -> dict[s
         "reason": one.reason,
         "chosen": one.chosen,
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return fmean(values) if values else math.nan
 
 
 def judged_by(body: Mapping[str, Any]) -> str:
