@@ -5,12 +5,16 @@ has: add it in the loop, or give it to `GuardedTrainerMixin` as `mitigator`. Wei
 observers: `begin`, `step` after every optimizer step, `end`; `arisk.models.trainer.following` makes a
 callback of one.
 
+A run that is resumed from a checkpoint makes them anew, of the adapter that the first process had: what of θ*
+and of directions belongs to the LoRA matrices A, which are drawn at random, is wrong for another draw.
+
 The model may move to another device after a protection was made, as `Trainer(…)` moves it: rows, references
 and directions follow it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,6 +121,47 @@ def _follow(tensors: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]
     return tensors
 
 
+class _FirstAdapter:
+    """The LoRA matrices A as they are now, to tell those that a checkpoint puts in place from another draw.
+
+    The cosine of two draws of n entries has a standard deviation of 1/√n; training turns A much less.
+    """
+
+    def __init__(self, model: nn.Module, what: str) -> None:
+        self.what = what
+        self.start = {n: p.detach().clone() for n, p in model.named_parameters() if _drawn(n, p)}
+
+    def require(self, model: nn.Module) -> None:
+        """Check that the model's A go on from these.
+
+        Raises:
+            ConfigError: they are another draw.
+        """
+        now = {n: p.detach() for n, p in model.named_parameters() if n in self.start}
+        pairs = [
+            (self.start[n].flatten().to(p.device).double(), p.flatten().double()) for n, p in now.items()
+        ]
+        dot = sum(float(a @ b) for a, b in pairs)
+        size = math.prod(math.sqrt(sum(float(x @ x) for x in one)) for one in zip(*pairs, strict=True))
+        count = sum(len(a) for a, _ in pairs)
+        if pairs and dot < min(MOST, DEVIATIONS / math.sqrt(count)) * size:
+            raise ConfigError(
+                f"{self.what} holds other LoRA matrices A than the resumed run: they are drawn at random",
+                where="guard: a run that goes on from a checkpoint",
+                fix="make it of the first run's adapter: attach it with the same seed, or save it before the "
+                "first run and load it",
+            )
+
+
+#: Standard deviations from 0 below which the cosine of A at two times is that of two draws; and at most so
+#: much, where A are few numbers.
+DEVIATIONS, MOST = 4.0, 0.5
+
+
+def _drawn(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and "lora_a" in name.lower()
+
+
 def replay(
     model: nn.Module, samples: SampleSet, *, weight: float = 0.3, rows: int = 8, seed: int = 0
 ) -> Addition:
@@ -160,7 +205,8 @@ def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Add
     """λ Σ_j F_jj (θ_j − θ*_j)², see `arisk.guard.ewc_penalty`; θ* and F are taken now.
 
     Args:
-        model: the model before it trains.
+        model: the model before it trains. For a run that is resumed its adapter must be the first run's, A
+            and all: attached with the same seed, or saved and loaded. The first value refuses another draw.
         samples: safety rows.
         weight: λ.
 
@@ -172,8 +218,11 @@ def consolidation(model: nn.Module, samples: SampleSet, *, weight: float) -> Add
     with measuring(model, layout):
         diagonals = fisher_diagonals(model, layout, samples)
     reference = [p.detach().clone() for p in parameters]
+    unchecked = [_FirstAdapter(model, "consolidation(…)")]
 
     def value() -> Tensor:
+        while unchecked:
+            unchecked.pop().require(model)
         here = _follow(reference, parameters), _follow(diagonals, parameters)
         return weight * ewc_penalty(parameters, *here)
 
@@ -242,7 +291,8 @@ def subspace_projection(model: nn.Module, samples: SampleSet, *, rank: int = 32)
     """Takes the leading safety directions, as they are now, out of `.grad`; call it before clipping.
 
     Args:
-        model: the model before it trains.
+        model: the model before it trains; in a run that is resumed with the adapter of the first, as for
+            `consolidation`.
         samples: N safety rows; N × P gradients of what trains are held in memory.
         rank: directions.
 
@@ -256,7 +306,14 @@ def subspace_projection(model: nn.Module, samples: SampleSet, *, rank: int = 32)
     parameters, layout = _trained(model), trained_layout(model)
     with measuring(model, layout):
         directions = [safety_subspace(model, layout, samples, rank=rank)]
-    return lambda: project_outside(parameters, _follow(directions, parameters[:1])[0])
+    unchecked = [_FirstAdapter(model, "subspace_projection(…)")]
+
+    def project() -> float:
+        while unchecked:
+            unchecked.pop().require(model)
+        return project_outside(parameters, _follow(directions, parameters[:1])[0])
+
+    return project
 
 
 def _resumed(what: str, fix: str) -> ConfigError:
@@ -308,13 +365,15 @@ class MovePart:
     Args:
         alpha: α in [0, 1].
         start: the model at θ*, whose weights are copied now; a run that is resumed from a checkpoint needs
-            it. Default: the model as `begin` finds it.
+            it, with the first run's adapter, A and all: attached with the same seed, or saved and loaded.
+            Default: the model as `begin` finds it.
     """
 
     def __init__(self, alpha: float, start: nn.Module | None = None) -> None:
         self.alpha = alpha
         self._parameters: list[nn.Parameter] = []
         self._given = None if start is None else [p.detach().clone() for p in _trained(start)]
+        self._adapter = None if start is None else _FirstAdapter(start, "MovePart(start=…)")
         self._start: list[Tensor] = []
 
     def begin(self, model: nn.Module, steps: int, done: int = 0) -> None:
@@ -326,7 +385,8 @@ class MovePart:
             done: those that lie behind, in a run that is resumed.
 
         Raises:
-            ConfigError: steps lie behind and no start was given, or other parameters train than at the start.
+            ConfigError: steps lie behind and no start was given, or one of another adapter; or other
+                parameters train than at the start.
         """
         del steps
         self._parameters = _trained(model)
@@ -339,6 +399,8 @@ class MovePart:
                 where="MovePart(start=…)",
                 fix="attach the adapter, or unfreeze, before `start` is given",
             )
+        if done and self._adapter is not None:
+            self._adapter.require(model)
 
     def step(self) -> None:
         """Nothing is done on the way."""

@@ -160,6 +160,52 @@ def test_a_resumed_run_without_its_start_is_refused(tmp_path, observer):
     assert "start=model" in caught.value.fix
 
 
+def drawn_anew(model):
+    """The adapter as another process attaches it, whose random numbers are others."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["move", "consolidation", "subspace"])
+@pytest.mark.parametrize("anew", [True, False])
+def test_a_resumed_run_whose_adapter_was_drawn_anew_is_refused(tmp_path, kind, anew):
+    safety = tiny()[2]
+    observers = {
+        "move": lambda model: MovePart(0.5, start=model),
+        "consolidation": lambda model: Relaxation(consolidation(model, safety, weight=1.0).value),
+        "subspace": lambda model: Projecting(subspace_projection(model, safety, rank=2)),
+    }
+    trainer, _ = resumed(tmp_path, lambda m: observers[kind](drawn_anew(m) if anew else m))
+    if not anew:
+        trainer.train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(ConfigError, match="other LoRA matrices A") as caught:
+        trainer.train(resume_from_checkpoint=True)
+    assert "same seed" in caught.value.fix
+
+
+class Projecting(MovePart):
+    """Calls a projection after every step."""
+
+    def __init__(self, project):
+        super().__init__(1.0)
+        self.project = project
+
+    def begin(self, model, steps, done=0):
+        self.model = model
+
+    def step(self):
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        self.project()
+
+    def end(self):
+        self.model.zero_grad()
+
+
 def test_a_start_of_other_parameters_is_refused():
     model = net()
     observer = MovePart(0.5, start=model)
