@@ -1,5 +1,6 @@
 """The snippet of the guide runs as it stands."""
 
+import copy
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -20,6 +21,8 @@ def test_the_snippet_runs(tmp_path, monkeypatch):
     text = GUIDE.read_text(encoding="utf-8").partition("## Fine-tune with protection")[2]
     snippet = text.partition("```python\n")[2].partition("```")[0]
     assert '{"mode": "lora"}' in snippet
+    told = text.partition("In your own loop")[2].partition("```")[0]
+    assert all(f"`{name}`" in told for name in ("model", "batches", "ft_loss_fn", "optimizer"))
     # The same plan at the size of a test.
     snippet = snippet.replace('{"mode": "lora"}', "FAST")
     monkeypatch.chdir(tmp_path)
@@ -44,7 +47,7 @@ def test_the_snippet_runs(tmp_path, monkeypatch):
 
 
 def known_to(tmp_path):
-    """What the reader of the lines for a trainer has."""
+    """What the lines for a trainer say is the reader's own."""
     transformers = pytest.importorskip("transformers")
     job = task(rows=8)
     rows = [{"prompt": row["prompt"]} for row in job.safety.rows]
@@ -57,8 +60,7 @@ def known_to(tmp_path):
     settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-3}
     settings["lr_scheduler_type"] = transformers.TrainingArguments.lr_scheduler_type
     return {
-        "Trainer": transformers.Trainer,
-        "model": job.model,
+        "load": lambda: copy.deepcopy(job.model),
         "tokenizer": job.safety.generate.tokenizer,
         "refusals": rows,
         "dataset": dataset,
@@ -73,16 +75,19 @@ def moved(model, before):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_snippets_for_a_trainer_run(tmp_path):
-    text = GUIDE.read_text(encoding="utf-8").partition("In `Trainer`, with Hugging Face data:")[2]
+    text = GUIDE.read_text(encoding="utf-8").partition("In `Trainer`, with Hugging Face data")[2]
     first, second = (part.partition("```")[0] for part in text.split("```python\n")[1:3])
     assert "safety_rows(model, tokenizer, refusals)" in first
     known = known_to(tmp_path)
-    model = known["model"]
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    told = text.partition("```python\n")[0] + text.partition("Every other arm")[2].partition("```")[0]
+    assert all(f"`{name}`" in told for name in known)
+    before = {name: p.detach().clone() for name, p in known["load"]().named_parameters() if p.requires_grad}
     exec(compile(first, "GUIDE.md", "exec"), known)
     assert known["safety"].rows
-    assert moved(model, before)
+    assert moved(tuned := known["model"], before)
     exec(compile(second, "GUIDE.md", "exec"), known)
+    model = known["model"]
+    assert model is not tuned
     described = {name.partition(" ")[0] for name in known["arms"]}
     assert described | {"plain", "smaller"} == set(METHODS)
     for name, arm in known["arms"].items():
