@@ -331,7 +331,7 @@ def _refuse_own_files(config: Config, rundir: RunDir, due: Sequence[str]) -> Non
     ]
     folders = [rundir.stage_dir(name).resolve() for name in due] + [(rundir.path / WORKSPACES).resolve()]
     for setting, path in (*read, *saved):
-        if any(Path(path).expanduser().resolve().is_relative_to(folder) for folder in folders):
+        if any(Path(path).resolve().is_relative_to(folder) for folder in folders):
             raise ConfigError(
                 "the run puts its own files there, and replaces what is in it",
                 where=f"{setting}: {path}",

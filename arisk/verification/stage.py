@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,7 +159,9 @@ def _folder(text: str) -> str:
             where=f"--save-model {text!r}",
             fix="name a new folder, or leave the option out",
         )
-    return json.dumps(str(Path(text).expanduser()), ensure_ascii=False)
+    with suppress(RuntimeError):  # a home that is nobody's: told where the folder is made
+        text = str(Path(text).expanduser())
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _section(job: Job, later: Mapping[str, Any]) -> Section:

@@ -354,7 +354,7 @@ def test_the_tuned_model_is_kept(verified, arisk, tmp_path):
     assert "has no name" in err
 
 
-@pytest.mark.parametrize("name", ["a #b", '"quoted"', "null", "123", "ä: b"])
+@pytest.mark.parametrize("name", ["a #b", '"quoted"', "null", "123", "ä: b", "~nobody-of-that-name"])
 def test_the_folder_for_the_model_is_meant_to_the_letter(tmp_path, name):
     option = VERIFY.options[-1]
     (tmp_path / "c.yaml").write_text("model: {source: python, entry: 'a:b'}\n", encoding="utf-8")
