@@ -14,6 +14,8 @@ from torch import Tensor
 from arisk.anatomy.record import CollectResult, ScoreResult, SubspaceResult
 from arisk.base.artifacts import (
     FORMAT_VERSION,
+    RECORD_FILE,
+    TENSORS_FILE,
     read_json,
     read_record,
     read_tensors,
@@ -174,7 +176,7 @@ class RiskReport:
             )
         if digest != stage_key(head):
             raise _changed(folder / "report.json")
-        there = [name for name in RECORDS if f"{name}/record.json" in head["files"] or name not in WHY]
+        there = [name for name in RECORDS if f"{name}/{RECORD_FILE}" in head["files"] or name not in WHY]
         for name in _files(there):
             if not (folder / name).is_file() or file_digest(folder / name) != head["files"].get(name):
                 raise _changed(folder / name)
@@ -340,7 +342,7 @@ def _known(record: R | None) -> R:
 
 def _files(names: Iterable[str]) -> list[str]:
     """Files of a saved report beside `report.json`."""
-    parts = ("record.json", "tensors.safetensors")
+    parts = (RECORD_FILE, TENSORS_FILE)
     return [*(f"{name}/{part}" for name in names for part in parts), "basis.safetensors"]
 
 

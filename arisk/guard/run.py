@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arisk.anatomy.cost import numel, samples_in
-from arisk.base.artifacts import read_record, read_tensors, write_record, write_tensors
+from arisk.base.artifacts import RECORD_FILE, read_record, read_tensors, write_record, write_tensors
 from arisk.base.processes import from_first, is_first
 from arisk.base.task import Progress, Task, silent
 from arisk.config.plan import TrainingConfig, planned_steps
@@ -364,7 +364,7 @@ Record = TypeVar("Record")
 
 def _read(folder: Path | None, kind: type[Record]) -> Record | None:
     """A record that an earlier process wrote."""
-    if folder is None or not (folder / "record.json").exists():
+    if folder is None or not (folder / RECORD_FILE).exists():
         return None
     return read_record(folder, kind)
 
